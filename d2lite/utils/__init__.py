@@ -1,0 +1,1 @@
+"""Utilities: distributed communication, events and writers, logging, files, drawing."""
