@@ -1,0 +1,80 @@
+"""Lets code that says `from detectron2... import ...` run on d2lite, and explains what d2lite leaves out."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Optional, Sequence
+
+_HOW = "d2lite does not have it; Detectron2 does: install Detectron2 and set D2KD_RUNTIME=detectron2."
+
+#: Names of Detectron2's API that d2lite leaves out, by what they belong to.
+LEFT_OUT_NAMES = {
+    "rotated boxes": (
+        "RotatedBoxes", "RotatedAnchorGenerator", "RotatedFastRCNNOutputLayers", "Box2BoxTransformRotated", "RRPN",
+        "RROIHeads", "ROIAlignRotated", "nms_rotated", "batched_nms_rotated", "pairwise_iou_rotated", "RotatedCOCOEvaluator",
+    ),
+    "key points": ("Keypoints", "heatmaps_to_keypoints", "KRCNNConvDeconvUpsampleHead", "build_keypoint_head"),
+    "lazy configs": ("LazyConfig", "LazyCall", "instantiate"),
+    "the model zoo": ("model_zoo",),
+    "LVIS": ("LVISEvaluator",),
+    "panoptic evaluation": ("COCOPanopticEvaluator",),
+    "other backbones": ("MViT", "SwinTransformer", "RegNet", "build_regnet_backbone", "build_regnet_fpn_backbone"),
+}
+_REASON = {name: what for what, names in LEFT_OUT_NAMES.items() for name in names}
+
+
+class _LeftOutFinder(importlib.abc.MetaPathFinder):
+    """Last resort of the import system for `d2lite.*`: a clear error instead of a bare 'cannot import name'."""
+
+    def find_spec(self, fullname: str, path: Optional[Sequence[str]] = None, target: object = None) -> None:
+        if not fullname.startswith("d2lite."):
+            return None
+        parent, _, name = fullname.rpartition(".")
+        if name in _REASON:
+            raise ImportError(f"{name} ({_REASON[name]}) is not in {parent}: {_HOW}", name=fullname)
+        raise ModuleNotFoundError(f"There is no module {fullname}: {_HOW}", name=fullname)
+
+
+class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Resolves `alias` and `alias.x.y` to the very module objects of `d2lite` and `d2lite.x.y`."""
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+
+    def find_spec(
+        self, fullname: str, path: Optional[Sequence[str]] = None, target: object = None
+    ) -> Optional[importlib.machinery.ModuleSpec]:
+        if fullname != self.alias and not fullname.startswith(self.alias + "."):
+            return None
+        return importlib.util.spec_from_loader(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        module = importlib.import_module("d2lite" + spec.name[len(self.alias):])
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has just put the alias's spec on a module that was loaded under its own name.
+        module.__spec__ = module.__spec__.loader_state
+
+
+def install(alias: str = "detectron2") -> None:
+    """Makes `import <alias>` and its submodules resolve to d2lite. Calling it again does nothing.
+
+    Raises:
+        RuntimeError: another package is already imported under that name.
+    """
+    if any(isinstance(finder, _AliasFinder) and finder.alias == alias for finder in sys.meta_path):
+        return
+    if alias in sys.modules:
+        raise RuntimeError(f"'{alias}' is already imported from {getattr(sys.modules[alias], '__file__', '?')}.")
+    sys.meta_path.insert(0, _AliasFinder(alias))
+
+
+def explain_left_out() -> None:
+    """Adds the finder that explains missing parts of the API, once."""
+    if not any(isinstance(finder, _LeftOutFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_LeftOutFinder())
