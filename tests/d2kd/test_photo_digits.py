@@ -1,0 +1,148 @@
+"""PhotoDigits: reproducible, disjoint splits, consistent annotations, safe on disk."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_photo_digits.py"
+SMALL = ["--num-train", "24", "--num-val", "12", "--image-size", "96", "--workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("prepare_photo_digits", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def dataset(script, tmp_path_factory):
+    output = tmp_path_factory.mktemp("data") / "photo_digits"
+    script.main(["--output", str(output), *SMALL])
+    return output
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_bytes_depend_on_seed_but_not_on_workers(script, dataset, tmp_path):
+    script.main(["--output", str(tmp_path / "again"), *SMALL[:-1], "2"])
+    assert contents(tmp_path / "again") == contents(dataset)
+    other = tmp_path / "other"
+    script.main(["--output", str(other), *SMALL, "--seed", "1"])
+    descriptions = [json.loads((directory / "dataset.json").read_text()) for directory in (dataset, other)]
+    assert descriptions[0]["checksum"] != descriptions[1]["checksum"]
+
+
+@pytest.mark.parametrize("split,count", [("train", 24), ("val", 12)])
+def test_annotations_agree_with_images_and_label_maps(dataset, split, count):
+    coco = COCO(dataset / "annotations" / f"instances_{split}.json")
+    assert [coco.cats[i]["name"] for i in sorted(coco.cats)] == [str(d) for d in range(10)]
+    assert sorted(coco.cats) == list(range(1, 11)) and len(coco.imgs) == count
+    for image_id, image in coco.imgs.items():
+        pixels = cv2.imread(str(dataset / split / image["file_name"]))
+        labels = cv2.imread(str(dataset / f"semseg_{split}" / image["file_name"]), cv2.IMREAD_UNCHANGED)
+        assert pixels.shape == (96, 96, 3) and labels.shape == (96, 96) and labels.dtype == np.uint8
+        redrawn = np.zeros_like(labels)
+        annotations = coco.imgToAnns[image_id]
+        assert 1 <= len(annotations) <= 5
+        for item in annotations:
+            mask = coco.annToMask(item).astype(bool)
+            assert not redrawn[mask].any()
+            redrawn[mask] = item["category_id"]
+            assert item["area"] == mask.sum()
+            assert item["bbox"] == coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask))).tolist()
+        assert np.array_equal(redrawn, labels)
+
+
+def test_holes_survive_polygons(script):
+    mask = np.zeros((20, 20), bool)
+    mask[2:18, 3:16] = True
+    mask[4:8, 5:9] = mask[10:15, 6:12] = False
+    mask[0, 19] = True
+    rle = coco_mask.merge(coco_mask.frPyObjects(script.polygons(mask), 20, 20))
+    assert np.array_equal(coco_mask.decode(rle).astype(bool), mask)
+
+
+def test_splits_share_no_digit_and_no_part_of_a_photo(script):
+    train, val = script.load_sources(seed=3)
+    assert len(train.digits) + len(val.digits) == 1797
+    seen = {digit.tobytes() for digit in train.digits}
+    repeats_in_source = 1797 - len({digit.tobytes() for digit in np.concatenate([train.digits, val.digits])})
+    assert sum(digit.tobytes() in seen for digit in val.digits) <= repeats_in_source
+    assert set(train.labels) == set(val.labels) == set(range(10))
+    for left, right in zip(train.photos, val.photos):
+        assert left.shape[1] + right.shape[1] == 640 and min(right.shape[:2]) >= script.PHOTO_CROP[1]
+
+
+def test_digits_keep_contrast_and_distance(script):
+    train, _ = script.load_sources(seed=0)
+    rng = np.random.default_rng(0)
+    behind = rng.uniform(0, 255, size=(1, 3)).astype(np.float32).repeat(200, 0)
+    colour = script.contrasting_colour(behind, rng)
+    assert np.linalg.norm(colour - behind[0]) >= script.MIN_CONTRAST
+    for seed in range(20):
+        scene = script.render_scene(train, 128, np.random.default_rng(seed))
+        for mask, area in zip(scene.masks, scene.areas):
+            assert mask.sum() >= script.MIN_VISIBLE * area
+
+
+def test_crops_are_sorted_by_digit(dataset):
+    coco = COCO(dataset / "annotations" / "instances_train.json")
+    crops = list((dataset / "classification" / "train").glob("*/*.png"))
+    assert crops
+    for path in crops:
+        image, number = path.stem.split("_")
+        assert coco.imgToAnns[int(image)][int(number)]["category_id"] == int(path.parent.name) + 1
+        assert cv2.imread(str(path)).shape == (64, 64, 3)
+
+
+def test_finished_dataset_is_kept_unless_forced(script, dataset, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("built again")
+
+    monkeypatch.setattr(script, "build_dataset", fail)
+    before = contents(dataset)
+    script.main(["--output", str(dataset), *SMALL])
+    with pytest.raises(RuntimeError, match="built again"):
+        script.main(["--output", str(dataset), *SMALL, "--force"])
+    assert contents(dataset) == before
+    assert [p.name for p in dataset.parent.iterdir()] == [dataset.name]
+
+
+def test_other_data_is_never_replaced(script, dataset, tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("x")
+    for arguments in ([str(tmp_path), "--force"], [str(dataset), *SMALL, "--seed", "5"]):
+        with pytest.raises(SystemExit):
+            script.main(["--output", *arguments])
+    messages = capsys.readouterr().err
+    assert "not a PhotoDigits dataset" in messages and "other parameters" in messages
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_forced_rebuild_replaces(script, tmp_path):
+    output = tmp_path / "photo_digits"
+    tiny = ["--output", str(output), "--num-val", "1", "--image-size", "48", "--workers", "1"]
+    script.main([*tiny, "--num-train", "3"])
+    script.main([*tiny, "--num-train", "2", "--force"])
+    assert len(list((output / "train").iterdir())) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["photo_digits"]
+
+
+def test_impossible_parameters_are_named(script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--output", str(tmp_path / "x"), "--image-size", "4"])
+    assert "--image-size is 4" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
