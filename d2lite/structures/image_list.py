@@ -1,0 +1,94 @@
+"""Images of different sizes in one padded tensor."""
+
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+
+
+class ImageList:
+    """
+    A batch of images, padded at the right and the bottom to a common size.
+
+    Attributes:
+        tensor: (N, H, W) or (N, C, H, W).
+        image_sizes: (height, width) of each image without padding.
+    """
+
+    def __init__(self, tensor: torch.Tensor, image_sizes: List[Tuple[int, int]]) -> None:
+        self.tensor = tensor
+        self.image_sizes = image_sizes
+
+    @staticmethod
+    def from_tensors(
+        tensors: List[torch.Tensor],
+        size_divisibility: int = 0,
+        pad_value: float = 0.0,
+        padding_constraints: Optional[Dict[str, int]] = None,
+    ) -> "ImageList":
+        """
+        Pad images and stack them.
+
+        Args:
+            tensors: images of shape (H_i, W_i) or (C, H_i, W_i), with the same C.
+            size_divisibility: the common height and width become multiples of this, if above 1.
+            pad_value: what the padding is filled with.
+            padding_constraints: may hold `"size_divisibility"`, which then takes the place of the argument, and
+                `"square_size"`: above 0, the common size is that square, in pixels.
+
+        Returns:
+            The batch; its size is the smallest that holds all images and the constraints.
+        """
+        assert isinstance(tensors, (list, tuple)) and len(tensors) > 0, "from_tensors needs a list of images"
+        first = tensors[0]
+        for image in tensors:
+            assert isinstance(image, torch.Tensor), f"Images must be tensors, not {type(image).__name__}"
+            assert image.shape[:-2] == first.shape[:-2], (
+                f"Images of one batch differ in shape beyond height and width: "
+                f"{tuple(first.shape)} and {tuple(image.shape)}"
+            )
+        image_sizes = [(image.shape[-2], image.shape[-1]) for image in tensors]
+        height, width = _batch_size(image_sizes, size_divisibility, padding_constraints or {})
+
+        if len(tensors) == 1:
+            (h, w), = image_sizes
+            return ImageList(F.pad(first, (0, width - w, 0, height - h), value=pad_value)[None], image_sizes)
+        batch = first.new_full((len(tensors), *first.shape[:-2], height, width), pad_value)
+        for padded, image, (h, w) in zip(batch, tensors, image_sizes):
+            padded[..., :h, :w].copy_(image)
+        return ImageList(batch, image_sizes)
+
+    def to(self, *args: Any, **kwargs: Any) -> "ImageList":
+        """Return the batch with its tensor moved or cast, as by :meth:`torch.Tensor.to`."""
+        return ImageList(self.tensor.to(*args, **kwargs), self.image_sizes)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the images."""
+        return self.tensor.device
+
+    def __len__(self) -> int:
+        return len(self.image_sizes)
+
+    def __getitem__(self, idx: Union[int, slice]) -> torch.Tensor:
+        """Return image `idx` without its padding, (H_i, W_i) or (C, H_i, W_i)."""
+        height, width = self.image_sizes[idx]
+        return self.tensor[idx, ..., :height, :width]
+
+
+def _batch_size(
+    image_sizes: List[Tuple[int, int]], size_divisibility: int, constraints: Dict[str, int]
+) -> Tuple[int, int]:
+    height, width = (max(sides) for sides in zip(*image_sizes))
+    square_size = constraints.get("square_size", 0)
+    if square_size > 0:
+        if max(height, width) > square_size:
+            raise ValueError(
+                f"An image of {height} x {width} does not fit the padding constraint square_size={square_size}: "
+                "resize the images (INPUT.MAX_SIZE_TRAIN, INPUT.MAX_SIZE_TEST) or raise square_size."
+            )
+        height = width = square_size
+    divisor = constraints.get("size_divisibility", size_divisibility)
+    if divisor > 1:
+        height, width = (-(-side // divisor) * divisor for side in (height, width))
+    return height, width
