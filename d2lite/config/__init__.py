@@ -1,4 +1,4 @@
-"""Configuration: the default tree, YAML files with `_BASE_`, and constructors that can be called with a config."""
+"""Configuration: the default tree, YAML files with `_BASE_`, and constructors that accept a config."""
 
 from d2lite.config.config import CfgNode, configurable, get_cfg, global_cfg, set_global_cfg
 from d2lite.config.versions import downgrade_config, upgrade_config

@@ -1,4 +1,4 @@
-"""The config node, the global config, and `configurable` for constructors that take explicit arguments or a config."""
+"""The config node, the global config, and `configurable`: explicit arguments or a config."""
 
 import difflib
 import functools
@@ -64,8 +64,8 @@ class CfgNode(_CfgNode):
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
         """
-        Override this config by a YAML file. Files of version 0 and 1, and files without a VERSION that use keys
-        of those versions, are upgraded.
+        Override this config by a YAML file. Files of version 0 and 1, and files without a VERSION that use
+        keys of those versions, are upgraded.
 
         Args:
             cfg_filename: path of the file.
@@ -164,7 +164,7 @@ def configurable(
 
     Raises:
         AttributeError: (when called) the class has no `from_config`.
-        TypeError: (when called) its `from_config` is no classmethod, or its first parameter is not named `cfg`.
+        TypeError: (when called) its `from_config` is no classmethod, or its first parameter is not `cfg`.
     """
     if init_func is not None:
         if not (inspect.isfunction(init_func) and init_func.__name__ == "__init__" and from_config is None):
@@ -182,7 +182,7 @@ def _configurable_init(init: Callable) -> Callable:
     def wrapped(self, *args: Any, **kwargs: Any) -> None:
         translate = getattr(type(self), "from_config", None)
         if translate is None:
-            raise AttributeError(f"{type(self).__name__}: a class with @configurable needs a from_config classmethod.")
+            raise AttributeError(f"{type(self).__name__} is @configurable but has no from_config classmethod.")
         if not inspect.ismethod(translate):
             raise TypeError(f"{type(self).__name__}.from_config must be a classmethod.")
         if _called_with_cfg(args, kwargs):

@@ -1,4 +1,4 @@
-"""The default config: every key, its default and its type. A config file or command line can only set keys named here."""
+"""The default config: every key with its default, which also fixes its type. No other key can be set."""
 
 from d2lite.config.config import CfgNode
 from d2lite.config.versions import LATEST_VERSION
@@ -34,8 +34,8 @@ _INPUT = {
     "MAX_SIZE_TEST": 1333,
     # Flip in training: horizontal | vertical | none.
     "RANDOM_FLIP": "horizontal",
-    # Random crop in training. SIZE is (height, width): a share of the image for the relative types, else pixels.
-    # TYPE: relative | relative_range | absolute | absolute_range.
+    # Random crop in training. TYPE: relative | relative_range | absolute | absolute_range.
+    # SIZE is (height, width): a share of the image for the relative types, else pixels.
     "CROP": {"ENABLED": False, "TYPE": "relative_range", "SIZE": [0.9, 0.9]},
     # Form of instance masks in training: polygon | bitmask.
     "MASK_FORMAT": "polygon",
@@ -263,8 +263,8 @@ _DENSE_HEADS = {
     },
     "PANOPTIC_FPN": {
         "INSTANCE_LOSS_WEIGHT": 1.0,
-        # Merging instances and stuff: overlap above which an instance is dropped, smallest stuff area in pixels,
-        # lowest score of an instance.
+        # Merging instances and stuff: overlap above which an instance is dropped, smallest stuff area in
+        # pixels, lowest score of an instance.
         "COMBINE": {
             "ENABLED": True,
             "OVERLAP_THRESH": 0.5,
@@ -279,7 +279,7 @@ _MODEL = {
     "DEVICE": "cuda",
     # Checkpoint to start from: a path, or detectron2://... for a published one.
     "WEIGHTS": "",
-    # Per channel, in the order of INPUT.FORMAT. A deviation of 1 belongs to the MSRA weights, which absorbed it.
+    # Per channel, in the order of INPUT.FORMAT. The deviation of 1 is that of the MSRA weights.
     "PIXEL_MEAN": [103.530, 116.280, 123.675],
     "PIXEL_STD": [1.0, 1.0, 1.0],
     # Which heads an R-CNN has beside the box head.
@@ -322,9 +322,10 @@ _SOLVER = {
     "RESCALE_INTERVAL": False,
     # Iterations between checkpoints.
     "CHECKPOINT_PERIOD": 5000,
-    # Number of processes that batch size, rate and iterations are meant for; they are scaled to the actual one. 0: off.
+    # Number of processes that batch size, rate and iterations are meant for, and from which they are scaled
+    # to the actual number; 0: no scaling.
     "REFERENCE_WORLD_SIZE": 0,
-    # CLIP_TYPE: value | norm (per parameter) | full_model (norm over all); NORM_TYPE: 2.0, or inf for the maximum.
+    # CLIP_TYPE: value | norm (per parameter) | full_model (norm over all). NORM_TYPE: inf is the maximum norm.
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
     # Automatic mixed precision.
     "AMP": {"ENABLED": False},
@@ -338,7 +339,7 @@ _TEST = {
     "EXPECTED_RESULTS": [],
     # Of COCO's object keypoint similarity; empty: COCO's own.
     "KEYPOINT_OKS_SIGMAS": [],
-    # Test-time augmentation: shorter sides and the largest longer side in pixels, and whether to flip as well.
+    # Test-time augmentation: shorter sides and largest longer side in pixels, and whether to flip as well.
     "AUG": {
         "ENABLED": False,
         "MIN_SIZES": (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),

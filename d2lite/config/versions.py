@@ -18,8 +18,9 @@ _RENAMED: Dict[int, Dict[str, str]] = {
         "MODEL.PANOPTIC_FPN.COMBINE_ON": "MODEL.PANOPTIC_FPN.COMBINE.ENABLED",
         "MODEL.PANOPTIC_FPN.COMBINE_OVERLAP_THRESHOLD": "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH",
         "MODEL.PANOPTIC_FPN.COMBINE_STUFF_AREA_LIMIT": "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT",
-        "MODEL.PANOPTIC_FPN.COMBINE_INSTANCES_CONFIDENCE_THRESHOLD":
-            "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH",
+        "MODEL.PANOPTIC_FPN.COMBINE_INSTANCES_CONFIDENCE_THRESHOLD": (
+            "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH"
+        ),
         "MODEL.ROI_HEADS.SCORE_THRESH": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
         "MODEL.ROI_HEADS.NMS": "MODEL.ROI_HEADS.NMS_THRESH_TEST",
         "MODEL.RETINANET.INFERENCE_SCORE_THRESHOLD": "MODEL.RETINANET.SCORE_THRESH_TEST",
@@ -35,7 +36,7 @@ _RENAMED: Dict[int, Dict[str, str]] = {
 
 
 def upgrade_config(cfg: "CfgNode", to_version: Optional[int] = None) -> "CfgNode":
-    """Return a copy of `cfg` with the key names of `to_version` (default: the latest), which must not be older."""
+    """Return a copy of `cfg` with the key names of `to_version` (None: the latest), which is not older."""
     to_version = LATEST_VERSION if to_version is None else to_version
     if cfg.VERSION > to_version:
         raise ValueError(f"Cannot upgrade a config of version {cfg.VERSION} to version {to_version}.")
@@ -48,7 +49,7 @@ def upgrade_config(cfg: "CfgNode", to_version: Optional[int] = None) -> "CfgNode
 
 
 def downgrade_config(cfg: "CfgNode", to_version: int) -> "CfgNode":
-    """Return a copy of `cfg` with the key names of `to_version`, which must not be newer."""
+    """Return a copy of `cfg` with the key names of `to_version`, which is not newer."""
     if cfg.VERSION < to_version:
         raise ValueError(f"Cannot downgrade a config of version {cfg.VERSION} to version {to_version}.")
     cfg = cfg.clone()
@@ -75,14 +76,14 @@ def upgrade_old_keys(loaded: Dict[str, Any], version: Optional[int]) -> bool:
         return False
     found = loaded.get("VERSION", 0)
     if not isinstance(found, int) or not 0 <= found <= version:
-        raise ValueError(f"Cannot merge a config file of version {found!r} into a config of version {version}.")
+        raise ValueError(f"Cannot merge a file of VERSION {found!r} into a config of VERSION {version}.")
     moved = [_move(loaded, old, new) for v in range(found, version) for old, new in _RENAMED[v].items()]
     loaded["VERSION"] = version
     return any(moved)
 
 
 def _move(tree: Dict[str, Any], source: str, target: str) -> bool:
-    """Move the value at one dotted key to another, drop a parent left empty, and say whether there was a value."""
+    """Move the value at a dotted key, drop a parent left empty, and return whether there was a value."""
     parent, name = _parent(tree, source)
     if parent is None or name not in parent:
         return False

@@ -53,7 +53,7 @@ class BoxMode(IntEnum):
             )
         expected = 5 if from_mode == BoxMode.XYWHA_ABS else 4
         if isinstance(box, (list, tuple)):
-            assert len(box) == expected, f"A {from_mode.name} box has {expected} numbers, not {len(box)}: {box}"
+            assert len(box) == expected, f"A box in {from_mode.name} has {expected} numbers: {box}"
             return type(box)(_convert_coordinates(box, from_mode, to_mode))
         assert box.shape[-1] == expected, (
             f"Boxes in {from_mode.name} have shape (N, {expected}), not {tuple(box.shape)}"
@@ -101,7 +101,8 @@ class Boxes:
         tensor = torch.as_tensor(tensor).to(torch.float32)
         if tensor.numel() == 0:
             tensor = tensor.reshape(-1, 4)
-        assert tensor.dim() == 2 and tensor.size(-1) == 4, f"Boxes have shape (N, 4), not {tuple(tensor.shape)}"
+        shape = tuple(tensor.shape)
+        assert len(shape) == 2 and shape[1] == 4, f"Boxes have shape (N, 4), not {shape}"
         self.tensor = tensor
 
     def clone(self) -> "Boxes":
@@ -151,8 +152,8 @@ class Boxes:
     @classmethod
     def cat(cls, boxes_list: List["Boxes"]) -> "Boxes":
         """Concatenate; an empty list gives no boxes."""
-        assert isinstance(boxes_list, (list, tuple)), f"Boxes.cat needs a list, not {type(boxes_list).__name__}"
-        assert all(isinstance(boxes, Boxes) for boxes in boxes_list), "Boxes.cat needs a list of Boxes"
+        assert isinstance(boxes_list, (list, tuple)), f"Boxes.cat takes a list, not {type(boxes_list)}"
+        assert all(isinstance(boxes, Boxes) for boxes in boxes_list), "Boxes.cat takes a list of Boxes"
         if not boxes_list:
             return cls(torch.empty(0))
         return cls(torch.cat([boxes.tensor for boxes in boxes_list], dim=0))
@@ -173,7 +174,7 @@ class Boxes:
         if isinstance(item, int):
             return Boxes(self.tensor[item].view(1, -1))
         selected = self.tensor[item]
-        assert selected.dim() == 2, f"Indexing Boxes with {item} gives shape {tuple(selected.shape)}, not (N, 4)"
+        assert selected.dim() == 2, f"Indexing Boxes with {item} does not give shape (N, 4)"
         return Boxes(selected)
 
     def __len__(self) -> int:

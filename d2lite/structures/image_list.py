@@ -33,8 +33,8 @@ class ImageList:
             tensors: images of shape (H_i, W_i) or (C, H_i, W_i), with the same C.
             size_divisibility: the common height and width become multiples of this, if above 1.
             pad_value: what the padding is filled with.
-            padding_constraints: may hold `"size_divisibility"`, which then takes the place of the argument, and
-                `"square_size"`: above 0, the common size is that square, in pixels.
+            padding_constraints: may hold `"size_divisibility"`, which then takes the place of the argument,
+                and `"square_size"`: above 0, the common size is that square, in pixels.
 
         Returns:
             The batch; its size is the smallest that holds all images and the constraints.
@@ -84,8 +84,8 @@ def _batch_size(
     if square_size > 0:
         if max(height, width) > square_size:
             raise ValueError(
-                f"An image of {height} x {width} does not fit the padding constraint square_size={square_size}: "
-                "resize the images (INPUT.MAX_SIZE_TRAIN, INPUT.MAX_SIZE_TEST) or raise square_size."
+                f"Images of {height} x {width} do not fit the padding constraint square_size={square_size}: "
+                "lower INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST, or raise square_size."
             )
         height = width = square_size
     divisor = constraints.get("size_divisibility", size_divisibility)
