@@ -73,10 +73,6 @@ class SimpleFeaturePyramid(Backbone):
         self._square_pad = square_pad
 
     @property
-    def size_divisibility(self) -> int:
-        return self._size_divisibility
-
-    @property
     def padding_constraints(self) -> dict[str, int]:
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
