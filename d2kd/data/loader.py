@@ -1,0 +1,197 @@
+"""A training loader whose every batch is a function of (seed, process, number of the batch).
+
+Detectron2's loader starts its stream anew when a run is resumed, and its augmentations depend on the number of workers. Here a resumed
+run sees the images, and the augmentations, that it would have seen; with any number of workers.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import random
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList
+from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .datasets import DatasetError, wrap_mapper
+
+logger = logging.getLogger(__name__)
+
+#: A stream position and the index of the image there.
+Draw = Tuple[int, int]
+#: After so many unreadable images in a row the data set, not an image, is broken.
+_MOST_REPLACEMENTS = 50
+
+
+class ResumableLoader:
+    """Endless batches for this process. `seed` and `start` may be set until the first iteration begins."""
+
+    def __init__(
+        self,
+        dicts: List[Dict[str, Any]],
+        mapper: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]],
+        build_sampler: Callable[[int], Sampler],
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        aspect_ratio_grouping: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            dicts: the data set in Detectron2's format.
+            mapper: turns a record into a model input; None says that another image must take its place.
+            build_sampler: makes the endless sampler of this process, given the seed.
+            batch_size: images a batch, on this process.
+            num_workers: processes that read images; 0 reads in this one.
+            aspect_ratio_grouping: put only wide, or only tall, images into a batch.
+            seed: decides order and augmentations.
+        """
+        self.dicts = dicts
+        self.mapper = mapper
+        self.build_sampler = build_sampler
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.wide = [d["width"] > d["height"] for d in dicts] if aspect_ratio_grouping else None
+        self.seed = seed
+        self.start = 0
+
+    def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
+        """Batches from number `start` on."""
+        batches = _Batches(self.build_sampler(self.seed), self.batch_size, self.wide, self.start)
+        dataset = _SeededDataset(self.dicts, self.mapper, (self.seed, comm.get_rank()))
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=list,
+            worker_init_fn=_init_worker,
+            # without it, starting the workers draws from the global random state, which belongs to the model
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        return iter(loader)
+
+
+class _Batches(Sampler):
+    """Batches of draws, grouped by aspect ratio before any image is read, so that skipping to a position costs nothing."""
+
+    def __init__(self, sampler: Sampler, batch_size: int, wide: Optional[Sequence[bool]], start: int) -> None:
+        self.sampler, self.batch_size, self.wide, self.start = sampler, batch_size, wide, start
+
+    def __iter__(self) -> Iterator[List[Draw]]:
+        return itertools.islice(self._batches(), self.start, None)
+
+    def _batches(self) -> Iterator[List[Draw]]:
+        buckets: Tuple[List[Draw], List[Draw]] = ([], [])
+        for position, index in enumerate(self.sampler):
+            bucket = buckets[self.wide[index] if self.wide is not None else 0]
+            bucket.append((position, index))
+            if len(bucket) == self.batch_size:
+                yield bucket[:]
+                bucket.clear()
+
+
+class _SeededDataset(Dataset):
+    """Maps a draw to a model input, with random numbers that depend on the draw alone."""
+
+    def __init__(self, dicts: List[Dict[str, Any]], mapper: Callable, seed: Tuple[int, int]) -> None:
+        self.records = DatasetFromList(dicts, copy=False, serialize=True)
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, draw: Draw) -> Dict[str, Any]:
+        position, index = draw
+        key = f"{self.seed[0]},{self.seed[1]},{position}".encode()
+        with _seeded(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")):
+            for _ in range(_MOST_REPLACEMENTS):
+                data = self.mapper(self.records[index])
+                if data is not None:
+                    return data
+                index = int(np.random.randint(len(self.records)))
+        raise DatasetError(
+            f"{_MOST_REPLACEMENTS} images in a row cannot be read (DATASETS.ON_BAD_IMAGE is 'skip'). The files are named in the log "
+            "above: check DATASETS.REGISTER or DETECTRON2_DATASETS."
+        )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds all three random states, and puts them back: in this process they belong to the model."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _init_worker(worker: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # the workers are the parallelism
+
+
+def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> ResumableLoader:
+    """The training loader that a Detectron2 configuration describes, made resumable.
+
+    Raises:
+        DatasetError: nothing is left to train on.
+        ValueError: `DATALOADER.SAMPLER_TRAIN` or the batch size is not possible.
+    """
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    if not dicts:
+        raise DatasetError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image with usable annotations. Check the annotation files, or set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images too."
+        )
+    return ResumableLoader(
+        dicts,
+        wrap_mapper(mapper or DatasetMapper(cfg, True), cfg.DATASETS.ON_BAD_IMAGE),
+        lambda seed: _build_sampler(cfg, dicts, seed),
+        batch_size=_batch_size(cfg),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+    )
+
+
+def _batch_size(cfg: CfgNode) -> int:
+    total, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if total <= 0 or total % world:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH is {total}; it must be a positive multiple of the {world} processes.")
+    return total // world
+
+
+def _build_sampler(cfg: CfgNode, dicts: List[Dict[str, Any]], seed: int) -> Sampler:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return TrainingSampler(len(dicts), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return RepeatFactorTrainingSampler(factors, seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        return RandomSubsetTrainingSampler(len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or RandomSubsetTrainingSampler."
+    )

@@ -1,0 +1,87 @@
+"""What every distillation method is: features of two networks in, named losses out."""
+
+from typing import Any, Dict, List, NamedTuple, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from d2kd.layers import TapShape, align_resolution, build_aligner, check_alignable
+
+DISTILLERS = Registry("DISTILLERS")
+DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
+
+
+class TapPair(NamedTuple):
+    """Two taps that are compared, and what is known of their maps."""
+
+    student: str
+    teacher: str
+    student_shape: TapShape
+    teacher_shape: TapShape
+
+
+class Distiller(nn.Module):
+    """Base of the methods that compare feature maps pair by pair.
+
+    A subclass names its node below `DISTILL` in `CONFIG_NODE`, and implements `level_loss`. Its parameters (aligners, generation
+    blocks, ...) are trained with the student and are never part of it. Losses are named by the student's tap.
+    """
+
+    CONFIG_NODE: str = ""
+
+    def __init__(self, *, pairs: Sequence[TapPair], weight: float) -> None:
+        """
+        Args:
+            pairs: the maps to compare, from the finest to the coarsest.
+            weight: factor on the loss of every level; with 0 the student gets exactly no gradient from here.
+
+        Raises:
+            AlignmentError: a pair that cannot be aligned.
+            ValueError: no pairs, or a negative weight.
+        """
+        super().__init__()
+        if not pairs:
+            raise ValueError(f"{type(self).__name__} has no feature maps to compare: name them in DISTILL.{self.CONFIG_NODE}.TAPS.")
+        if weight < 0:
+            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WEIGHT is {weight}; it must not be negative.")
+        for pair in pairs:
+            check_alignable(f"DISTILL.{self.CONFIG_NODE}.TAPS, {pair.student} <- {pair.teacher}", pair.student_shape, pair.teacher_shape)
+        self.pairs: List[TapPair] = list(pairs)
+        self.weight = float(weight)
+
+    @classmethod
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+        """Constructor arguments from the method's node of the configuration."""
+        return {"pairs": pairs, "weight": node.WEIGHT}
+
+    @classmethod
+    def build(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> "Distiller":
+        """The distiller that `cfg.DISTILL` describes."""
+        return cls(**cls.from_config(cfg.DISTILL[cls.CONFIG_NODE], pairs))
+
+    def build_aligners(self) -> nn.ModuleList:
+        """One aligner a pair, from student to teacher channels."""
+        return nn.ModuleList([build_aligner(p.student_shape, p.teacher_shape) for p in self.pairs])
+
+    def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """
+        Args:
+            student: map (N, C, H, W) by tap name.
+            teacher: the same of the teacher, without gradient.
+
+        Returns:
+            Weighted scalar loss by the student's tap name.
+        """
+        losses = {}
+        for level, pair in enumerate(self.pairs):
+            s, t = student[pair.student], teacher[pair.teacher].detach()
+            if self.weight == 0:
+                s = s.detach()
+            s, t = align_resolution(s, t, pair.teacher_shape.stride / pair.student_shape.stride)
+            losses[pair.student] = self.weight * self.level_loss(level, s, t)
+        return losses
+
+    def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """Unweighted scalar loss of one pair of maps of equal H and W."""
+        raise NotImplementedError

@@ -1,0 +1,107 @@
+"""Checkpoints: the student under plain Detectron2 keys, everything else that a resumed run needs beside it."""
+
+import random
+from typing import Any, Dict, List, Mapping, Optional
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from torch import nn
+
+#: Attributes in which dense detectors keep their running loss normaliser; it is in no state_dict of theirs.
+_RUNNING_ATTRIBUTES = ("loss_normalizer",)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to the run that wants to continue from it."""
+
+
+class DistillCheckpointer(DetectionCheckpointer):
+    """Saves {"model": student, "distillers": ..., "trainer": ..., "iteration": ...}.
+
+    Detectron2 reads "model" and ignores the rest.
+    """
+
+    def __init__(self, student: nn.Module, save_dir: str, *, trainer: Any, distillers: Optional[nn.Module] = None) -> None:
+        """
+        Args:
+            student: saved and loaded as "model".
+            save_dir: where checkpoints lie.
+            trainer: saved and loaded by its `state_dict` and `load_state_dict`.
+            distillers: the same, for runs with a teacher.
+        """
+        extra = {} if distillers is None else {"distillers": distillers}
+        super().__init__(student, save_dir, trainer=trainer, **extra)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """Continues from the last checkpoint of `save_dir` if `resume` is set and there is one, else loads weights from `path`.
+
+        Raises:
+            CheckpointError: the last checkpoint has other distillers than this run.
+        """
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=False)
+        last = self.get_checkpoint_file()
+        try:
+            rest = super().resume_or_load(path, resume=True)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"Cannot resume from {last}: {error}. A run must be resumed with the model, methods and taps that it was started with; "
+                "else start anew in another OUTPUT_DIR."
+            ) from error
+        if rest.get("distillers") is not None or ("distillers" in self.checkpointables and "distillers" not in self._loaded):
+            raise CheckpointError(
+                f"Cannot resume from {last}: it was written {'with' if 'distillers' in rest else 'without'} distillation, and this run is "
+                "the opposite. Start anew in another OUTPUT_DIR; MODEL.WEIGHTS may name the old checkpoint."
+            )
+        return rest
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self._loaded = set(checkpoint)
+        return super()._load_model(checkpoint)
+
+
+def process_state(model: nn.Module) -> Dict[str, Any]:
+    """What differs between processes: random states and running normalisers, in types that load without executing code."""
+    numpy_state = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "running": _running_attributes(model),
+    }
+
+
+def load_process_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """The inverse of `process_state`."""
+    random.setstate(_as_tuple(state["python"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    modules = dict(model.named_modules())
+    for name, value in state["running"].items():
+        path, _, attribute = name.rpartition(".")
+        if path in modules:
+            setattr(modules[path], attribute, value)
+
+
+def gather_process_states(model: nn.Module) -> List[Dict[str, Any]]:
+    """`process_state` of every process, on every process; all must call it."""
+    return comm.all_gather(process_state(model))
+
+
+def _running_attributes(model: nn.Module) -> Dict[str, Any]:
+    return {
+        f"{path}.{attribute}": getattr(module, attribute)
+        for path, module in model.named_modules()
+        for attribute in _RUNNING_ATTRIBUTES
+        if attribute in vars(module)
+    }
+
+
+def _as_tuple(state: Any) -> Any:
+    return tuple(_as_tuple(x) for x in state) if isinstance(state, (list, tuple)) else state

@@ -1,0 +1,129 @@
+"""Hooks of the distillation trainer: checkpoints of all processes, interruption without loss, the run's result."""
+
+import json
+import logging
+import math
+import os
+import signal
+import time
+from typing import Any, Callable, Dict, Optional
+
+from detectron2.engine.train_loop import HookBase
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointHook(HookBase):
+    """Saves every `period` iterations and at the end. Runs on all processes, for each has a random state of its own."""
+
+    def __init__(self, period: int) -> None:
+        """
+        Args:
+            period: iterations between checkpoints; 0 or less saves the final one only.
+        """
+        self.period = period
+
+    def after_step(self) -> None:
+        """Saves `model_<iteration>` or `model_final`."""
+        done = self.trainer.iter + 1
+        if done >= self.trainer.max_iter:
+            self.trainer.save("model_final")
+        elif self.period > 0 and done % self.period == 0:
+            self.trainer.save(f"model_{self.trainer.iter:07d}")
+
+
+class InterruptHook(HookBase):
+    """Turns the first Ctrl-C or termination into: finish this iteration, save, stop. The second one stops at once.
+
+    Only for one process: several would stop at different iterations.
+    """
+
+    def __init__(self) -> None:
+        self.received: Optional[int] = None
+        self._previous: Dict[int, Any] = {}
+
+    def before_train(self) -> None:
+        """Installs the signal handlers."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def after_train(self) -> None:
+        """Puts the former handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def after_step(self) -> None:
+        """Saves and stops if a signal has come.
+
+        Raises:
+            KeyboardInterrupt: after saving.
+        """
+        if self.received is None or self.trainer.iter + 1 >= self.trainer.max_iter:
+            return
+        self.trainer.save(f"model_{self.trainer.iter:07d}")
+        logger.warning("Stopped after iteration %d and saved; continue with --resume.", self.trainer.iter)
+        raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        logger.warning("%s: finishing this iteration, then saving. Again to stop at once.", signal.Signals(number).name)
+
+
+class WallTime(HookBase):
+    """Adds up the seconds spent in training steps, over resumed runs."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def before_step(self) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Stops the clock."""
+        self.seconds += time.perf_counter() - self._start
+
+    def state_dict(self) -> Dict[str, float]:
+        """Seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: Dict[str, float]) -> None:
+        """The inverse of `state_dict`."""
+        self.seconds = float(state_dict["seconds"])
+
+
+class ResultWriter(HookBase):
+    """Writes what a finished run came to as `result.json` into the output directory."""
+
+    def __init__(self, path: str, describe: Callable[[], Dict[str, Any]]) -> None:
+        """
+        Args:
+            path: the file.
+            describe: called after training; returns what to write.
+        """
+        self.path = path
+        self.describe = describe
+
+    def after_train(self) -> None:
+        """Writes the file, on the main process, if training reached its end."""
+        if self.trainer.iter + 1 >= self.trainer.max_iter and comm.is_main_process():
+            write_json(self.path, self.describe())
+
+
+def write_json(path: str, content: Dict[str, Any]) -> None:
+    """Writes a JSON file under a temporary name, then renames it. NaN (the AP of a class without objects) becomes null."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(_finite(content), f, indent=2)
+    os.replace(temporary, path)
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x

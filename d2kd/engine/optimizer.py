@@ -1,0 +1,59 @@
+"""Optimizers: Detectron2's SGD, AdamW with the same per-parameter rules, and clipping by the norm of the whole model."""
+
+import itertools
+from typing import Any, Callable, List, Optional, Type
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer as build_sgd
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+from torch.optim import Optimizer
+
+FULL_MODEL = "full_model"
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """The optimizer of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
+
+    Raises:
+        ValueError: `SOLVER.OPTIMIZER` is unknown.
+    """
+    full_model = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
+    if full_model:
+        plain = cfg.clone()
+        plain.defrost()
+        plain.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = _build_unclipped(plain, model)
+        clip_by_total_norm(optimizer, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE, cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE)
+        return optimizer
+    return _build_unclipped(cfg, model)
+
+
+def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    name = cfg.SOLVER.OPTIMIZER
+    if name == "SGD":
+        return build_sgd(cfg, model)
+    if name == "AdamW":
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        kind: Type[Optimizer] = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+    raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; it must be SGD or AdamW.")
+
+
+def clip_by_total_norm(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> None:
+    """Makes every step of an optimizer scale its gradients down to a total norm of at most `max_norm`."""
+    parameters: List[nn.Parameter] = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
+
+    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> Optional[Callable]:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        return None
+
+    optimizer.register_step_pre_hook(clip)

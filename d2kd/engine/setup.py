@@ -1,0 +1,143 @@
+"""What every tool shares: arguments, the configuration they give, and the first lines of the log."""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import sys
+from typing import Any, Callable, List, Optional
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from d2kd.config import add_distill_config
+from d2kd.data.datasets import DatasetError, register_datasets
+from d2kd.layers import AlignmentError
+from d2kd.modeling import TapError, TeacherError
+from d2kd.modeling.inherit import InheritError
+from d2kd.runtime import RUNTIME
+
+from .checkpoint import CheckpointError
+from .train_step import NonFiniteLossError
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigError(ValueError):
+    """A configuration file or option that cannot be used."""
+
+
+#: Errors whose message says everything; a traceback would only hide it.
+USER_ERRORS = (
+    AlignmentError, CheckpointError, ConfigError, DatasetError, InheritError, NonFiniteLossError, TapError, TeacherError,
+)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments and those that turn any configuration into a distillation run."""
+    parser = default_argument_parser()
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--teacher-config", metavar="FILE", help="YAML of the teacher (DISTILL.TEACHER.CONFIG_FILE)")
+    group.add_argument("--teacher-weights", metavar="FILE", help="checkpoint of the teacher (DISTILL.TEACHER.WEIGHTS)")
+    group.add_argument("--method", metavar="NAME[,NAME]", help="methods to distil with (DISTILL.METHODS)")
+    group.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher only")
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Configuration from the arguments, with logging, seeds and the datasets of `DATASETS.REGISTER` set up.
+
+    Raises:
+        ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
+    """
+    cfg = load_config(args.config_file, _options(args))
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
+    cfg.freeze()
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
+    logger.info(
+        "Runtime %s, torch %s, device %s, seed %s, %d process(es)",
+        RUNTIME, torch.__version__, _device_name(cfg.MODEL.DEVICE), cfg.SEED if cfg.SEED >= 0 else "random", comm.get_world_size(),
+    )
+    default_setup(cfg, args)
+    return cfg
+
+
+def load_config(config_file: str, options: Optional[List[str]] = None) -> CfgNode:
+    """Detectron2's defaults and d2kd's, changed by a YAML file and a list of ["KEY", "value", ...].
+
+    Raises:
+        ConfigError: see `setup`.
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise ConfigError(f"--config-file is {config_file!r}: there is no such file.")
+        _merge(cfg, cfg.merge_from_file, config_file, f"--config-file {config_file}")
+    if options and len(options) % 2:
+        raise ConfigError(f"Options come in pairs, KEY VALUE; these are {len(options)}: {' '.join(options)}")
+    _merge(cfg, cfg.merge_from_list, options or [], "the command line")
+    _resolve_teacher_config(cfg, config_file)
+    return cfg
+
+
+def run_tool(main: Callable[[], Any]) -> Any:
+    """Runs a tool; an error of the user's becomes one line in the log and exit status 2, Ctrl-C status 130."""
+    try:
+        return main()
+    except USER_ERRORS as error:
+        if not logging.getLogger("d2kd").handlers:
+            setup_logger(name="d2kd")
+        logger.error("%s", error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _options(args: argparse.Namespace) -> List[str]:
+    options = [o for o in args.opts if o != "--"]
+    for key, value in (
+        ("DISTILL.TEACHER.CONFIG_FILE", args.teacher_config),
+        ("DISTILL.TEACHER.WEIGHTS", args.teacher_weights),
+        ("DISTILL.METHODS", repr(args.method.split(",")) if args.method else None),
+    ):
+        if value is not None:
+            options += [key, value]
+    return options
+
+
+def _merge(cfg: CfgNode, merge: Callable[[Any], None], what: Any, where: str) -> None:
+    try:
+        merge(what)
+    except (KeyError, ValueError, AssertionError) as error:
+        message = str(error.args[0] if error.args else error)
+        unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
+        hint = ""
+        if unknown and "mean" not in message:
+            near = difflib.get_close_matches(unknown.group(1), _leaves(cfg), n=3, cutoff=0.6)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"In {where}: {message}.{hint}".replace("..", ".")) from error
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> List[str]:
+    names = []
+    for key, value in node.items():
+        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
+    return names
+
+
+def _resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
+    path = cfg.DISTILL.TEACHER.CONFIG_FILE
+    beside = os.path.join(os.path.dirname(config_file or ""), path)
+    if path and not os.path.isfile(path) and os.path.isfile(beside):
+        cfg.DISTILL.TEACHER.CONFIG_FILE = beside
+
+
+def _device_name(device: str) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,150 @@
+"""One optimizer step: accumulation, mixed precision, and a guard against losses that are not finite."""
+
+import contextlib
+import time
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss became infinite or NaN; the state before it is on disk."""
+
+
+class TrainStep(SimpleTrainer):
+    """Runs steps over a loader: forward, backward, check, update."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[List[Dict[str, Any]]],
+        optimizer: Optimizer,
+        *,
+        precision: Optional[torch.dtype] = None,
+        accumulate: int = 1,
+        before_raising: Callable[[], str] = lambda: "",
+    ) -> None:
+        """
+        Args:
+            model: returns a dict of scalar losses; may be wrapped for data parallelism.
+            data_loader: endless batches.
+            optimizer: over the model's parameters.
+            precision: torch.float16 (with loss scaling) or torch.bfloat16 for mixed precision, None for float32.
+            accumulate: batches a step; their gradients are averaged.
+            before_raising: called when a loss is not finite, before anything is updated; saves what is worth saving and returns
+                where to.
+        """
+        super().__init__(model, data_loader, optimizer)
+        if accumulate < 1:
+            raise ValueError(f"SOLVER.ACCUMULATE is {accumulate}; it must be at least 1.")
+        self.precision = precision
+        self.accumulate = accumulate
+        self.before_raising = before_raising
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self._statistics = BatchNormStatistics(model)
+
+    def run_step(self) -> None:
+        """Trains on `accumulate` batches.
+
+        Raises:
+            NonFiniteLossError: on every process, before weights or statistics have changed.
+        """
+        assert self.model.training, "The model was left in evaluation mode."
+        self._statistics.remember()
+        self.optimizer.zero_grad()
+        sums: Dict[str, Tensor] = {}
+        waited = 0.0
+        for number in range(self.accumulate):
+            start = time.perf_counter()
+            data = next(self._data_loader_iter)
+            waited += time.perf_counter() - start
+            with self._synchronise_if(number == self.accumulate - 1):
+                for name, loss in self._backward(data).items():
+                    sums[name] = sums[name] + loss if name in sums else loss
+        self._record({name: loss / self.accumulate for name, loss in sums.items()}, waited)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+        enabled = self.precision is not None
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=enabled) if enabled else contextlib.nullcontext():
+            losses = self.model(data)
+        total = sum(losses.values()) / self.accumulate if self.accumulate > 1 else sum(losses.values())
+        self.scaler.scale(total).backward()
+        return {name: loss.detach().float() for name, loss in losses.items()}
+
+    def _synchronise_if(self, last: bool) -> ContextManager:
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _record(self, losses: Dict[str, Tensor], data_time: float) -> None:
+        """Averages over processes, checks, and logs; one transfer from the device for all losses."""
+        names = sorted(losses)
+        values = torch.stack([losses[name] for name in names] + [torch.as_tensor(data_time, device=self.device)])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(values)
+            values /= comm.get_world_size()
+        numbers = dict(zip([*names, "data_time"], values.tolist()))
+        data_time = numbers.pop("data_time")
+        bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
+        if bad:
+            self._fail(bad)
+        if comm.is_main_process():
+            storage = get_event_storage()
+            storage.put_scalar("data_time", data_time)
+            storage.put_scalar("total_loss", sum(numbers.values()))
+            if len(numbers) > 1:
+                storage.put_scalars(**numbers)
+
+    def _fail(self, bad: Dict[str, float]) -> None:
+        self._statistics.restore()
+        kept = self.before_raising()
+        which = ", ".join(f"{name} = {value}" for name, value in sorted(bad.items()))
+        raise NonFiniteLossError(
+            f"Loss is not finite at iteration {self.iter}: {which}. Try a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, gradient "
+            f"clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"
+        )
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Iteration, optimizer and loss scale."""
+        state = super().state_dict()
+        if self.scaler.is_enabled():
+            state["grad_scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        super().load_state_dict(state_dict)
+        if self.scaler.is_enabled() and "grad_scaler" in state_dict:
+            self.scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class BatchNormStatistics:
+    """Copies of running statistics, so that a failed forward pass can be undone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+        self._live = [b for m in norms for b in m.buffers(recurse=False)]
+        self._copies = [b.clone() for b in self._live]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Copies the statistics of now."""
+        if self._live:
+            torch._foreach_copy_(self._copies, self._live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the remembered statistics back."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._copies)

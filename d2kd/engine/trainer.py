@@ -1,0 +1,223 @@
+"""DistillTrainer: Detectron2's DefaultTrainer, with a teacher, exact resuming, and checkpoints that are the student."""
+
+import contextlib
+import logging
+import os
+import weakref
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
+from detectron2.engine.train_loop import HookBase, TrainerBase
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+from torch.optim import Optimizer
+
+from d2kd.data.datasets import check_class_counts, check_datasets
+from d2kd.data.loader import ResumableLoader, build_train_loader
+from d2kd.evaluation.build import build_evaluator
+from d2kd.modeling import DistilledModel, build_distilled_model, inherit_from_teacher, is_distillation
+
+from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
+from .hooks import CheckpointHook, InterruptHook, ResultWriter, WallTime
+from .optimizer import build_optimizer
+from .teacher_eval import evaluate_teacher
+from .train_step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class DistillTrainer(DefaultTrainer):
+    """Trains the model of a configuration; with `DISTILL.TEACHER.CONFIG_FILE` set, by distillation.
+
+    Attributes:
+        student: the plain Detectron2 model that is trained, evaluated and saved.
+        distilled: student, teacher and distillers, or None without a teacher.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Raises:
+            ValueError and its subclasses: whatever in configuration, data or teacher would fail later, before any training.
+        """
+        TrainerBase.__init__(self)
+        check_datasets(cfg)
+        check_class_counts(cfg)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        self.distilled: Optional[DistilledModel] = model if isinstance(model, DistilledModel) else None
+        self.student: nn.Module = model.student if self.distilled is not None else model
+        self.data_loader = self.build_train_loader(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = TrainStep(
+            create_ddp_model(model, broadcast_buffers=False),
+            self.data_loader,
+            optimizer,
+            precision=_precision(cfg),
+            accumulate=cfg.SOLVER.ACCUMULATE,
+            before_raising=self._save_before_failure,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._process_states: List[Dict[str, Any]] = []
+        self.checkpointer = DistillCheckpointer(
+            self.student,
+            cfg.OUTPUT_DIR,
+            trainer=weakref.proxy(self),
+            distillers=None if self.distilled is None else self.distilled.distillers,
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self._wall_time = WallTime()
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The student, wrapped with its teacher and distillers where one is configured."""
+        model = build_distilled_model(cfg) if is_distillation(cfg) else build_model(cfg)
+        logger.info("Student: %s, %s parameters", type(getattr(model, "student", model)).__name__, f"{_size(model):,}")
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """See `d2kd.engine.optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+        """See `d2kd.data.loader`."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> DatasetEvaluator:
+        """See `d2kd.evaluation.build`."""
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    def build_hooks(self) -> List[Optional[HookBase]]:
+        """Timing, schedule, checkpoints, evaluation, result and writers, in that order."""
+        cfg = self.cfg
+        ret: List[Optional[HookBase]] = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            self._wall_time,
+            CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
+            InterruptHook() if comm.get_world_size() == 1 else None,
+        ]
+        if cfg.DATASETS.TEST:
+            ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        ret.append(ResultWriter(os.path.join(cfg.OUTPUT_DIR, "result.json"), self._result))
+        if comm.is_main_process():
+            ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return ret
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continues from the last checkpoint of the output directory if asked to and possible.
+
+        Else loads `MODEL.WEIGHTS` into the student and lets it inherit from the teacher.
+        """
+        if resume and self.checkpointer.has_checkpoint():
+            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=True)
+            self.start_iter = self.iter + 1
+            self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
+            logger.info("Resumed from %s: next is iteration %d", self.checkpointer.get_checkpoint_file(), self.start_iter)
+            return
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+        if self.distilled is not None:
+            inherit_from_teacher(self.cfg, self.distilled)
+
+    def train(self) -> Any:
+        """Evaluates the teacher (`DISTILL.TEACHER.EVAL_FIRST`), then trains. Returns the last evaluation's results."""
+        if self.start_iter >= self.max_iter:
+            logger.info("Nothing to do: %d of %d iterations are done.", self.start_iter, self.max_iter)
+            return None
+        if self.distilled is not None and self.cfg.DISTILL.TEACHER.EVAL_FIRST and self.start_iter == 0:
+            with _untouched_random_state():
+                evaluate_teacher(self.cfg, self.distilled.teacher.model)
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        results = getattr(self, "_last_eval_results", None)
+        if results is not None and len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
+            verify_results(self.cfg, results)
+        return results
+
+    def save(self, name: str) -> None:
+        """Writes `name`.pth and marks it as the last checkpoint. All processes must call it."""
+        self._process_states = gather_process_states(self.student)
+        if comm.is_main_process():
+            self.checkpointer.save(name, iteration=self.iter)
+        comm.synchronize()
+
+    def state_dict(self) -> Dict[str, Any]:
+        """All that resuming needs beside student and distillers."""
+        state = super().state_dict()
+        state["data_seed"] = self.data_loader.seed
+        state["process_states"] = self._process_states
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """The inverse of `state_dict`; random states are restored if there are as many processes as before."""
+        super().load_state_dict(state_dict)
+        self.data_loader.seed = state_dict["data_seed"]
+        states = state_dict["process_states"]
+        if len(states) == comm.get_world_size():
+            load_process_state(self.student, states[comm.get_rank()])
+        else:
+            logger.warning(
+                "The checkpoint was written by %d processes, now there are %d: training continues, but not bit by bit as it would have.",
+                len(states), comm.get_world_size(),
+            )
+
+    def _save_before_failure(self) -> str:
+        self.iter -= 1  # the state is that after the iteration before
+        name = f"model_before_failure_{self.iter + 1:07d}"
+        self.save(name)
+        self.iter += 1
+        return f" The state before this iteration is kept in {os.path.join(self.cfg.OUTPUT_DIR, name)}.pth; --resume continues there."
+
+    def _evaluate(self) -> Dict[str, Any]:
+        with _untouched_random_state():
+            self._last_eval_results = self.test(self.cfg, self.student)
+        return self._last_eval_results
+
+    def _result(self) -> Dict[str, Any]:
+        cfg = self.cfg
+        return {
+            "metrics": getattr(self, "_last_eval_results", {}),
+            "wall_time_s": round(self._wall_time.seconds, 2),
+            "iterations": self.max_iter,
+            "images_per_batch": cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE,
+            "params": _size(self.student),
+            "seed": self.data_loader.seed,
+            "methods": list(cfg.DISTILL.METHODS) if self.distilled is not None else [],
+        }
+
+
+def _precision(cfg: CfgNode) -> Optional[torch.dtype]:
+    """The type of mixed precision, None for float32.
+
+    Raises:
+        ValueError: unknown, or float16 on a CPU.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    name = cfg.SOLVER.AMP.PRECISION
+    if name not in _PRECISIONS:
+        raise ValueError(f"SOLVER.AMP.PRECISION is {name!r}; it must be one of {', '.join(_PRECISIONS)}.")
+    if name == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ValueError(f"SOLVER.AMP.PRECISION float16 needs CUDA, and MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to bfloat16.")
+    return _PRECISIONS[name]
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in getattr(model, "student", model).parameters())
+
+
+@contextlib.contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    """Evaluation draws random numbers (a loader's base seed); a run that is resumed after it must not notice."""
+    with torch.random.fork_rng():
+        yield

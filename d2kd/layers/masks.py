@@ -1,0 +1,70 @@
+"""Random masks for masked generation, reproducible without keeping generator state."""
+
+import hashlib
+from typing import Any, Dict
+
+import torch
+from torch import Tensor
+
+KINDS = ("spatial", "channel")
+
+
+class RandomMasks:
+    """Draws keep-masks on the features' device; all of its state is one counter.
+
+    Every draw reseeds a generator with a mixture of (seed, stream, number of the draw). So a run that is resumed draws what
+    it would have drawn, on every process, and the global random state is left alone. Processes differ by `stream`.
+    """
+
+    def __init__(self, seed: int = 0, stream: int = 0) -> None:
+        self.seed = seed
+        self.stream = stream
+        self.draws = 0
+        self._generators: Dict[torch.device, torch.Generator] = {}
+
+    def __call__(self, like: Tensor, drop: float, kind: str) -> Tensor:
+        """Draws one mask for a feature map.
+
+        Args:
+            like: (N, C, H, W); gives shape, device and type.
+            drop: share of the elements that is set to zero, 0 to 1.
+            kind: "spatial" draws (N, 1, H, W), shared by all channels; "channel" draws (N, C, 1, 1).
+
+        Returns:
+            The mask in the type of `like`: 1 = kept, 0 = dropped. Nothing is rescaled.
+        """
+        n, c, h, w = like.shape
+        shape = (n, 1, h, w) if kind == "spatial" else (n, c, 1, 1)
+        uniform = torch.rand(shape, generator=self._next_generator(like.device), device=like.device)
+        return keep_mask(uniform, drop, kind).to(like.dtype)
+
+    def _next_generator(self, device: torch.device) -> torch.Generator:
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = self._generators[device] = torch.Generator(device)
+        key = f"{self.seed},{self.stream},{self.draws}".encode()
+        self.draws += 1
+        # neighbouring seeds would give correlated streams on some devices, hence a digest of the three numbers
+        return generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
+
+    def state(self) -> Dict[str, Any]:
+        """What a checkpoint needs to continue the sequence: plain integers."""
+        return {"seed": self.seed, "draws": self.draws}
+
+    def load_state(self, state: Dict[str, Any]) -> None:
+        """Continues a saved sequence; the stream stays this process's own."""
+        self.seed, self.draws = int(state["seed"]), int(state["draws"])
+
+
+def keep_mask(uniform: Tensor, drop: float, kind: str) -> Tensor:
+    """Boolean keep-mask of uniform draws in [0, 1), with the thresholds of the method's official code.
+
+    Spatial masks keep R <= 1 - drop, channel masks keep R >= drop; a value on the threshold is kept in both.
+    """
+    return uniform <= 1.0 - drop if kind == "spatial" else uniform >= drop
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError unless `kind` is a known kind of mask."""
+    if kind not in KINDS:
+        raise ValueError(f"MASK is {kind!r}; it must be one of {', '.join(KINDS)}.")

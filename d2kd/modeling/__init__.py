@@ -1,0 +1,24 @@
+"""Taps, teacher, inheriting and the distilled model."""
+
+from .distilled_model import DistilledModel, build_distilled_model, inherit_from_teacher, is_distillation
+from .inherit import InheritReport, inherit
+from .num_classes import num_classes
+from .taps import FeatureTaps, TapError
+from .teacher import Teacher, TeacherError, load_strictly, load_teacher, teacher_config
+
+__all__ = [
+    "DistilledModel",
+    "FeatureTaps",
+    "InheritReport",
+    "TapError",
+    "Teacher",
+    "TeacherError",
+    "build_distilled_model",
+    "inherit",
+    "inherit_from_teacher",
+    "is_distillation",
+    "load_strictly",
+    "load_teacher",
+    "num_classes",
+    "teacher_config",
+]

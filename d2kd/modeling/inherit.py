@@ -1,0 +1,101 @@
+"""Inheriting: the student's neck and heads start from the teacher's, wherever names and shapes fit."""
+
+import logging
+from typing import Iterable, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+class InheritError(ValueError):
+    """A head that cannot be inherited because it predicts other classes."""
+
+
+class InheritReport(NamedTuple):
+    """What inheriting did, by parameter or buffer name of the student."""
+
+    copied: List[str]
+    # names that both have, with the student's and the teacher's shape
+    other_shape: List[Tuple[str, Tuple[int, ...], Tuple[int, ...]]]
+    # names of the student, outside its body, that the teacher lacks
+    absent: List[str]
+
+
+def body_prefix(model: nn.Module) -> str:
+    """Prefix of the body (bottom-up network), which is not inherited.
+
+    The pyramid lies inside `backbone` in Detectron2: a backbone with a `bottom_up` (or `net`, as the simple feature pyramid has) is
+    body and neck, any other is body alone.
+    """
+    backbone = getattr(model, "backbone", None)
+    for name in ("bottom_up", "net"):
+        if isinstance(getattr(backbone, name, None), nn.Module):
+            return f"backbone.{name}."
+    return "backbone."
+
+
+@torch.no_grad()
+def inherit(
+    student: nn.Module,
+    teacher: nn.Module,
+    exclude: Iterable[str] = (),
+    classes: Optional[Tuple[int, int]] = None,
+) -> InheritReport:
+    """Copies neck and heads of the teacher into the student, once; nothing stays tied or frozen.
+
+    This is the "init_student" step of the official code of Yang et al., "Masked Generative Distillation" (2022), except that it
+    reports what fitted.
+
+    Args:
+        student: changed in place.
+        teacher: read only.
+        exclude: name prefixes that keep the student's own values, beside its body.
+        classes: numbers of classes of student and teacher, where they are known.
+
+    Raises:
+        InheritError: the numbers of classes differ and a prediction layer would be shared.
+        ValueError: a prefix of `exclude` matches nothing in the student.
+    """
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    kept = tuple(exclude)
+    for prefix in kept:
+        if not any(name.startswith(prefix) for name in ours):
+            raise ValueError(f"DISTILL.INHERIT.EXCLUDE names {prefix!r}, but nothing in the student starts so.")
+    names = [n for n in ours if not n.startswith((body_prefix(student), *kept))]
+    report = InheritReport(copied=[], other_shape=[], absent=[])
+    for name in names:
+        if name not in theirs:
+            report.absent.append(name)
+        elif ours[name].shape != theirs[name].shape:
+            report.other_shape.append((name, tuple(ours[name].shape), tuple(theirs[name].shape)))
+        else:
+            report.copied.append(name)
+    if classes is not None and classes[0] != classes[1] and report.other_shape:
+        raise InheritError(_classes_differ(report, classes))
+    for name in report.copied:
+        ours[name].copy_(theirs[name])
+    _log(report)
+    return report
+
+
+def _classes_differ(report: InheritReport, classes: Tuple[int, int]) -> str:
+    layers = sorted({name.rpartition(".")[0] for name, *_ in report.other_shape})
+    return (
+        f"The student has {classes[0]} classes, the teacher {classes[1]}, so these layers cannot be inherited: {', '.join(layers)}. "
+        f"Add them to DISTILL.INHERIT.EXCLUDE ({layers!r}), or set DISTILL.INHERIT.ENABLED False, or give both models the same classes."
+    )
+
+
+def _log(report: InheritReport) -> None:
+    def modules(names: Iterable[str]) -> str:
+        return ", ".join(sorted({name.rpartition(".")[0] for name in names})) or "none"
+
+    logger.info("Inherited %d tensors from the teacher: %s", len(report.copied), modules(report.copied))
+    for name, ours, theirs in report.other_shape:
+        logger.warning("Not inherited, other shape: %s is %s in the student, %s in the teacher", name, ours, theirs)
+    if report.absent:
+        logger.info("Not inherited, the teacher has no such layer: %s", modules(report.absent))
+    if not report.copied:
+        logger.warning("Inheriting found nothing that fits: the student starts on its own.")

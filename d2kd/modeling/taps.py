@@ -1,0 +1,211 @@
+"""Taps: features of any Detectron2 model by address, read with removable hooks and without editing the model."""
+
+import contextlib
+import difflib
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+PRE_RELU = ".pre_relu"
+_RELUS = {torch.relu, torch.relu_, torch.nn.functional.relu, torch.nn.functional.relu_, Tensor.relu, Tensor.relu_}
+
+
+class TapError(ValueError):
+    """A tap that the model does not have, or that did not give one tensor in a forward pass."""
+
+
+class Tap(NamedTuple):
+    """An address, resolved: the module to hook, and what to take from its output."""
+
+    name: str
+    module: nn.Module
+    # entry of a dict output, None for the output itself
+    key: Optional[str] = None
+    # which call of the module in one forward pass, None where there must be one call only
+    call: Optional[int] = None
+    # take what goes into the last ReLU of the module instead of what comes out
+    pre_relu: bool = False
+
+
+def resolve_tap(model: nn.Module, name: str) -> Tap:
+    """Finds what a tap's address means in a model.
+
+    Addresses: "p3" (an output of the backbone), "res4" (a stage of the bottom-up network, also one that is no output),
+    "res4.pre_relu" (the same before its last ReLU), "head.bbox_pred" (the output of any module), "head.bbox_pred@2" (its third
+    call in a forward pass, counted from 0).
+
+    Raises:
+        TapError: there is no such feature; the message lists near matches.
+    """
+    address, _, call = name.partition("@")
+    if call and not call.isdigit():
+        raise TapError(f"Tap {name!r}: what follows '@' is the number of the call, e.g. '{address}@0'.")
+    address, pre_relu = address.removesuffix(PRE_RELU), address.endswith(PRE_RELU)
+    named = dict(model.named_modules())
+    if pre_relu:
+        return Tap(name, _last_block(name, _find_stage(model, name, address, named)), pre_relu=True)
+    for path in ("backbone", "backbone.bottom_up"):
+        if address in _outputs(named.get(path)):
+            return Tap(name, named[path], key=address)
+    return Tap(name, _find_stage(model, name, address, named), call=int(call) if call else None)
+
+
+def tap_names(model: nn.Module) -> List[str]:
+    """The short addresses of a model: outputs and stages of its backbone, finest first."""
+    named = dict(model.named_modules())
+    names = list(_outputs(named.get("backbone")))
+    for path in ("backbone.bottom_up", "backbone"):
+        body = named.get(path)
+        names += [n for n in _outputs(body) if n not in names]
+        names += [n for n in getattr(body, "stage_names", ()) if n not in names]
+    return names
+
+
+def _outputs(module: Optional[nn.Module]) -> Sequence[str]:
+    return tuple(module.output_shape()) if hasattr(module, "output_shape") else ()
+
+
+def _find_stage(model: nn.Module, name: str, address: str, named: Dict[str, nn.Module]) -> nn.Module:
+    for path in (f"backbone.bottom_up.{address}", f"backbone.{address}", address):
+        if path in named and path:
+            return named[path]
+    choices = tap_names(model) + [n for n in named if n]
+    near = difflib.get_close_matches(address, choices, n=3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+    raise TapError(
+        f"Tap {name!r} is not in the {type(model).__name__}.{hint} Features of its backbone: {', '.join(tap_names(model))}; "
+        "any module path (e.g. 'head.bbox_pred') is a tap too."
+    )
+
+
+def _last_block(name: str, stage: nn.Module) -> nn.Module:
+    blocks = list(stage.children())
+    if isinstance(stage, nn.Sequential) and blocks:
+        return blocks[-1]
+    if blocks:
+        return stage
+    raise TapError(f"Tap {name!r}: '{PRE_RELU}' needs a stage of blocks, but this is a {type(stage).__name__}.")
+
+
+class _LastReluInput(TorchFunctionMode):
+    """While active, runs every ReLU out of place and remembers what went into the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Optional[Tensor] = None
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Tuple = (), kwargs: Optional[Dict[str, Any]] = None
+    ) -> Any:
+        if func in _RELUS:
+            self.value = args[0]
+            return torch.relu(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _AllTapsFired(Exception):
+    """Ends a forward pass that has nothing more to give."""
+
+
+class FeatureTaps:
+    """Reads a fixed set of taps of one model.
+
+    >>> taps = FeatureTaps(model, ["p3", "p4"])
+    >>> with taps.recording() as features:
+    ...     model(batched_inputs)
+    >>> features["p3"]
+
+    Hooks exist only inside `recording`, nothing is stored on the model, and the tensors keep their autograd graph.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """
+        Raises:
+            TapError: the model has no such feature.
+        """
+        self.taps = [resolve_tap(model, name) for name in dict.fromkeys(names)]
+
+    @contextlib.contextmanager
+    def recording(self, stop_when_done: bool = False) -> Iterator[Dict[str, Tensor]]:
+        """Yields a dict that the forward passes inside fill: tap name to tensor.
+
+        Args:
+            stop_when_done: end the forward pass inside the block as soon as every tap has fired.
+
+        Raises:
+            TapError: at the end of the block, for a tap that did not fire; when it happens, for a tap that fires twice
+                or gives no tensor.
+        """
+        features: Dict[str, Tensor] = {}
+        recorder = _Recorder(features, len(self.taps) if stop_when_done else None)
+        try:
+            for tap in self.taps:
+                recorder.attach(tap)
+            yield features
+        except _AllTapsFired:
+            pass
+        finally:
+            recorder.detach()
+        missing = [tap.name for tap in self.taps if tap.name not in features]
+        if missing:
+            raise TapError(f"Taps that did not fire in the forward pass: {', '.join(missing)}. The model does not run them in this mode.")
+
+
+class _Recorder:
+    """The hooks of one recording."""
+
+    def __init__(self, features: Dict[str, Tensor], stop_after: Optional[int]) -> None:
+        self.features = features
+        self.stop_after = stop_after
+        self.handles: List[Any] = []
+        self.modes: List[_LastReluInput] = []
+
+    def attach(self, tap: Tap) -> None:
+        if tap.pre_relu:
+            self.handles.append(tap.module.register_forward_pre_hook(self._enter_block))
+            self.handles.append(tap.module.register_forward_hook(self._leave_block(tap)))
+        else:
+            self.handles.append(tap.module.register_forward_hook(self._take_output(tap)))
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        while self.modes:  # an exception inside a block left its mode behind
+            self.modes.pop().__exit__(None, None, None)
+
+    def _enter_block(self, module: nn.Module, args: Tuple) -> None:
+        mode = _LastReluInput()
+        mode.__enter__()
+        self.modes.append(mode)
+
+    def _leave_block(self, tap: Tap) -> Callable:
+        def hook(module: nn.Module, args: Tuple, output: Any) -> None:
+            mode = self.modes.pop()
+            mode.__exit__(None, None, None)
+            if mode.value is None:
+                raise TapError(f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage.")
+            self._store(tap, mode.value)
+
+        return hook
+
+    def _take_output(self, tap: Tap) -> Callable:
+        calls = 0
+
+        def hook(module: nn.Module, args: Tuple, output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if tap.call is None or tap.call == calls - 1:
+                self._store(tap, output if tap.key is None else output[tap.key])
+
+        return hook
+
+    def _store(self, tap: Tap, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TapError(f"Tap {tap.name!r} gives a {type(value).__name__}, not a tensor: name a module inside it.")
+        if tap.name in self.features:
+            raise TapError(f"Tap {tap.name!r} fires more than once in a forward pass: choose a call, e.g. '{tap.name}@0'.")
+        self.features[tap.name] = value
+        if self.stop_after == len(self.features):
+            raise _AllTapsFired

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Writes the student of a training checkpoint as a plain Detectron2 checkpoint, without optimizer and distillers.
+
+    python tools/export_student.py output/model_0004999.pth student.pth [--config-file student.yaml]
+"""
+
+import argparse
+import logging
+import os
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+
+from d2kd.engine import CheckpointError, load_config, run_tool
+from d2kd.modeling import load_strictly
+
+logger = logging.getLogger("d2kd.tools.export_student")
+
+
+def export(source: str, target: str) -> int:
+    """Writes `target`; returns the number of tensors in it.
+
+    Raises:
+        CheckpointError: `source` cannot be read, or holds no model.
+    """
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{source} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise CheckpointError(f"{source} holds no 'model': it is not a training checkpoint.")
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    torch.save({"model": content["model"]}, f"{target}.tmp")
+    os.replace(f"{target}.tmp", target)
+    return len(content["model"])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Exports, and checks the result against a configuration where one is given."""
+    setup_logger(name="d2kd")
+    count = export(args.source, args.target)
+    logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
+    if args.config_file:
+        cfg = load_config(args.config_file, args.opts)
+        cfg.MODEL.DEVICE = "cpu"
+        load_strictly(build_model(cfg), args.target, "student", "--config-file")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="checkpoint of a training run, of any iteration")
+    parser.add_argument("target", help="file to write")
+    parser.add_argument("--config-file", default="", help="student's YAML: check that every key fits it")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes to the YAML: KEY VALUE ...")
+    arguments = parser.parse_args()
+    run_tool(lambda: main(arguments))

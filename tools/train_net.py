@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Trains or evaluates a Detectron2 model, by distillation where a teacher is given.
+
+    python tools/train_net.py --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
+    python tools/train_net.py --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+import logging
+from typing import Any, Dict
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import launch
+from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+
+from d2kd.data.datasets import check_class_counts, check_datasets
+from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, run_tool, setup
+from d2kd.modeling import is_distillation, load_strictly
+
+logger = logging.getLogger("d2kd.tools.train_net")
+
+
+def evaluate_student(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
+    """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`; every key must fit."""
+    last = DetectionCheckpointer(None, cfg.OUTPUT_DIR)
+    path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS
+    if not path:
+        raise ConfigError("--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of OUTPUT_DIR.")
+    model = build_model(cfg)
+    load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
+    results = DistillTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def main(args: argparse.Namespace) -> Any:
+    """One process of the run."""
+    cfg = setup(args)
+    if args.eval_only or args.eval_teacher:
+        check_datasets(cfg)
+        check_class_counts(cfg)
+    if args.eval_teacher:
+        if not is_distillation(cfg):
+            raise ConfigError("--eval-teacher needs a teacher: --teacher-config and --teacher-weights.")
+        return evaluate_teacher(cfg)
+    if args.eval_only:
+        return evaluate_student(cfg, args.resume)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def main_process(args: argparse.Namespace) -> Any:
+    """`main`, with errors of the user's in one line."""
+    return run_tool(lambda: main(args))
+
+
+if __name__ == "__main__":
+    arguments = argument_parser().parse_args()
+    launch(
+        main_process,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
