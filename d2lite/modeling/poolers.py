@@ -1,0 +1,139 @@
+"""Pooling of regions of interest from one feature map or from a feature pyramid (FPN, arXiv 1612.03144)."""
+
+import math
+from typing import List, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+from torchvision.ops import RoIPool
+
+from d2lite.layers import ROIAlign
+from d2lite.structures import Boxes
+
+__all__ = ["ROIPooler", "assign_boxes_to_levels", "convert_boxes_to_pooler_format"]
+
+
+class ROIPooler(nn.Module):
+    """Pools every box from the pyramid level that fits its size.
+
+    Args:
+        output_size: side, or (height, width), of the pooled grid.
+        scales: of each feature map to the input image, finest first; consecutive powers of two such as
+            (1/4, 1/8, 1/16).
+        sampling_ratio: sampling points per bin and axis in ROIAlign; 0 means as many as the bin has pixels.
+        pooler_type: "ROIAlign", "ROIAlignV2" (half-pixel shift corrected) or "ROIPool".
+        canonical_box_size: side in pixels of the box that is pooled from ``canonical_level``.
+        canonical_level: log2 of the stride of that level.
+
+    Raises:
+        ValueError: the scales are no pyramid, or the pooler type is unknown.
+        NotImplementedError: the pooler type is for rotated boxes.
+    """
+
+    def __init__(
+        self,
+        output_size: Union[int, Sequence[int]],
+        scales: Sequence[float],
+        sampling_ratio: int,
+        pooler_type: str,
+        canonical_box_size: int = 224,
+        canonical_level: int = 4,
+    ):
+        super().__init__()
+        if isinstance(output_size, int):
+            output_size = (output_size, output_size)
+        if len(output_size) != 2:
+            raise ValueError(f"ROIPooler: output_size must be an int or (height, width), got {output_size}")
+        if canonical_box_size <= 0:
+            raise ValueError(f"ROIPooler: canonical_box_size must be positive, got {canonical_box_size}")
+        self.output_size: Tuple[int, int] = (int(output_size[0]), int(output_size[1]))
+        self.min_level, self.max_level = _pyramid_levels(scales)
+        self.canonical_level = canonical_level
+        self.canonical_box_size = canonical_box_size
+        self.level_poolers = nn.ModuleList(
+            _build_level_pooler(pooler_type, self.output_size, scale, int(sampling_ratio)) for scale in scales
+        )
+
+    def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+        """Pool all boxes of all images.
+
+        Args:
+            x: one (N, C, H, W) feature map per scale.
+            box_lists: N boxes objects, in input-image pixels.
+
+        Returns:
+            (M, C, output_size[0], output_size[1]), the M boxes in the order of the images. In the autograd
+            graph it depends on every map of `x`, even if no box falls on it or there is no box at all.
+        """
+        if len(x) != len(self.level_poolers):
+            raise ValueError(f"ROIPooler got {len(x)} feature maps for its {len(self.level_poolers)} scales")
+        if len(box_lists) != x[0].size(0):
+            raise ValueError(
+                f"ROIPooler got boxes of {len(box_lists)} images for features of {x[0].size(0)} images"
+            )
+        rois = convert_boxes_to_pooler_format(box_lists).to(x[0].device)
+        if len(x) == 1:
+            return self.level_poolers[0](x[0], rois)
+
+        levels = assign_boxes_to_levels(
+            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+        )
+        # Sorting by level waits for the device once, for the counts, instead of once per level.
+        order = torch.argsort(levels, stable=True)
+        counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0).tolist()
+        pooled = [pool(f, r) for pool, f, r in zip(self.level_poolers, x, rois[order].split(counts))]
+        return torch.cat(pooled).index_select(0, torch.argsort(order))
+
+
+def assign_boxes_to_levels(
+    box_lists: List[Boxes],
+    min_level: int,
+    max_level: int,
+    canonical_box_size: int,
+    canonical_level: int,
+) -> torch.Tensor:
+    """Level of each box by its size, equation 1 of the FPN paper.
+
+    Returns:
+        (M,) int64, 0 for ``min_level`` and ``max_level - min_level`` for the coarsest.
+    """
+    if not box_lists:
+        return torch.zeros(0, dtype=torch.int64)
+    sizes = torch.cat([boxes.area() for boxes in box_lists]).sqrt()
+    # the small term keeps log2 finite for boxes without area, and exact at the size where the level changes
+    levels = torch.floor(canonical_level + torch.log2(sizes / canonical_box_size + 1e-8))
+    return levels.clamp(min=min_level, max=max_level).to(torch.int64) - min_level
+
+
+def convert_boxes_to_pooler_format(box_lists: List[Boxes]) -> torch.Tensor:
+    """Boxes of N images as one (M, 5) tensor: index of the image in the batch, then XYXY in pixels."""
+    if not box_lists:
+        return torch.zeros(0, 5)
+    boxes = torch.cat([boxes.tensor for boxes in box_lists])
+    index = torch.cat([boxes.tensor.new_full((len(boxes), 1), i) for i, boxes in enumerate(box_lists)])
+    return torch.cat([index, boxes], dim=1)
+
+
+def _pyramid_levels(scales: Sequence[float]) -> Tuple[int, int]:
+    levels = [-math.log2(scale) for scale in scales]
+    first = round(levels[0]) if levels else 0
+    if not levels or first < 0 or any(abs(level - first - i) > 1e-6 for i, level in enumerate(levels)):
+        raise ValueError(
+            "ROIPooler: the feature maps must form a pyramid, each with twice the stride of the one before it"
+            f" and none larger than the image; got scales {tuple(scales)}"
+        )
+    return first, first + len(levels) - 1
+
+
+def _build_level_pooler(kind: str, size: Tuple[int, int], scale: float, sampling_ratio: int) -> nn.Module:
+    if kind == "ROIPool":
+        return RoIPool(size, spatial_scale=scale)
+    if kind in ("ROIAlign", "ROIAlignV2"):
+        return ROIAlign(
+            size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=kind == "ROIAlignV2"
+        )
+    if kind == "ROIAlignRotated":
+        raise NotImplementedError(
+            "POOLER_TYPE ROIAlignRotated (rotated boxes) is not part of d2lite; install Detectron2 to use it"
+        )
+    raise ValueError(f"Unknown pooler type {kind!r}; use ROIAlign, ROIAlignV2 or ROIPool")

@@ -1,0 +1,86 @@
+"""Heads that turn the pooled features of a region into one feature vector."""
+
+import math
+
+from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
+from torch import Tensor, nn
+
+from d2lite.config import CfgNode, configurable
+from d2lite.layers import Conv2d, ShapeSpec, get_norm
+from d2lite.utils.registry import Registry
+
+ROI_BOX_HEAD_REGISTRY = Registry("ROI_BOX_HEAD")
+ROI_BOX_HEAD_REGISTRY.__doc__ = """
+Modules that turn pooled features (R, C, H, W) into those of the box predictor, and have an `output_shape`.
+Called as `cls(cfg, input_shape)` with a :class:`ShapeSpec`.
+"""
+
+
+def build_box_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+    """Build the head named by `cfg.MODEL.ROI_BOX_HEAD.NAME` for pooled features of `input_shape`."""
+    return ROI_BOX_HEAD_REGISTRY.get(cfg.MODEL.ROI_BOX_HEAD.NAME)(cfg, input_shape)
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class FastRCNNConvFCHead(nn.Sequential):
+    """Some 3x3 convolutions, then some fully connected layers, each with a ReLU."""
+
+    @configurable
+    def __init__(
+        self, input_shape: ShapeSpec, *, conv_dims: list[int], fc_dims: list[int], conv_norm: str = ""
+    ) -> None:
+        """
+        Args:
+            input_shape: channels, height and width of the pooled features.
+            conv_dims: output channels of each convolution.
+            fc_dims: output size of each fully connected layer.
+            conv_norm: normalisation of the convolutions, see :func:`get_norm`.
+        """
+        super().__init__()
+        if not conv_dims and not fc_dims:
+            raise ValueError("The box head needs a layer: set MODEL.ROI_BOX_HEAD.NUM_CONV or NUM_FC above 0")
+        self._output_size = (input_shape.channels, input_shape.height, input_shape.width)
+        for i, dim in enumerate(conv_dims, start=1):
+            conv = Conv2d(
+                self._output_size[0],
+                dim,
+                kernel_size=3,
+                padding=1,
+                bias=not conv_norm,
+                norm=get_norm(conv_norm, dim),
+                activation=nn.ReLU(),
+            )
+            self.add_module(f"conv{i}", conv)
+            self._output_size = (dim, *self._output_size[1:])
+        for i, dim in enumerate(fc_dims, start=1):
+            if i == 1:
+                self.add_module("flatten", nn.Flatten())
+            self.add_module(f"fc{i}", nn.Linear(math.prod(self._output_size), dim))
+            self.add_module(f"fc_relu{i}", nn.ReLU())
+            self._output_size = (dim,)
+        for layer in self:
+            if isinstance(layer, Conv2d):
+                c2_msra_fill(layer)
+            elif isinstance(layer, nn.Linear):
+                c2_xavier_fill(layer)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        head = cfg.MODEL.ROI_BOX_HEAD
+        return {
+            "input_shape": input_shape,
+            "conv_dims": [head.CONV_DIM] * head.NUM_CONV,
+            "fc_dims": [head.FC_DIM] * head.NUM_FC,
+            "conv_norm": head.NORM,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, C, H, W) -> (R, D), or (R, D, H, W) without fully connected layers; R may be 0."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+    @property
+    def output_shape(self) -> ShapeSpec:
+        """Shape of the output: channels, and height and width where it has them."""
+        return ShapeSpec(*self._output_size)

@@ -1,0 +1,208 @@
+"""Cascade R-CNN (arXiv 1712.00726): box heads in a row, each trained on the boxes of the one before."""
+
+import torch
+from torch import Tensor, nn
+
+from d2lite.config import CfgNode, configurable
+from d2lite.layers import ShapeSpec
+from d2lite.modeling.box_regression import Box2BoxTransform
+from d2lite.modeling.matcher import Matcher
+from d2lite.modeling.poolers import ROIPooler
+from d2lite.modeling.roi_heads.box_head import build_box_head
+from d2lite.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
+from d2lite.modeling.roi_heads.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    StandardROIHeads,
+    _build_pooler,
+    _log_sample_counts,
+)
+from d2lite.structures import Boxes, Instances, pairwise_iou
+from d2lite.utils.events import get_event_storage
+
+
+@ROI_HEADS_REGISTRY.register()
+class CascadeROIHeads(StandardROIHeads):
+    """Standard heads whose `box_head` and `box_predictor` are lists with one module per stage."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        box_in_features: list[str],
+        box_pooler: ROIPooler,
+        box_heads: list[nn.Module],
+        box_predictors: list[nn.Module],
+        proposal_matchers: list[Matcher],
+        **kwargs: object,
+    ) -> None:
+        """
+        Args:
+            box_in_features: names of the feature maps for the boxes.
+            box_pooler: pools them; shared by the stages.
+            box_heads: one per stage.
+            box_predictors: one per stage, with one box for all classes.
+            proposal_matchers: one per stage; the first one labels the proposals themselves.
+            kwargs: see :class:`StandardROIHeads`.
+        """
+        if "proposal_matcher" in kwargs:
+            raise ValueError(
+                "CascadeROIHeads takes `proposal_matchers`, one per stage, not `proposal_matcher`"
+            )
+        if not len(box_heads) == len(box_predictors) == len(proposal_matchers):
+            raise ValueError(
+                f"A cascade needs as many box_heads ({len(box_heads)}) as box_predictors"
+                f" ({len(box_predictors)}) and proposal_matchers ({len(proposal_matchers)})"
+            )
+        super().__init__(
+            box_in_features=box_in_features,
+            box_pooler=box_pooler,
+            box_head=nn.ModuleList(box_heads),
+            box_predictor=nn.ModuleList(box_predictors),
+            proposal_matcher=proposal_matchers[0],
+            **kwargs,
+        )
+        self.num_cascade_stages = len(box_heads)
+        self.proposal_matchers = proposal_matchers
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        arguments = super().from_config(cfg, input_shape)
+        arguments.pop("proposal_matcher")
+        return arguments
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        cascade, heads = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cfg.MODEL.ROI_HEADS
+        if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise ValueError("CascadeROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True")
+        if len(cascade.BBOX_REG_WEIGHTS) != len(cascade.IOUS):
+            raise ValueError(
+                "MODEL.ROI_BOX_CASCADE_HEAD: BBOX_REG_WEIGHTS and IOUS must have one entry per stage, but"
+                f" have {len(cascade.BBOX_REG_WEIGHTS)} and {len(cascade.IOUS)}"
+            )
+        if cascade.IOUS[0] != heads.IOU_THRESHOLDS[0]:
+            raise ValueError(
+                f"The first of MODEL.ROI_BOX_CASCADE_HEAD.IOUS ({cascade.IOUS[0]}) must be"
+                f" MODEL.ROI_HEADS.IOU_THRESHOLDS ({heads.IOU_THRESHOLDS[0]})"
+            )
+        pooler, pooled_shape = _build_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        box_heads, predictors, matchers = [], [], []
+        for iou, weights in zip(cascade.IOUS, cascade.BBOX_REG_WEIGHTS):
+            box_head = build_box_head(cfg, pooled_shape)
+            box_heads.append(box_head)
+            predictors.append(
+                FastRCNNOutputLayers(
+                    cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(weights=weights)
+                )
+            )
+            matchers.append(Matcher([iou], [0, 1], allow_low_quality_matches=False))
+        return {
+            "box_in_features": heads.IN_FEATURES,
+            "box_pooler": pooler,
+            "box_heads": box_heads,
+            "box_predictors": predictors,
+            "proposal_matchers": matchers,
+        }
+
+    def forward(
+        self,
+        images: object,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """See :class:`ROIHeads`."""
+        if not self.training:
+            detections = self._forward_box(features, proposals)
+            return self.forward_with_given_boxes(features, detections), {}
+        assert targets is not None, "ROI heads need `targets` in training"
+        proposals = self.label_and_sample_proposals(proposals, targets)
+        losses = self._forward_box(features, proposals, targets)
+        losses.update(self._forward_mask(features, proposals))
+        return proposals, losses
+
+    def _forward_box(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> dict[str, Tensor] | list[Instances]:
+        """Losses "<name>_stage<k>" of all stages (`targets` is needed for these), or N detections."""
+        maps = [features[name] for name in self.box_in_features]
+        image_sizes = [x.image_size for x in proposals]
+        outputs = []
+        for k in range(self.num_cascade_stages):
+            if k > 0:
+                predictor, predictions, proposals = outputs[-1]
+                boxes = predictor.predict_boxes(predictions, proposals)
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+                if self.training:
+                    proposals = self._match_and_label_boxes(proposals, k, targets)
+            outputs.append((self.box_predictor[k], self._run_stage(maps, proposals, k), proposals))
+        if not self.training:
+            return self._inference(outputs, image_sizes)
+        losses = {}
+        for k, (predictor, predictions, proposals) in enumerate(outputs):
+            with get_event_storage().name_scope(f"stage{k}"):
+                stage_losses = predictor.losses(predictions, proposals)
+            losses.update({f"{name}_stage{k}": loss for name, loss in stage_losses.items()})
+        return losses
+
+    def _inference(self, outputs: list[tuple], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        """Boxes of the last stage, with the mean of the scores of all stages (section 4.3 of the paper)."""
+        stage_scores = [
+            predictor.predict_probs(predictions, props) for predictor, predictions, props in outputs
+        ]
+        scores = [sum(of_image) / self.num_cascade_stages for of_image in zip(*stage_scores)]
+        predictor, predictions, proposals = outputs[-1]
+        return fast_rcnn_inference(
+            predictor.predict_boxes(predictions, proposals),
+            scores,
+            image_sizes,
+            predictor.test_score_thresh,
+            predictor.test_nms_thresh,
+            predictor.test_topk_per_image,
+        )[0]
+
+    @torch.no_grad()
+    def _match_and_label_boxes(
+        self, proposals: list[Instances], stage: int, targets: list[Instances]
+    ) -> list[Instances]:
+        """Give all proposals of a later stage `gt_classes` and `gt_boxes`, in place; none is dropped."""
+        for x, target in zip(proposals, targets):
+            quality = pairwise_iou(target.gt_boxes, x.proposal_boxes)
+            matched_idxs, labels = self.proposal_matchers[stage](quality)
+            x.gt_classes = self._classes_of_matches(matched_idxs, labels, target.gt_classes)
+            if len(target) > 0:
+                x.gt_boxes = target.gt_boxes[matched_idxs]
+            else:
+                x.gt_boxes = Boxes(torch.zeros_like(x.proposal_boxes.tensor))
+        if proposals:
+            background = torch.stack([(x.gt_classes == self.num_classes).sum() for x in proposals]).tolist()
+            with get_event_storage().name_scope(f"stage{stage}"):
+                _log_sample_counts([len(x) for x in proposals], background)
+        return proposals
+
+    def _run_stage(
+        self, features: list[Tensor], proposals: list[Instances], stage: int
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and deltas of one stage for all proposals."""
+        box_features = self.box_pooler(features, [x.proposal_boxes for x in proposals])
+        if self.training and box_features.requires_grad:
+            # the stages share the features; their gradients are averaged, or the backbone would get the sum
+            box_features.register_hook(lambda gradient: gradient / self.num_cascade_stages)
+        return self.box_predictor[stage](self.box_head[stage](box_features))
+
+    def _create_proposals_from_boxes(
+        self, boxes: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        """The predicted boxes (R_i, 4) of a stage as proposals of the next, clipped and without gradient."""
+        proposals = []
+        for image_boxes, size in zip(boxes, image_sizes):
+            image_boxes = Boxes(image_boxes.detach())
+            image_boxes.clip(size)
+            if self.training:
+                # inference keeps them: the stages' scores are averaged row by row
+                image_boxes = image_boxes[image_boxes.nonempty()]
+            proposals.append(Instances(size, proposal_boxes=image_boxes))
+        return proposals

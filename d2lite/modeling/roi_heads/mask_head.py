@@ -1,0 +1,203 @@
+"""Heads that segment the object in a region (Mask R-CNN, arXiv 1703.06870)."""
+
+import torch
+import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill
+from torch import Tensor, nn
+
+from d2lite.config import CfgNode, configurable
+from d2lite.layers import Conv2d, ConvTranspose2d, ShapeSpec, get_norm
+from d2lite.structures import Instances
+from d2lite.utils.events import EventStorage, get_event_storage
+from d2lite.utils.registry import Registry
+
+ROI_MASK_HEAD_REGISTRY = Registry("ROI_MASK_HEAD")
+ROI_MASK_HEAD_REGISTRY.__doc__ = """
+Modules that turn pooled features (R, C, H, W) and the instances of their regions into mask losses or masks.
+Called as `cls(cfg, input_shape)` with a :class:`ShapeSpec`.
+"""
+
+
+def build_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+    """Build the head named by `cfg.MODEL.ROI_MASK_HEAD.NAME` for pooled features of `input_shape`."""
+    return ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.ROI_MASK_HEAD.NAME)(cfg, input_shape)
+
+
+def mask_rcnn_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_period: int = 0) -> Tensor:
+    """
+    Mean binary cross entropy between the predicted mask of the true class and the true mask in the region.
+
+    Args:
+        pred_mask_logits: (R, K, M, M) for the R foreground regions of all images and K classes, or K = 1 for
+            all classes together.
+        instances: of N images, R in all, with `proposal_boxes`, `gt_classes` and `gt_masks`.
+        vis_period: iterations between pictures in the event storage; 0 for none.
+
+    Returns:
+        A scalar; 0, still connected to the predictions, where R is 0.
+    """
+    if pred_mask_logits.shape[2] != pred_mask_logits.shape[3]:
+        raise ValueError(f"Mask predictions must be square, got shape {tuple(pred_mask_logits.shape)}")
+    instances = [x for x in instances if len(x) > 0]
+    if not instances:
+        return pred_mask_logits.sum() * 0
+    targets = torch.cat([_mask_targets(x, pred_mask_logits) for x in instances])
+    if pred_mask_logits.shape[1] == 1:
+        logits = pred_mask_logits[:, 0]
+    else:
+        classes = torch.cat([x.gt_classes for x in instances]).to(torch.int64)
+        logits = pred_mask_logits[torch.arange(len(classes), device=classes.device), classes]
+
+    storage = get_event_storage()
+    _log_mask_accuracy(storage, logits.detach() > 0, targets)
+    if vis_period > 0 and storage.iter % vis_period == 0:
+        for i, pair in enumerate(torch.cat([logits.detach().sigmoid(), targets.to(logits)], dim=2)):
+            storage.put_image(f"Left: mask prediction;   Right: mask GT ({i})", pair.expand(3, -1, -1))
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+
+
+def _mask_targets(instances: Instances, pred_mask_logits: Tensor) -> Tensor:
+    """The true masks (R_i, M, M) bool in the regions of one image."""
+    if not instances.has("gt_masks"):
+        raise ValueError(
+            "MODEL.MASK_ON needs `gt_masks` in the ground truth of every image with objects: give the"
+            " annotations a `segmentation`, or turn MODEL.MASK_ON off"
+        )
+    boxes = instances.proposal_boxes.tensor.detach()
+    targets = instances.gt_masks.crop_and_resize(boxes, pred_mask_logits.shape[-1])
+    return targets.to(device=pred_mask_logits.device, dtype=torch.bool)
+
+
+def _log_mask_accuracy(storage: EventStorage, predicted: Tensor, targets: Tensor) -> None:
+    wrong = predicted != targets
+    counts = torch.stack([targets.sum(), (wrong & ~targets).sum(), (wrong & targets).sum()])
+    positives, false_positives, false_negatives = counts.tolist()
+    total = targets.numel()
+    storage.put_scalar("mask_rcnn/accuracy", 1 - (false_positives + false_negatives) / total)
+    storage.put_scalar("mask_rcnn/false_positive", false_positives / max(total - positives, 1))
+    storage.put_scalar("mask_rcnn/false_negative", false_negatives / max(positives, 1))
+
+
+def mask_rcnn_inference(pred_mask_logits: Tensor, pred_instances: list[Instances]) -> None:
+    """
+    Store in each of the N `pred_instances` the field `pred_masks` (R_i, 1, M, M): for each detection the
+    probabilities of the mask of its class, relative to its box.
+
+    Args:
+        pred_mask_logits: (R, K, M, M) for the R detections of all images and K classes, or K = 1 for all
+            classes together.
+        pred_instances: with `pred_classes`, R in all.
+    """
+    if pred_mask_logits.shape[1] > 1 and pred_instances:
+        classes = torch.cat([x.pred_classes for x in pred_instances])
+        index = torch.arange(len(classes), device=classes.device)
+        pred_mask_logits = pred_mask_logits[index, classes][:, None]
+    masks = pred_mask_logits.sigmoid().split([len(x) for x in pred_instances])
+    for instances, image_masks in zip(pred_instances, masks):
+        instances.pred_masks = image_masks
+
+
+class BaseMaskRCNNHead(nn.Module):
+    """The losses and the inference of a mask head; subclasses give the `layers`."""
+
+    @configurable
+    def __init__(self, *, loss_weight: float = 1.0, vis_period: int = 0) -> None:
+        """
+        Args:
+            loss_weight: factor of the loss.
+            vis_period: iterations between pictures in the event storage; 0 for none.
+        """
+        super().__init__()
+        self.vis_period = vis_period
+        self.loss_weight = loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        return {"vis_period": cfg.VIS_PERIOD}
+
+    def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
+        """
+        Args:
+            x: pooled features (R, C, H, W) of the regions of all images.
+            instances: of the same regions; see :func:`mask_rcnn_loss` and :func:`mask_rcnn_inference`.
+
+        Returns:
+            In training {"loss_mask": scalar}, otherwise `instances` with the field `pred_masks`.
+        """
+        x = self.layers(x)
+        if self.training:
+            return {"loss_mask": mask_rcnn_loss(x, instances, self.vis_period) * self.loss_weight}
+        mask_rcnn_inference(x, instances)
+        return instances
+
+    def layers(self, x: Tensor) -> Tensor:
+        """From features (R, C, H, W) to logits (R, K, M, M)."""
+        raise NotImplementedError(f"{type(self).__name__} must implement layers()")
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
+    """3x3 convolutions, a transposed convolution that doubles the size, and a 1x1 convolution per class."""
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        conv_dims: list[int],
+        conv_norm: str = "",
+        **kwargs: object,
+    ) -> None:
+        """
+        Args:
+            input_shape: of the pooled features; only the channels matter.
+            num_classes: foreground classes, or 1 for one mask for all classes.
+            conv_dims: output channels of the convolutions; the last one is the transposed convolution.
+            conv_norm: normalisation of the convolutions, see :func:`get_norm`.
+            kwargs: see :class:`BaseMaskRCNNHead`.
+        """
+        super().__init__(**kwargs)
+        if not conv_dims:
+            raise ValueError(
+                "MaskRCNNConvUpsampleHead: conv_dims must have at least the transposed convolution"
+            )
+        channels = input_shape.channels
+        for i, dim in enumerate(conv_dims[:-1], start=1):
+            conv = Conv2d(
+                channels,
+                dim,
+                kernel_size=3,
+                padding=1,
+                bias=not conv_norm,
+                norm=get_norm(conv_norm, dim),
+                activation=nn.ReLU(),
+            )
+            self.add_module(f"mask_fcn{i}", conv)
+            channels = dim
+        self.deconv = ConvTranspose2d(channels, conv_dims[-1], kernel_size=2, stride=2)
+        self.deconv_relu = nn.ReLU()
+        self.predictor = Conv2d(conv_dims[-1], num_classes, kernel_size=1)
+        for layer in self:
+            if isinstance(layer, (Conv2d, ConvTranspose2d)) and layer is not self.predictor:
+                c2_msra_fill(layer)
+        # close to 0, so that training starts from undecided masks
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        head = cfg.MODEL.ROI_MASK_HEAD
+        return {
+            **super().from_config(cfg, input_shape),
+            "conv_dims": [head.CONV_DIM] * (head.NUM_CONV + 1),
+            "conv_norm": head.NORM,
+            "input_shape": input_shape,
+            "num_classes": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        }
+
+    def layers(self, x: Tensor) -> Tensor:
+        """From features (R, C, H, W) to logits (R, K, 2 * H, 2 * W)."""
+        for layer in self:
+            x = layer(x)
+        return x
