@@ -1,0 +1,238 @@
+"""What detectors that predict at every cell of a feature pyramid (RetinaNet, FCOS) have in common."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from fvcore.nn import sigmoid_focal_loss_jit
+from torch import nn
+from torch.nn import functional as F
+
+from d2lite.modeling.backbone import Backbone
+from d2lite.modeling.meta_arch.inputs import batch_images, ground_truth, output_size
+from d2lite.modeling.postprocessing import detector_postprocess
+from d2lite.structures import Boxes, ImageList, Instances
+from d2lite.utils.events import get_event_storage
+
+
+def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
+    """Rearrange predictions (N, A * K, H, W) of one level to (N, H * W * A, K)."""
+    assert tensor.dim() == 4, f"expected predictions (N, A * K, H, W), got shape {list(tensor.shape)}"
+    n, _, h, w = tensor.shape
+    return tensor.view(n, -1, K, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, K)
+
+
+class DenseDetector(nn.Module):
+    """
+    Base of one-stage detectors: backbone, a head that is applied to several of its features, and box
+    decoding.
+
+    A subclass defines `forward_training` and `forward_inference`, and `num_classes` where it is trained.
+    """
+
+    num_classes_key: str = "num_classes"
+    """What sets `num_classes`; named when an annotation has a class outside its range."""
+
+    vis_period: int = 0
+    input_format: str = "BGR"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: list[str] | None = None,
+        *,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        """
+        Args:
+            backbone: maps a batch of images to a dict of features.
+            head: maps a list of features to a tuple of predictions, each a list with one (N, C, Hi, Wi) per
+                feature.
+            head_in_features: names of the features that the head takes; by default all, by increasing stride.
+            pixel_mean, pixel_std: per channel, to normalise the input image.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        if head_in_features is None:
+            shapes = backbone.output_shape()
+            head_in_features = sorted(shapes, key=lambda name: shapes[name].stride)
+        self.head_in_features = list(head_in_features)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; inputs are moved there."""
+        return self.pixel_mean.device
+
+    def forward(
+        self, batched_inputs: list[dict], do_postprocess: bool = True
+    ) -> dict[str, torch.Tensor] | list[dict[str, Instances]] | list[Instances]:
+        """
+        Args:
+            batched_inputs: one dict per image: "image" (C, H, W), in training "instances" (Instances with
+                `gt_boxes` and `gt_classes`), and optionally "height" and "width", the resolution wanted for
+                the output.
+            do_postprocess: whether predictions are mapped to that resolution.
+
+        Returns:
+            In training a dict of losses. Otherwise one {"instances": Instances} per image with `pred_boxes`,
+            `scores` and `pred_classes`, or the plain Instances at the network's resolution without
+            postprocessing.
+        """
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.head_in_features]
+        predictions = self.head(features)
+
+        if self.training:
+            gt_instances = ground_truth(
+                batched_inputs, self.device, getattr(self, "num_classes", None), self.num_classes_key
+            )
+            if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+                with torch.no_grad():
+                    results = self.forward_inference(images, features, predictions)
+                self.visualize_training(batched_inputs, results)
+            return self.forward_training(images, features, predictions, gt_instances)
+
+        results = self.forward_inference(images, features, predictions)
+        if not do_postprocess:
+            return results
+        return [
+            {"instances": detector_postprocess(r, *output_size(x, size))}
+            for r, x, size in zip(results, batched_inputs, images.image_sizes)
+        ]
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[torch.Tensor],
+        predictions: Sequence[list[torch.Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, torch.Tensor]:
+        """The losses of a batch, from what the head returned for `features`."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward_training")
+
+    def forward_inference(
+        self, images: ImageList, features: list[torch.Tensor], predictions: Sequence[list[torch.Tensor]]
+    ) -> list[Instances]:
+        """The detections of each image, at the network's resolution."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward_inference")
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, pad and batch the input images."""
+        return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
+
+    def _transpose_dense_predictions(
+        self, predictions: Sequence[list[torch.Tensor]], dims_per_anchor: Sequence[int]
+    ) -> list[list[torch.Tensor]]:
+        """Bring every kind of prediction, of K = `dims_per_anchor[i]` numbers, to (N, Hi * Wi * A, K)."""
+        assert len(predictions) == len(dims_per_anchor), (
+            f"the head gave {len(predictions)} kinds of predictions, expected {len(dims_per_anchor)}"
+        )
+        return [
+            [permute_to_N_HWA_K(x, K) for x in levels] for levels, K in zip(predictions, dims_per_anchor)
+        ]
+
+    def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
+        """Update and return the running average in the attribute `name`, first `initial_value`."""
+        average = getattr(self, name, initial_value) * momentum + value * (1 - momentum)
+        setattr(self, name, average)
+        return average
+
+    def _decode_per_level_predictions(
+        self,
+        anchors: Boxes,
+        pred_scores: torch.Tensor,
+        pred_deltas: torch.Tensor,
+        score_thresh: float,
+        topk_candidates: int,
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """
+        The best candidates of one level of one image, by decreasing score.
+
+        Args:
+            anchors: R boxes.
+            pred_scores: (R, K) in [0, 1].
+            pred_deltas: (R, 4).
+            score_thresh: only scores above this are kept.
+            topk_candidates: at most so many (anchor, class) pairs are kept.
+            image_size: (height, width).
+        """
+        candidates = (pred_scores > score_thresh).flatten().nonzero().squeeze(1)
+        scores = pred_scores.flatten()[candidates]
+        scores, order = scores.sort(descending=True)
+        scores, candidates = scores[:topk_candidates], candidates[order[:topk_candidates]]
+
+        num_classes = pred_scores.shape[1]
+        index = candidates // num_classes
+        boxes = self.box2box_transform.apply_deltas(pred_deltas[index], anchors.tensor[index])
+        return Instances(
+            image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=candidates % num_classes
+        )
+
+    def _decode_multi_level_predictions(
+        self,
+        anchors: list[Boxes],
+        pred_scores: list[torch.Tensor],
+        pred_deltas: list[torch.Tensor],
+        score_thresh: float,
+        topk_candidates: int,
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """`_decode_per_level_predictions` of every level of one image, together."""
+        return Instances.cat(
+            [
+                self._decode_per_level_predictions(
+                    level_anchors, scores, deltas, score_thresh, topk_candidates, image_size
+                )
+                for level_anchors, scores, deltas in zip(anchors, pred_scores, pred_deltas)
+            ]
+        )
+
+    def visualize_training(self, batched_inputs: list[dict], results: list[Instances]) -> None:
+        """
+        Put a picture of the first image into the event storage: its annotations left, the 20 best detections
+            right.
+
+        Args:
+            batched_inputs: the input of a training step.
+            results: detections at the network's resolution, for each image.
+        """
+        from d2lite.data.detection_utils import convert_image_to_rgb
+        from d2lite.utils.visualizer import Visualizer
+
+        assert len(batched_inputs) == len(results), "one result is needed for each image"
+        max_boxes = 20
+        x, result = batched_inputs[0], results[0]
+        image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
+        result = detector_postprocess(result, image.shape[0], image.shape[1])
+        truth = Visualizer(image, None).overlay_instances(boxes=x["instances"].gt_boxes)
+        boxes = result.pred_boxes.tensor[:max_boxes].detach().cpu().numpy()
+        found = Visualizer(image, None).overlay_instances(boxes=boxes)
+        picture = np.hstack([truth.get_image(), found.get_image()]).transpose(2, 0, 1)
+        get_event_storage().put_image(
+            f"Left: ground truth; right: {max_boxes} highest scoring results", picture
+        )
+
+
+def dense_focal_loss(
+    pred_logits: list[torch.Tensor], gt_labels: torch.Tensor, num_classes: int, alpha: float, gamma: float
+) -> torch.Tensor:
+    """
+    Sum of the sigmoid focal loss (arXiv 1708.02002, equation 5) over all anchors that are not ignored.
+
+    Args:
+        pred_logits: (N, R_i, K) of each level.
+        gt_labels: (N, R) classes in [0, K); K is background, negative is ignored.
+        num_classes: K.
+        alpha, gamma: balance of the foreground, and focusing exponent.
+    """
+    valid = gt_labels >= 0
+    targets = F.one_hot(gt_labels[valid], num_classes=num_classes + 1)[:, :-1]
+    logits = torch.cat(pred_logits, dim=1)[valid]
+    return sigmoid_focal_loss_jit(logits, targets.to(logits.dtype), alpha=alpha, gamma=gamma, reduction="sum")

@@ -1,0 +1,246 @@
+"""Detectors that classify and refine region proposals (R-CNN), and the proposal network on its own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from d2lite.config import CfgNode, configurable
+from d2lite.modeling.backbone import Backbone, build_backbone
+from d2lite.modeling.meta_arch.build import META_ARCH_REGISTRY
+from d2lite.modeling.meta_arch.inputs import batch_images, ground_truth, output_size
+from d2lite.modeling.postprocessing import detector_postprocess
+from d2lite.modeling.proposal_generator import build_proposal_generator
+from d2lite.modeling.roi_heads import build_roi_heads
+from d2lite.structures import ImageList, Instances
+from d2lite.utils.events import get_event_storage
+
+__all__ = ["GeneralizedRCNN", "ProposalNetwork"]
+
+
+@META_ARCH_REGISTRY.register()
+class GeneralizedRCNN(nn.Module):
+    """
+    Any model made of a backbone, a proposal generator and heads on the regions that it proposes: Faster, Mask
+    and Cascade R-CNN, and, with proposals from the input, Fast R-CNN.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        proposal_generator: nn.Module | None,
+        roi_heads: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str | None = None,
+        vis_period: int = 0,
+    ) -> None:
+        """
+        Args:
+            backbone: maps a batch of images to a dict of features.
+            proposal_generator: maps images and features to proposals; None to read them from the input.
+            roi_heads: turns features and proposals into detections or losses.
+            pixel_mean, pixel_std: per channel, to normalise the input image.
+            input_format: channel order of the input image, for the pictures of `vis_period`.
+            vis_period: iterations between two pictures of training proposals; 0 for none.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.roi_heads = roi_heads
+        self.input_format = input_format
+        self.vis_period = vis_period
+        assert vis_period == 0 or input_format is not None, "pictures of the training need input_format"
+        assert len(pixel_mean) == len(pixel_std), "pixel_mean and pixel_std have different lengths"
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
+            "roi_heads": build_roi_heads(cfg, backbone.output_shape()),
+            "input_format": cfg.INPUT.FORMAT,
+            "vis_period": cfg.VIS_PERIOD,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; inputs are moved there."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
+        """
+        Args:
+            batched_inputs: one dict per image: "image" (C, H, W), in training "instances" (ground truth),
+                "proposals" where there is no proposal generator, and optionally "height" and "width", the
+                resolution wanted for the output.
+
+        Returns:
+            In training a dict of losses. Otherwise one {"instances": Instances} per image with `pred_boxes`,
+            `scores`, `pred_classes` and, with a mask head, `pred_masks` (N, height, width) bool.
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        gt_instances = self._ground_truth(batched_inputs)
+        features = self.backbone(images.tensor)
+        proposals, proposal_losses = self._propose(batched_inputs, images, features, gt_instances)
+        _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            self.visualize_training(batched_inputs, proposals)
+        return {**detector_losses, **proposal_losses}
+
+    def inference(
+        self,
+        batched_inputs: list[dict],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[dict[str, Instances]] | list[Instances]:
+        """
+        Args:
+            batched_inputs: as in `forward`.
+            detected_instances: boxes of each image at the network's resolution (`pred_boxes`,
+                `pred_classes`). Only the other outputs, such as masks, are predicted for them.
+            do_postprocess: whether predictions are mapped to the resolution that the input dicts ask for.
+
+        Returns:
+            As `forward`; without postprocessing the plain Instances at the network's resolution, with masks
+            as probabilities (N, 1, M, M) inside the boxes.
+        """
+        assert not self.training, "inference was called on a model in training mode; call model.eval() first"
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        if detected_instances is None:
+            proposals, _ = self._propose(batched_inputs, images, features, None)
+            results, _ = self.roi_heads(images, features, proposals, None)
+        else:
+            detected_instances = [x.to(self.device) for x in detected_instances]
+            results = self.roi_heads.forward_with_given_boxes(features, detected_instances)
+        return self._postprocess(results, batched_inputs, images.image_sizes) if do_postprocess else results
+
+    def _ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
+        num_classes = getattr(self.roi_heads, "num_classes", None)
+        return ground_truth(batched_inputs, self.device, num_classes, "MODEL.ROI_HEADS.NUM_CLASSES")
+
+    def _propose(
+        self,
+        batched_inputs: list[dict],
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        gt_instances: list[Instances] | None,
+    ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
+        """The proposals of each image and, in training, the losses of the proposal generator."""
+        if self.proposal_generator is not None:
+            return self.proposal_generator(images, features, gt_instances)
+        assert "proposals" in batched_inputs[0], (
+            "the model has no proposal generator and the input has no 'proposals' "
+            "(MODEL.PROPOSAL_GENERATOR.NAME, MODEL.LOAD_PROPOSALS)"
+        )
+        return [x["proposals"].to(self.device) for x in batched_inputs], {}
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, pad and batch the input images."""
+        return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
+
+    @staticmethod
+    def _postprocess(
+        instances: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Instances]]:
+        """Map the predictions of each image to the resolution that its input dict asks for."""
+        return [
+            {"instances": detector_postprocess(r, *output_size(x, size))}
+            for r, x, size in zip(instances, batched_inputs, image_sizes)
+        ]
+
+    def visualize_training(self, batched_inputs: list[dict], proposals: list[Instances]) -> None:
+        """
+        Put a picture of each image into the event storage: its annotations left, the 20 best proposals right.
+
+        Args:
+            batched_inputs: the input of a training step.
+            proposals: with `proposal_boxes`, best first, for each image.
+        """
+        from d2lite.data.detection_utils import convert_image_to_rgb
+        from d2lite.utils.visualizer import Visualizer
+
+        max_boxes = 20
+        for x, found in zip(batched_inputs, proposals):
+            image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
+            truth = Visualizer(image, None).overlay_instances(boxes=x["instances"].gt_boxes.to("cpu"))
+            boxes = found.proposal_boxes.tensor[:max_boxes].detach().cpu().numpy()
+            guess = Visualizer(image, None).overlay_instances(boxes=boxes)
+            picture = np.hstack([truth.get_image(), guess.get_image()]).transpose(2, 0, 1)
+            get_event_storage().put_image("Left: ground truth; right: proposals", picture)
+
+
+@META_ARCH_REGISTRY.register()
+class ProposalNetwork(nn.Module):
+    """Backbone and proposal generator only: trains and evaluates region proposals."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        proposal_generator: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        """
+        Args:
+            backbone: maps a batch of images to a dict of features.
+            proposal_generator: maps images and features to proposals.
+            pixel_mean, pixel_std: per channel, to normalise the input image.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; inputs are moved there."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
+        """
+        Args:
+            batched_inputs: as in :class:`GeneralizedRCNN`.
+
+        Returns:
+            In training a dict of losses. Otherwise one {"proposals": Instances} per image with
+            `proposal_boxes` and `objectness_logits`.
+        """
+        images = self.preprocess_image(batched_inputs)
+        gt_instances = ground_truth(batched_inputs, self.device) if self.training else None
+        features = self.backbone(images.tensor)
+        proposals, losses = self.proposal_generator(images, features, gt_instances)
+        if self.training:
+            return losses
+        return [
+            {"proposals": detector_postprocess(r, *output_size(x, size))}
+            for r, x, size in zip(proposals, batched_inputs, images.image_sizes)
+        ]
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, pad and batch the input images."""
+        return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)

@@ -1,0 +1,337 @@
+"""RetinaNet, the one-stage detector trained with the focal loss (arXiv 1708.02002)."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from d2lite.config import CfgNode, configurable
+from d2lite.layers import CycleBatchNormList, ShapeSpec, batched_nms, get_norm
+from d2lite.modeling.anchor_generator import build_anchor_generator
+from d2lite.modeling.backbone import Backbone, build_backbone
+from d2lite.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
+from d2lite.modeling.matcher import Matcher
+from d2lite.modeling.meta_arch.build import META_ARCH_REGISTRY
+from d2lite.modeling.meta_arch.dense_detector import DenseDetector, dense_focal_loss, permute_to_N_HWA_K
+from d2lite.structures import Boxes, ImageList, Instances, pairwise_iou
+from d2lite.utils.events import get_event_storage
+
+__all__ = ["RetinaNet", "RetinaNetHead", "permute_to_N_HWA_K"]
+
+logger = logging.getLogger(__name__)
+
+
+@META_ARCH_REGISTRY.register()
+class RetinaNet(DenseDetector):
+    """Anchors at every cell of a feature pyramid, classified and refined by two convolutional subnets."""
+
+    num_classes_key = "MODEL.RETINANET.NUM_CLASSES"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: list[str],
+        anchor_generator: nn.Module,
+        box2box_transform: Box2BoxTransform,
+        anchor_matcher: Matcher,
+        num_classes: int,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        smooth_l1_beta: float = 0.0,
+        box_reg_loss_type: str = "smooth_l1",
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.5,
+        max_detections_per_image: int = 100,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        vis_period: int = 0,
+        input_format: str = "BGR",
+    ) -> None:
+        """
+        Args:
+            backbone: maps a batch of images to a dict of features.
+            head: maps a list of features to per-level logits (N, A * K, Hi, Wi) and deltas (N, A * 4, Hi,
+                Wi).
+            head_in_features: names of the features that the head takes.
+            anchor_generator: makes the anchors of these features.
+            box2box_transform: how the deltas encode boxes relative to anchors.
+            anchor_matcher: labels anchors by their overlap with the ground truth.
+            num_classes: K, the classes without background.
+            focal_loss_alpha, focal_loss_gamma: parameters of the focal loss.
+            smooth_l1_beta: where smooth L1 turns from quadratic to linear.
+            box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
+            test_score_thresh: detections need a higher score.
+            test_topk_candidates: candidates of each level that enter non-maximum suppression.
+            test_nms_thresh: overlap above which the lower score is suppressed.
+            max_detections_per_image: detections kept in the end.
+            pixel_mean, pixel_std: per channel, to normalise the input image.
+            vis_period: iterations between two pictures of training detections; 0 for none.
+            input_format: channel order of the input image, for these pictures.
+        """
+        super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        self.num_classes = num_classes
+        self.anchor_generator = anchor_generator
+        self.box2box_transform = box2box_transform
+        self.anchor_matcher = anchor_matcher
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.smooth_l1_beta = smooth_l1_beta
+        self.box_reg_loss_type = box_reg_loss_type
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.vis_period = vis_period
+        self.input_format = input_format
+        # Running average of the foreground anchors in a batch; to be restored when training resumes.
+        self.loss_normalizer: float = 100.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        feature_shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": RetinaNetHead(cfg, feature_shapes),
+            "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
+            "anchor_generator": build_anchor_generator(cfg, feature_shapes),
+            "box2box_transform": Box2BoxTransform(weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS),
+            "anchor_matcher": Matcher(
+                cfg.MODEL.RETINANET.IOU_THRESHOLDS,
+                cfg.MODEL.RETINANET.IOU_LABELS,
+                allow_low_quality_matches=True,
+            ),
+            "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
+            "focal_loss_alpha": cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
+            "smooth_l1_beta": cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA,
+            "box_reg_loss_type": cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE,
+            "test_score_thresh": cfg.MODEL.RETINANET.SCORE_THRESH_TEST,
+            "test_topk_candidates": cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": cfg.MODEL.RETINANET.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[torch.Tensor],
+        predictions: Sequence[list[torch.Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, torch.Tensor]:
+        """The losses "loss_cls" and "loss_box_reg" of a batch."""
+        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        return self.losses(anchors, logits, gt_labels, deltas, gt_boxes)
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[torch.Tensor],
+        gt_labels: list[torch.Tensor],
+        pred_anchor_deltas: list[torch.Tensor],
+        gt_boxes: list[torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            anchors: R_i boxes on each level, R in total.
+            pred_logits, pred_anchor_deltas: (N, R_i, K) and (N, R_i, 4) on each level.
+            gt_labels, gt_boxes: for each of N images, as returned by `label_anchors`.
+
+        Returns:
+            "loss_cls" and "loss_box_reg": sums over the batch, divided by the running average of its
+            foreground anchors.
+        """
+        labels = torch.stack(gt_labels)
+        foreground = (labels >= 0) & (labels != self.num_classes)
+        num_foreground = int(foreground.sum())
+        get_event_storage().put_scalar("num_pos_anchors", num_foreground / len(labels))
+        normalizer = self._ema_update("loss_normalizer", max(num_foreground, 1), 100)
+
+        loss_cls = dense_focal_loss(
+            pred_logits, labels, self.num_classes, self.focal_loss_alpha, self.focal_loss_gamma
+        )
+        loss_box_reg = _dense_box_regression_loss(
+            anchors,
+            self.box2box_transform,
+            pred_anchor_deltas,
+            gt_boxes,
+            foreground,
+            box_reg_loss_type=self.box_reg_loss_type,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
+        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
+
+    @torch.no_grad()
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        Match the anchors of all levels, R in total, to the ground truth of each image.
+
+        Returns:
+            gt_labels: for each image (R,) int64: a class in [0, K), K for background, or -1 for ignored.
+            matched_gt_boxes: for each image (R, 4), the box matched to each anchor; meaningful for
+                foreground.
+        """
+        all_anchors = Boxes.cat(anchors)
+        gt_labels, matched_gt_boxes = [], []
+        for instances in gt_instances:
+            matches, match_labels = self.anchor_matcher(pairwise_iou(instances.gt_boxes, all_anchors))
+            if len(instances) > 0:
+                labels = instances.gt_classes[matches]
+                labels.masked_fill_(match_labels == 0, self.num_classes)
+                labels.masked_fill_(match_labels == -1, -1)
+                boxes = instances.gt_boxes.tensor[matches]
+            else:
+                labels = torch.full_like(matches, self.num_classes)
+                boxes = torch.zeros_like(all_anchors.tensor)
+            gt_labels.append(labels)
+            matched_gt_boxes.append(boxes)
+        return gt_labels, matched_gt_boxes
+
+    def forward_inference(
+        self, images: ImageList, features: list[torch.Tensor], predictions: Sequence[list[torch.Tensor]]
+    ) -> list[Instances]:
+        """The detections of each image, at the network's resolution."""
+        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        anchors = self.anchor_generator(features)
+        return [
+            self.inference_single_image(
+                anchors, [x[i].sigmoid() for x in logits], [x[i] for x in deltas], image_size
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        box_cls: list[torch.Tensor],
+        box_delta: list[torch.Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """
+        Decode the candidates of all levels and keep the best that do not overlap within a class.
+
+        Args:
+            anchors: R_i boxes on each level.
+            box_cls: scores (R_i, K) on each level.
+            box_delta: deltas (R_i, 4) on each level.
+            image_size: (height, width).
+        """
+        candidates = self._decode_multi_level_predictions(
+            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
+        )
+        keep = batched_nms(
+            candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, self.test_nms_thresh
+        )
+        return candidates[keep[: self.max_detections_per_image]]
+
+
+class RetinaNetHead(nn.Module):
+    """Two subnets of 3x3 convolutions, one for classes and one for boxes, shared by all levels."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: list[ShapeSpec],
+        num_classes: int,
+        num_anchors: int,
+        conv_dims: list[int],
+        norm: str | Callable = "",
+        prior_prob: float = 0.01,
+    ) -> None:
+        """
+        Args:
+            input_shape: the features that the head takes, all of the same width.
+            num_classes: K, the classes without background.
+            num_anchors: A, the anchors per cell.
+            conv_dims: width of each convolution of a subnet.
+            norm: normalisation after each of them. "BN" and "SyncBN" keep separate statistics for each level,
+                as these differ in scale; the features must then always come in the same order.
+            prior_prob: initial probability of the foreground (section 4.1 of the paper).
+        """
+        super().__init__()
+        self._num_features = len(input_shape)
+        norm = self._norm_per_level(norm)
+        in_channels = input_shape[0].channels
+        self.cls_subnet = self._subnet(in_channels, conv_dims, norm)
+        self.bbox_subnet = self._subnet(in_channels, conv_dims, norm)
+        self.cls_score = nn.Conv2d(conv_dims[-1], num_anchors * num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(conv_dims[-1], num_anchors * 4, 3, padding=1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
+        num_anchors = build_anchor_generator(cfg, input_shape).num_cell_anchors
+        assert len(set(num_anchors)) == 1, (
+            f"RetinaNet shares its head between levels, so all need as many anchors per cell; got "
+            f"{num_anchors} (MODEL.ANCHOR_GENERATOR.SIZES, ASPECT_RATIOS)"
+        )
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
+            "conv_dims": [input_shape[0].channels] * cfg.MODEL.RETINANET.NUM_CONVS,
+            "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB,
+            "norm": cfg.MODEL.RETINANET.NORM,
+            "num_anchors": num_anchors[0],
+        }
+
+    def _norm_per_level(self, norm: str | Callable) -> str | Callable:
+        if norm in ("BN", "SyncBN"):
+            bn_class = nn.BatchNorm2d if norm == "BN" else nn.SyncBatchNorm
+            logger.info("RetinaNetHead keeps separate %s statistics for each of %d levels.", norm,
+            self._num_features)
+            return lambda channels: CycleBatchNormList(
+                self._num_features, bn_class=bn_class, num_features=channels
+            )
+        if isinstance(get_norm(norm, 32), nn.modules.batchnorm._BatchNorm):
+            logger.warning("RetinaNetHead shares the batch statistics of norm '%s' between its levels.", norm)
+        return norm
+
+    @staticmethod
+    def _subnet(in_channels: int, conv_dims: list[int], norm: str | Callable) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for out_channels in conv_dims:
+            layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+            if norm:
+                layers.append(get_norm(norm, out_channels))
+            layers.append(nn.ReLU())
+            in_channels = out_channels
+        return nn.Sequential(*layers)
+
+    def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        Args:
+            features: (N, C, Hi, Wi) of each level.
+
+        Returns:
+            logits: (N, A * K, Hi, Wi) of each level, class varies fastest.
+            bbox_reg: (N, A * 4, Hi, Wi) of each level, (dx, dy, dw, dh) of each anchor.
+        """
+        self._check_features(features)
+        logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        bbox_reg = [self.bbox_pred(self.bbox_subnet(x)) for x in features]
+        return logits, bbox_reg
+
+    def _check_features(self, features: list[torch.Tensor]) -> None:
+        assert len(features) == self._num_features, (
+            f"the head was made for {self._num_features} features, got {len(features)}"
+        )
