@@ -182,7 +182,7 @@ def _configurable_init(init: Callable) -> Callable:
     def wrapped(self, *args: Any, **kwargs: Any) -> None:
         translate = getattr(type(self), "from_config", None)
         if translate is None:
-            raise AttributeError(f"{type(self).__name__} is @configurable but has no from_config classmethod.")
+            raise AttributeError(f"{type(self).__name__} is @configurable but has no from_config.")
         if not inspect.ismethod(translate):
             raise TypeError(f"{type(self).__name__}.from_config must be a classmethod.")
         if _called_with_cfg(args, kwargs):

@@ -325,7 +325,7 @@ _SOLVER = {
     # Number of processes that batch size, rate and iterations are meant for, and from which they are scaled
     # to the actual number; 0: no scaling.
     "REFERENCE_WORLD_SIZE": 0,
-    # CLIP_TYPE: value | norm (per parameter) | full_model (norm over all). NORM_TYPE: inf is the maximum norm.
+    # CLIP_TYPE: value | norm (per parameter) | full_model (norm of all). NORM_TYPE: inf is the maximum norm.
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
     # Automatic mixed precision.
     "AMP": {"ENABLED": False},

@@ -11,15 +11,20 @@ from d2lite.structures.boxes import (
 )
 from d2lite.structures.image_list import ImageList
 from d2lite.structures.instances import Instances
+from d2lite.structures.masks import BitMasks, PolygonMasks, ROIMasks, polygons_to_bitmask
 
 __all__ = [
+    "BitMasks",
     "BoxMode",
     "Boxes",
     "ImageList",
     "Instances",
+    "PolygonMasks",
+    "ROIMasks",
     "matched_pairwise_iou",
     "pairwise_intersection",
     "pairwise_ioa",
     "pairwise_iou",
     "pairwise_point_box_distance",
+    "polygons_to_bitmask",
 ]

@@ -77,7 +77,7 @@ class EventStorage:
         self._history[name].update(value, cur_iter)
         self._latest_scalars[name] = (value, cur_iter)
         known_hint = self._smoothing_hints.setdefault(name, smoothing_hint)
-        assert known_hint == smoothing_hint, f"Scalar '{name}' was put with smoothing_hint={known_hint} before"
+        assert known_hint == smoothing_hint, f"Scalar '{name}' had smoothing_hint={known_hint} before"
 
     def put_scalars(
         self, *, smoothing_hint: bool = True, cur_iter: Optional[int] = None, **kwargs: float
@@ -234,8 +234,8 @@ class JSONWriter(EventWriter):
     """
     Appends scalars to a file, one JSON object per line and iteration; a resumed run continues its file.
 
-    Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity", which strict JSON readers
-    accept and `float()` understands.
+    Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity", which strict JSON
+    readers accept and `float()` understands.
     """
 
     def __init__(self, json_file: str, window_size: int = 20) -> None:

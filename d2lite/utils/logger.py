@@ -125,8 +125,10 @@ def _caller() -> Tuple[str, Key]:
     while frame.f_code.co_filename == __file__:
         frame = frame.f_back
     code = frame.f_code
-    module = frame.f_globals.get("__name__", "d2lite")
-    return ("d2lite" if module == "__main__" else module), (code.co_filename, str(frame.f_lineno), code.co_name)
+    module = frame.f_globals.get("__name__", "__main__")
+    key = (code.co_filename, str(frame.f_lineno), code.co_name)
+    # Messages of a script go to the logger that setup_logger always sets up.
+    return ("d2lite" if module == "__main__" else module), key
 
 
 def log_first_n(

@@ -1,0 +1,51 @@
+"""Retry of a computation that ran out of GPU memory."""
+
+import logging
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Callable, Iterator, List
+
+import torch
+
+__all__ = ["retry_if_cuda_oom"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _note_cuda_oom(failures: List[str]) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as e:
+        failures.append(str(e))
+
+
+def retry_if_cuda_oom(func: Callable) -> Callable:
+    """
+    Make a function cope with little GPU memory: where it runs out, it is called again with PyTorch's cache
+    emptied, and then with its tensor arguments on the CPU.
+
+    Args:
+        func: a function without side effects. Tensors that are arguments by themselves are moved, those
+            inside of other objects are not. Its results may be on the CPU.
+
+    Returns:
+        The function that retries.
+    """
+
+    @wraps(func)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        failures: List[str] = []
+        with _note_cuda_oom(failures):
+            return func(*args, **kwargs)
+        torch.cuda.empty_cache()
+        with _note_cuda_oom(failures):
+            return func(*args, **kwargs)
+        logger.info("%s ran out of GPU memory; it is repeated on the CPU.", getattr(func, "__name__", func))
+        return func(*map(_to_cpu, args), **{name: _to_cpu(value) for name, value in kwargs.items()})
+
+    return wrapped
+
+
+def _to_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value
