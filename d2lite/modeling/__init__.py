@@ -45,16 +45,19 @@ from d2lite.modeling.roi_heads import (
     build_mask_head,
     build_roi_heads,
 )
+from d2lite.modeling.test_time_augmentation import DatasetMapperTTA, GeneralizedRCNNWithTTA
 
 __all__ = [
     "ANCHOR_GENERATOR_REGISTRY",
     "BACKBONE_REGISTRY",
     "Backbone",
     "BaseMaskRCNNHead",
+    "DatasetMapperTTA",
     "FCOS",
     "FPN",
     "FastRCNNOutputLayers",
     "GeneralizedRCNN",
+    "GeneralizedRCNNWithTTA",
     "META_ARCH_REGISTRY",
     "PROPOSAL_GENERATOR_REGISTRY",
     "PanopticFPN",

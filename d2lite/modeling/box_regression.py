@@ -1,6 +1,5 @@
 """Encodings of a box relative to another one, and the loss of dense heads that predict them."""
 
-import functools
 import math
 
 import torch
@@ -51,7 +50,8 @@ class Box2BoxTransform:
         target_center, target_size = _center_and_size(target_boxes)
         shift = (target_center - src_center) / src_size
         scale = torch.log(target_size / src_size)
-        return torch.cat([shift, scale], dim=1) * _weight_tensor(tuple(self.weights), shift.device)
+        wx, wy, ww, wh = self.weights
+        return torch.cat([_times(shift, wx, wy), _times(scale, ww, wh)], dim=1)
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """
@@ -66,10 +66,10 @@ class Box2BoxTransform:
         """
         deltas = deltas.float()  # half precision has too few digits for the coordinates of a box
         center, size = _center_and_size(boxes.to(deltas.dtype)[:, None])
-        deltas = deltas.unflatten(1, (-1, 4)) / _weight_tensor(tuple(self.weights), deltas.device)
-        shift, scale = deltas.split(2, dim=2)
-        new_center = center + shift * size
-        half = 0.5 * size * scale.clamp(max=self.scale_clamp).exp()
+        shift, scale = deltas.unflatten(1, (-1, 4)).split(2, dim=2)
+        wx, wy, ww, wh = self.weights
+        new_center = center + _times(shift, 1 / wx, 1 / wy) * size
+        half = 0.5 * size * _times(scale, 1 / ww, 1 / wh).clamp(max=self.scale_clamp).exp()
         return torch.cat([new_center - half, new_center + half], dim=2).flatten(1)
 
 
@@ -117,11 +117,9 @@ class Box2BoxTransformLinear:
         return torch.cat([center - before, center + after], dim=2).flatten(1)
 
 
-@functools.lru_cache(maxsize=64)
-def _weight_tensor(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """The weights as a tensor; kept, because a copy to a GPU makes the host wait."""
-    with torch.inference_mode(False):
-        return torch.tensor(weights, dtype=torch.float32, device=device)
+def _times(pairs: torch.Tensor, x: float, y: float) -> torch.Tensor:
+    """Multiply pairs (..., 2) by (x, y), without a tensor of factors: copying it to a GPU would block."""
+    return pairs * x if x == y else torch.stack([pairs[..., 0] * x, pairs[..., 1] * y], dim=-1)
 
 
 def _center_and_size(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
