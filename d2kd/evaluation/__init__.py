@@ -1,0 +1,1 @@
+"""Evaluation: which evaluator a dataset gets (`build`), and the comparison of trained models (`report`)."""
