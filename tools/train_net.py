@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Trains or evaluates a Detectron2 model, by distillation where a teacher is given.
 
-    python tools/train_net.py --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
-    python tools/train_net.py --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+python tools/train_net.py --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
+python tools/train_net.py --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
 import argparse
@@ -29,7 +29,9 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     last = DetectionCheckpointer(None, cfg.OUTPUT_DIR)
     path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS
     if not path:
-        raise ConfigError("--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of OUTPUT_DIR.")
+        raise ConfigError(
+            "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of OUTPUT_DIR."
+        )
     model = build_model(cfg)
     load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
     results = DistillTrainer.test(cfg, model)

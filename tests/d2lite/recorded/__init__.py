@@ -1,0 +1,1 @@
+"""Runners for behaviour recorded from Detectron2, in tests/data/parity."""
