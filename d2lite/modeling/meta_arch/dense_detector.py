@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from fvcore.nn import sigmoid_focal_loss_jit
 from torch import nn
-from torch.nn import functional as F
 
 from d2lite.modeling.backbone import Backbone
 from d2lite.modeling.meta_arch.inputs import batch_images, ground_truth, output_size
@@ -218,21 +216,3 @@ class DenseDetector(nn.Module):
         get_event_storage().put_image(
             f"Left: ground truth; right: {max_boxes} highest scoring results", picture
         )
-
-
-def dense_focal_loss(
-    pred_logits: list[torch.Tensor], gt_labels: torch.Tensor, num_classes: int, alpha: float, gamma: float
-) -> torch.Tensor:
-    """
-    Sum of the sigmoid focal loss (arXiv 1708.02002, equation 5) over all anchors that are not ignored.
-
-    Args:
-        pred_logits: (N, R_i, K) of each level.
-        gt_labels: (N, R) classes in [0, K); K is background, negative is ignored.
-        num_classes: K.
-        alpha, gamma: balance of the foreground, and focusing exponent.
-    """
-    valid = gt_labels >= 0
-    targets = F.one_hot(gt_labels[valid], num_classes=num_classes + 1)[:, :-1]
-    logits = torch.cat(pred_logits, dim=1)[valid]
-    return sigmoid_focal_loss_jit(logits, targets.to(logits.dtype), alpha=alpha, gamma=gamma, reduction="sum")

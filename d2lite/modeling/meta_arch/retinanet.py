@@ -14,7 +14,8 @@ from d2lite.modeling.backbone import Backbone, build_backbone
 from d2lite.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from d2lite.modeling.matcher import Matcher
 from d2lite.modeling.meta_arch.build import META_ARCH_REGISTRY
-from d2lite.modeling.meta_arch.dense_detector import DenseDetector, dense_focal_loss, permute_to_N_HWA_K
+from d2lite.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from d2lite.modeling.meta_arch.focal_loss import dense_focal_loss
 from d2lite.structures import Boxes, ImageList, Instances, pairwise_iou
 from d2lite.utils.events import get_event_storage
 
