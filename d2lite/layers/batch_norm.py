@@ -56,16 +56,17 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C, H, W); the result has the type of `x`."""
-        if not x.requires_grad:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        # Unlike batch norm's backward, this one needs no copy of x: the gradient is just grad * scale.
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return torch.addcmul(
-            shift.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1)
-        )
+        scale, shift = self.scale_and_shift()
+        scale, shift = scale.to(x.dtype).view(1, -1, 1, 1), shift.to(x.dtype).view(1, -1, 1, 1)
+        # Unlike F.batch_norm, neither keeps x for the backward pass. addcmul is one kernel instead of two,
+        # but is not vectorised on CPUs.
+        return torch.addcmul(shift, x, scale) if x.is_cuda else (x * scale).add_(shift)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The layer as two (C,) tensors, in float32 or better."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
+        return scale, self.bias.to(dtype) - self.running_mean.to(dtype) * scale
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *args: Any

@@ -33,9 +33,7 @@ def paste_masks_in_image(
     columns = _interpolation_weights(boxes[:, 0], boxes[:, 2], width, masks.shape[-1])
     if masks.device.type == "cpu":
         return _paste_regions(masks, boxes, rows, columns, threshold)
-    per_chunk = max(1, _MAX_CHUNK_BYTES // (height * width * masks.element_size()))
-    chunks = zip(masks.split(per_chunk), rows.split(per_chunk), columns.split(per_chunk), strict=True)
-    return torch.cat([_finish(r @ m @ c.mT, threshold) for m, r, c in chunks])
+    return _paste_chunks(masks, rows, columns, threshold)
 
 
 def _interpolation_weights(lo: Tensor, hi: Tensor, length: int, mask_size: int) -> Tensor:
@@ -59,6 +57,14 @@ def _interpolation_weights(lo: Tensor, hi: Tensor, length: int, mask_size: int) 
 def _pixel_range(lo: Tensor, hi: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """First pixel, and the one after the last, that a box from `lo` to `hi` can touch."""
     return (lo.floor() - 1).clamp(0, length), (hi.ceil() + 1).clamp(0, length)
+
+
+def _paste_chunks(masks: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
+    """Paste all masks at once, or as many at a time as bounded memory allows."""
+    bytes_per_mask = rows.shape[1] * columns.shape[1] * masks.element_size()
+    n = max(1, _MAX_CHUNK_BYTES // max(1, bytes_per_mask))
+    chunks = zip(masks.split(n), rows.split(n), columns.split(n), strict=True)
+    return torch.cat([_finish(r @ m @ c.mT, threshold) for m, r, c in chunks])
 
 
 def _paste_regions(masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:

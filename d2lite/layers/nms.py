@@ -1,6 +1,5 @@
 """Non-maximum suppression, plain and per class."""
 
-import torch
 from torch import Tensor
 from torchvision.ops import boxes as box_ops
 from torchvision.ops import nms
@@ -14,7 +13,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Args:
         boxes: (N, 4) in XYXY. Always compared in float32, because half precision cannot tell
             apart the coordinates that separate the groups.
-        scores: (N,).
+        scores: (N,), compared in float32.
         idxs: (N,) group (class or level) of each box.
         iou_threshold: boxes with a larger IoU than this are suppressed; 0 to 1.
 
@@ -22,4 +21,4 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         (K,) int64 indices of the boxes kept, by descending score.
     """
     assert boxes.shape[-1] == 4, "batched_nms() needs boxes of shape (N, 4) in XYXY"
-    return box_ops.batched_nms(boxes.to(torch.float32), scores, idxs, iou_threshold)
+    return box_ops.batched_nms(boxes.float(), scores.float(), idxs, iou_threshold)

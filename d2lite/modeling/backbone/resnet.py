@@ -177,11 +177,11 @@ class ResNet(Backbone):
 
 
 def _num_stages_needed(stages: list[list[CNNBlockBase]], out_features: list[str] | None) -> int:
-    """Number of stages up to the deepest feature; all of them for "linear", or for names of no stage."""
-    if out_features is None or "linear" in out_features:
+    """Number of stages up to the deepest feature; all of them for "linear" or a name that is unknown."""
+    if out_features is None:
         return len(stages)
-    numbers = {f"res{i}": i - 1 for i in range(2, 2 + len(stages))}
-    return max((numbers.get(name, 0) for name in out_features), default=0)
+    numbers = {"stem": 0} | {f"res{i}": i - 1 for i in range(2, 2 + len(stages))}
+    return max((numbers.get(name, len(stages)) for name in out_features), default=0)
 
 
 def make_stage(*args: Any, **kwargs: Any) -> list[CNNBlockBase]:

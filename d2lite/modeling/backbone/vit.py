@@ -231,7 +231,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> the same shape."""
         b, h, w, dim = x.shape
-        qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, -1)
+        qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._position_bias(q, (h, w)) if self.use_rel_pos else None
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
