@@ -1,0 +1,342 @@
+"""From dataset names and a config to data loaders."""
+
+import itertools
+import logging
+import operator
+from collections import Counter
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
+
+import torch
+import torch.utils.data as torchdata
+from tabulate import tabulate
+
+from d2lite.config import CfgNode, configurable
+from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
+from d2lite.data.common import AspectRatioGroupedDataset, DatasetFromList, MapDataset
+from d2lite.data.dataset_mapper import DatasetMapper
+from d2lite.data.detection_utils import check_metadata_consistency
+from d2lite.data.samplers import (
+    InferenceSampler,
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from d2lite.utils import comm
+from d2lite.utils.env import seed_all_rng
+
+__all__ = [
+    "build_batch_data_loader",
+    "build_detection_train_loader",
+    "build_detection_test_loader",
+    "get_detection_dataset_dicts",
+    "print_instances_class_histogram",
+    "worker_init_reset_seed",
+]
+
+logger = logging.getLogger(__name__)
+
+Dicts = List[Dict[str, Any]]
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def _train_loader_from_config(
+    cfg: CfgNode,
+    mapper: Optional[Callable[[dict], Any]] = None,
+    *,
+    dataset: Optional[Any] = None,
+    sampler: Optional[torchdata.Sampler] = None,
+) -> Dict[str, Any]:
+    if dataset is None:
+        _refuse_left_out(cfg)
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    if sampler is None and not isinstance(dataset, torchdata.IterableDataset):
+        sampler = _training_sampler(cfg.DATALOADER, dataset)
+    return {
+        "dataset": dataset,
+        "sampler": sampler,
+        "mapper": DatasetMapper(cfg, True) if mapper is None else mapper,
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+    }
+
+
+def _training_sampler(node: CfgNode, dataset: Sequence[Any]) -> torchdata.Sampler:
+    """The sampler that DATALOADER.SAMPLER_TRAIN names."""
+    name = node.SAMPLER_TRAIN
+    logger.info(f"Using training sampler {name}")
+    if name == "TrainingSampler":
+        return TrainingSampler(len(dataset))
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dataset, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
+        )
+        return RepeatFactorTrainingSampler(factors)
+    if name == "RandomSubsetTrainingSampler":
+        if "RANDOM_SUBSET_RATIO" not in node:
+            raise ValueError(f"{name} needs DATALOADER.RANDOM_SUBSET_RATIO, the share of the images to use")
+        return RandomSubsetTrainingSampler(len(dataset), node.RANDOM_SUBSET_RATIO)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; d2lite has TrainingSampler, RepeatFactorTrainingSampler and "
+        "RandomSubsetTrainingSampler"
+    )
+
+
+@configurable(from_config=_train_loader_from_config)
+def build_detection_train_loader(
+    dataset: Union[List[Any], torchdata.Dataset],
+    *,
+    mapper: Optional[Callable[[dict], Any]],
+    sampler: Optional[torchdata.Sampler] = None,
+    total_batch_size: int,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    collate_fn: Optional[Callable[[List[Any]], Any]] = None,
+    **kwargs: Any,
+) -> Iterable[List[dict]]:
+    """Endless batches for training; also called as `build_detection_train_loader(cfg)`.
+
+    Args:
+        dataset: a list of dataset dicts, or a dataset (map-style or iterable).
+        mapper: turns a dataset dict into what the model takes; None uses the dicts as they are.
+        sampler: the order; a random one when None. An iterable dataset has none.
+        total_batch_size: images per batch over all processes.
+        aspect_ratio_grouping: batch images that are all wide or all not.
+        num_workers: loading processes per training process.
+        collate_fn: turns the list of mapped dicts into a batch; the list itself when None.
+        kwargs: for `build_batch_data_loader`.
+    """
+    if isinstance(dataset, list):
+        dataset = DatasetFromList(dataset, copy=False)
+    if mapper is not None:
+        dataset = MapDataset(dataset, mapper)
+    if isinstance(dataset, torchdata.IterableDataset):
+        assert sampler is None, "an iterable dataset comes in its own order: sampler must be None"
+    elif sampler is None:
+        sampler = TrainingSampler(len(dataset))
+    return build_batch_data_loader(
+        dataset,
+        sampler,
+        total_batch_size,
+        aspect_ratio_grouping=aspect_ratio_grouping,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        **kwargs,
+    )
+
+
+def build_batch_data_loader(
+    dataset: torchdata.Dataset,
+    sampler: Optional[torchdata.Sampler],
+    total_batch_size: int,
+    *,
+    aspect_ratio_grouping: bool = False,
+    num_workers: int = 0,
+    collate_fn: Optional[Callable[[List[Any]], Any]] = None,
+    drop_last: bool = True,
+    single_gpu_batch_size: Optional[int] = None,
+    seed: Optional[int] = None,
+    **kwargs: Any,
+) -> Iterable[List[Any]]:
+    """Batches of a dataset in the order of a sampler.
+
+    Args:
+        dataset: map-style, or iterable with `sampler` None.
+        sampler: gives the indices of this process.
+        total_batch_size: images per batch over all processes; must be divisible by their number.
+        aspect_ratio_grouping: see `AspectRatioGroupedDataset`.
+        num_workers: loading processes.
+        collate_fn: turns the list of elements into a batch; the list itself when None.
+        drop_last: drop an incomplete last batch.
+        single_gpu_batch_size: images per batch of this process, instead of `total_batch_size`.
+        seed: of the loader's generator, from which the workers are seeded.
+        kwargs: for `torch.utils.data.DataLoader`.
+    """
+    batch_size = _batch_size(total_batch_size, single_gpu_batch_size)
+    if isinstance(dataset, torchdata.IterableDataset):
+        assert sampler is None, "an iterable dataset comes in its own order: sampler must be None"
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    if num_workers == 0:
+        # The DataLoader refuses what only workers could use.
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("prefetch_factor", "persistent_workers")}
+    kwargs.update(num_workers=num_workers, worker_init_fn=worker_init_reset_seed, generator=generator)
+    if not aspect_ratio_grouping:
+        return torchdata.DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            collate_fn=trivial_batch_collator if collate_fn is None else collate_fn,
+            **kwargs,
+        )
+    # Single elements leave the workers, as the group of an image decides its batch.
+    images = torchdata.DataLoader(dataset, sampler=sampler, collate_fn=operator.itemgetter(0), **kwargs)
+    batches = AspectRatioGroupedDataset(images, batch_size)
+    return batches if collate_fn is None else MapDataset(batches, collate_fn)
+
+
+def _batch_size(total: int, single: Optional[int]) -> int:
+    """Images per batch of this process."""
+    if single:
+        return single
+    world_size = comm.get_world_size()
+    assert total > 0 and total % world_size == 0, (
+        f"the total batch size ({total}) must be positive and divisible by the {world_size} processes"
+    )
+    return total // world_size
+
+
+# --- Inference ------------------------------------------------------------------------------------
+
+
+def _test_loader_from_config(
+    cfg: CfgNode, dataset_name: Union[str, Sequence[str]], mapper: Optional[Callable[[dict], Any]] = None
+) -> Dict[str, Any]:
+    _refuse_left_out(cfg)
+    dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    is_iterable = isinstance(dataset, torchdata.IterableDataset)
+    return {
+        "dataset": dataset,
+        "mapper": DatasetMapper(cfg, False) if mapper is None else mapper,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "sampler": None if is_iterable else InferenceSampler(len(dataset)),
+    }
+
+
+@configurable(from_config=_test_loader_from_config)
+def build_detection_test_loader(
+    dataset: Union[List[Any], torchdata.Dataset],
+    *,
+    mapper: Optional[Callable[[dict], Any]],
+    sampler: Optional[torchdata.Sampler] = None,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    collate_fn: Optional[Callable[[List[Any]], Any]] = None,
+) -> torchdata.DataLoader:
+    """Every image once, shared among the processes; also as `build_detection_test_loader(cfg, dataset_name)`.
+
+    Args:
+        dataset: a list of dataset dicts, or a dataset (map-style or iterable).
+        mapper: turns a dataset dict into what the model takes; None uses the dicts as they are.
+        sampler: the order; `InferenceSampler` when None.
+        batch_size: images per batch of this process.
+        num_workers: loading processes.
+        collate_fn: turns the list of mapped dicts into a batch; the list itself when None.
+    """
+    if isinstance(dataset, list):
+        dataset = DatasetFromList(dataset, copy=False)
+    if mapper is not None:
+        dataset = MapDataset(dataset, mapper)
+    if isinstance(dataset, torchdata.IterableDataset):
+        assert sampler is None, "an iterable dataset comes in its own order: sampler must be None"
+    elif sampler is None:
+        sampler = InferenceSampler(len(dataset))
+    return torchdata.DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=False,
+        num_workers=num_workers,
+        collate_fn=trivial_batch_collator if collate_fn is None else collate_fn,
+    )
+
+
+def trivial_batch_collator(batch: List[Any]) -> List[Any]:
+    """The batch as it is: a list."""
+    return batch
+
+
+def worker_init_reset_seed(worker_id: int) -> None:
+    """Seeds numpy, random and torch of a loading process from torch's seed and its number."""
+    seed_all_rng(torch.initial_seed() % 2**31 + worker_id)
+
+
+# --- Datasets -------------------------------------------------------------------------------------
+
+
+def get_detection_dataset_dicts(
+    names: Union[str, Sequence[str]],
+    filter_empty: bool = True,
+    min_keypoints: int = 0,
+    proposal_files: Optional[Sequence[str]] = None,
+    check_consistency: bool = True,
+) -> Union[Dicts, torchdata.Dataset]:
+    """Loads registered datasets and puts them together.
+
+    Args:
+        names: name or names.
+        filter_empty: leave out images that have only crowd annotations, or none.
+        min_keypoints, proposal_files: left out of d2lite.
+        check_consistency: require that all datasets name the same classes, and log the instances per class.
+
+    Raises:
+        NotImplementedError: for key points or precomputed proposals.
+    """
+    if min_keypoints > 0:
+        raise NotImplementedError("min_keypoints: d2lite has no key points; Detectron2 has them")
+    if proposal_files is not None:
+        raise NotImplementedError("proposal_files: d2lite has no precomputed proposals; Detectron2 has them")
+    names = [names] if isinstance(names, str) else list(names)
+    assert names, "no dataset names given: set DATASETS.TRAIN or DATASETS.TEST"
+    datasets = [DatasetCatalog.get(name) for name in names]
+    if isinstance(datasets[0], torchdata.Dataset):
+        return _join_torch_datasets(datasets)
+    for name, dicts in zip(names, datasets):
+        assert len(dicts), f"dataset {name!r} is empty"
+    dicts = list(itertools.chain.from_iterable(datasets))
+    has_instances = "annotations" in dicts[0]
+    if filter_empty and has_instances:
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    if check_consistency and has_instances and MetadataCatalog.get(names[0]).get("thing_classes") is not None:
+        check_metadata_consistency("thing_classes", names)
+        print_instances_class_histogram(dicts, MetadataCatalog.get(names[0]).thing_classes)
+    assert dicts, f"no image with an annotation is left in {', '.join(names)}"
+    return dicts
+
+
+def _join_torch_datasets(datasets: List[torchdata.Dataset]) -> torchdata.Dataset:
+    """One dataset from several torch datasets, which must be of one kind."""
+    if len(datasets) == 1:
+        return datasets[0]
+    if all(isinstance(d, torchdata.IterableDataset) for d in datasets):
+        return torchdata.ChainDataset(datasets)
+    return torchdata.ConcatDataset(datasets)
+
+
+def filter_images_with_only_crowd_annotations(dataset_dicts: Dicts) -> Dicts:
+    """The images that have at least one annotation that is no crowd."""
+    kept = [d for d in dataset_dicts if any(a.get("iscrowd", 0) == 0 for a in d["annotations"])]
+    removed = len(dataset_dicts) - len(kept)
+    logger.info(f"Removed {removed} images without usable annotations; {len(kept)} images are left")
+    return kept
+
+
+def print_instances_class_histogram(dataset_dicts: Dicts, class_names: Sequence[str]) -> None:
+    """Logs the number of instances of each class; crowd annotations do not count.
+
+    Raises:
+        AssertionError: if a category_id is out of the range of the class names.
+    """
+    counts = Counter(
+        a["category_id"] for d in dataset_dicts for a in d["annotations"] if not a.get("iscrowd", 0)
+    )
+    n = len(class_names)
+    wrong = [c for c in counts if not 0 <= c < n]
+    assert not wrong, f"category_id {wrong[0]} is out of range for {n} classes (0 to {n - 1})"
+    rows = [(name, counts[k]) for k, name in enumerate(class_names)]
+    columns = min(3, max(1, n))
+    cells = [value for row in rows for value in row]
+    table = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
+    text = tabulate(table, headers=["category", "#instances"] * columns, tablefmt="pipe", stralign="center")
+    logger.info(f"{sum(counts.values())} instances in {len(dataset_dicts)} images:\n{text}")
+
+
+def _refuse_left_out(cfg: CfgNode) -> None:
+    """Raises where the config asks for data that d2lite cannot load."""
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise NotImplementedError(f"MODEL.{key}: d2lite leaves this out; Detectron2 has it")

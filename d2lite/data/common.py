@@ -1,0 +1,211 @@
+"""Dataset wrappers: compact storage, lazy mapping, iteration, and batches of like aspect ratio."""
+
+import copy
+import itertools
+import logging
+import pickle
+from typing import Any, Callable, Iterable, Iterator, List, Sequence, Tuple, Union
+
+import numpy as np
+import torch.utils.data as data
+from torch.utils.data.sampler import Sampler
+
+__all__ = ["MapDataset", "DatasetFromList", "AspectRatioGroupedDataset", "ToIterableDataset"]
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetFromList(data.Dataset):
+    """A list as a dataset.
+
+    By default its elements are pickled into one buffer. Forked workers then share that memory: a plain list
+    would be copied page by page, as reading a Python object writes its reference count.
+    """
+
+    def __init__(self, lst: Sequence[Any], copy: bool = True, serialize: bool = True) -> None:
+        """
+        Args:
+            lst: the elements.
+            copy: return copies of the elements (always so when they are serialized).
+            serialize: keep the elements pickled.
+        """
+        self._copy = copy
+        self._serialize = serialize
+        self._lst = _PickledList(lst) if serialize else lst
+
+    def __len__(self) -> int:
+        return len(self._lst)
+
+    def __getitem__(self, idx: int) -> Any:
+        item = self._lst[idx]
+        return copy.deepcopy(item) if self._copy and not self._serialize else item
+
+
+class _PickledList:
+    """A list whose elements lie pickled in one numpy buffer."""
+
+    def __init__(self, lst: Sequence[Any]) -> None:
+        buffer = bytearray()
+        ends = np.zeros(len(lst) + 1, dtype=np.int64)
+        for i, item in enumerate(lst):
+            buffer += pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+            ends[i + 1] = len(buffer)
+        self._buffer = np.frombuffer(buffer, dtype=np.uint8)
+        self._ends = ends
+        logger.info(f"Serialized a dataset of {len(lst)} elements to {len(buffer) / 2**20:.2f} MiB")
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, idx: int) -> Any:
+        n = len(self)
+        if not -n <= idx < n:
+            raise IndexError(f"index {idx} is out of range for a dataset of {n} elements")
+        idx = idx % n
+        return pickle.loads(memoryview(self._buffer[self._ends[idx] : self._ends[idx + 1]]))
+
+
+class MapDataset(data.Dataset):
+    """Applies a function to the elements of a dataset.
+
+    Where the function returns None the element is bad: a map-style dataset then gives the next good element
+    in its place, an iterable one leaves it out.
+    """
+
+    def __new__(cls, dataset: data.Dataset, map_func: Callable[[Any], Any]) -> Any:
+        if isinstance(dataset, data.IterableDataset):
+            return _MapIterableDataset(dataset, map_func)
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> Tuple[data.Dataset, Callable[[Any], Any]]:
+        return self._dataset, self._map_func
+
+    def __init__(self, dataset: data.Dataset, map_func: Callable[[Any], Any]) -> None:
+        """
+        Args:
+            dataset: map-style or iterable.
+            map_func: takes an element, returns the new one or None.
+        """
+        self._dataset = dataset
+        self._map_func = _PicklableFunction(map_func)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, idx: int) -> Any:
+        size = len(self._dataset)
+        first = int(idx)
+        # The fallback depends on the index alone: a run gives the same data with any number of workers.
+        for tried in range(max(size, 1)):
+            index = first if tried == 0 else (first + tried) % size
+            item = self._map_func(self._dataset[index])
+            if item is not None:
+                return item
+            if tried == 2:
+                logger.warning(f"Three elements in a row, from index {first} on, gave None; looking on")
+        raise RuntimeError(f"the map function returned None for each of the {size} elements of the dataset")
+
+
+class _MapIterableDataset(data.IterableDataset):
+    """`MapDataset` of an iterable dataset."""
+
+    def __init__(self, dataset: Iterable[Any], map_func: Callable[[Any], Any]) -> None:
+        self._dataset = dataset
+        self._map_func = _PicklableFunction(map_func)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in map(self._map_func, self._dataset):
+            if item is not None:
+                yield item
+
+
+class _PicklableFunction:
+    """A function that also pickles when it is a lambda or a closure, for workers that are not forked."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function._function if isinstance(function, _PicklableFunction) else function
+
+    def __call__(self, item: Any) -> Any:
+        return self._function(item)
+
+    def __reduce__(self) -> Tuple[Callable, Tuple[bytes]]:
+        import cloudpickle
+
+        return _unpickle_function, (cloudpickle.dumps(self._function),)
+
+
+def _unpickle_function(dumped: bytes) -> _PicklableFunction:
+    return _PicklableFunction(pickle.loads(dumped))
+
+
+class ToIterableDataset(data.IterableDataset):
+    """A map-style dataset in the order of a sampler, as an iterable."""
+
+    def __init__(
+        self,
+        dataset: data.Dataset,
+        sampler: Union[Sampler, Iterable[int]],
+        shard_sampler: bool = True,
+        shard_chunk_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            dataset: map-style.
+            sampler: gives indices.
+            shard_sampler: each loader worker takes its share of the indices; False if the sampler does that.
+            shard_chunk_size: the workers take turns at this many indices. With the loader's batch size
+                the batches are those of a loader without workers.
+        """
+        assert not isinstance(dataset, data.IterableDataset), "the dataset is iterable already"
+        self.dataset = dataset
+        self.sampler = sampler
+        self.shard_sampler = shard_sampler
+        self.shard_chunk_size = shard_chunk_size
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = data.get_worker_info()
+        indices = iter(self.sampler)
+        if self.shard_sampler and worker is not None and worker.num_workers > 1:
+            indices = _every_nth_chunk(indices, worker.id, worker.num_workers, self.shard_chunk_size)
+        for idx in indices:
+            yield self.dataset[idx]
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def _every_nth_chunk(items: Iterator[Any], start: int, step: int, size: int) -> Iterator[Any]:
+    """The chunks number start, start + step, ... of `size` items each."""
+    for chunk in itertools.count():
+        taken = list(itertools.islice(items, size))
+        if not taken:
+            return
+        if chunk % step == start:
+            yield from taken
+
+
+class AspectRatioGroupedDataset(data.IterableDataset):
+    """Batches of images that are all wide or all not, to pad less. What is left at the end is dropped."""
+
+    def __init__(self, dataset: Iterable[dict], batch_size: int) -> None:
+        """
+        Args:
+            dataset: gives dicts with "width" and "height".
+            batch_size: images per batch.
+        """
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self._buckets: List[List[dict]] = [[], []]
+
+    def __iter__(self) -> Iterator[List[dict]]:
+        for item in self.dataset:
+            bucket = self._buckets[0 if item["width"] > item["height"] else 1]
+            bucket.append(item)
+            if len(bucket) == self.batch_size:
+                batch = bucket[:]
+                # Before the yield: the consumer may stop here and iterate again later.
+                bucket.clear()
+                yield batch

@@ -1,0 +1,135 @@
+"""Turns a dataset dict into the input of a model: reads the image, augments it, and makes the targets."""
+
+import logging
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+import torch
+
+from d2lite.config import CfgNode, configurable
+from d2lite.data import detection_utils as utils
+from d2lite.data import transforms as T
+
+__all__ = ["DatasetMapper"]
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetMapper:
+    """The default mapper, for detection, instance and semantic segmentation.
+
+    It returns the dict with "image" (C, H, W) uint8, in training with "instances", and with "sem_seg" (H, W)
+    int64 where the dict has "sem_seg_file_name".
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: List[Union[T.Augmentation, T.Transform]],
+        image_format: str,
+        use_instance_mask: bool = False,
+        use_keypoint: bool = False,
+        instance_mask_format: str = "polygon",
+        keypoint_hflip_indices: Optional[np.ndarray] = None,
+        precomputed_proposal_topk: Optional[int] = None,
+        recompute_boxes: bool = False,
+    ) -> None:
+        """
+        Args:
+            is_train: whether targets are wanted.
+            augmentations: augmentations or transforms, first to last.
+            image_format: as for `detection_utils.read_image`.
+            use_instance_mask: keep the segmentations.
+            use_keypoint, keypoint_hflip_indices, precomputed_proposal_topk: left out of d2lite.
+            instance_mask_format: "polygon" or "bitmask".
+            recompute_boxes: take the boxes from the transformed masks, which are tighter after a crop.
+
+        Raises:
+            NotImplementedError: for key points or precomputed proposals.
+        """
+        if use_keypoint or keypoint_hflip_indices is not None:
+            raise NotImplementedError("MODEL.KEYPOINT_ON: d2lite has no key points; Detectron2 has them")
+        if precomputed_proposal_topk is not None:
+            raise NotImplementedError(
+                "MODEL.LOAD_PROPOSALS: d2lite has no stored proposals; Detectron2 has them"
+            )
+        assert use_instance_mask or not recompute_boxes, "recompute_boxes needs use_instance_mask"
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.use_instance_mask = use_instance_mask
+        self.instance_mask_format = instance_mask_format
+        self.recompute_boxes = recompute_boxes
+        logger.info(f"Augmentations in {'training' if is_train else 'inference'}: {augmentations}")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+        """Constructor arguments from a config."""
+        augmentations = utils.build_augmentation(cfg, is_train)
+        crop = cfg.INPUT.CROP
+        if crop.ENABLED and is_train:
+            augmentations.insert(0, T.RandomCrop(crop.TYPE, crop.SIZE))
+        split = "TRAIN" if is_train else "TEST"
+        return {
+            "is_train": is_train,
+            "augmentations": augmentations,
+            "image_format": cfg.INPUT.FORMAT,
+            "use_instance_mask": cfg.MODEL.MASK_ON,
+            "instance_mask_format": cfg.INPUT.MASK_FORMAT,
+            "use_keypoint": cfg.MODEL.KEYPOINT_ON,
+            "precomputed_proposal_topk": (
+                cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"] if cfg.MODEL.LOAD_PROPOSALS else None
+            ),
+            "recompute_boxes": cfg.MODEL.MASK_ON and crop.ENABLED and is_train,
+        }
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """
+        Args:
+            dataset_dict: the annotations of one image, in Detectron2's standard format. It is not changed.
+
+        Returns:
+            what the model takes.
+        """
+        dataset_dict = dict(dataset_dict)
+        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        utils.check_image_size(dataset_dict, image)
+        sem_seg = None
+        if "sem_seg_file_name" in dataset_dict:
+            sem_seg = utils.read_image(dataset_dict.pop("sem_seg_file_name"), "L")[:, :, 0]
+        inputs = T.AugInput(image, sem_seg=sem_seg)
+        transforms = self.augmentations(inputs)
+        dataset_dict["image"] = _to_planes(inputs.image)
+        if inputs.sem_seg is not None:
+            dataset_dict["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, inputs.image.shape[:2])
+        return dataset_dict
+
+    def _transform_annotations(
+        self, dataset_dict: Dict[str, Any], transforms: T.Transform, image_shape: Tuple[int, int]
+    ) -> None:
+        """Replaces "annotations" by "instances"; crowd annotations are left out."""
+        unwanted = {"keypoints"} if self.use_instance_mask else {"keypoints", "segmentation"}
+        annos = [
+            utils.transform_instance_annotations(
+                {k: v for k, v in anno.items() if k not in unwanted}, transforms, image_shape
+            )
+            for anno in dataset_dict.pop("annotations")
+            if anno.get("iscrowd", 0) == 0
+        ]
+        instances = utils.annotations_to_instances(annos, image_shape, mask_format=self.instance_mask_format)
+        # An image without annotations has no masks either.
+        if self.recompute_boxes and instances.has("gt_masks"):
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = utils.filter_empty_instances(instances)
+
+
+def _to_planes(image: np.ndarray) -> torch.Tensor:
+    """(H, W, C) or (H, W) as a contiguous tensor (C, H, W)."""
+    image = image if image.ndim == 3 else image[:, :, None]
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -1,0 +1,312 @@
+"""COCO's instance format: loading, registering, and writing other datasets in it. Also folders of label maps.
+
+Format: https://cocodataset.org/#format-data
+"""
+
+import contextlib
+import datetime
+import gc
+import json
+import logging
+import os
+from collections import defaultdict
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
+from d2lite.structures import BoxMode, PolygonMasks
+from d2lite.utils.file_io import PathManager
+
+__all__ = [
+    "load_coco_json",
+    "load_sem_seg",
+    "convert_to_coco_dict",
+    "convert_to_coco_json",
+    "register_coco_instances",
+]
+
+logger = logging.getLogger(__name__)
+
+Dicts = List[Dict[str, Any]]
+
+
+def load_coco_json(
+    json_file: str,
+    image_root: str,
+    dataset_name: Optional[str] = None,
+    extra_annotation_keys: Optional[Sequence[str]] = None,
+) -> Dicts:
+    """Loads a COCO instances file as a list of dicts in Detectron2's standard format, ordered by image id.
+
+    Args:
+        json_file: the annotations.
+        image_root: folder that the file names are relative to.
+        dataset_name: when given, its metadata gets `thing_classes` and `thing_dataset_id_to_contiguous_id`, and
+            the category ids are mapped to 0, 1, ... in the order of the ids; when None they stay.
+        extra_annotation_keys: entries of annotations to keep besides iscrowd, bbox, segmentation, category_id.
+
+    Raises:
+        AssertionError: if annotation ids are not unique.
+        KeyError: if an annotation's category is not listed.
+        ValueError: if a box is empty.
+    """
+    with PathManager.open(json_file, "r") as f, _without_gc():
+        content = json.load(f)
+        id_map = (
+            _set_class_metadata(dataset_name, content["categories"]) if dataset_name is not None else None
+        )
+        images = {image["id"]: image for image in content["images"]}
+        annotations = content.get("annotations", [])
+        _check_annotation_ids(json_file, annotations)
+        by_image = _annotations_by_image(
+            annotations, images, id_map, ["iscrowd", *(extra_annotation_keys or [])]
+        )
+    logger.info(f"Loaded {len(images)} images in COCO format from {json_file}")
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image_id,
+            "annotations": by_image[image_id],
+        }
+        for image_id, image in sorted(images.items())
+    ]
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Switches the garbage collector off: it would scan millions of new objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _set_class_metadata(dataset_name: str, categories: Dicts) -> Dict[int, int]:
+    """Sets the class names of a dataset; returns the map from category id to 0, 1, ..."""
+    categories = sorted(categories, key=lambda c: c["id"])
+    id_map = {c["id"]: i for i, c in enumerate(categories)}
+    meta = MetadataCatalog.get(dataset_name)
+    meta.thing_classes = [c["name"] for c in categories]
+    meta.thing_dataset_id_to_contiguous_id = id_map
+    if list(id_map) != list(range(1, len(id_map) + 1)) and "coco" not in dataset_name:
+        logger.warning(
+            f"Category ids of {dataset_name} are not 1 to {len(id_map)}; they are mapped to 0, 1, ..."
+        )
+    return id_map
+
+
+def _check_annotation_ids(json_file: str, annotations: Dicts) -> None:
+    # Ids are repeated in COCO's own 2014 minival files.
+    if annotations and "id" in annotations[0] and "minival" not in json_file:
+        ids = [a["id"] for a in annotations]
+        assert len(set(ids)) == len(ids), f"annotation ids in {json_file} are not unique"
+
+
+def _annotations_by_image(
+    annotations: Dicts, images: Dict[Any, Any], id_map: Optional[Dict[int, int]], keys: Sequence[str]
+) -> Dict[Any, Dicts]:
+    """Image id to its annotations, in the order of the file."""
+    by_image: Dict[Any, Dicts] = defaultdict(list)
+    without_image = invalid = 0
+    for anno in annotations:
+        image_id = anno["image_id"]
+        if image_id not in images:
+            without_image += 1
+            continue
+        converted = _convert_annotation(anno, id_map, keys)
+        if converted is None:
+            invalid += 1
+        else:
+            by_image[image_id].append(converted)
+    if without_image:
+        logger.warning(
+            f"Ignored {without_image} of {len(annotations)} annotations: their images are not listed"
+        )
+    if invalid:
+        logger.warning(
+            f"Dropped {invalid} of {len(annotations)} annotations: no valid polygon in their segmentation"
+        )
+    return by_image
+
+
+def _convert_annotation(
+    anno: Dict[str, Any], id_map: Optional[Dict[int, int]], keys: Sequence[str]
+) -> Optional[Dict[str, Any]]:
+    """One annotation in the standard format; None if it has a segmentation without a valid polygon."""
+    assert anno.get("ignore", 0) == 0, f'"ignore" is not supported (annotation {anno.get("id")})'
+    obj = {k: anno[k] for k in keys if k in anno}
+    if "bbox" in anno:
+        if not anno["bbox"]:
+            raise ValueError(f"annotation {anno.get('id')} of image {anno['image_id']} has an empty bbox")
+        obj["bbox"] = anno["bbox"]
+    segmentation = anno.get("segmentation")
+    if segmentation:
+        segmentation = _valid_segmentation(segmentation)
+        if not segmentation:
+            return None
+        obj["segmentation"] = segmentation
+    obj["bbox_mode"] = BoxMode.XYWH_ABS
+    category = anno["category_id"]
+    if id_map is not None and category not in id_map:
+        raise KeyError(
+            f"category_id {category} of annotation {anno.get('id')} (image {anno['image_id']}) is not listed "
+            f"among the categories of the file ({len(id_map)} ids: {sorted(id_map)[:10]}...)"
+        )
+    obj["category_id"] = category if id_map is None else id_map[category]
+    return obj
+
+
+def _valid_segmentation(segmentation: Any) -> Any:
+    """RLE in compressed form; the polygons of at least three points and an even number of coordinates."""
+    if isinstance(segmentation, dict):
+        if isinstance(segmentation["counts"], list):
+            return mask_util.frPyObjects(segmentation, *segmentation["size"])
+        return segmentation
+    return [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
+
+
+def register_coco_instances(name: str, metadata: Dict[str, Any], json_file: str, image_root: str) -> None:
+    """Registers a dataset in COCO's instances format.
+
+    Args:
+        name: its name in the catalogs.
+        metadata: extra metadata, may be empty.
+        json_file: the annotations.
+        image_root: folder of the images.
+    """
+    assert isinstance(name, str), f"the name of a dataset is a str, got {type(name).__name__}"
+    for path in (json_file, image_root):
+        assert isinstance(path, (str, os.PathLike)), f"expected a path, got {type(path).__name__}"
+    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
+    )
+
+
+# --- Label maps -----------------------------------------------------------------------------------
+
+
+def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: str = "jpg") -> Dicts:
+    """Pairs images with label maps of the same relative path.
+
+    Args:
+        gt_root: folder of the label maps: one channel, the pixel value is the class.
+        image_root: folder of the images.
+        gt_ext, image_ext: file extensions.
+
+    Returns:
+        dicts with "file_name" and "sem_seg_file_name", ordered by path.
+    """
+    images, labels = _files_by_stem(image_root, image_ext), _files_by_stem(gt_root, gt_ext)
+    assert labels, f"no .{gt_ext} label map in {gt_root}"
+    pairs = sorted(images.keys() & labels.keys())
+    if len(images) != len(labels) or len(pairs) != len(images):
+        logger.warning(
+            f"{image_root} has {len(images)} images and {gt_root} {len(labels)} label maps; "
+            f"the {len(pairs)} that have both are used"
+        )
+    logger.info(f"Loaded {len(pairs)} images with label maps from {image_root}")
+    return [{"file_name": images[p], "sem_seg_file_name": labels[p]} for p in pairs]
+
+
+def _files_by_stem(root: str, extension: str) -> Dict[str, str]:
+    """Path relative to `root`, without extension, to the full path, of the files with an extension."""
+    found = {}
+    local = PathManager.get_local_path(root)
+    for folder, _, names in os.walk(local):
+        for name in names:
+            if name.endswith("." + extension):
+                path = os.path.join(folder, name)
+                found[os.path.relpath(path, local)[: -len(extension) - 1]] = path
+    return found
+
+
+# --- Writing COCO files ---------------------------------------------------------------------------
+
+
+def convert_to_coco_dict(dataset_name: str) -> Dict[str, Any]:
+    """A registered dataset as the content of a COCO instances file.
+
+    Class k becomes the category id that `thing_dataset_id_to_contiguous_id` maps to k, or k without a map.
+    Areas come from the masks, or from the boxes where there are none.
+    """
+    dicts, meta = DatasetCatalog.get(dataset_name), MetadataCatalog.get(dataset_name)
+    to_id = {v: k for k, v in meta.get("thing_dataset_id_to_contiguous_id", {}).items()}
+    images, annotations = [], []
+    for number, record in enumerate(dicts):
+        image_id = record.get("image_id", number)
+        size = {"width": int(record["width"]), "height": int(record["height"])}
+        images.append({"id": image_id, **size, "file_name": str(record["file_name"])})
+        for anno in record.get("annotations", []):
+            category = anno["category_id"]
+            converted = _to_coco_annotation(anno, size["height"], size["width"])
+            converted.update(
+                id=len(annotations) + 1, image_id=image_id, category_id=to_id.get(category, category)
+            )
+            annotations.append(converted)
+    logger.info(
+        f"Converted {dataset_name} to COCO format: {len(images)} images, {len(annotations)} annotations"
+    )
+    return {
+        "info": {
+            "date_created": str(datetime.datetime.now()),
+            "description": f"{dataset_name}, converted to COCO format",
+        },
+        "images": images,
+        "categories": [{"id": to_id.get(k, k), "name": name} for k, name in enumerate(meta.thing_classes)],
+        "licenses": None,
+        "annotations": annotations,
+    }
+
+
+def _to_coco_annotation(anno: Dict[str, Any], height: int, width: int) -> Dict[str, Any]:
+    """Box, area, crowd flag and segmentation of one annotation as COCO writes them."""
+    mode = anno["bbox_mode"]
+    box = [float(v) for v in anno["bbox"]]
+    if mode != BoxMode.XYWHA_ABS:
+        box = list(BoxMode.convert(box, mode, BoxMode.XYWH_ABS))
+    out = {
+        "bbox": [round(v, 3) for v in box],
+        "area": box[2] * box[3],
+        "iscrowd": int(anno.get("iscrowd", 0)),
+    }
+    segmentation = anno.get("segmentation")
+    if isinstance(segmentation, dict):
+        if isinstance(segmentation["counts"], list):
+            segmentation = mask_util.frPyObjects(segmentation, height, width)
+        counts = segmentation["counts"]
+        out["area"] = float(mask_util.area(segmentation))
+        text = counts if isinstance(counts, str) else counts.decode("ascii")
+        out["segmentation"] = {"size": [int(v) for v in segmentation["size"]], "counts": text}
+    elif segmentation is not None:
+        polygons = [np.asarray(p, dtype=float) for p in segmentation]
+        out["area"] = float(PolygonMasks([polygons]).area()[0])
+        out["segmentation"] = [p.reshape(-1).tolist() for p in polygons]
+    return out
+
+
+def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool = True) -> None:
+    """Writes a registered dataset as a COCO instances file.
+
+    Args:
+        dataset_name: its name in the catalogs.
+        output_file: where to write.
+        allow_cached: keep a file that is there already.
+    """
+    PathManager.mkdirs(os.path.dirname(output_file) or ".")
+    if PathManager.exists(output_file) and allow_cached:
+        logger.warning(f"Using {output_file}, which was there already; delete it if the dataset has changed")
+        return
+    content = convert_to_coco_dict(dataset_name)
+    # A name of its own: several processes may write at the same time, and a reader must not see half a file.
+    temporary = f"{output_file}.{os.getpid()}.tmp"
+    with PathManager.open(temporary, "w") as f:
+        json.dump(content, f)
+    PathManager.mv(temporary, output_file)

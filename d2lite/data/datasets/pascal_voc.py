@@ -1,0 +1,70 @@
+"""PASCAL VOC's detection annotations: XML files beside the images."""
+
+import os
+import xml.etree.ElementTree as ET
+from typing import Any, Dict, List, Sequence
+
+from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
+from d2lite.structures import BoxMode
+from d2lite.utils.file_io import PathManager
+
+__all__ = ["load_voc_instances", "register_pascal_voc"]
+
+CLASS_NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> List[Dict[str, Any]]:
+    """Loads a split as dicts in Detectron2's standard format; "image_id" is the name of the image.
+
+    Args:
+        dirname: folder with Annotations, ImageSets and JPEGImages.
+        split: "train", "val", "trainval" or "test".
+        class_names: the classes, in the order of their numbers.
+
+    Raises:
+        ValueError: if an object has another class.
+    """
+    with PathManager.open(os.path.join(dirname, "ImageSets", "Main", split + ".txt")) as f:
+        names = [line.split()[0] for line in f if line.strip()]
+    annotations = PathManager.get_local_path(os.path.join(dirname, "Annotations/"))
+    number = {name: k for k, name in enumerate(class_names)}
+    return [
+        {
+            "file_name": os.path.join(dirname, "JPEGImages", name + ".jpg"),
+            "image_id": name,
+            **_load_xml(os.path.join(annotations, name + ".xml"), number),
+        }
+        for name in names
+    ]
+
+
+def _load_xml(path: str, number: Dict[str, int]) -> Dict[str, Any]:
+    """Size and annotations of one image."""
+    with PathManager.open(path) as f:
+        tree = ET.parse(f)
+    annotations = []
+    for obj in tree.findall("object"):
+        name = obj.findtext("name")
+        if name not in number:
+            raise ValueError(f"{path}: class {name!r} is not one of {', '.join(number)}")
+        x0, y0, x1, y1 = (float(obj.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+        # VOC counts pixels from 1 and includes the last one: only the start moves.
+        box = [x0 - 1.0, y0 - 1.0, x1, y1]
+        annotations.append({"category_id": number[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS})
+    size = tree.find("size")
+    return {
+        "height": int(size.findtext("height")),
+        "width": int(size.findtext("width")),
+        "annotations": annotations,
+    }
+
+
+def register_pascal_voc(
+    name: str, dirname: str, split: str, year: int, class_names: Sequence[str] = CLASS_NAMES
+) -> None:
+    """Registers a split of PASCAL VOC; the arguments are as for `load_voc_instances`."""
+    DatasetCatalog.register(name, lambda: load_voc_instances(dirname, split, class_names))
+    MetadataCatalog.get(name).set(thing_classes=list(class_names), dirname=dirname, year=year, split=split)

@@ -1,0 +1,204 @@
+"""What an augmentation is: it looks at the inputs, chooses a transform, and applies it to all of them."""
+
+import inspect
+import pprint
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+from fvcore.transforms.transform import Transform, TransformList
+
+__all__ = [
+    "Augmentation",
+    "AugmentationList",
+    "AugInput",
+    "StandardAugInput",
+    "TransformGen",
+    "apply_augmentations",
+    "apply_transform_gens",
+]
+
+
+class Augmentation:
+    """A policy that chooses a `Transform` for given inputs.
+
+    Subclasses implement `get_transform`. Its argument names say which attributes of the `AugInput` it wants;
+    a single argument always means the image. `input_args` overrides the names.
+    """
+
+    input_args: Optional[Tuple[str, ...]] = None
+
+    def get_transform(self, *args: Any) -> Transform:
+        """Chooses the transform from the inputs that `input_args` names."""
+        raise NotImplementedError(f"{type(self).__name__} has no get_transform")
+
+    def __call__(self, aug_input: "AugInput") -> Transform:
+        """Chooses a transform, applies it to `aug_input` in place and returns it."""
+        transform = self.get_transform(*_wanted_inputs(self, aug_input))
+        assert isinstance(transform, (Transform, TransformList)), (
+            f"{type(self).__name__}.get_transform must return a Transform, got {type(transform).__name__}"
+        )
+        aug_input.transform(transform)
+        return transform
+
+    def _init(self, params: Optional[Dict[str, Any]] = None) -> None:
+        """Stores the constructor's arguments (its `locals()`) as attributes."""
+        for name, value in (params or {}).items():
+            if name != "self" and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def _rand_range(self, low: float = 1.0, high: Optional[float] = None, size: Optional[int] = None) -> Any:
+        """Uniform in [low, high), or in [0, low) when `high` is None."""
+        if high is None:
+            low, high = 0, low
+        return np.random.uniform(low, high, size)
+
+    def __repr__(self) -> str:
+        """The class and the constructor arguments that were given."""
+        given = []
+        for name, param in inspect.signature(type(self).__init__).parameters.items():
+            if name == "self":
+                continue
+            if param.kind in (param.VAR_POSITIONAL, param.VAR_KEYWORD) or not hasattr(self, name):
+                return super().__repr__()
+            value = getattr(self, name)
+            # By identity, so that a default that was spelt out still shows.
+            if value is not param.default:
+                text = pprint.pformat(value)
+                given.append(f"{name}={'...' if chr(10) in text else text}")
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    __str__ = __repr__
+
+
+TransformGen = Augmentation
+
+
+class AugmentationList(Augmentation):
+    """Applies augmentations (or plain transforms) one after the other."""
+
+    def __init__(self, augs: Sequence[Union[Augmentation, Transform]]) -> None:
+        """
+        Args:
+            augs: augmentations or transforms, first to last.
+        """
+        self.augs = [_transform_to_aug(x) for x in augs]
+
+    def __call__(self, aug_input: "AugInput") -> TransformList:
+        """Applies all of them to `aug_input` in place and returns the transforms chosen."""
+        return TransformList([aug(aug_input) for aug in self.augs])
+
+    def __repr__(self) -> str:
+        return f"AugmentationList[{', '.join(str(x) for x in self.augs)}]"
+
+    __str__ = __repr__
+
+
+class AugInput:
+    """The inputs of augmentations: an image with, optionally, its boxes and its label map.
+
+    `image` is (H, W) or (H, W, C), uint8 in [0, 255] or floating; `boxes` (N, 4) XYXY in pixels; `sem_seg`
+    (H, W).
+    """
+
+    def __init__(
+        self,
+        image: np.ndarray,
+        *,
+        boxes: Optional[np.ndarray] = None,
+        sem_seg: Optional[np.ndarray] = None,
+    ) -> None:
+        _check_image(image)
+        self.image = image
+        self.boxes = boxes
+        self.sem_seg = sem_seg
+
+    def transform(self, tfm: Transform) -> None:
+        """Applies a transform to everything here, in place."""
+        self.image = tfm.apply_image(self.image)
+        if self.boxes is not None:
+            self.boxes = tfm.apply_box(self.boxes)
+        if self.sem_seg is not None:
+            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+
+    def apply_augmentations(self, augmentations: Sequence[Union[Augmentation, Transform]]) -> TransformList:
+        """Applies augmentations in place and returns the transforms chosen."""
+        return AugmentationList(augmentations)(self)
+
+
+StandardAugInput = AugInput
+
+
+def apply_augmentations(
+    augmentations: Sequence[Union[Augmentation, Transform]], inputs: Union[AugInput, np.ndarray]
+) -> Tuple[Union[AugInput, np.ndarray], TransformList]:
+    """Applies augmentations to an image or an `AugInput`.
+
+    Returns:
+        the transformed image, or the same `AugInput`, and the transforms chosen.
+    """
+    is_image = isinstance(inputs, np.ndarray)
+    aug_input = AugInput(inputs) if is_image else inputs
+    transforms = aug_input.apply_augmentations(augmentations)
+    return (aug_input.image if is_image else aug_input), transforms
+
+
+apply_transform_gens = apply_augmentations
+
+
+class _FixedAugmentation(Augmentation):
+    """Always chooses the same transform."""
+
+    def __init__(self, tfm: Transform) -> None:
+        self.tfm = tfm
+
+    def get_transform(self, *args: Any) -> Transform:
+        return self.tfm
+
+    def __call__(self, aug_input: AugInput) -> Transform:
+        aug_input.transform(self.tfm)
+        return self.tfm
+
+    def __repr__(self) -> str:
+        return repr(self.tfm)
+
+    __str__ = __repr__
+
+
+def _transform_to_aug(tfm_or_aug: Union[Augmentation, Transform]) -> Augmentation:
+    """Wraps a plain transform as an augmentation."""
+    assert isinstance(tfm_or_aug, (Augmentation, Transform)), (
+        f"expected an Augmentation or a Transform, got {type(tfm_or_aug).__name__}"
+    )
+    return _FixedAugmentation(tfm_or_aug) if isinstance(tfm_or_aug, Transform) else tfm_or_aug
+
+
+def _wanted_inputs(aug: Augmentation, aug_input: Any) -> List[Any]:
+    """The attributes of `aug_input` that the augmentation's `get_transform` takes."""
+    names = aug.input_args if aug.input_args is not None else _argument_names(type(aug))
+    missing = [name for name in names if not hasattr(aug_input, name)]
+    if missing:
+        raise AttributeError(
+            f"{type(aug).__name__}.get_transform wants {missing[0]!r}, which the augmentation input lacks; "
+            f"it has {sorted(k for k in vars(aug_input) if not k.startswith('_'))}"
+        )
+    return [getattr(aug_input, name) for name in names]
+
+
+def _argument_names(aug_class: type) -> Tuple[str, ...]:
+    """Inputs wanted according to the signature of `get_transform`."""
+    params = list(inspect.signature(aug_class.get_transform).parameters.values())[1:]
+    if len(params) == 1 and params[0].kind is not params[0].VAR_KEYWORD:
+        return ("image",)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in params):
+        raise TypeError(
+            f"cannot tell the inputs of {aug_class.__name__} from its get_transform; set input_args"
+        )
+    return tuple(p.name for p in params)
+
+
+def _check_image(image: np.ndarray) -> None:
+    """Asserts that an image has a type and shape that transforms work on."""
+    assert isinstance(image, np.ndarray), f"an image must be a numpy array, got {type(image).__name__}"
+    is_valid = image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating)
+    assert is_valid, f"an image must be uint8 or floating, got {image.dtype}"
+    assert image.ndim in (2, 3), f"an image must be (H, W) or (H, W, C), got shape {image.shape}"

@@ -1,0 +1,441 @@
+"""The augmentations: each draws from numpy's global generator and returns the transform it chose."""
+
+import sys
+from typing import Any, Optional, Sequence, Tuple, Union
+
+import numpy as np
+from fvcore.transforms.transform import (
+    BlendTransform,
+    CropTransform,
+    HFlipTransform,
+    NoOpTransform,
+    PadTransform,
+    Transform,
+    TransformList,
+    VFlipTransform,
+)
+
+from d2lite.data.transforms.augmentation import AugInput, Augmentation, _transform_to_aug
+from d2lite.data.transforms.transform import BILINEAR, ExtentTransform, ResizeTransform, RotationTransform
+
+__all__ = [
+    "FixedSizeCrop",
+    "RandomApply",
+    "RandomBrightness",
+    "RandomContrast",
+    "RandomCrop",
+    "RandomCrop_CategoryAreaConstraint",
+    "RandomExtent",
+    "RandomFlip",
+    "RandomLighting",
+    "RandomResize",
+    "RandomRotation",
+    "RandomSaturation",
+    "Resize",
+    "ResizeScale",
+    "ResizeShortestEdge",
+]
+
+
+class ResizeShortestEdge(Augmentation):
+    """Resizes the shorter edge to a drawn length, and less where the longer edge would pass `max_size`."""
+
+    def __init__(
+        self,
+        short_edge_length: Union[int, Sequence[int]],
+        max_size: int = sys.maxsize,
+        sample_style: str = "range",
+        interp: int = BILINEAR,
+    ) -> None:
+        """
+        Args:
+            short_edge_length: [min, max] for "range", the lengths to choose from for "choice"; or one length.
+            max_size: the longest that the longer edge may become, in pixels.
+            sample_style: "range" or "choice".
+            interp: a PIL resampling number.
+        """
+        super().__init__()
+        assert sample_style in ("range", "choice"), f"sample_style is range or choice, got {sample_style!r}"
+        self.is_range = sample_style == "range"
+        if isinstance(short_edge_length, int):
+            short_edge_length = (short_edge_length, short_edge_length)
+        if self.is_range:
+            assert len(short_edge_length) == 2, f'"range" needs [min, max], got {short_edge_length}'
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws a length; a length of 0 leaves the image as it is."""
+        if self.is_range:
+            length = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
+        else:
+            length = np.random.choice(self.short_edge_length)
+        if length == 0:
+            return NoOpTransform()
+        h, w = image.shape[:2]
+        return ResizeTransform(h, w, *self.get_output_shape(h, w, int(length), self.max_size), self.interp)
+
+    @staticmethod
+    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> Tuple[int, int]:
+        """Size (height, width) of the output. TorchScript can compile this function."""
+        scale = float(short_edge_length) / min(oldh, oldw)
+        newh, neww = oldh * scale, oldw * scale
+        if oldh < oldw:
+            newh = float(short_edge_length)
+        else:
+            neww = float(short_edge_length)
+        longer = max(newh, neww)
+        if longer > max_size:
+            newh, neww = newh * (float(max_size) / longer), neww * (float(max_size) / longer)
+        return int(newh + 0.5), int(neww + 0.5)
+
+
+class Resize(Augmentation):
+    """Resizes to a fixed size."""
+
+    def __init__(self, shape: Union[int, Tuple[int, int]], interp: int = BILINEAR) -> None:
+        """
+        Args:
+            shape: (height, width), or one number for both.
+            interp: a PIL resampling number.
+        """
+        shape = (shape, shape) if isinstance(shape, int) else tuple(shape)
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The resize from the image's size."""
+        return ResizeTransform(*image.shape[:2], *self.shape, self.interp)
+
+
+class RandomResize(Augmentation):
+    """Resizes to one of several sizes."""
+
+    def __init__(self, shape_list: Sequence[Tuple[int, int]], interp: int = BILINEAR) -> None:
+        """
+        Args:
+            shape_list: sizes (height, width) to choose from.
+            interp: a PIL resampling number.
+        """
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws a size."""
+        h, w = self.shape_list[np.random.choice(len(self.shape_list))]
+        return ResizeTransform(*image.shape[:2], h, w, self.interp)
+
+
+class ResizeScale(Augmentation):
+    """Scale jitter: fits the image into a drawn multiple of the target size, keeping its aspect ratio."""
+
+    def __init__(
+        self,
+        min_scale: float,
+        max_scale: float,
+        target_height: int,
+        target_width: int,
+        interp: int = BILINEAR,
+    ) -> None:
+        """
+        Args:
+            min_scale, max_scale: range of the multiple.
+            target_height, target_width: the target size, in pixels.
+            interp: a PIL resampling number.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws a multiple."""
+        scale = np.random.uniform(self.min_scale, self.max_scale)
+        size = np.array(image.shape[:2])
+        ratio = (scale * np.array([self.target_height, self.target_width]) / size).min()
+        h, w = np.round(size * ratio).astype(int).tolist()
+        return ResizeTransform(*image.shape[:2], h, w, self.interp)
+
+
+class RandomFlip(Augmentation):
+    """Flips with a probability, either horizontally or vertically."""
+
+    def __init__(self, prob: float = 0.5, *, horizontal: bool = True, vertical: bool = False) -> None:
+        """
+        Args:
+            prob: probability of a flip.
+            horizontal, vertical: exactly one must be True.
+
+        Raises:
+            ValueError: if both or neither are True.
+        """
+        super().__init__()
+        if horizontal == vertical:
+            raise ValueError("RandomFlip flips one way: set either horizontal or vertical (use two for both)")
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws whether to flip."""
+        h, w = image.shape[:2]
+        if self._rand_range() >= self.prob:
+            return NoOpTransform()
+        return HFlipTransform(w) if self.horizontal else VFlipTransform(h)
+
+
+class RandomCrop(Augmentation):
+    """Crops a rectangle of a given or drawn size at a drawn place."""
+
+    def __init__(self, crop_type: str, crop_size: Sequence[float]) -> None:
+        """
+        Args:
+            crop_type: what `crop_size` means. "relative": fractions of height and width; "relative_range":
+                the least of these fractions, each is drawn from [fraction, 1]; "absolute": height and width,
+                cut to the image's; "absolute_range": [min, max], from which height and width are drawn.
+            crop_size: two numbers.
+        """
+        super().__init__()
+        self._init(locals())
+        types = ("relative_range", "relative", "absolute", "absolute_range")
+        assert crop_type in types, f"crop_type must be one of {types}, got {crop_type!r}"
+        if crop_type == "absolute_range":
+            assert crop_size[0] <= crop_size[1], f"absolute_range needs [min, max], got {crop_size}"
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws the size, then the top, then the left."""
+        h, w = image.shape[:2]
+        crop_h, crop_w = self.get_crop_size((h, w))
+        assert h >= crop_h and w >= crop_w, f"cannot crop {crop_h} x {crop_w} from an image of {h} x {w}"
+        y0 = np.random.randint(h - crop_h + 1)
+        x0 = np.random.randint(w - crop_w + 1)
+        return CropTransform(x0, y0, crop_w, crop_h, w, h)
+
+    def get_crop_size(self, image_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Size (height, width) of the crop for an image of (height, width)."""
+        h, w = image_size
+        if self.crop_type == "absolute":
+            return min(self.crop_size[0], h), min(self.crop_size[1], w)
+        if self.crop_type == "absolute_range":
+            low, high = self.crop_size
+            crop_h = np.random.randint(min(h, low), min(h, high) + 1)
+            return crop_h, np.random.randint(min(w, low), min(w, high) + 1)
+        rel_h, rel_w = self.crop_size
+        if self.crop_type == "relative_range":
+            least = np.asarray(self.crop_size, dtype=np.float32)
+            rel_h, rel_w = least + np.random.rand(2) * (1 - least)
+        return int(h * rel_h + 0.5), int(w * rel_w + 0.5)
+
+
+class RandomCrop_CategoryAreaConstraint(Augmentation):
+    """A `RandomCrop` that looks for a place where no category fills too much of the crop."""
+
+    def __init__(
+        self,
+        crop_type: str,
+        crop_size: Sequence[float],
+        single_category_max_area: float = 1.0,
+        ignored_category: Optional[int] = None,
+    ) -> None:
+        """
+        Args:
+            crop_type, crop_size: as for `RandomCrop`.
+            single_category_max_area: largest share of the labelled crop that one category may fill.
+            ignored_category: a label that does not count.
+        """
+        self.crop_aug = RandomCrop(crop_type, crop_size)
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray, sem_seg: np.ndarray) -> Transform:
+        """Draws up to ten crops and returns the first that fits, else the last."""
+        if self.single_category_max_area >= 1.0:
+            return self.crop_aug.get_transform(image)
+        for _ in range(10):
+            crop = self.crop_aug.get_transform(image)
+            labels, counts = np.unique(crop.apply_segmentation(sem_seg), return_counts=True)
+            counts = counts[labels != self.ignored_category] if self.ignored_category is not None else counts
+            if len(counts) > 1 and counts.max() < counts.sum() * self.single_category_max_area:
+                break
+        return crop
+
+
+class FixedSizeCrop(Augmentation):
+    """Crops to a size at a drawn place where the image is larger, and pads at the end where it is smaller."""
+
+    def __init__(
+        self, crop_size: Tuple[int, int], pad: bool = True, pad_value: float = 128.0, seg_pad_value: int = 255
+    ) -> None:
+        """
+        Args:
+            crop_size: (height, width).
+            pad: whether smaller images are padded to the size.
+            pad_value, seg_pad_value: values of the padding in images and in label maps.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> TransformList:
+        """Draws the place; one number places both edges."""
+        size, out = np.array(image.shape[:2]), np.array(self.crop_size)
+        y0, x0 = np.round(np.maximum(size - out, 0) * np.random.uniform(0.0, 1.0)).astype(int).tolist()
+        (h, w), (out_h, out_w) = size.tolist(), out.tolist()
+        transforms = [CropTransform(x0, y0, out_w, out_h, w, h)]
+        if self.pad:
+            kept_h, kept_w = min(h, out_h), min(w, out_w)
+            values = (self.pad_value, self.seg_pad_value)
+            transforms.append(PadTransform(0, 0, out_w - kept_w, out_h - kept_h, kept_w, kept_h, *values))
+        return TransformList(transforms)
+
+
+class RandomExtent(Augmentation):
+    """Takes a rectangle of drawn size around a drawn centre; it may reach out of the image."""
+
+    def __init__(self, scale_range: Tuple[float, float], shift_range: Tuple[float, float]) -> None:
+        """
+        Args:
+            scale_range: (low, high) of the rectangle's size relative to the image.
+            shift_range: (x, y), twice the most by which the centre moves, as fractions of width and height.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws the scale, then the shift in x, then in y."""
+        h, w = image.shape[:2]
+        half = 0.5 * np.random.uniform(*self.scale_range) * np.array([w, h])
+        shift = np.array(self.shift_range) * [w, h] * (np.array([np.random.rand(), np.random.rand()]) - 0.5)
+        center = np.array([w, h]) * 0.5 + shift
+        (x0, y0), (x1, y1) = center - half, center + half
+        return ExtentTransform(src_rect=(x0, y0, x1, y1), output_size=(int(y1 - y0), int(x1 - x0)))
+
+
+class RandomRotation(Augmentation):
+    """Rotates counter-clockwise by a drawn angle."""
+
+    def __init__(
+        self,
+        angle: Union[float, Sequence[float]],
+        expand: bool = True,
+        center: Optional[Sequence[Tuple[float, float]]] = None,
+        sample_style: str = "range",
+        interp: Optional[Union[int, str]] = None,
+    ) -> None:
+        """
+        Args:
+            angle: [min, max] for "range", the angles to choose from for "choice", in degrees; or one angle.
+            expand: make the output large enough for the whole rotated image.
+            center: the same for the centre, [[min_x, min_y], [max_x, max_y]] or a list of (x, y), as
+                fractions of width and height; the image centre when None.
+            sample_style: "range" or "choice".
+            interp: as for `RotationTransform`.
+        """
+        super().__init__()
+        assert sample_style in ("range", "choice"), f"sample_style is range or choice, got {sample_style!r}"
+        self.is_range = sample_style == "range"
+        if isinstance(angle, (float, int)):
+            angle = (angle, angle)
+        if center is not None and isinstance(center[0], (float, int)):
+            center = (center, center)
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws the angle, then the centre."""
+        h, w = image.shape[:2]
+        center = None
+        if self.is_range:
+            angle = np.random.uniform(*self.angle)
+            if self.center is not None:
+                (x0, y0), (x1, y1) = self.center
+                center = (np.random.uniform(x0, x1), np.random.uniform(y0, y1))
+        else:
+            angle = np.random.choice(self.angle)
+            if self.center is not None:
+                center = self.center[np.random.choice(len(self.center))]
+        if angle % 360 == 0:
+            return NoOpTransform()
+        center = None if center is None else (w * center[0], h * center[1])
+        return RotationTransform(h, w, angle, expand=self.expand, center=center, interp=self.interp)
+
+
+class _RandomBlend(Augmentation):
+    """Blends the image with something plainer; a drawn weight of 1 keeps it, above 1 exaggerates it."""
+
+    def __init__(self, intensity_min: float, intensity_max: float) -> None:
+        """
+        Args:
+            intensity_min, intensity_max: range of the image's weight.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws the weight."""
+        weight = np.random.uniform(self.intensity_min, self.intensity_max)
+        return BlendTransform(src_image=self._plain(image), src_weight=1 - weight, dst_weight=weight)
+
+    def _plain(self, image: np.ndarray) -> Any:
+        raise NotImplementedError
+
+
+class RandomContrast(_RandomBlend):
+    """Blends with the image's mean value."""
+
+    def _plain(self, image: np.ndarray) -> float:
+        return image.mean()
+
+
+class RandomBrightness(_RandomBlend):
+    """Blends with black."""
+
+    def _plain(self, image: np.ndarray) -> float:
+        return 0
+
+
+class RandomSaturation(_RandomBlend):
+    """Blends with the grey image (ITU-R BT.601 weights); expects RGB."""
+
+    def _plain(self, image: np.ndarray) -> np.ndarray:
+        assert image.shape[-1] == 3, f"RandomSaturation needs RGB images, got shape {image.shape}"
+        return image.dot([0.299, 0.587, 0.114])[:, :, np.newaxis]
+
+
+class RandomLighting(Augmentation):
+    """Shifts the colour along ImageNet's principal components; expects RGB.
+
+    Source: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks", section 4.1.
+    """
+
+    def __init__(self, scale: float) -> None:
+        """
+        Args:
+            scale: standard deviation of the weight of each component.
+        """
+        super().__init__()
+        self._init(locals())
+        self.eigen_vecs = np.array(
+            [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+        )
+        self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws three weights."""
+        assert image.shape[-1] == 3, f"RandomLighting needs RGB images, got shape {image.shape}"
+        weights = np.random.normal(scale=self.scale, size=3)
+        shift = self.eigen_vecs.dot(weights * self.eigen_vals)
+        return BlendTransform(src_image=shift, src_weight=1.0, dst_weight=1.0)
+
+
+class RandomApply(Augmentation):
+    """Applies a transform or an augmentation with a probability."""
+
+    def __init__(self, tfm_or_aug: Union[Augmentation, Transform], prob: float = 0.5) -> None:
+        """
+        Args:
+            tfm_or_aug: what to apply.
+            prob: probability, in [0, 1].
+        """
+        super().__init__()
+        self.aug = _transform_to_aug(tfm_or_aug)
+        assert 0.0 <= prob <= 1.0, f"prob must be in [0, 1], got {prob}"
+        self.prob = prob
+
+    def get_transform(self, *args: Any) -> Transform:
+        """Draws whether to apply, then lets the augmentation choose."""
+        return self.aug.get_transform(*args) if self._rand_range() < self.prob else NoOpTransform()
+
+    def __call__(self, aug_input: AugInput) -> Transform:
+        """As `get_transform`, with the inputs that the augmentation wants; applies the result in place."""
+        return self.aug(aug_input) if self._rand_range() < self.prob else NoOpTransform()
