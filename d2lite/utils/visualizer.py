@@ -1,29 +1,20 @@
-"""Drawing of detections, masks and label maps on an image, with matplotlib."""
+"""Drawing of detections, annotations and label maps on an image."""
 
 from enum import Enum, unique
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Union
 
 import cv2
-import matplotlib.colors as mplc
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, PathPatch, Rectangle
-from matplotlib.path import Path
 from PIL import Image
 
 from d2lite.structures import BitMasks, BoxMode, Instances, PolygonMasks
-from d2lite.utils.colormap import Color, brighten, palette_color, scale_lightness
+from d2lite.utils.canvas import DPI, Canvas, VisImage
+from d2lite.utils.colormap import Color, palette_color, scale_lightness
 from d2lite.utils.file_io import PathManager
-from d2lite.utils.outlines import instance_rings, mask_contours, rings_box
+from d2lite.utils.outlines import instance_rings, rings_box
 
 __all__ = ["ColorMode", "VisImage", "Visualizer"]
-
-DPI = 100
-MIN_FONT_PIXELS = 11
-"""Of the output; smaller text cannot be read."""
 
 
 @unique
@@ -38,42 +29,7 @@ class ColorMode(Enum):
     """As IMAGE, and the image is grey outside of the masks."""
 
 
-class VisImage:
-    """A picture with a canvas over it. Coordinates on the canvas are pixels of the picture."""
-
-    def __init__(self, img: np.ndarray, scale: float = 1.0) -> None:
-        """
-        Args:
-            img: (H, W, 3), RGB in [0, 255].
-            scale: size of the output relative to the picture.
-        """
-        self.img = img
-        self.scale = scale
-        self.height, self.width = img.shape[:2]
-        self.fig = Figure(frameon=False, dpi=DPI)
-        # A hundredth of a pixel more, so that truncation does not lose one.
-        self.fig.set_size_inches((self.width * scale + 0.01) / DPI, (self.height * scale + 0.01) / DPI)
-        self.canvas = FigureCanvasAgg(self.fig)
-        self.ax = self.fig.add_axes((0.0, 0.0, 1.0, 1.0))
-        self.ax.axis("off")
-        self.reset_image(img)
-
-    def reset_image(self, img: np.ndarray) -> None:
-        """Replace the picture under what was drawn; same size."""
-        extent = (0, self.width, self.height, 0)
-        self.ax.imshow(img.astype(np.uint8), extent=extent, interpolation="nearest", zorder=0)
-
-    def save(self, filepath: str) -> None:
-        """Write the result to an image file; its extension says the format."""
-        self.fig.savefig(filepath)
-
-    def get_image(self) -> np.ndarray:
-        """Return the result, (H * scale, W * scale, 3), RGB, uint8."""
-        self.canvas.draw()
-        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
-
-
-class Visualizer:
+class Visualizer(Canvas):
     """
     Draws on one image.
 
@@ -100,17 +56,9 @@ class Visualizer:
             instance_mode: how instances are coloured.
             font_size_scale: of all text.
         """
-        self.img = np.asarray(img_rgb).clip(0, 255).astype(np.uint8)
+        super().__init__(img_rgb, scale, font_size_scale)
         self.metadata = metadata
-        self.output = VisImage(self.img, scale=scale)
-        side = scale * (self.output.height * self.output.width) ** 0.5
-        self._font_size = max(side / 50, MIN_FONT_PIXELS) * font_size_scale * 72 / DPI / scale
-        self._line_width = max(side / 320, 1.5) * 72 / DPI / scale
         self._instance_mode = instance_mode
-
-    def get_output(self) -> VisImage:
-        """Return the image with all that was drawn."""
-        return self.output
 
     def draw_instance_predictions(self, predictions: Instances, jittering: bool = True) -> VisImage:
         """
@@ -243,131 +191,12 @@ class Visualizer:
                 self._draw_label(labels[i], extents[i], color)
         return self.output
 
-    def draw_text(
-        self,
-        text: str,
-        position: Tuple[float, float],
-        *,
-        font_size: Optional[float] = None,
-        color: Color = "g",
-        horizontal_alignment: str = "center",
-        rotation: float = 0,
-    ) -> VisImage:
-        """
-        Write text on a dark ground.
-
-        Args:
-            text: may have several lines.
-            position: (x, y) in pixels: the upper end, and horizontally the place that is aligned.
-            font_size: in points at scale 1; None chooses by the image's size.
-            color: of the text; made brighter if it is dark.
-            horizontal_alignment: left | center | right.
-            rotation: degrees, counter-clockwise.
-        """
-        size = (self._font_size if font_size is None else font_size) * self.output.scale
-        self.output.ax.text(
-            *position,
-            text,
-            size=size,
-            family="sans-serif",
-            bbox={"facecolor": "black", "alpha": 0.75, "pad": 0.12 * size, "edgecolor": "none"},
-            verticalalignment="top",
-            horizontalalignment=horizontal_alignment,
-            color=brighten(color),
-            zorder=10,
-            rotation=rotation,
-            clip_on=True,
-        )
-        return self.output
-
-    def draw_box(
-        self, box_coord: Sequence[float], alpha: float = 0.5, edge_color: Color = "g", line_style: str = "-"
-    ) -> VisImage:
-        """Draw the outline of a box (x0, y0, x1, y1)."""
-        x0, y0, x1, y1 = (float(c) for c in box_coord)
-        style = {"edgecolor": edge_color, "linewidth": self._scaled_line(), "alpha": alpha, "linestyle": line_style}
-        self.output.ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, zorder=5, **style))
-        return self.output
-
-    def draw_circle(self, circle_coord: Sequence[float], color: Color, radius: float = 3) -> VisImage:
-        """Draw a filled circle with its centre at (x, y)."""
-        self.output.ax.add_patch(Circle(tuple(circle_coord), radius=radius, fill=True, color=color))
-        return self.output
-
-    def draw_line(
-        self,
-        x_data: Sequence[float],
-        y_data: Sequence[float],
-        color: Color,
-        linestyle: str = "-",
-        linewidth: Optional[float] = None,
-    ) -> VisImage:
-        """Draw a line through points; its width is in points at scale 1."""
-        width = (self._line_width if linewidth is None else linewidth) * self.output.scale
-        self.output.ax.add_line(Line2D(x_data, y_data, linewidth=width, color=color, linestyle=linestyle))
-        return self.output
-
-    def draw_binary_mask(
-        self,
-        binary_mask: np.ndarray,
-        color: Optional[Color] = None,
-        *,
-        edge_color: Optional[Color] = None,
-        text: Optional[str] = None,
-        alpha: float = 0.5,
-        area_threshold: float = 10,
-    ) -> VisImage:
-        """
-        Draw a mask, holes left free.
-
-        Args:
-            binary_mask: (H, W).
-            color: of the area; None takes it from the palette.
-            edge_color: of the outline; None: a darker shade.
-            text: written on the largest connected part.
-            alpha: opacity in [0, 1].
-            area_threshold: connected parts with fewer pixels are left out.
-        """
-        color = palette_color(0) if color is None else color
-        mask = np.asarray(binary_mask).astype(np.uint8)
-        count, regions, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        areas = stats[1:, cv2.CC_STAT_AREA]
-        kept = 1 + np.flatnonzero(areas >= area_threshold)
-        if count < 2 or len(kept) == 0:
-            return self.output
-        self._draw_rings(mask_contours(np.isin(regions, kept)), color, edge_color, alpha)
-        if text is not None:
-            ys, xs = np.nonzero(regions == 1 + areas.argmax())
-            self.draw_text(text, (float(np.median(xs)), float(np.median(ys))), color=color)
-        return self.output
-
-    def draw_polygon(
-        self, segment: np.ndarray, color: Color, edge_color: Optional[Color] = None, alpha: float = 0.5
-    ) -> VisImage:
-        """Draw a filled polygon with corners (N, 2)."""
-        self._draw_rings([np.asarray(segment, dtype=np.float64).reshape(-1, 2)], color, edge_color, alpha)
-        return self.output
-
-    def _draw_rings(
-        self, rings: List[np.ndarray], color: Color, edge_color: Optional[Color], alpha: float
-    ) -> None:
-        """Fill the area between closed lines of (K, 2) points; a line of opposite direction inside is a hole."""
-        if not rings:
-            return
-        path = Path.make_compound_path(*(Path(np.vstack((r, r[:1])), closed=True) for r in rings))
-        face, edge = mplc.to_rgb(color), mplc.to_rgb(edge_color or scale_lightness(color, 0.7))
-        style = {"facecolor": (*face, alpha), "edgecolor": (*edge, 1.0), "linewidth": self._scaled_line() / 2}
-        self.output.ax.add_patch(PathPatch(path, zorder=4, **style))
-
     def _draw_label(self, text: str, box: np.ndarray, color: Color) -> None:
         x0, y0, x1, y1 = box
         height = self._font_size * DPI / 72 * 1.4
         # Above the box where a small one would be covered, as long as there is room.
         above = y1 - y0 < 3 * height and y0 >= height
         self.draw_text(text, (x0, y0 - height if above else y0), color=color, horizontal_alignment="left")
-
-    def _scaled_line(self) -> float:
-        return self._line_width * self.output.scale
 
     def _names(self, key: str) -> Optional[List[str]]:
         return getattr(self.metadata, key, None)
