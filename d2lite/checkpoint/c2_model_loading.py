@@ -27,8 +27,8 @@ def align_and_update_state_dicts(
         c2_conversion: translate Caffe2's names first.
 
     Returns:
-        A copy of the checkpoint's entries, under the model's names where they fit; entries that match nothing,
-        or whose shape differs, keep the checkpoint's name.
+        A copy of the checkpoint's entries, under the model's names where they fit. Entries that match
+        nothing, or whose shape differs, keep the checkpoint's name.
 
     Raises:
         ValueError: if one entry of the checkpoint stands for several parameters of the model.
@@ -51,8 +51,6 @@ def align_and_update_state_dicts(
                 tuple(model_state_dict[model_name].shape),
             )
             model_name = None
-        if model_name is not None:
-            logger.debug("%s <- %s %s", model_name, original_names[name], tuple(value.shape))
         aligned[model_name or original_names[name]] = value.clone()
     logger.info(
         "Matched %d of the checkpoint's %d entries to the model's %d by the ending of their names.",
@@ -74,8 +72,9 @@ def _match_by_suffix(model_names: Iterable[str], ckpt_names: Mapping[str, Any]) 
             continue
         if ckpt_name in matched:
             raise ValueError(
-                f"Ambiguous checkpoint: its '{ckpt_name}' matches both '{matched[ckpt_name]}' and '{model_name}' "
-                "of the model. Rename its entries to the model's names and load it without matching_heuristics."
+                f"Ambiguous checkpoint: its '{ckpt_name}' matches both '{matched[ckpt_name]}' and "
+                f"'{model_name}' of the model. Give its entries the model's names, and load it without "
+                "matching_heuristics."
             )
         matched[ckpt_name] = model_name
     return matched

@@ -63,8 +63,8 @@ def _explain(path: str, error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+)", text) or re.search(r"refused: (\S+)", text)
     if refused:
         return (
-            f"Refused to load {path}: besides data it asks for '{refused.group(1)}', and a file that calls code "
-            "can do anything. If you trust it, convert it elsewhere to a dict of tensors or NumPy arrays."
+            f"Refused to load {path}: besides data it asks for '{refused.group(1)}', and a file that calls "
+            "code can do anything. If you trust it, convert it elsewhere to a dict of tensors or arrays."
         )
     detail = next((line for line in text.splitlines() if line.strip()), "")[:200]
     reason = _foreign_kind(path) or f"it is truncated or not a checkpoint ({type(error).__name__}: {detail})"

@@ -197,7 +197,7 @@ def _multi_step(solver: CfgNode) -> ParamScheduler:
 def _cosine(solver: CfgNode) -> ParamScheduler:
     if not 0.0 <= solver.BASE_LR_END <= solver.BASE_LR:
         raise ValueError(
-            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, but must be between 0 and BASE_LR ({solver.BASE_LR})."
+            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, not between 0 and BASE_LR ({solver.BASE_LR})."
         )
     return CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR)
 

@@ -1,0 +1,147 @@
+"""Starts a function in one process per GPU, or in several CPU processes, or joins torchrun's."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from d2lite.utils import comm
+
+__all__ = ["DEFAULT_TIMEOUT", "launch"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+def launch(
+    main_func: Callable[..., Any],
+    num_gpus_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str | None = None,
+    args: Sequence[Any] = (),
+    timeout: timedelta = DEFAULT_TIMEOUT,
+) -> Any:
+    """
+    Run ``main_func(*args)`` in every process of a distributed job; call this once on each machine.
+
+    With CUDA, each process gets a GPU and they talk through NCCL; without, they run on the CPU and use gloo.
+    Under torchrun the processes exist already: they are joined, and all arguments but the first, ``args`` and
+    ``timeout`` are ignored.
+
+    Args:
+        main_func: must be importable by name where processes are started.
+        num_gpus_per_machine: number of processes per machine.
+        num_machines: number of machines.
+        machine_rank: which of them this is, from 0.
+        dist_url: where the processes meet, such as "tcp://host:port"; None and "auto" pick a free port
+            (one machine only).
+        args: of ``main_func``.
+        timeout: of collective operations.
+
+    Returns:
+        What ``main_func`` returns if this process runs it, None if it started others.
+
+    Raises:
+        ValueError: if the arguments do not fit each other or the machine.
+    """
+    if _under_torchrun():
+        return _join_torchrun(main_func, args, timeout)
+    world_size = num_machines * num_gpus_per_machine
+    if world_size <= 1:
+        return main_func(*args)
+    if torch.cuda.is_available() and num_gpus_per_machine > torch.cuda.device_count():
+        raise ValueError(
+            f"{num_gpus_per_machine} GPUs per machine were asked for, but this one has "
+            f"{torch.cuda.device_count()}. Set --num-gpus or CUDA_VISIBLE_DEVICES."
+        )
+    mp.start_processes(
+        _run_worker,
+        nprocs=num_gpus_per_machine,
+        args=(
+            main_func,
+            world_size,
+            num_gpus_per_machine,
+            machine_rank,
+            _meeting_point(dist_url, num_machines),
+            tuple(args),
+            timeout,
+        ),
+        start_method="spawn",
+    )
+    return None
+
+
+def _under_torchrun() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def _join_torchrun(main_func: Callable[..., Any], args: Sequence[Any], timeout: timedelta) -> Any:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    if dist.is_initialized():
+        return main_func(*args)
+    dist.init_process_group(_backend(), init_method="env://", timeout=timeout)
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+    result = main_func(*args)
+    dist.destroy_process_group()
+    return result
+
+
+def _meeting_point(dist_url: str | None, num_machines: int) -> str:
+    if dist_url in (None, "auto"):
+        if num_machines > 1:
+            raise ValueError("With several machines, --dist-url must name the first one: tcp://host:port.")
+        return f"tcp://127.0.0.1:{_free_port()}"
+    if num_machines > 1 and dist_url.startswith("file://"):
+        logger.warning("file:// is not reliable with several machines; prefer --dist-url tcp://host:port.")
+    return dist_url
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _run_worker(
+    local_rank: int,
+    main_func: Callable[..., Any],
+    world_size: int,
+    num_gpus_per_machine: int,
+    machine_rank: int,
+    dist_url: str,
+    args: tuple[Any, ...],
+    timeout: timedelta,
+) -> None:
+    """Body of each started process."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Each process would otherwise use all cores, and they would slow each other down.
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_gpus_per_machine))
+    rank = machine_rank * num_gpus_per_machine + local_rank
+    try:
+        dist.init_process_group(
+            _backend(), init_method=dist_url, world_size=world_size, rank=rank, timeout=timeout
+        )
+    except Exception:
+        logger.error("Process %d of %d did not meet the others at %s.", rank, world_size, dist_url)
+        raise
+    comm.create_local_process_group(num_gpus_per_machine)
+    # Wait here: a process that fails or is slow to start would show up as a time-out somewhere later.
+    comm.synchronize()
+    main_func(*args)
+    dist.destroy_process_group()

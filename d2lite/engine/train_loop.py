@@ -1,0 +1,437 @@
+"""The training loop: its hooks, and how one iteration is done in full and in mixed precision."""
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from d2lite.utils import comm
+from d2lite.utils.events import EventStorage, get_event_storage
+
+__all__ = ["AMPTrainer", "HookBase", "SimpleTrainer", "TrainerBase"]
+
+logger = logging.getLogger(__name__)
+
+
+class HookBase:
+    """
+    Something that happens at certain points of the training.
+
+    Each method is called by the trainer, in the order in which the hooks were registered. A hook finds the
+    trainer as ``self.trainer``.
+    """
+
+    trainer: "TrainerBase"
+    """Set when the hook is registered; a weak reference."""
+
+    def before_train(self) -> None:
+        """Called once before the first iteration."""
+
+    def after_train(self) -> None:
+        """Called once after the last iteration, also when the training fails or is interrupted."""
+
+    def before_step(self) -> None:
+        """Called before each iteration."""
+
+    def after_backward(self) -> None:
+        """Called between the backward pass and the optimiser's step."""
+
+    def after_step(self) -> None:
+        """Called after each iteration."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        Return what must be saved with the trainer; empty if nothing.
+
+        A hook that returns something has a ``load_state_dict`` as well.
+        """
+        return {}
+
+
+class TrainerBase:
+    """
+    Iterates ``run_step`` and calls hooks around it.
+
+    Attributes:
+        iter: the present iteration, from 0.
+        start_iter: the iteration that this run started from.
+        max_iter: the iteration to end before; equal to ``iter`` after a complete training.
+        storage: holds the metrics while the training runs.
+    """
+
+    iter: int
+    start_iter: int
+    max_iter: int
+    storage: EventStorage
+
+    def __init__(self) -> None:
+        self._hooks: list[HookBase] = []
+        self.iter = 0
+        self.start_iter = 0
+
+    def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
+        """Add hooks after those that are there; None entries are skipped."""
+        for hook in hooks:
+            if hook is None:
+                continue
+            if not isinstance(hook, HookBase):
+                raise TypeError(f"A hook must be a HookBase, got {type(hook).__name__}.")
+            # Strong references would make a cycle and keep a finished trainer, with its GPU memory, alive.
+            hook.trainer = weakref.proxy(self)
+            self._hooks.append(hook)
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """
+        Run the iterations ``start_iter`` to ``max_iter - 1``.
+
+        Whatever ends the training is logged with its iteration; ``after_train`` is called in any case.
+        """
+        logger.info("Starting training from iteration %d", start_iter)
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage:
+            try:
+                self.before_train()
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                # This is how after_train can tell that the training is complete.
+                self.iter = max(start_iter, max_iter)
+            except KeyboardInterrupt:
+                logger.warning("Training was interrupted at iteration %d.", self.iter)
+                raise
+            except Exception:
+                logger.exception("Exception during training, at iteration %d:", self.iter)
+                raise
+            finally:
+                self.after_train()
+
+    def before_train(self) -> None:
+        """Call the hooks' ``before_train``."""
+        for hook in self._hooks:
+            hook.before_train()
+
+    def after_train(self) -> None:
+        """Call the hooks' ``after_train``."""
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            hook.after_train()
+
+    def before_step(self) -> None:
+        """Call the hooks' ``before_step``."""
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            hook.before_step()
+
+    def after_backward(self) -> None:
+        """Call the hooks' ``after_backward``."""
+        for hook in self._hooks:
+            hook.after_backward()
+
+    def after_step(self) -> None:
+        """Call the hooks' ``after_step``."""
+        for hook in self._hooks:
+            hook.after_step()
+
+    def run_step(self) -> None:
+        """Do one iteration. Subclasses implement it."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last iteration and the state of every hook that has one, under its class name."""
+        state: dict[str, Any] = {"iteration": self.iter}
+        hooks: dict[str, Any] = {}
+        for hook in self._hooks:
+            name, hook_state = type(hook).__qualname__, hook.state_dict()
+            if hook_state and name in hooks:
+                logger.warning("Two hooks of class %s have a state; only that of the first is saved.", name)
+            elif hook_state:
+                hooks[name] = hook_state
+        if hooks:
+            state["hooks"] = hooks
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; the hooks must have been registered."""
+        self.iter = state_dict["iteration"]
+        for name, hook_state in state_dict.get("hooks", {}).items():
+            hook = next((hook for hook in self._hooks if type(hook).__qualname__ == name), None)
+            if hook is None:
+                logger.warning("Ignored the checkpoint's state of hook '%s', which is not in use.", name)
+            else:
+                hook.load_state_dict(hook_state)
+
+
+class SimpleTrainer(TrainerBase):
+    """One data loader, one model that returns a dict of losses, one optimiser, one step per iteration."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        gather_metric_period: int = 1,
+        zero_grad_before_forward: bool = False,
+        async_write_metrics: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: takes a batch, returns a dict of scalar losses or one scalar loss; set to training mode.
+            data_loader: yields batches without end.
+            optimizer: makes the step.
+            gather_metric_period: collect the processes' losses, and check them, every so many iterations.
+            zero_grad_before_forward: clear the gradients before the forward pass, which needs less memory,
+                rather than after it.
+            async_write_metrics: write the losses one iteration later, so that a GPU is never waited for.
+                Losses that are not finite then end the training one iteration, and one update, later.
+        """
+        super().__init__()
+        model.train()
+        self.model = model
+        self.data_loader = data_loader
+        self.optimizer = optimizer
+        self.gather_metric_period = gather_metric_period
+        self.zero_grad_before_forward = zero_grad_before_forward
+        self.async_write_metrics = async_write_metrics
+        self._data_loader_iter_obj: Iterator[Any] | None = None
+        self._pending_metrics: _PendingMetrics | None = None
+
+    def run_step(self) -> None:
+        """Do forward pass, backward pass and optimiser step on the next batch."""
+        batch, data_time = self._next_batch()
+        if self.zero_grad_before_forward:
+            self.optimizer.zero_grad()
+        loss_dict, losses = self._forward(batch)
+        if not self.zero_grad_before_forward:
+            self.optimizer.zero_grad()
+        losses.backward()
+        self.after_backward()
+        self._submit_metrics(loss_dict, data_time)
+        self.optimizer.step()
+
+    def _next_batch(self) -> tuple[Any, float]:
+        """Return a batch and the seconds that it took."""
+        if not self.model.training:
+            raise RuntimeError(
+                f"{type(self).__name__}: the model is in eval mode; call model.train() after evaluating it."
+            )
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        return batch, time.perf_counter() - start
+
+    def _forward(self, batch: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        loss_dict = self.model(batch)
+        if isinstance(loss_dict, torch.Tensor):
+            return {"total_loss": loss_dict}, loss_dict
+        return loss_dict, sum(loss_dict.values())
+
+    @property
+    def _data_loader_iter(self) -> Iterator[Any]:
+        # Made when first needed: worker processes start only if there is a training.
+        if self._data_loader_iter_obj is None:
+            self._data_loader_iter_obj = iter(self.data_loader)
+        return self._data_loader_iter_obj
+
+    def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
+        """
+        Replace the data loader; the old one is released before the new one is built.
+
+        Args:
+            data_loader_builder: makes the new one.
+        """
+        del self.data_loader
+        self._data_loader_iter_obj = None
+        self.data_loader = data_loader_builder()
+
+    def after_train(self) -> None:
+        """Write what is left to write if the training is complete, then call the hooks' ``after_train``."""
+        try:
+            # Other processes may be elsewhere after a failure, and writing would wait for them.
+            if self.iter >= self.max_iter:
+                self.flush_metrics()
+        finally:
+            super().after_train()
+
+    def _submit_metrics(self, loss_dict: Mapping[str, torch.Tensor], data_time: float) -> None:
+        self.flush_metrics()
+        if self.async_write_metrics and all(loss.is_cuda for loss in loss_dict.values()):
+            self._pending_metrics = _PendingMetrics(loss_dict, data_time, self.iter)
+        else:
+            self._write_metrics(loss_dict, data_time)
+
+    def flush_metrics(self) -> None:
+        """Write the metrics that ``async_write_metrics`` held back. All processes must call this together."""
+        pending, self._pending_metrics = self._pending_metrics, None
+        if pending is not None:
+            self._write_metrics(pending.wait(), pending.data_time, iter=pending.iteration)
+
+    def _write_metrics(
+        self,
+        loss_dict: Mapping[str, torch.Tensor],
+        data_time: float,
+        prefix: str = "",
+        iter: int | None = None,
+    ) -> None:
+        """
+        Write the losses of an iteration, if it is the turn of one in ``gather_metric_period``.
+
+        Args:
+            loss_dict: scalar losses.
+            data_time: seconds that the batch took.
+            prefix: of the total's name.
+            iter: the iteration they belong to; None is the present one.
+        """
+        iteration = self.iter if iter is None else iter
+        if (iteration + 1) % self.gather_metric_period == 0:
+            self.write_metrics(loss_dict, data_time, iteration, prefix)
+
+    @staticmethod
+    def write_metrics(
+        loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = ""
+    ) -> None:
+        """
+        Put the losses, their sum ``total_loss`` and ``data_time`` into the event storage of the main process.
+
+        Losses are averaged over the processes; of the data times the longest counts.
+
+        Args:
+            loss_dict: scalar losses, the same names in all processes.
+            data_time: seconds that the batch took.
+            cur_iter: the iteration they belong to.
+            prefix: of the total's name.
+
+        Raises:
+            FloatingPointError: in every process, if a loss is NaN or infinite in any; names the losses.
+        """
+        metrics = _average_over_processes({**_to_floats(loss_dict), "data_time": data_time})
+        data_time = metrics.pop("data_time")
+        total = sum(metrics.values())
+        if not np.isfinite(total):
+            culprits = [name for name, value in metrics.items() if not np.isfinite(value)]
+            raise FloatingPointError(
+                f"Loss became infinite or NaN at iteration={cur_iter}!\n"
+                f"Not finite: {', '.join(culprits) or 'the sum'}\nloss_dict = {metrics}"
+            )
+        if comm.is_main_process():
+            storage = get_event_storage()
+            storage.put_scalar("data_time", data_time, cur_iter=cur_iter)
+            storage.put_scalar(f"{prefix}total_loss", total, cur_iter=cur_iter)
+            if len(metrics) > 1:
+                storage.put_scalars(cur_iter=cur_iter, **metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base class's state and the optimiser's."""
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        super().load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+class _PendingMetrics:
+    """Losses on their way from the GPU, copied behind the work that computes them and nothing later."""
+
+    def __init__(self, losses: Mapping[str, torch.Tensor], data_time: float, iteration: int) -> None:
+        self.data_time, self.iteration = data_time, iteration
+        self._names = list(losses)
+        self._values = _stack(losses).to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.current_stream().record_event()
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        self._arrived.synchronize()
+        return dict(zip(self._names, self._values))
+
+
+def _stack(losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([loss.detach().reshape(()).float() for loss in losses.values()])
+
+
+def _to_floats(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Fetch scalars with one wait for the GPU instead of one per loss."""
+    return dict(zip(losses, _stack(losses).tolist())) if losses else {}
+
+
+def _average_over_processes(metrics: dict[str, float]) -> dict[str, float]:
+    if comm.get_world_size() == 1:
+        return metrics
+    gathered = comm.all_gather(metrics)
+    average = {name: float(np.mean([each[name] for each in gathered])) for name in gathered[0]}
+    average["data_time"] = max(each["data_time"] for each in gathered)
+    return average
+
+
+class AMPTrainer(SimpleTrainer):
+    """Like :class:`SimpleTrainer`, with a forward pass in mixed precision and, for float16, scaled losses."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        gather_metric_period: int = 1,
+        zero_grad_before_forward: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        precision: torch.dtype = torch.float16,
+        log_grad_scaler: bool = False,
+        async_write_metrics: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: as in :class:`SimpleTrainer`, and so are the arguments not listed here.
+            grad_scaler: scales the loss; None makes one that is active for float16 only.
+            precision: torch.float16 or torch.bfloat16; the latter needs no scaling.
+            log_grad_scaler: record the scale as ``[metric]grad_scaler``.
+
+        Raises:
+            ValueError: if one process drives several GPUs.
+        """
+        is_parallel = isinstance(model, DistributedDataParallel) and len(model.device_ids or ()) > 1
+        if is_parallel or isinstance(model, DataParallel):
+            raise ValueError("AMPTrainer needs one process per GPU; start the program with --num-gpus.")
+        super().__init__(
+            model, data_loader, optimizer, gather_metric_period, zero_grad_before_forward, async_write_metrics
+        )
+        self.device_type = next(model.parameters()).device.type
+        if grad_scaler is None:
+            grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
+        self.grad_scaler = grad_scaler
+        self.precision = precision
+        self.log_grad_scaler = log_grad_scaler
+
+    def run_step(self) -> None:
+        """Do forward pass, backward pass and optimiser step on the next batch, in mixed precision."""
+        batch, data_time = self._next_batch()
+        if self.zero_grad_before_forward:
+            self.optimizer.zero_grad()
+        with torch.autocast(self.device_type, dtype=self.precision):
+            loss_dict, losses = self._forward(batch)
+        if not self.zero_grad_before_forward:
+            self.optimizer.zero_grad()
+        self.grad_scaler.scale(losses).backward()
+        if self.log_grad_scaler:
+            get_event_storage().put_scalar("[metric]grad_scaler", self.grad_scaler.get_scale())
+        self.after_backward()
+        self._submit_metrics(loss_dict, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base class's state and, where the loss is scaled, the scaler's."""
+        state = super().state_dict()
+        if self.grad_scaler.is_enabled():
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, also that of another precision."""
+        super().load_state_dict(state_dict)
+        if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
