@@ -199,7 +199,8 @@ class CascadeROIHeads(StandardROIHeads):
         """The predicted boxes (R_i, 4) of a stage as proposals of the next, clipped and without gradient."""
         proposals = []
         for image_boxes, size in zip(boxes, image_sizes):
-            image_boxes = Boxes(image_boxes.detach())
+            # NaN has no pyramid level; inference drops what is still not finite after the last stage
+            image_boxes = Boxes(image_boxes.detach().nan_to_num())
             image_boxes.clip(size)
             if self.training:
                 # inference keeps them: the stages' scores are averaged row by row
