@@ -1,6 +1,6 @@
 """Taps, teacher, inheriting and the distilled model."""
 
-from .distilled_model import DistilledModel, build_distilled_model, inherit_from_teacher, is_distillation
+from .distilled_model import DistilledModel, MethodError, build_distilled_model, inherit_from_teacher, is_distillation
 from .inherit import InheritReport, inherit
 from .num_classes import num_classes
 from .taps import FeatureTaps, TapError
@@ -10,6 +10,7 @@ __all__ = [
     "DistilledModel",
     "FeatureTaps",
     "InheritReport",
+    "MethodError",
     "TapError",
     "Teacher",
     "TeacherError",

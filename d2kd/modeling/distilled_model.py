@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 _PROBE_SIZE = 128
 
 
+class MethodError(ValueError):
+    """`DISTILL.METHODS` names a method that is not there, or none where one is needed."""
+
+
 class DistilledModel(nn.Module):
     """A student, a teacher and the methods between them.
 
@@ -59,7 +63,7 @@ class DistilledModel(nn.Module):
         Raises:
             TapError: a tap did not fire, or a method gave no loss.
         """
-        if not self.training:
+        if not self.training or not self.distillers:
             return self.student(batched_inputs)
         # one copy to the device serves both networks
         batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
@@ -122,13 +126,16 @@ def inherit_from_teacher(cfg: CfgNode, model: DistilledModel) -> Optional[Inheri
 
 def _methods(cfg: CfgNode) -> List[str]:
     known = sorted(name for name, _ in DISTILLERS)
-    if not cfg.DISTILL.METHODS:
-        raise ValueError(f"DISTILL.METHODS is empty; it names one or more of {', '.join(known)}.")
+    if not cfg.DISTILL.METHODS and not cfg.DISTILL.INHERIT.ENABLED:
+        raise MethodError(
+            f"A teacher is configured, but nothing uses it: name one or more of {', '.join(known)} in DISTILL.METHODS, "
+            "or set DISTILL.INHERIT.ENABLED True."
+        )
     for name in cfg.DISTILL.METHODS:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"DISTILL.METHODS (--method) names {name!r}, which is none of {', '.join(known)}.{hint}")
+            raise MethodError(f"DISTILL.METHODS (--method) names {name!r}, which is none of {', '.join(known)}.{hint}")
     return list(dict.fromkeys(cfg.DISTILL.METHODS))
 
 
@@ -142,7 +149,8 @@ def _pairs_of_methods(
     student_shapes = tap_shapes(student, [s for pairs in names.values() for s, _ in pairs])
     teacher_shapes = tap_shapes(teacher, [t for pairs in names.values() for _, t in pairs])
     return {
-        method: [TapPair(s, t, student_shapes[s], teacher_shapes[t]) for s, t in pairs] for method, pairs in names.items()
+        method: [TapPair(s, t, student_shapes[s], teacher_shapes[t]) for s, t in pairs]
+        for method, pairs in names.items()
     }
 
 
@@ -155,7 +163,9 @@ def _tap_names_of(key: str, node: CfgNode, student: nn.Module, teacher: nn.Modul
             f"the teacher's {', '.join(tap_names(teacher))}. Name the features in {key}.TAPS and {key}.TEACHER_TAPS."
         )
     if len(ours) != len(theirs):
-        raise TapError(f"{key}.TAPS names {len(ours)} features and {key}.TEACHER_TAPS {len(theirs)}; they are compared pair by pair.")
+        raise TapError(
+            f"{key}.TAPS names {len(ours)} features and {key}.TEACHER_TAPS {len(theirs)}; they are compared pair by pair."
+        )
     return list(zip(ours, theirs))
 
 
@@ -171,7 +181,7 @@ def _pooled_levels(model: nn.Module) -> set:
     top = getattr(backbone, "top_block", None)
     if top is None or any(True for _ in top.parameters()):
         return set()
-    return set(list(backbone.output_shape())[-top.num_levels:])
+    return set(list(backbone.output_shape())[-top.num_levels :])
 
 
 @torch.no_grad()
@@ -197,5 +207,7 @@ def tap_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, TapShape]:
         model.train(was_training)
     for name, feature in features.items():
         if feature.dim() != 4:
-            raise TapError(f"Tap {name!r} has the shape {tuple(feature.shape)}; only feature maps (N, C, H, W) can be distilled.")
+            raise TapError(
+                f"Tap {name!r} has the shape {tuple(feature.shape)}; only feature maps (N, C, H, W) can be distilled."
+            )
     return {name: TapShape(f.shape[1], widths[0] / f.shape[-1]) for name, f in features.items()}

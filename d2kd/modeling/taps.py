@@ -47,7 +47,8 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
     if pre_relu:
         return Tap(name, _last_block(name, _find_stage(model, name, address, named)), pre_relu=True)
     for path in ("backbone", "backbone.bottom_up"):
-        if address in _outputs(named.get(path)):
+        # a stage that is a module of its own is hooked itself: it fires before the rest of the backbone runs
+        if address in _outputs(named.get(path)) and f"{path}.{address}" not in named:
             return Tap(name, named[path], key=address)
     return Tap(name, _find_stage(model, name, address, named), call=int(call) if call else None)
 
@@ -150,7 +151,9 @@ class FeatureTaps:
             recorder.detach()
         missing = [tap.name for tap in self.taps if tap.name not in features]
         if missing:
-            raise TapError(f"Taps that did not fire in the forward pass: {', '.join(missing)}. The model does not run them in this mode.")
+            raise TapError(
+                f"Taps that did not fire in the forward pass: {', '.join(missing)}. The model does not run them in this mode."
+            )
 
 
 class _Recorder:
@@ -185,7 +188,9 @@ class _Recorder:
             mode = self.modes.pop()
             mode.__exit__(None, None, None)
             if mode.value is None:
-                raise TapError(f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage.")
+                raise TapError(
+                    f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
+                )
             self._store(tap, mode.value)
 
         return hook
@@ -205,7 +210,9 @@ class _Recorder:
         if not isinstance(value, Tensor):
             raise TapError(f"Tap {tap.name!r} gives a {type(value).__name__}, not a tensor: name a module inside it.")
         if tap.name in self.features:
-            raise TapError(f"Tap {tap.name!r} fires more than once in a forward pass: choose a call, e.g. '{tap.name}@0'.")
+            raise TapError(
+                f"Tap {tap.name!r} fires more than once in a forward pass: choose a call, e.g. '{tap.name}@0'."
+            )
         self.features[tap.name] = value
         if self.stop_after == len(self.features):
             raise _AllTapsFired

@@ -47,7 +47,9 @@ class Teacher:
             TeacherError: unknown precision.
         """
         if precision not in PRECISIONS:
-            raise TeacherError(f"DISTILL.TEACHER.PRECISION is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+            raise TeacherError(
+                f"DISTILL.TEACHER.PRECISION is {precision!r}; it must be one of {', '.join(PRECISIONS)}."
+            )
         self.model = model.eval().requires_grad_(False)
         self.precision = PRECISIONS[precision]
         self.swap_channels = swap_channels
@@ -70,7 +72,9 @@ class Teacher:
         device = next(self.model.parameters()).device.type
         if self.precision == torch.float32:
             # also shields the teacher from the student's mixed precision
-            return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+            return (
+                torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+            )
         return torch.autocast(device, dtype=self.precision)
 
 
@@ -89,7 +93,9 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         teacher_cfg.merge_from_file(path)
         teacher_cfg.merge_from_list(list(cfg.DISTILL.TEACHER.OPTS))
     except (KeyError, ValueError, AssertionError) as error:
-        raise TeacherError(f"The teacher's configuration {path} (with DISTILL.TEACHER.OPTS) does not load: {error}") from error
+        raise TeacherError(
+            f"The teacher's configuration {path} (with DISTILL.TEACHER.OPTS) does not load: {error}"
+        ) from error
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
     return teacher_cfg
@@ -103,7 +109,9 @@ def load_teacher(teacher_cfg: CfgNode) -> nn.Module:
     """
     path = teacher_cfg.MODEL.WEIGHTS
     if not path:
-        raise TeacherError("The teacher has no weights: set DISTILL.TEACHER.WEIGHTS (--teacher-weights) to its checkpoint.")
+        raise TeacherError(
+            "The teacher has no weights: set DISTILL.TEACHER.WEIGHTS (--teacher-weights) to its checkpoint."
+        )
     try:
         found = PathManager.isfile(PathManager.get_local_path(path.split("?")[0]))
     except Exception as error:
@@ -149,7 +157,9 @@ def load_strictly(model: nn.Module, path: str, who: str, keys: str) -> None:
         incompatible_log.setLevel(level)
     problems = describe_problems(checkpointer.problems)
     if problems:
-        raise TeacherError(f"The {who}'s checkpoint {path} does not fit its configuration ({keys}):\n" + "\n".join(problems))
+        raise TeacherError(
+            f"The {who}'s checkpoint {path} does not fit its configuration ({keys}):\n" + "\n".join(problems)
+        )
     logger.info("Loaded the %s's weights from %s: every key fits.", who, path)
 
 
@@ -157,7 +167,10 @@ def describe_problems(incompatible: Any, most: int = 8) -> List[str]:
     """Lines on missing, unexpected and mis-shaped keys; empty where all fit."""
     if incompatible is None:
         return []
-    shapes = [f"{name}: checkpoint {tuple(theirs)}, model {tuple(ours)}" for name, theirs, ours in incompatible.incorrect_shapes]
+    shapes = [
+        f"{name}: checkpoint {tuple(theirs)}, model {tuple(ours)}"
+        for name, theirs, ours in incompatible.incorrect_shapes
+    ]
     misshaped = {name for name, *_ in incompatible.incorrect_shapes}
     lines = []
     for title, names in (

@@ -1,0 +1,102 @@
+"""Alignment, normalisation, masks and reductions."""
+
+import pytest
+import torch
+
+from d2kd.layers import AlignmentError, RandomMasks, TapShape, align_resolution, build_aligner, check_alignable, keep_mask
+from d2kd.layers import normalize, squared_error, standardize
+
+
+def test_standardize_does_not_see_scale_and_offset():
+    x = torch.randn(3, 5, 7, 6, dtype=torch.double)
+    scaled = x * torch.rand(1, 5, 1, 1).double().add(0.5) * 100 + torch.randn(1, 5, 1, 1).double()
+    y = standardize(x)
+    assert torch.allclose(y, standardize(scaled), atol=1e-5)
+    assert torch.allclose(y.mean((0, 2, 3)), torch.zeros(5).double(), atol=1e-9)
+    assert torch.allclose(y.pow(2).mean((0, 2, 3)), torch.ones(5).double(), atol=1e-5)
+
+
+def test_standardized_error_is_two_minus_twice_the_correlation():
+    x, y = torch.randn(2, 1, 8, 8, dtype=torch.double), torch.randn(2, 1, 8, 8, dtype=torch.double)
+    r = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1]
+    assert torch.allclose(squared_error(standardize(x), standardize(y), "mean"), 2 - 2 * r, atol=1e-5)
+
+
+def test_constant_channels_give_zero_and_finite_gradients():
+    x = torch.full((1, 4, 1, 1), 3.0, requires_grad=True)
+    y = standardize(x)
+    y.square().sum().backward()
+    assert torch.equal(y, torch.zeros_like(y)) and torch.isfinite(x.grad).all()
+
+
+def test_half_precision_is_summed_in_float32():
+    x = torch.full((1, 64, 64, 64), 1.0, dtype=torch.float16)
+    assert squared_error(x, torch.zeros_like(x), "paper").item() == 64**3  # beyond float16's range
+
+
+def test_reductions_differ_by_the_size_of_a_map():
+    x, y = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    assert torch.allclose(squared_error(x, y, "paper"), squared_error(x, y, "mean") * 3 * 4 * 5)
+    with pytest.raises(ValueError, match="paper, mean"):
+        squared_error(x, y, "sum")
+    with pytest.raises(ValueError, match="none, standardize"):
+        normalize(x, "l2")
+
+
+@pytest.mark.parametrize("kind, shape", [("spatial", (4, 1, 50, 40)), ("channel", (4, 512, 1, 1))])
+def test_masks_drop_the_share_that_was_asked_for(kind, shape):
+    x = torch.zeros(4, 512, 50, 40)
+    mask = RandomMasks(seed=3)(x, 0.65, kind)
+    assert mask.shape == shape and set(mask.unique().tolist()) == {0.0, 1.0}
+    assert abs(mask.mean().item() - 0.35) < 0.03
+    assert RandomMasks()(x, 0.0, kind).min() == 1
+
+
+def test_thresholds_keep_a_draw_that_lies_on_them():
+    assert keep_mask(torch.tensor([0.25, 0.26]), 0.75, "spatial").tolist() == [True, False]
+    assert keep_mask(torch.tensor([0.75, 0.74]), 0.75, "channel").tolist() == [True, False]
+
+
+def test_masks_continue_from_a_state_differ_by_process_and_leave_the_global_state_alone():
+    x = torch.zeros(2, 3, 8, 8)
+    before = torch.get_rng_state()
+    one = RandomMasks(seed=5)
+    first, state = one(x, 0.5, "spatial"), one.state()
+    second = one(x, 0.5, "spatial")
+    other = RandomMasks(seed=9)
+    other.load_state(state)
+    assert torch.equal(other(x, 0.5, "spatial"), second) and not torch.equal(first, second)
+    assert not torch.equal(RandomMasks(seed=5, stream=1)(x, 0.5, "spatial"), first)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_equal_maps_are_not_touched():
+    s, t = torch.randn(1, 2, 4, 6), torch.randn(1, 3, 4, 6)
+    a, b = align_resolution(s, t)
+    assert a is s and b is t
+
+
+def test_other_padding_is_cropped_at_the_bottom_right():
+    s, t = torch.randn(1, 2, 4, 6), torch.randn(1, 3, 5, 5)
+    a, b = align_resolution(s, t)
+    assert torch.equal(a, s[..., :4, :5]) and torch.equal(b, t[..., :4, :5])
+
+
+@pytest.mark.parametrize("ratio, size", [(2.0, (4, 6)), (0.5, (16, 24))])
+def test_other_strides_are_resampled_to_the_students_grid(ratio, size):
+    rows = torch.linspace(0, 1, size[0]).view(1, 1, -1, 1).expand(1, 1, *size)
+    s = torch.zeros(1, 1, 8, 12)
+    a, b = align_resolution(s, rows, ratio)
+    assert a.shape == b.shape == (1, 1, 8, 12)
+    assert (b[0, 0, 1:, 0] >= b[0, 0, :-1, 0]).all()  # a ramp stays a ramp
+    assert torch.allclose(align_resolution(s, torch.full((1, 1, *size), 3.0), ratio)[1], torch.tensor(3.0))
+
+
+def test_aligner_only_where_channels_differ():
+    assert isinstance(build_aligner(TapShape(8, 4), TapShape(8, 4)), torch.nn.Identity)
+    assert build_aligner(TapShape(8, 4), TapShape(12, 4))(torch.zeros(1, 8, 3, 3)).shape == (1, 12, 3, 3)
+
+
+def test_strides_too_far_apart_name_both_shapes_and_the_key():
+    with pytest.raises(AlignmentError, match=r"DISTILL.X.TAPS.*64 channels at stride 4.*256 channels at stride 64|stride 64"):
+        check_alignable("DISTILL.X.TAPS, p2 <- p6", TapShape(64, 4), TapShape(256, 64))

@@ -1,0 +1,119 @@
+"""Taps: what addresses mean, values as they were, hooks gone afterwards."""
+
+import pytest
+import torch
+from models import FASTER_RCNN, batch, config, model
+
+from d2kd.modeling.taps import FeatureTaps, TapError, tap_names
+
+
+def record(net, names, train=False, **kwargs):
+    net.train(train)
+    with FeatureTaps(net, names).recording(**kwargs) as features:
+        if train:
+            from detectron2.utils.events import EventStorage
+
+            with EventStorage():
+                net(batch())
+        else:
+            net(batch())
+    return features
+
+
+def hooks(net):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+
+def test_backbone_outputs_and_stages_are_what_the_backbone_returns():
+    net = model().eval()
+    with torch.no_grad():
+        features = record(net, ["p3", "p7", "res4", "res2"])
+        x = net.preprocess_image(batch()).tensor
+        outputs = net.backbone(x)
+        bottom_up = net.backbone.bottom_up(x)
+        assert torch.equal(features["p3"], outputs["p3"]) and torch.equal(features["p7"], outputs["p7"])
+        assert torch.equal(features["res4"], bottom_up["res4"])
+        # res2 is no output of this bottom-up network, but still a stage of it
+        assert "res2" not in bottom_up and torch.equal(features["res2"], net.backbone.bottom_up.res2(net.backbone.bottom_up.stem(x)))
+
+
+def test_pre_relu_is_the_value_before_the_in_place_relu_and_changes_nothing():
+    net = model().eval()
+    with torch.no_grad():
+        plain = record(net, ["res4", "p3"])
+        features = record(net, ["res4.pre_relu", "res4", "p3"])
+    assert (features["res4.pre_relu"] < 0).any()
+    assert torch.equal(features["res4.pre_relu"].relu(), features["res4"])
+    assert torch.equal(features["p3"], plain["p3"])
+
+
+def test_pre_relu_gradient_reaches_the_stage_and_equals_that_of_the_plain_model():
+    grads = []
+    for taps in (["p3"], ["p3", "res5.pre_relu"]):
+        net = model()
+        features = record(net, taps, train=True)
+        features["p3"].square().sum().backward(retain_graph=True)
+        grads.append([p.grad.clone() for p in net.backbone.bottom_up.res4.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    net.zero_grad()
+    features["res5.pre_relu"].sum().backward()
+    assert net.backbone.bottom_up.res5[-1].conv3.weight.grad.abs().sum() > 0
+
+
+def test_module_path_and_number_of_the_call():
+    net = model().eval()
+    with torch.no_grad():
+        features = record(net, ["head.bbox_pred@0", "head.bbox_pred@4"])
+    assert features["head.bbox_pred@0"].shape[-1] == 16 and features["head.bbox_pred@4"].shape[-1] == 1
+
+
+def test_firing_twice_without_a_number_is_an_error():
+    with pytest.raises(TapError, match="head.bbox_pred@0"):
+        record(model(), ["head.bbox_pred"])
+
+
+def test_never_firing_is_an_error():
+    with pytest.raises(TapError, match="head.bbox_pred@9.*did not fire|did not fire.*head.bbox_pred@9"):
+        record(model(), ["head.bbox_pred@9"])
+
+
+@pytest.mark.parametrize("wrong, hint", [("p33", "p3"), ("res4.prerelu", "res4"), ("head.bbox_prd", "head.bbox_pred")])
+def test_unknown_address_names_near_matches(wrong, hint):
+    with pytest.raises(TapError, match=hint):
+        FeatureTaps(model(), [wrong])
+
+
+def test_hooks_are_removed_also_after_an_error():
+    net = model()
+    record(net, ["p3", "res4.pre_relu"])
+    with pytest.raises(RuntimeError, match="stop"):
+        with FeatureTaps(net, ["p3", "res4.pre_relu"]).recording():
+            raise RuntimeError("stop")
+    assert hooks(net) == 0
+
+
+def test_an_error_inside_a_tapped_block_leaves_relu_as_it_was():
+    net = model()
+    block = net.backbone.bottom_up.res4[-1]
+    block.conv3.forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        record(net, ["res4.pre_relu"])
+    x = torch.tensor([-1.0])
+    torch.nn.functional.relu_(x)
+    assert x.item() == 0 and hooks(net) == 0
+
+
+def test_stopping_early_runs_nothing_behind_the_deepest_tap():
+    net = model().eval()
+    ran = []
+    net.backbone.bottom_up.res5.register_forward_hook(lambda *a: ran.append("res5"))
+    with torch.no_grad():
+        features = record(net, ["res2", "res3"], stop_when_done=True)
+    assert set(features) == {"res2", "res3"} and not ran
+
+
+def test_two_stage_models_and_names():
+    net = model(config(FASTER_RCNN)).eval()
+    assert tap_names(net)[:5] == ["p2", "p3", "p4", "p5", "p6"] and "res2" in tap_names(net)
+    with torch.no_grad():
+        assert record(net, ["roi_heads.box_head"])["roi_heads.box_head"].dim() == 2
