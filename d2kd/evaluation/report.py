@@ -172,7 +172,9 @@ def compare(models: Mapping[str, ModelResult], metric: str = "AP") -> dict[str, 
     }
 
 
-def load_result(name: str, output_dir: str, label: str = "", task: str = "bbox") -> ModelResult:
+def load_result(
+    name: str, output_dir: str, label: str = "", dataset_name: str | None = None, task: str = "bbox"
+) -> ModelResult:
     """
     Reads the OUTPUT_DIR of a training run.
 
@@ -181,7 +183,8 @@ def load_result(name: str, output_dir: str, label: str = "", task: str = "bbox")
         output_dir: holds ``result.json`` and, if they exist, ``metrics.json``, ``config.yaml``,
             ``inference/coco_instances_results.json`` and ``model_final.pth``.
         label: what the report calls the model.
-        task: which metrics of ``result.json`` to take.
+        dataset_name: which results to take of a run that was evaluated on several datasets.
+        task: which metrics to take.
 
     Raises:
         FileNotFoundError: there is no ``result.json``: the run has not finished.
@@ -193,8 +196,9 @@ def load_result(name: str, output_dir: str, label: str = "", task: str = "bbox")
         raise FileNotFoundError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere")
     try:
         content = json.loads(path.read_text())
-        metrics = content["metrics"][task]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        metrics = content["metrics"]
+        metrics = metrics.get(dataset_name, metrics)[task]
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"Run {name!r}: {path} holds no metrics of the task {task!r} ({error!r})") from error
 
     def existing(relative: str) -> str | None:
@@ -205,7 +209,8 @@ def load_result(name: str, output_dir: str, label: str = "", task: str = "bbox")
         label=label,
         metrics={k: math.nan if v is None else v for k, v in metrics.items()},
         metrics_file=existing("metrics.json"),
-        predictions_file=existing("inference/coco_instances_results.json"),
+        predictions_file=existing(f"inference/{dataset_name}/coco_instances_results.json")
+        or existing("inference/coco_instances_results.json"),
         config_file=existing("config.yaml"),
         checkpoint=existing("model_final.pth"),
         **{k: content.get(k) for k in ("wall_time_s", "iterations", "images_per_batch", "params", "seed")},
@@ -323,7 +328,7 @@ def _detections(
         for model in shown
     }
     grid = detection_grid(records, metadata.thing_classes, predictions, threshold)
-    return cv2.imencode(".png", grid)[1].tobytes()
+    return cv2.imencode(".png", grid, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:

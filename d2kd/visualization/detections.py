@@ -126,7 +126,7 @@ def _draw(image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colours: S
 
 def _resize(image: np.ndarray, scale: float) -> np.ndarray:
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
-    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+    return cv2.resize(image, size, interpolation=cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA)
 
 
 def _pad(image: np.ndarray) -> np.ndarray:

@@ -137,6 +137,28 @@ def test_images_that_were_not_processed_count_as_missed_unless_img_ids_are_given
     assert evaluate(evaluator, {10: perfect(10)}, img_ids=[10])["bbox"]["AP"] == pytest.approx(100)
 
 
+def evaluate_in_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    register_coco_instances(NAME, {}, f"{folder}/gt.json", "images")
+    DatasetCatalog.get(NAME)
+    image_id = (10, 20)[rank]
+    results = evaluate(COCOEvaluator(NAME, output_dir=folder), {image_id: perfect(image_id)})
+    with open(f"{folder}/results{rank}.json", "w") as file:
+        json.dump(results, file)
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_gather_their_predictions_on_the_first(tmp_path, catalogs):
+    (tmp_path / "gt.json").write_text(json.dumps(ground_truth()))
+    torch.multiprocessing.spawn(evaluate_in_process, (str(tmp_path),), nprocs=2)
+    assert json.loads((tmp_path / "results0.json").read_text())["segm"]["AP"] == pytest.approx(100)
+    assert json.loads((tmp_path / "results1.json").read_text()) == {}
+    assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == 4
+
+
 def test_max_dets_limits_what_counts(tmp_path, catalogs):
     register(tmp_path, ground_truth())
     found = perfect(10)
