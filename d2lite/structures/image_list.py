@@ -51,7 +51,7 @@ class ImageList:
         height, width = _batch_size(image_sizes, size_divisibility, padding_constraints or {})
 
         if len(tensors) == 1:
-            (h, w), = image_sizes
+            ((h, w),) = image_sizes
             return ImageList(F.pad(first, (0, width - w, 0, height - h), value=pad_value)[None], image_sizes)
         batch = first.new_full((len(tensors), *first.shape[:-2], height, width), pad_value)
         for padded, image, (h, w) in zip(batch, tensors, image_sizes):

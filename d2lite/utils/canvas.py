@@ -118,7 +118,12 @@ class Canvas:
     ) -> VisImage:
         """Draw the outline of a box (x0, y0, x1, y1)."""
         x0, y0, x1, y1 = (float(c) for c in box_coord)
-        style = {"edgecolor": edge_color, "linewidth": self._scaled_line(), "alpha": alpha, "linestyle": line_style}
+        style = {
+            "edgecolor": edge_color,
+            "linewidth": self._scaled_line(),
+            "alpha": alpha,
+            "linestyle": line_style,
+        }
         self.output.ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, zorder=5, **style))
         return self.output
 

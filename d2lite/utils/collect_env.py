@@ -57,7 +57,10 @@ def _gpu_rows() -> List[Tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         rows.append(
-            (f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB, sm_{device.major}{device.minor}")
+            (
+                f"GPU {index}",
+                f"{device.name}, {device.total_memory / 2**30:.1f} GiB, sm_{device.major}{device.minor}",
+            )
         )
     rows.append(("CUDA of PyTorch", str(torch.version.cuda)))
     rows.append(("cuDNN", str(torch.backends.cudnn.version())))

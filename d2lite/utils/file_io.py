@@ -28,7 +28,7 @@ class Detectron2Handler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        url = self.URL + path[len(self.PREFIX):]
+        url = self.URL + path[len(self.PREFIX) :]
         cached = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
         if os.path.isfile(cached) and not force:
             return cached

@@ -38,7 +38,7 @@ class _Abbreviate(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         name = record.name
         if name == self._full or name.startswith(self._full + "."):
-            name = (self._short + name[len(self._full):]).lstrip(".")
+            name = (self._short + name[len(self._full) :]).lstrip(".")
         record.abbreviation = name
         return True
 

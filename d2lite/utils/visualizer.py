@@ -100,7 +100,9 @@ class Visualizer(Canvas):
             crowd = [a.get("iscrowd", 0) for a in annotations]
             boxes = None
             if all("bbox" in a for a in annotations):
-                boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+                boxes = [
+                    BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
+                ]
             masks = None
             if all("segmentation" in a for a in annotations):
                 masks = [a["segmentation"] for a in annotations]
@@ -119,7 +121,10 @@ class Visualizer(Canvas):
         return self.output
 
     def draw_sem_seg(
-        self, sem_seg: Union[torch.Tensor, np.ndarray], area_threshold: Optional[int] = None, alpha: float = 0.8
+        self,
+        sem_seg: Union[torch.Tensor, np.ndarray],
+        area_threshold: Optional[int] = None,
+        alpha: float = 0.8,
     ) -> VisImage:
         """
         Draw a map of class labels.
@@ -173,7 +178,12 @@ class Visualizer(Canvas):
         rings = self._all_rings(masks) if masks is not None else None
         boxes = None if boxes is None else np.asarray(getattr(boxes, "tensor", boxes)).reshape(-1, 4)
         num_instances = max((len(x) for x in (boxes, rings, labels) if x is not None), default=0)
-        for name, given in (("boxes", boxes), ("masks", rings), ("labels", labels), ("colors", assigned_colors)):
+        for name, given in (
+            ("boxes", boxes),
+            ("masks", rings),
+            ("labels", labels),
+            ("colors", assigned_colors),
+        ):
             if given is not None and len(given) != num_instances:
                 raise ValueError(f"overlay_instances got {len(given)} {name} for {num_instances} instances")
         if boxes is None and rings is not None:
