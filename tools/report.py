@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger
 
 from d2kd.data.datasets import register_datasets
-from d2kd.engine.setup import load_config
+from d2kd.engine.setup import USER_ERRORS, load_config
 from d2kd.evaluation.report import ModelResult, load_result, write_report
 
 logger = logging.getLogger("d2kd.tools.report")
@@ -96,7 +96,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             num_images=args.images,
             score_threshold=args.score_threshold,
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, *USER_ERRORS) as error:
         logger.error("%s", error)
         return 2
     return 0

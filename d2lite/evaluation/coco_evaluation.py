@@ -144,6 +144,8 @@ class COCOEvaluator(DatasetEvaluator):
                 torch.save(predictions, path)
         coco_results = list(itertools.chain(*(p["instances"] for p in predictions)))
         tasks = self._tasks or self._tasks_from_predictions(coco_results)
+        if coco_results and "segm" in tasks and "segm" not in self._tasks_from_predictions(coco_results):
+            raise ValueError("COCOEvaluator is to evaluate segm, but the predictions have no pred_masks")
         self._to_dataset_category_ids(coco_results)
         if self._output_dir:
             write_json(os.path.join(self._output_dir, "coco_instances_results.json"), coco_results)

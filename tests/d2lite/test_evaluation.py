@@ -202,6 +202,8 @@ def test_what_cannot_be_evaluated_is_named(tmp_path, catalogs):
         COCOEvaluator(NAME, tasks=("bbox", "keypoints"))
     with pytest.raises(ValueError, match="boxes"):
         COCOEvaluator(NAME, tasks=("boxes",))
+    with pytest.raises(ValueError, match="no pred_masks"):
+        evaluate(COCOEvaluator(NAME, tasks=("segm",)), {10: detections([[0, 0, 5, 5]], [0.5], [1])})
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
