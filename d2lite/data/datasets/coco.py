@@ -43,9 +43,9 @@ def load_coco_json(
     Args:
         json_file: the annotations.
         image_root: folder that the file names are relative to.
-        dataset_name: when given, its metadata gets `thing_classes` and `thing_dataset_id_to_contiguous_id`, and
+        dataset_name: if given, its metadata gets `thing_classes` and `thing_dataset_id_to_contiguous_id`, and
             the category ids are mapped to 0, 1, ... in the order of the ids; when None they stay.
-        extra_annotation_keys: entries of annotations to keep besides iscrowd, bbox, segmentation, category_id.
+        extra_annotation_keys: annotation entries to keep besides iscrowd, bbox, segmentation, category_id.
 
     Raises:
         AssertionError: if annotation ids are not unique.

@@ -1,0 +1,1 @@
+"""Datasets of a run: registration, checks, and what happens to bad images."""
