@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +15,15 @@ import cv2
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from d2kd.evaluation.results import ModelResult, compare, load_result
 from d2kd.runtime import RUNTIME
 from d2kd.visualization import detection_grid, read_predictions, read_training_log, training_curves
 
+__all__ = ["ModelResult", "compare", "describe_environment", "load_result", "markdown", "write_report"]
+
 logger = logging.getLogger(__name__)
 
-LABELS = {
-    "teacher": "teacher",
-    "baseline": "baseline student",
-    "inherit": "inherit only",
-    "distilled": "distilled student",
-}
 METRICS = ("AP", "AP50", "AP75")
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    """What a report says about one model. All but the name and the metrics may be unknown (None)."""
-
-    name: str  # the key in report.json: "teacher", "baseline", "inherit", "distilled" or another
-    metrics: Mapping[str, float]  # of one task, as from COCOEvaluator, e.g. {"AP": 24.8, ...}; percent
-    label: str = ""  # what tables and pictures call it; the name by default
-    metrics_file: str | None = None  # the training's metrics.json, for the curves
-    predictions_file: str | None = None  # coco_instances_results.json, for the pictures
-    wall_time_s: float | None = None
-    iterations: int | None = None
-    images_per_batch: int | None = None
-    params: int | None = None
-    seed: int | None = None
-    config_file: str | None = None
-    checkpoint: str | None = None
-
-    @property
-    def title(self) -> str:
-        """What tables and pictures call it."""
-        return self.label or LABELS.get(self.name, self.name)
-
-    @property
-    def images_seen(self) -> int | None:
-        """Training images, counted with repetition."""
-        known = self.iterations is not None and self.images_per_batch is not None
-        return self.iterations * self.images_per_batch if known else None
-
-
-@dataclass(frozen=True)
-class ReportContext:
-    """What a report says beside its numbers."""
-
-    title: str = "Comparison"
-    dataset_name: str = ""
-    statement: str = ""
-    commands: Sequence[str] = ()
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    score_threshold: float = 0.3
 
 
 def write_report(
@@ -109,7 +65,6 @@ def write_report(
     if not models:
         raise ValueError("write_report: no model to report on; give at least one")
     environment = describe_environment() if environment is None else environment
-    context = ReportContext(title, dataset_name or "", statement, commands, environment, score_threshold)
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     pictures = {
@@ -130,91 +85,14 @@ def write_report(
         "statement": statement,
         "commands": list(commands),
         "environment": dict(environment),
+        "score_threshold": score_threshold,
         "pictures": drawn,
     }
     report = _finite(report)
     _write(directory / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
-    _write(directory / "report.md", markdown(models, report, metrics, context).encode())
+    _write(directory / "report.md", markdown(models, report, metrics).encode())
     logger.info("wrote %s", directory / "report.md")
     return report
-
-
-def compare(models: Mapping[str, ModelResult], metric: str = "AP") -> dict[str, Any]:
-    """
-    Gain and gap closure of the distilled student.
-
-    Returns:
-        ``metric``; ``gain`` = distilled - baseline; ``inherit_gain`` = inherit - baseline; ``gap_closure`` = gain /
-        (teacher - baseline), None where the teacher is not better than the baseline or a number is missing, which
-        ``gap_closure_note`` explains; ``equal_iterations``: whether both students saw as many images.
-    """
-    values = {name: model.metrics.get(metric, math.nan) for name, model in models.items()}
-    teacher, baseline, inherit, distilled = (values.get(name, math.nan) for name in LABELS)
-    gap_closure, note = None, ""
-    missing = [n for n in ("teacher", "baseline", "distilled") if not math.isfinite(values.get(n, math.nan))]
-    if missing:
-        note = f"Gap closure is not defined: there is no {metric} of the {', '.join(missing)}."
-    elif teacher <= baseline:
-        note = (
-            f"Gap closure is not defined: the teacher ({teacher:.1f} {metric}) is not better than the baseline "
-            f"({baseline:.1f} {metric})."
-        )
-    else:
-        gap_closure = (distilled - baseline) / (teacher - baseline)
-    seen = [models[name].images_seen for name in ("baseline", "distilled") if name in models]
-    return {
-        "metric": metric,
-        "gain": _or_none(distilled - baseline),
-        "inherit_gain": _or_none(inherit - baseline),
-        "gap_closure": gap_closure,
-        "gap_closure_note": note,
-        "equal_iterations": seen[0] == seen[1] if len(seen) == 2 and None not in seen else None,
-    }
-
-
-def load_result(
-    name: str, output_dir: str, label: str = "", dataset_name: str | None = None, task: str = "bbox"
-) -> ModelResult:
-    """
-    Reads the OUTPUT_DIR of a training run.
-
-    Args:
-        name: "teacher", "baseline", "inherit", "distilled" or another.
-        output_dir: holds ``result.json`` and, if they exist, ``metrics.json``, ``config.yaml``,
-            ``inference/coco_instances_results.json`` and ``model_final.pth``.
-        label: what the report calls the model.
-        dataset_name: which results to take of a run that was evaluated on several datasets.
-        task: which metrics to take.
-
-    Raises:
-        FileNotFoundError: there is no ``result.json``: the run has not finished.
-        ValueError: ``result.json`` has no metrics of this task.
-    """
-    directory = Path(output_dir)
-    path = directory / "result.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere")
-    try:
-        content = json.loads(path.read_text())
-        metrics = content["metrics"]
-        metrics = metrics.get(dataset_name, metrics)[task]
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"Run {name!r}: {path} holds no metrics of the task {task!r} ({error!r})") from error
-
-    def existing(relative: str) -> str | None:
-        return str(directory / relative) if (directory / relative).is_file() else None
-
-    return ModelResult(
-        name=name,
-        label=label,
-        metrics={k: math.nan if v is None else v for k, v in metrics.items()},
-        metrics_file=existing("metrics.json"),
-        predictions_file=existing(f"inference/{dataset_name}/coco_instances_results.json")
-        or existing("inference/coco_instances_results.json"),
-        config_file=existing("config.yaml"),
-        checkpoint=existing("model_final.pth"),
-        **{k: content.get(k) for k in ("wall_time_s", "iterations", "images_per_batch", "params", "seed")},
-    )
 
 
 def describe_environment() -> dict[str, Any]:
@@ -228,31 +106,26 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def markdown(
-    models: Mapping[str, ModelResult],
-    report: Mapping[str, Any],
-    metrics: Sequence[str],
-    context: ReportContext,
-) -> str:
-    """The text of ``report.md``."""
-    parts = [f"# {context.title}", _table(models.values(), metrics), "## What it shows"]
+def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """The text of ``report.md``, from the content of ``report.json``."""
+    parts = [f"# {report['title']}", _table(models.values(), metrics), "## What it shows"]
     parts.append("\n".join(f"- {sentence}" for sentence in _findings(models, report)))
-    parts.append(context.statement)
+    parts.append(report["statement"])
     if "curves.png" in report["pictures"]:
         parts += ["## Training", "![Loss and validation metric over iterations](curves.png)"]
     if "detections.png" in report["pictures"]:
         parts += [
             "## Detections",
-            f"Images of `{context.dataset_name}`, evenly spread over the dataset and not selected; detections with a "
-            f"score of at least {context.score_threshold:g}. Green: right class, IoU at least 0.5. Red: wrong.",
+            f"Images of `{report['dataset']}`, evenly spread over the dataset and not selected; detections with a "
+            f"score of at least {report['score_threshold']:g}. Green: right class, IoU at least 0.5. Red: wrong.",
             "![Ground truth and detections side by side](detections.png)",
         ]
-    if context.commands:
-        parts += ["## Commands", "```\n" + "\n".join(context.commands) + "\n```"]
+    if report["commands"]:
+        parts += ["## Commands", "```\n" + "\n".join(report["commands"]) + "\n```"]
     files = [(m.title, m.config_file, m.checkpoint) for m in models.values() if m.config_file or m.checkpoint]
     if files:
         parts += ["## Files", "\n".join(_file_line(*entry) for entry in files)]
-    parts += ["## Environment", "\n".join(f"- {key}: {value}" for key, value in context.environment.items())]
+    parts += ["## Environment", "\n".join(f"- {key}: {value}" for key, value in report["environment"].items())]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -353,17 +226,13 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _finite(value: Any) -> Any:
     """A copy in which numbers that JSON does not know (nan, inf) are None."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
-    return _or_none(value) if isinstance(value, float) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, content: bytes) -> None:
