@@ -76,8 +76,6 @@ class CfgNode(_CfgNode):
             KeyError: the file has a key that this config does not have.
             ValueError: a value has another type than the default, or the file cannot be read as a config.
         """
-        if not PathManager.isfile(cfg_filename):
-            raise FileNotFoundError(f"Config file {cfg_filename} does not exist.")
         loaded = self.load_yaml_with_base(cfg_filename)
         if upgrade_old_keys(loaded, self.get("VERSION")):
             logger.warning("Config file %s has keys of an older version; they were renamed.", cfg_filename)

@@ -36,7 +36,7 @@ def mask_contours(mask: np.ndarray) -> List[np.ndarray]:
     """Return the outlines of a bitmap (H, W), (K, 2) each; those of holes run in the opposite direction."""
     # Magnified by two, contours through pixel centres become contours along pixel edges.
     big = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-    found = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_TC89_L1)[-2]
+    found = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[-2]
     return [(c.reshape(-1, 2) + 0.5) / 2 for c in found if len(c) >= 3]
 
 
