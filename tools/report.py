@@ -12,6 +12,8 @@ import sys
 from typing import List, Optional, Tuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
 from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger
 
