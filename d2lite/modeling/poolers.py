@@ -100,7 +100,7 @@ def assign_boxes_to_levels(
     if not box_lists:
         return torch.zeros(0, dtype=torch.int64)
     sizes = torch.cat([boxes.area() for boxes in box_lists]).sqrt()
-    # the small term keeps log2 finite for boxes without area, and exact at the size where the level changes
+    # the small term keeps the logarithm finite for boxes without area
     levels = torch.floor(canonical_level + torch.log2(sizes / canonical_box_size + 1e-8))
     return levels.clamp(min=min_level, max=max_level).to(torch.int64) - min_level
 

@@ -218,7 +218,8 @@ def test_samples_keep_to_the_batch_size_and_carry_their_ground_truth():
     heads = make_heads(heads_config("StandardROIHeads", mask=True))
     proposals = make_proposals(50)
     jitter = torch.rand(20, 4)
-    proposals[0].proposal_boxes.tensor[:20] = torch.tensor([10.0, 10, 40, 40]) + jitter
+    proposals[0].proposal_boxes.tensor[:30] = torch.tensor([0.0, 0, 3, 3])  # too small for the first object
+    proposals[0].proposal_boxes.tensor[30:] = torch.tensor([10.0, 10, 40, 40]) + jitter
     targets = make_ground_truth([[0, 0, 9, 9], [10, 10, 40, 40]], [], mask=True)
     with EventStorage() as storage:
         first, second = heads.label_and_sample_proposals(proposals, targets)
@@ -243,6 +244,18 @@ def test_ground_truth_is_appended_only_on_demand():
         with EventStorage():
             sampled = make_heads(cfg).label_and_sample_proposals(make_proposals(3), targets)
         assert (sampled[0].gt_classes < NUM_CLASSES).sum() == expected
+
+
+def test_proposals_between_the_thresholds_are_ignored():
+    cfg = heads_config("StandardROIHeads")
+    cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS, cfg.MODEL.ROI_HEADS.IOU_LABELS = [0.3, 0.7], [0, -1, 1]
+    proposals = make_proposals(3)
+    proposals[0].proposal_boxes.tensor[1] = torch.tensor([10.0, 10, 40, 25])  # IoU 0.5
+    with EventStorage():
+        sampled, _ = make_heads(cfg).label_and_sample_proposals(
+            proposals, make_ground_truth([[10, 10, 40, 40]], [])
+        )
+    assert sampled.gt_classes.tolist() == [0, NUM_CLASSES, NUM_CLASSES]
 
 
 @pytest.mark.parametrize("name", ["StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads"])
@@ -348,6 +361,14 @@ def test_cascade_stages_get_the_boxes_of_the_stage_before():
     assert latest["stage1/roi_head/num_fg_samples"] == 0.5
     assert latest["stage2/roi_head/num_fg_samples"] == 0
     assert losses["loss_box_reg_stage1"] > 0 and losses["loss_box_reg_stage2"] == 0
+
+
+def test_cascade_drops_empty_boxes_in_training_only():
+    heads = make_heads(heads_config("CascadeROIHeads"))
+    boxes = torch.tensor([[70.0, 5, 80, 9], [5, 5, 80, 9]])
+    for training, expected in ((True, [[5, 5, 64, 9]]), (False, [[64, 5, 64, 9], [5, 5, 64, 9]])):
+        (x,) = heads.train(training)._create_proposals_from_boxes([boxes], SIZES[:1])
+        assert x.proposal_boxes.tensor.tolist() == expected and x.image_size == SIZES[0]
 
 
 def test_cascade_config_errors():
@@ -457,6 +478,16 @@ def test_sigmoid_classification():
     assert torch.isclose(loss, -torch.where(target == 1, p, 1 - p).log().sum() / 3)
     loss.backward()
     assert (scores.grad[:, 3] == 0).all() and (scores.grad[:, :3] != 0).all()
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_no_region_at_all_gives_losses_with_a_gradient(sigmoid):
+    predictor = make_predictor(use_sigmoid_ce=sigmoid)
+    losses = predictor.losses(predictor(torch.zeros(0, 6)), [])
+    sum(losses.values()).backward()
+    assert all(loss == 0 for loss in losses.values())
+    assert all((p.grad == 0).all() for p in predictor.parameters())
+    assert predictor.inference(predictor(torch.zeros(0, 6)), []) == ([], [])
 
 
 def test_federated_loss_counts_a_sample_of_the_classes():
