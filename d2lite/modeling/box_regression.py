@@ -3,7 +3,8 @@
 import math
 
 import torch
-from fvcore.nn import giou_loss, smooth_l1_loss
+from fvcore.nn import smooth_l1_loss
+from torchvision.ops import generalized_box_iou_loss
 
 from d2lite.layers import ciou_loss, diou_loss
 from d2lite.structures import Boxes
@@ -11,7 +12,7 @@ from d2lite.structures import Boxes
 # exp() of a larger predicted scale is never useful: a box 1000 / 16 times its source exceeds any image.
 _DEFAULT_SCALE_CLAMP = math.log(1000.0 / 16)
 
-_IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
+_IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 
 class Box2BoxTransform:

@@ -163,8 +163,8 @@ class DenseDetector(nn.Module):
         """
         candidates = (pred_scores > score_thresh).flatten().nonzero().squeeze(1)
         scores = pred_scores.flatten()[candidates]
-        scores, order = scores.sort(descending=True)
-        scores, candidates = scores[:topk_candidates], candidates[order[:topk_candidates]]
+        scores, best = scores.topk(min(topk_candidates, len(scores)))
+        candidates = candidates[best]
 
         num_classes = pred_scores.shape[1]
         index = candidates // num_classes
@@ -209,7 +209,7 @@ class DenseDetector(nn.Module):
         x, result = batched_inputs[0], results[0]
         image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
         result = detector_postprocess(result, image.shape[0], image.shape[1])
-        truth = Visualizer(image, None).overlay_instances(boxes=x["instances"].gt_boxes)
+        truth = Visualizer(image, None).overlay_instances(boxes=x["instances"].gt_boxes.to("cpu"))
         boxes = result.pred_boxes.tensor[:max_boxes].detach().cpu().numpy()
         found = Visualizer(image, None).overlay_instances(boxes=boxes)
         picture = np.hstack([truth.get_image(), found.get_image()]).transpose(2, 0, 1)

@@ -186,13 +186,13 @@ def combine_semantic_and_instance_outputs(
 
 
 def _scale_instance_losses(roi_heads: nn.Module, weight: float) -> None:
-    """Apply MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT to the losses of the box and mask heads."""
+    """Apply MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT to all losses of the box and mask heads."""
     if weight == 1.0:
         return
-    for head in (getattr(roi_heads, name, None) for name in ("box_predictor", "mask_head")):
-        if head is None:
-            continue
-        if isinstance(head.loss_weight, dict):
-            head.loss_weight = {k: v * weight for k, v in head.loss_weight.items()}
-        else:
-            head.loss_weight = head.loss_weight * weight
+    for head in roi_heads.modules():
+        own = getattr(head, "loss_weight", None)
+        if isinstance(own, dict):
+            own = {"loss_cls": 1.0, "loss_box_reg": 1.0, **own}  # what is not listed has weight 1
+            head.loss_weight = {name: value * weight for name, value in own.items()}
+        elif own is not None:
+            head.loss_weight = own * weight
