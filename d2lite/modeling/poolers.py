@@ -77,7 +77,7 @@ class ROIPooler(nn.Module):
 
         levels = assign_boxes_to_levels(
             box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
-        )
+        ).to(rois.device)
         # Sorting by level waits for the device once, for the counts, instead of once per level.
         order = torch.argsort(levels, stable=True)
         counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0).tolist()
