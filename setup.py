@@ -18,6 +18,8 @@ setup(
         "iopath>=0.1.9",
         "yacs>=0.1.8",
         "pycocotools>=2.0.6",
+        "faster-coco-eval>=1.6",
+        "cloudpickle>=2.0",
         "ortools>=9.8",
         "opencv-python-headless>=4.7",
         "numpy>=1.24",

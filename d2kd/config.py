@@ -27,7 +27,7 @@ def _add_distill(cfg: CN) -> None:
     # Arithmetic of the teacher's forward pass: float32, bfloat16 or float16 (autocast).
     cfg.DISTILL.TEACHER.PRECISION = "float32"
 
-    # Methods to train with, by name; several are added up.
+    # Methods to train with, by name; several are added up. [] inherits only.
     cfg.DISTILL.METHODS = ["FeatureMimic"]
 
     # Start the student's neck and heads from the teacher's, wherever names and shapes fit.

@@ -18,7 +18,6 @@ LEFT_OUT_NAMES = {
     ),
     "key points": ("Keypoints", "heatmaps_to_keypoints", "KRCNNConvDeconvUpsampleHead", "build_keypoint_head"),
     "lazy configs": ("LazyConfig", "LazyCall", "instantiate"),
-    "the model zoo": ("model_zoo",),
     "LVIS": ("LVISEvaluator",),
     "panoptic evaluation": ("COCOPanopticEvaluator",),
     "other backbones": ("MViT", "SwinTransformer", "RegNet", "build_regnet_backbone", "build_regnet_fpn_backbone"),

@@ -191,7 +191,9 @@ def _build_sampler(cfg: CfgNode, dicts: List[Dict[str, Any]], seed: int) -> Samp
         )
         return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
-        return RandomSubsetTrainingSampler(len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed)
+        return RandomSubsetTrainingSampler(
+            len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
+        )
     raise ValueError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or RandomSubsetTrainingSampler."
     )

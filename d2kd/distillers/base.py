@@ -42,11 +42,17 @@ class Distiller(nn.Module):
         """
         super().__init__()
         if not pairs:
-            raise ValueError(f"{type(self).__name__} has no feature maps to compare: name them in DISTILL.{self.CONFIG_NODE}.TAPS.")
+            raise ValueError(
+                f"{type(self).__name__} has no feature maps to compare: name them in DISTILL.{self.CONFIG_NODE}.TAPS."
+            )
         if weight < 0:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WEIGHT is {weight}; it must not be negative.")
         for pair in pairs:
-            check_alignable(f"DISTILL.{self.CONFIG_NODE}.TAPS, {pair.student} <- {pair.teacher}", pair.student_shape, pair.teacher_shape)
+            check_alignable(
+                f"DISTILL.{self.CONFIG_NODE}.TAPS, {pair.student} <- {pair.teacher}",
+                pair.student_shape,
+                pair.teacher_shape,
+            )
         self.pairs: List[TapPair] = list(pairs)
         self.weight = float(weight)
 

@@ -23,7 +23,9 @@ class DistillCheckpointer(DetectionCheckpointer):
     Detectron2 reads "model" and ignores the rest.
     """
 
-    def __init__(self, student: nn.Module, save_dir: str, *, trainer: Any, distillers: Optional[nn.Module] = None) -> None:
+    def __init__(
+        self, student: nn.Module, save_dir: str, *, trainer: Any, distillers: Optional[nn.Module] = None
+    ) -> None:
         """
         Args:
             student: saved and loaded as "model".
@@ -50,7 +52,9 @@ class DistillCheckpointer(DetectionCheckpointer):
                 f"Cannot resume from {last}: {error}. A run must be resumed with the model, methods and taps that it was started with; "
                 "else start anew in another OUTPUT_DIR."
             ) from error
-        if rest.get("distillers") is not None or ("distillers" in self.checkpointables and "distillers" not in self._loaded):
+        if rest.get("distillers") is not None or (
+            "distillers" in self.checkpointables and "distillers" not in self._loaded
+        ):
             raise CheckpointError(
                 f"Cannot resume from {last}: it was written {'with' if 'distillers' in rest else 'without'} distillation, and this run is "
                 "the opposite. Start anew in another OUTPUT_DIR; MODEL.WEIGHTS may name the old checkpoint."

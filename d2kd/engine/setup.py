@@ -17,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 from d2kd.config import add_distill_config
 from d2kd.data.datasets import DatasetError, register_datasets
 from d2kd.layers import AlignmentError
-from d2kd.modeling import TapError, TeacherError
+from d2kd.modeling import MethodError, TapError, TeacherError
 from d2kd.modeling.inherit import InheritError
 from d2kd.runtime import RUNTIME
 
@@ -33,7 +33,15 @@ class ConfigError(ValueError):
 
 #: Errors whose message says everything; a traceback would only hide it.
 USER_ERRORS = (
-    AlignmentError, CheckpointError, ConfigError, DatasetError, InheritError, NonFiniteLossError, TapError, TeacherError,
+    AlignmentError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    InheritError,
+    MethodError,
+    NonFiniteLossError,
+    TapError,
+    TeacherError,
 )
 
 
@@ -62,7 +70,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     logger.info(
         "Runtime %s, torch %s, device %s, seed %s, %d process(es)",
-        RUNTIME, torch.__version__, _device_name(cfg.MODEL.DEVICE), cfg.SEED if cfg.SEED >= 0 else "random", comm.get_world_size(),
+        RUNTIME,
+        torch.__version__,
+        _device_name(cfg.MODEL.DEVICE),
+        cfg.SEED if cfg.SEED >= 0 else "random",
+        comm.get_world_size(),
     )
     default_setup(cfg, args)
     return cfg
@@ -115,7 +127,7 @@ def _options(args: argparse.Namespace) -> List[str]:
 def _merge(cfg: CfgNode, merge: Callable[[Any], None], what: Any, where: str) -> None:
     try:
         merge(what)
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, OSError) as error:
         message = str(error.args[0] if error.args else error)
         unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
         hint = ""
@@ -140,4 +152,8 @@ def _resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
 
 
 def _device_name(device: str) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
+    return (
+        f"{device} ({torch.cuda.get_device_name(device)})"
+        if device.startswith("cuda")
+        else f"{device} ({torch.get_num_threads()} threads)"
+    )

@@ -76,7 +76,11 @@ class TrainStep(SimpleTrainer):
 
     def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, Tensor]:
         enabled = self.precision is not None
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=enabled) if enabled else contextlib.nullcontext():
+        with (
+            torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
+            if enabled
+            else contextlib.nullcontext()
+        ):
             losses = self.model(data)
         total = sum(losses.values()) / self.accumulate if self.accumulate > 1 else sum(losses.values())
         self.scaler.scale(total).backward()

@@ -53,11 +53,11 @@ class DistillTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         self.distilled: Optional[DistilledModel] = model if isinstance(model, DistilledModel) else None
         self.student: nn.Module = model.student if self.distilled is not None else model
-        self.data_loader = self.build_train_loader(cfg)
+        loader = self.build_train_loader(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = TrainStep(
             create_ddp_model(model, broadcast_buffers=False),
-            self.data_loader,
+            loader,
             optimizer,
             precision=_precision(cfg),
             accumulate=cfg.SOLVER.ACCUMULATE,
@@ -124,7 +124,9 @@ class DistillTrainer(DefaultTrainer):
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=True)
             self.start_iter = self.iter + 1
             self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
-            logger.info("Resumed from %s: next is iteration %d", self.checkpointer.get_checkpoint_file(), self.start_iter)
+            logger.info(
+                "Resumed from %s: next is iteration %d", self.checkpointer.get_checkpoint_file(), self.start_iter
+            )
             return
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
         if self.distilled is not None:
@@ -168,7 +170,8 @@ class DistillTrainer(DefaultTrainer):
         else:
             logger.warning(
                 "The checkpoint was written by %d processes, now there are %d: training continues, but not bit by bit as it would have.",
-                len(states), comm.get_world_size(),
+                len(states),
+                comm.get_world_size(),
             )
 
     def _save_before_failure(self) -> str:
@@ -208,7 +211,9 @@ def _precision(cfg: CfgNode) -> Optional[torch.dtype]:
     if name not in _PRECISIONS:
         raise ValueError(f"SOLVER.AMP.PRECISION is {name!r}; it must be one of {', '.join(_PRECISIONS)}.")
     if name == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError(f"SOLVER.AMP.PRECISION float16 needs CUDA, and MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to bfloat16.")
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION float16 needs CUDA, and MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to bfloat16."
+        )
     return _PRECISIONS[name]
 
 

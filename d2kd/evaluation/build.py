@@ -29,4 +29,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: Optional[str
         from detectron2.evaluation import PascalVOCDetectionEvaluator
 
         return PascalVOCDetectionEvaluator(dataset_name)
-    raise ValueError(f"Dataset {dataset_name!r} has the evaluator type {kind!r}; d2kd evaluates coco, sem_seg and pascal_voc.")
+    raise ValueError(
+        f"Dataset {dataset_name!r} has the evaluator type {kind!r}; d2kd evaluates coco, sem_seg and pascal_voc."
+    )

@@ -1,6 +1,7 @@
 """Squared-error reductions shared by the distillers."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 REDUCTIONS = ("paper", "mean")
@@ -12,8 +13,13 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"REDUCTION is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 for half-precision types, else the tensor itself: sums over millions of elements need the digits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def squared_error(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """Squared error of two maps, accumulated in float32.
+    """Squared error of two maps, accumulated in float32 or more.
 
     Args:
         prediction: (N, C, H, W).
@@ -26,5 +32,6 @@ def squared_error(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
         A scalar.
     """
     check_reduction(reduction)
-    total = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="sum" if reduction == "paper" else "mean")
-    return total / prediction.shape[0] if reduction == "paper" else total
+    sum_up = reduction == "paper"
+    total = F.mse_loss(at_least_float32(prediction), at_least_float32(target), reduction="sum" if sum_up else "mean")
+    return total / prediction.shape[0] if sum_up else total

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .losses import at_least_float32
+
 MODES = ("none", "standardize")
 
 
@@ -17,22 +19,22 @@ def standardize(x: Tensor, eps: float = 1e-6) -> Tensor:
         eps: added to the standard deviation; constant channels become zero.
 
     Returns:
-        (N, C, H, W) in float32; the gradient flows through the statistics.
+        (N, C, H, W) in float32 or more; the gradient flows through the statistics.
     """
-    x = x.float()
+    x = at_least_float32(x)
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
     # sqrt has an infinite slope at 0: a channel that is constant (a 1x1 map of one image) would give NaN gradients
     return (x - mean) * torch.rsqrt(variance + eps)
 
 
 def normalize(x: Tensor, mode: str) -> Tensor:
-    """Applies a `NORMALIZE` mode of the configuration: "none" (float32 copy at most) or "standardize".
+    """Applies a `NORMALIZE` mode of the configuration: "none" or "standardize".
 
     Raises:
         ValueError: the mode is unknown.
     """
     check_mode(mode)
-    return standardize(x) if mode == "standardize" else x.float()
+    return standardize(x) if mode == "standardize" else x
 
 
 def check_mode(mode: str) -> None:

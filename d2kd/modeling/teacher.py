@@ -92,7 +92,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     try:
         teacher_cfg.merge_from_file(path)
         teacher_cfg.merge_from_list(list(cfg.DISTILL.TEACHER.OPTS))
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, OSError) as error:
         raise TeacherError(
             f"The teacher's configuration {path} (with DISTILL.TEACHER.OPTS) does not load: {error}"
         ) from error

@@ -18,6 +18,7 @@ from d2lite.checkpoint import DetectionCheckpointer
 from d2lite.config import get_cfg
 from d2lite.engine import (
     AMPTrainer,
+    DefaultPredictor,
     DefaultTrainer,
     HookBase,
     SimpleTrainer,
@@ -170,6 +171,22 @@ def test_losses_are_recorded(period, asynchronous):
     parts = zip(values(trainer, "loss_square"), values(trainer, "loss_abs"), values(trainer, "total_loss"))
     assert all(math.isclose(a[0] + b[0], total[0], rel_tol=1e-6) for a, b, total in parts)
     assert len(values(trainer, "data_time")) == len(iterations)
+
+
+def test_held_back_losses_are_written_once_and_in_order():
+    written = []
+
+    class Recording(SimpleTrainer):
+        def _write_metrics(self, loss_dict, data_time, prefix="", iter=None):
+            written.append(self.iter if iter is None else iter)
+
+    trainer = make_trainer(cls=Recording)
+    late = lambda k: SimpleNamespace(wait=dict, data_time=0.0, iteration=k)  # noqa: E731
+    trainer._pending_metrics = late(-1)
+    hold = hooks.CallbackHook(after_step=lambda t: t.iter == 2 and setattr(t, "_pending_metrics", late(99)))
+    trainer.register_hooks([hold, hooks.CallbackHook(after_train=lambda t: written.append("after_train"))])
+    trainer.train(0, 3)
+    assert written == [-1, 0, 1, 2, 99, "after_train"]
 
 
 def test_a_model_may_return_one_loss():
@@ -355,6 +372,34 @@ def test_half_precision_updates_and_saves_its_scale():
 class EngineTestModel(TwoLosses):
     def __init__(self, cfg):
         super().__init__()
+
+
+@META_ARCH_REGISTRY.register()
+class EngineTestEcho(nn.Module):
+    """Returns its input."""
+
+    def __init__(self, cfg):
+        super().__init__()
+
+    def forward(self, batch):
+        assert not self.training and not torch.is_grad_enabled()
+        return batch
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_predictor_prepares_the_image(image_format, tmp_path):
+    torch.save({}, tmp_path / "empty.pth")
+    cfg = tiny_cfg(tmp_path, "INPUT.FORMAT", image_format, "INPUT.MIN_SIZE_TEST", 10, "INPUT.MAX_SIZE_TEST", 30)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS = "EngineTestEcho", str(tmp_path / "empty.pth")
+    predictor = DefaultPredictor(cfg)
+    image = np.broadcast_to(np.array([10, 20, 30], np.uint8), (20, 40, 3))
+    result = predictor(image)
+    assert (result["height"], result["width"]) == (20, 40)
+    assert result["image"].shape == (3, 10, 20) and result["image"].dtype == torch.float32
+    assert result["image"][:, 0, 0].tolist() == ([10, 20, 30] if image_format == "BGR" else [30, 20, 10])
+    cfg.INPUT.FORMAT = "L"
+    with pytest.raises(ValueError, match="INPUT.FORMAT BGR or RGB, got 'L'"):
+        DefaultPredictor(cfg)
 
 
 class TinyTrainer(DefaultTrainer):

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from instances_testing import assert_instances_allclose, random_boxes
 
 from d2lite.structures import (
     BitMasks,
@@ -21,7 +22,6 @@ from d2lite.structures import (
     polygons_to_bitmask,
 )
 from d2lite.structures.masks import polygon_area, rasterize_polygons_within_box
-from d2lite.utils.testing import assert_instances_allclose, random_boxes
 
 SQUARE = [2.0, 1.0, 6.0, 1.0, 6.0, 5.0, 2.0, 5.0]
 

@@ -4,7 +4,6 @@ import json
 import logging
 import pickle
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +28,6 @@ from d2lite.utils.logger import create_small_table, log_every_n, log_every_n_sec
 from d2lite.utils.memory import retry_if_cuda_oom
 from d2lite.utils.registry import Registry, locate
 from d2lite.utils.serialize import PicklableWrapper
-from d2lite.utils.testing import assert_instances_allclose, get_sample_coco_image, random_boxes
 from d2lite.utils.visualizer import ColorMode, Visualizer
 
 # --- events ---------------------------------------------------------------------------------------------------
@@ -327,27 +325,6 @@ def test_picklable_wrapper():
     wrapped = PicklableWrapper(PicklableWrapper(lambda x: x + offset))
     again = pickle.loads(pickle.dumps(wrapped))
     assert wrapped(1) == again(1) == 3
-
-
-def test_testing_helpers():
-    boxes = random_boxes(50, 20)
-    assert boxes.shape == (50, 4) and boxes.max() <= 20 and (boxes[:, 2:] - boxes[:, :2]).min() > 0.999
-    assert get_sample_coco_image().shape == (3, 480, 640)
-    assert get_sample_coco_image(tensor=False).dtype == np.uint8
-    a = Instances((10, 10), b=Boxes(boxes), s=torch.rand(50), c=torch.arange(50))
-    b = Instances((10, 10), b=Boxes(boxes + 1e-6), s=a.s + 1e-7, c=a.c)
-    assert_instances_allclose(a, b)
-    for field, value in (("b", Boxes(boxes + 0.1)), ("s", a.s + 0.1), ("c", a.c + 1)):
-        other = a[:]
-        other.set(field, value)
-        with pytest.raises(AssertionError, match=field):
-            assert_instances_allclose(a, other)
-
-
-# --- drawing --------------------------------------------------------------------------------------------------
-
-METADATA = SimpleNamespace(thing_classes=["cat", "dog"], stuff_classes=["sky", "sea"])
-GRAY = np.full((40, 60, 3), 128, dtype=np.uint8)
 
 
 def predictions(n=2):

@@ -1,34 +1,10 @@
-"""Helpers for tests."""
+"""Random boxes, and comparison of instances."""
 
-import os
 
 import numpy as np
 import torch
-from torch import nn
 
-from d2lite.config import get_cfg
 from d2lite.structures import Boxes, Instances, ROIMasks
-
-__all__ = ["assert_instances_allclose", "get_model_no_weights", "get_sample_coco_image", "random_boxes"]
-
-
-def get_model_no_weights(config_path: str) -> nn.Module:
-    """
-    Build the model of a YAML config with random weights, on the CPU where there is no GPU.
-
-    Args:
-        config_path: a path, or one below the folder of Detectron2's `configs` that `$D2_CONFIGS` names, such as
-            "COCO-Detection/retinanet_R_50_FPN_1x.yaml".
-    """
-    from d2lite.modeling import build_model
-
-    if not os.path.isfile(config_path):
-        config_path = os.path.join(os.environ.get("D2_CONFIGS", ""), config_path)
-    cfg = get_cfg()
-    cfg.merge_from_file(config_path)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    return build_model(cfg)
 
 
 def random_boxes(num_boxes: int, max_coord: float = 100, device: str = "cpu") -> torch.Tensor:
@@ -36,18 +12,6 @@ def random_boxes(num_boxes: int, max_coord: float = 100, device: str = "cpu") ->
     corners = (torch.rand(num_boxes, 4, device=device) * (max_coord * 0.5)).clamp_(min=1.0)
     corners[:, 2:] += corners[:, :2]
     return corners
-
-
-def get_sample_coco_image(tensor: bool = True) -> "torch.Tensor | np.ndarray":
-    """
-    Return an image of COCO's usual size, always the same, without needing COCO.
-
-    Args:
-        tensor: whether as a uint8 tensor (3, 480, 640), else as an array (480, 640, 3). BGR.
-    """
-    coarse = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    image = np.kron(coarse, np.ones((32, 32, 1), dtype=np.uint8))
-    return torch.from_numpy(image.transpose(2, 0, 1).copy()) if tensor else image
 
 
 def assert_instances_allclose(
