@@ -389,7 +389,8 @@ class EngineTestEcho(nn.Module):
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
 def test_predictor_prepares_the_image(image_format, tmp_path):
     torch.save({}, tmp_path / "empty.pth")
-    cfg = tiny_cfg(tmp_path, "INPUT.FORMAT", image_format, "INPUT.MIN_SIZE_TEST", 10, "INPUT.MAX_SIZE_TEST", 30)
+    options = ["INPUT.FORMAT", image_format, "INPUT.MIN_SIZE_TEST", 10, "INPUT.MAX_SIZE_TEST", 30]
+    cfg = tiny_cfg(tmp_path, *options)
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS = "EngineTestEcho", str(tmp_path / "empty.pth")
     predictor = DefaultPredictor(cfg)
     image = np.broadcast_to(np.array([10, 20, 30], np.uint8), (20, 40, 3))
