@@ -32,6 +32,9 @@ from d2lite.utils.visualizer import ColorMode, Visualizer
 
 # --- events ---------------------------------------------------------------------------------------------------
 
+METADATA = SimpleNamespace(thing_classes=["cat", "dog"], stuff_classes=["sky", "sea"])
+GRAY = np.full((40, 60, 3), 128, dtype=np.uint8)
+
 
 def test_storage_stack():
     assert not has_event_storage()
