@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from d2lite.engine.loss_transfer import LossesInTransit, average_over_processes, losses_to_floats
 from d2lite.utils import comm
 from d2lite.utils.events import EventStorage, get_event_storage
 
@@ -201,7 +202,7 @@ class SimpleTrainer(TrainerBase):
         self.zero_grad_before_forward = zero_grad_before_forward
         self.async_write_metrics = async_write_metrics
         self._data_loader_iter_obj: Iterator[Any] | None = None
-        self._pending_metrics: _PendingMetrics | None = None
+        self._pending_metrics: LossesInTransit | None = None
 
     def run_step(self) -> None:
         """Do forward pass, backward pass and optimiser step on the next batch."""
@@ -262,7 +263,7 @@ class SimpleTrainer(TrainerBase):
     def _submit_metrics(self, loss_dict: Mapping[str, torch.Tensor], data_time: float) -> None:
         self.flush_metrics()
         if self.async_write_metrics and all(loss.is_cuda for loss in loss_dict.values()):
-            self._pending_metrics = _PendingMetrics(loss_dict, data_time, self.iter)
+            self._pending_metrics = LossesInTransit(loss_dict, data_time, self.iter)
         else:
             self._write_metrics(loss_dict, data_time)
 
@@ -310,7 +311,7 @@ class SimpleTrainer(TrainerBase):
         Raises:
             FloatingPointError: in every process, if a loss is NaN or infinite in any; names the losses.
         """
-        metrics = _average_over_processes({**_to_floats(loss_dict), "data_time": data_time})
+        metrics = average_over_processes({**losses_to_floats(loss_dict), "data_time": data_time})
         data_time = metrics.pop("data_time")
         total = sum(metrics.values())
         if not np.isfinite(total):
@@ -334,38 +335,6 @@ class SimpleTrainer(TrainerBase):
         """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
-
-
-class _PendingMetrics:
-    """Losses on their way from the GPU, copied behind the work that computes them and nothing later."""
-
-    def __init__(self, losses: Mapping[str, torch.Tensor], data_time: float, iteration: int) -> None:
-        self.data_time, self.iteration = data_time, iteration
-        self._names = list(losses)
-        self._values = _stack(losses).to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.current_stream().record_event()
-
-    def wait(self) -> dict[str, torch.Tensor]:
-        self._arrived.synchronize()
-        return dict(zip(self._names, self._values))
-
-
-def _stack(losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack([loss.detach().reshape(()).float() for loss in losses.values()])
-
-
-def _to_floats(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Fetch scalars with one wait for the GPU instead of one per loss."""
-    return dict(zip(losses, _stack(losses).tolist())) if losses else {}
-
-
-def _average_over_processes(metrics: dict[str, float]) -> dict[str, float]:
-    if comm.get_world_size() == 1:
-        return metrics
-    gathered = comm.all_gather(metrics)
-    average = {name: float(np.mean([each[name] for each in gathered])) for name in gathered[0]}
-    average["data_time"] = max(each["data_time"] for each in gathered)
-    return average
 
 
 class AMPTrainer(SimpleTrainer):
