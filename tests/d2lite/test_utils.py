@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
