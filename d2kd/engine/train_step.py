@@ -107,6 +107,9 @@ class TrainStep(SimpleTrainer):
             storage = get_event_storage()
             storage.put_scalar("data_time", data_time)
             storage.put_scalar("total_loss", sum(numbers.values()))
+            distilled = [value for name, value in numbers.items() if name.startswith("distill/")]
+            if distilled:  # the console shows names with "loss" in them: one for all levels, the rest is in metrics.json
+                storage.put_scalar("distill_loss", sum(distilled))
             if len(numbers) > 1:
                 storage.put_scalars(**numbers)
 

@@ -1,0 +1,75 @@
+"""The direction of imports, read from the source."""
+
+import ast
+from pathlib import Path
+from typing import Iterator, Tuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: What each part of d2kd may import of d2kd.
+ALLOWED = {
+    "layers": {"layers"},
+    "distillers": {"layers", "distillers"},
+    "modeling": {"layers", "distillers", "modeling", "config"},
+    "data": {"data", "modeling", "config"},
+    "evaluation": {"evaluation", "visualization", "runtime"},
+    "visualization": {"visualization"},
+    "engine": {"layers", "distillers", "modeling", "data", "evaluation", "engine", "config", "runtime"},
+    "config.py": set(),
+    "runtime.py": set(),
+}
+
+
+def imports(path: Path) -> Iterator[Tuple[str, ...]]:
+    """Absolute module names that a file imports, split at the dots."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            yield from ((*module, alias.name) for alias in node.names)
+
+
+def files(package: str) -> Iterator[Path]:
+    return (ROOT / package).rglob("*.py")
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_d2kd_imports_point_one_way(part: str) -> None:
+    paths = [ROOT / "d2kd" / part] if part.endswith(".py") else list(files(f"d2kd/{part}"))
+    for path in paths:
+        used = {name[1] for name in imports(path) if name[0] == "d2kd" and len(name) > 1}
+        assert used <= ALLOWED[part], f"{path.relative_to(ROOT)} imports {sorted(used - ALLOWED[part])}"
+
+
+def test_layers_need_torch_alone() -> None:
+    for path in files("d2kd/layers"):
+        outside = {name[0] for name in imports(path)} - {"d2kd", "torch", "typing", "hashlib", "math"}
+        assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
+
+
+def test_the_two_packages_do_not_know_each_other() -> None:
+    for path in files("d2lite"):
+        assert not {"d2kd", "detectron2"} & {name[0] for name in imports(path)}, path
+    for path in files("d2kd"):
+        assert "d2lite" not in {name[0] for name in imports(path)}, path
+
+
+def test_nothing_imports_tools_or_tests() -> None:
+    for package in ("d2kd", "d2lite"):
+        for path in files(package):
+            assert not {"tools", "tests"} & {name[0] for name in imports(path)}, path
+
+
+def test_every_part_of_d2kd_has_its_rule() -> None:
+    parts = {p.name for p in (ROOT / "d2kd").iterdir() if p.suffix == ".py" or (p.is_dir() and list(p.glob("*.py")))}
+    assert parts - {"__init__.py"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: p.stem)
+def test_leaf_configs_are_short(path: Path) -> None:
+    if not path.name.startswith("Base-"):
+        assert len(path.read_text().splitlines()) <= 15
