@@ -1,9 +1,12 @@
 """Checks a COCO annotation file before any training time is spent on it."""
 
+import contextlib
+import gc
 import json
 import logging
+import math
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -37,6 +40,19 @@ class CocoSummary(NamedTuple):
     class_names: List[str]  # in the order of the category ids
 
 
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Switches the garbage collector off: it would scan millions of new objects again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_without_gc()
 def validate_coco_json(
     path: str,
     image_root: Optional[str] = None,
@@ -121,23 +137,33 @@ def _sections(path: str, content: Any, required: Sequence[str]) -> List[Entries]
 
 def _check_entries(path: str, section: str, entries: Entries) -> None:
     """Every entry must be an object whose keys have the types of the format; sizes must be positive."""
-    types = _TYPES[section]
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not types.keys() <= entry.keys():
-            has = f"lacks {sorted(types.keys() - entry.keys())}" if isinstance(entry, dict) else f"is {entry!r:.40}"
-            raise DatasetError(
-                f"{path} is not in COCO format: {section}[{i}]{_id_of(entry)} {has}. Each needs {', '.join(types)}."
-            )
-    for key, allowed in types.items():
+    for key, allowed in _TYPES[section].items():
+        try:
+            values = [entry[key] for entry in entries]
+        except (KeyError, TypeError):
+            _raise_malformed(path, section, entries)
         is_size = key in ("height", "width")
-        for i, entry in enumerate(entries):
-            value = entry[key]
-            if not isinstance(value, allowed) or isinstance(value, bool) or (is_size and not value > 0):
-                kind = " or ".join(t.__name__ for t in allowed)
-                raise DatasetError(
-                    f"{path} is not in COCO format: {section}[{i}]{_id_of(entry)} has {key} = {value!r}. It must be of "
-                    f"type {kind}{' and positive' if is_size else ''}."
-                )
+        # Whole columns first: only a column that is wrong is searched.
+        if {type(v) for v in values} <= set(allowed) and not (is_size and values and min(values) <= 0):
+            continue
+        wrong = (type(v) not in allowed or (is_size and v <= 0) for v in values)
+        i = next(i for i, is_wrong in enumerate(wrong) if is_wrong)
+        raise DatasetError(
+            f"{path} is not in COCO format: {section}[{i}]{_id_of(entries[i])} has {key} = {values[i]!r}. It must be "
+            f"of type {' or '.join(t.__name__ for t in allowed)}{' and positive' if is_size else ''}."
+        )
+
+
+def _raise_malformed(path: str, section: str, entries: Entries) -> NoReturn:
+    """Names the first entry that is no object or lacks a key."""
+    keys = _TYPES[section].keys()
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not keys <= entry.keys():
+            has = f"lacks {sorted(keys - entry.keys())}" if isinstance(entry, dict) else f"is {entry!r:.40}"
+            raise DatasetError(
+                f"{path} is not in COCO format: {section}[{i}]{_id_of(entry)} {has}. Each needs {', '.join(keys)}."
+            )
+    raise AssertionError("called for entries that are well-formed")
 
 
 def _id_of(entry: Any) -> str:
@@ -169,12 +195,12 @@ def _check_listed(path: str, annotations: Entries, key: str, section: str, entri
 
 
 def _check_boxes(path: str, images: Entries, annotations: Entries) -> None:
-    """Boxes must be four finite numbers, inside their image."""
+    """Boxes must lie inside their image."""
     boxes = _box_array(path, annotations)
     size_of = {image["id"]: (image["width"], image["height"]) for image in images}
     sizes = np.array([size_of[a["image_id"]] for a in annotations], dtype=float)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    outside = ~np.isfinite(boxes).all(1) | (low < -BOX_TOLERANCE).any(1) | (high > sizes + BOX_TOLERANCE).any(1)
+    outside = (low < -BOX_TOLERANCE).any(1) | (high > sizes + BOX_TOLERANCE).any(1)
     if outside.any():
         first = int(outside.argmax())
         anno = annotations[first]
@@ -196,19 +222,20 @@ def _check_boxes(path: str, images: Entries, annotations: Entries) -> None:
 def _box_array(path: str, annotations: Entries) -> np.ndarray:
     """All boxes (N, 4), as [x, y, width, height]."""
     try:
-        boxes = np.array([a["bbox"] for a in annotations], dtype=float)
-        if boxes.ndim == 2 and boxes.shape[1] == 4:
-            return boxes
-    except (TypeError, ValueError):
-        pass  # The loop below names the culprit.
-    for anno in annotations:
-        numbers = [v for v in anno["bbox"] if isinstance(v, (int, float))]
-        if len(numbers) != 4 or len(anno["bbox"]) != 4:
-            raise DatasetError(
-                f"{path}: annotation{_id_of(anno)} of image {anno['image_id']} has bbox {anno['bbox']}; it must be "
-                "[x, y, width, height], four numbers."
-            )
-    raise DatasetError(f"{path}: the boxes are not lists of four numbers.")
+        boxes = np.array([a["bbox"] for a in annotations])
+        if boxes.shape == (len(annotations), 4) and boxes.dtype.kind in "if" and np.isfinite(boxes).all():
+            return boxes.astype(float, copy=False)
+    except ValueError:
+        pass  # Lists of different lengths; the first wrong one is named below.
+    wrong = next((a for a in annotations if not _is_box(a["bbox"])), annotations[0])
+    raise DatasetError(
+        f"{path}: annotation{_id_of(wrong)} of image {wrong['image_id']} has bbox {wrong['bbox']}. It must be "
+        "[x, y, width, height], four finite numbers."
+    )
+
+
+def _is_box(values: List[Any]) -> bool:
+    return len(values) == 4 and all(type(v) in _NUMBER and math.isfinite(v) for v in values)
 
 
 def _check_image_files(path: str, images: Entries, image_root: str, policy: str) -> None:
