@@ -25,6 +25,7 @@ setup(
         "numpy>=1.24",
         "scipy>=1.10",
         "Pillow>=9.5",
+        "shapely>=2.0",
         "scikit-learn>=1.3",
         "timm>=0.9",
         "matplotlib>=3.7",

@@ -74,7 +74,7 @@ def process_state(model: nn.Module) -> Dict[str, Any]:
         "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "running": _running_attributes(model),
+        "running": running_normalizers(model),
     }
 
 
@@ -86,11 +86,7 @@ def load_process_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-    modules = dict(model.named_modules())
-    for name, value in state["running"].items():
-        path, _, attribute = name.rpartition(".")
-        if path in modules:
-            setattr(modules[path], attribute, value)
+    load_running_normalizers(model, state["running"])
 
 
 def gather_process_states(model: nn.Module) -> List[Dict[str, Any]]:
@@ -98,13 +94,23 @@ def gather_process_states(model: nn.Module) -> List[Dict[str, Any]]:
     return comm.all_gather(process_state(model))
 
 
-def _running_attributes(model: nn.Module) -> Dict[str, Any]:
+def running_normalizers(model: nn.Module) -> Dict[str, Any]:
+    """Running loss normalisers of a model by "module path.attribute"; they are in no state_dict."""
     return {
         f"{path}.{attribute}": getattr(module, attribute)
         for path, module in model.named_modules()
         for attribute in _RUNNING_ATTRIBUTES
         if attribute in vars(module)
     }
+
+
+def load_running_normalizers(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """The inverse of `running_normalizers`."""
+    modules = dict(model.named_modules())
+    for name, value in values.items():
+        path, _, attribute = name.rpartition(".")
+        if path in modules:
+            setattr(modules[path], attribute, value)
 
 
 def _as_tuple(state: Any) -> Any:

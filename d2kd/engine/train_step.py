@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .checkpoint import load_running_normalizers, running_normalizers
+
 
 class NonFiniteLossError(FloatingPointError):
     """A loss became infinite or NaN; the state before it is on disk."""
@@ -50,7 +52,7 @@ class TrainStep(SimpleTrainer):
         self.before_raising = before_raising
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self._statistics = BatchNormStatistics(model)
+        self._statistics = RunningStatistics(model)
 
     def run_step(self) -> None:
         """Trains on `accumulate` batches.
@@ -136,22 +138,26 @@ class TrainStep(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-class BatchNormStatistics:
-    """Copies of running statistics, so that a failed forward pass can be undone."""
+class RunningStatistics:
+    """Copies of batch-norm statistics and running loss normalisers, so that a failed forward pass can be undone."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+        self._model = model
         self._live = [b for m in norms for b in m.buffers(recurse=False)]
         self._copies = [b.clone() for b in self._live]
+        self._normalizers: Dict[str, Any] = {}
 
     @torch.no_grad()
     def remember(self) -> None:
         """Copies the statistics of now."""
         if self._live:
             torch._foreach_copy_(self._copies, self._live)
+        self._normalizers = running_normalizers(self._model)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the remembered statistics back."""
         if self._live:
             torch._foreach_copy_(self._live, self._copies)
+        load_running_normalizers(self._model, self._normalizers)

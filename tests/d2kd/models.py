@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, List, Optional
 
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model

@@ -1,0 +1,213 @@
+"""Whole training runs: plain student checkpoints, exact resuming, several processes, failures."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
+import pytest
+import torch
+from conftest import ROOT, command, environment, tool
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from models import FASTER_RCNN, batch, config, write_teacher
+
+from d2kd.data.datasets import register_datasets
+from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
+from d2kd.modeling import build_distilled_model
+
+METHODS = ["FeatureMimic", "MaskedGenerative"]
+
+
+def run(path: Path, *, resume: bool = False, stop_at: int = 0, **changes: object) -> DistillTrainer:
+    """Trains in this process; `stop_at` ends the run early, after its checkpoint."""
+    cfg = load_config(str(path), [x for k, v in changes.items() for x in (k.replace("__", "."), v)])
+    register_datasets(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(cfg.SEED)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if stop_at:
+        trainer.max_iter, full = stop_at, trainer.max_iter
+        trainer.register_hooks([])
+        trainer._hooks = [h for h in trainer._hooks if type(h).__name__ not in ("EvalHook", "ResultWriter")]
+        assert full > stop_at
+    trainer.train()
+    return trainer
+
+
+def weights(directory: Path, name: str = "model_final") -> dict:
+    return torch.load(directory / f"{name}.pth", weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_final_checkpoint_is_the_plain_student(write_config, teacher, tmp_path, method):
+    path = write_config(DISTILL__METHODS=[method], **teacher)
+    trainer = run(path)
+    student = build_model(load_config(str(path)))
+    problems = DetectionCheckpointer(student)._load_model({"model": dict(weights(tmp_path / "student")["model"])})
+    assert not problems.missing_keys and not problems.unexpected_keys and not problems.incorrect_shapes
+    assert same(student.state_dict(), trainer.student.state_dict())
+    detections = tmp_path / "student/inference/coco_instances_results.json"
+    during_training = detections.read_text()
+    detections.unlink()
+    evaluation = tool("train_net", "--config-file", path, "--eval-only", "MODEL.WEIGHTS", tmp_path / "student/model_final.pth")
+    assert len(json.loads(during_training)) == 40 and detections.read_text() == during_training
+    first = evaluation.stdout.splitlines()[0]
+    assert "Runtime" in first and "torch" in first and "device cpu" in first and "seed 1" in first
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_and_resumed_is_bit_equal_also_with_other_workers(write_config, teacher, tmp_path, method):
+    path = write_config(DISTILL__METHODS=[method], **teacher)
+    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    run(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    assert not (tmp_path / "parts/result.json").exists()
+    run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DATALOADER__NUM_WORKERS=2)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert same(whole["model"], parts["model"])
+    assert same({k: v for k, v in whole["distillers"].items() if torch.is_tensor(v)},
+                {k: v for k, v in parts["distillers"].items() if torch.is_tensor(v)})
+
+
+def test_killed_and_resumed_is_bit_equal(write_config, teacher, tmp_path):
+    path = write_config(DISTILL__METHODS=["MaskedGenerative"], SOLVER__MAX_ITER=60, DATASETS__TEST=[], **teacher)
+    arguments = ["--config-file", path, "DATALOADER.NUM_WORKERS", 1, "OUTPUT_DIR"]
+    tool("train_net", *arguments, tmp_path / "whole")
+    process = subprocess.Popen(command("train_net", *arguments, tmp_path / "killed"), cwd=ROOT, env=environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed/model_0000008.pth").exists():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/model_final.pth").exists()
+    tool("train_net", "--resume", *arguments, tmp_path / "killed")
+    assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "killed")["model"])
+
+
+def test_ctrl_c_saves_and_resumes_bit_equal(write_config, teacher, tmp_path):
+    path = write_config(SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=1000, DATASETS__TEST=[], **teacher)
+    arguments = ["--config-file", path, "OUTPUT_DIR"]
+    tool("train_net", *arguments, tmp_path / "whole")
+    process = subprocess.Popen(command("train_net", *arguments, tmp_path / "stopped"), cwd=ROOT, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "iter: 19" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "continue with --resume" in output
+    tool("train_net", "--resume", *arguments, tmp_path / "stopped")
+    assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "stopped")["model"])
+
+
+@pytest.mark.parametrize("base", [None, FASTER_RCNN], ids=["RetinaNet", "FasterRCNN"])
+@pytest.mark.parametrize("method", METHODS)
+def test_weight_zero_gives_bit_equal_student_gradients(tmp_path, base, method):
+    bases = {} if base is None else {"base": base}
+    node = {"FeatureMimic": "FEATURE_MIMIC", "MaskedGenerative": "MASKED_GENERATIVE"}[method]
+    named = write_teacher(tmp_path, config(MODEL__RESNETS__RES2_OUT_CHANNELS=32, **bases))
+    cfg = config(DISTILL__METHODS=[method], **{f"DISTILL__{node}__WEIGHT": 0.0}, **named, **bases)
+    gradients = []
+    for build in (build_model, build_distilled_model):
+        torch.manual_seed(3)
+        net = build(cfg).train()
+        with EventStorage():
+            losses = net(batch())
+        sum(losses.values()).backward()
+        student = getattr(net, "student", net)
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    assert any(name.startswith("distill/") for name in losses)
+    assert same(*gradients)
+
+
+def _two_processes(path: str, output: str, method: str) -> None:
+    cfg = load_config(path, ["OUTPUT_DIR", output, "DISTILL.METHODS", [method], "DATASETS.TEST", []])
+    register_datasets(cfg)
+    torch.set_num_threads(1)
+    torch.manual_seed(cfg.SEED + comm.get_rank())
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert not trainer.model.find_unused_parameters
+    checksums = comm.all_gather([p.double().sum().item() for p in trainer.distilled.parameters()])
+    assert checksums[0] == checksums[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_stay_in_step(write_config, teacher, tmp_path, method):
+    path = write_config(**teacher)
+    launch(_two_processes, 2, dist_url="auto", args=(str(path), str(tmp_path / "two"), method))
+    assert len(weights(tmp_path / "two")["trainer"]["process_states"]) == 2
+
+
+def test_loss_that_is_not_finite_names_itself_and_keeps_the_state_before(write_config, teacher, tmp_path):
+    path = write_config(**teacher)
+    cfg = load_config(str(path))
+    register_datasets(cfg)
+    torch.manual_seed(1)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    good = {}
+    plain = trainer.distilled.distillers["FeatureMimic"].level_loss
+
+    def level_loss(level, student, teacher_map):
+        if trainer.iter == 4 and level == 2:
+            good.update({k: v.clone() for k, v in trainer.student.state_dict().items() if "running" not in k and "num_b" not in k})
+            return plain(level, student * float("nan"), teacher_map)
+        return plain(level, student, teacher_map)
+
+    trainer.distilled.distillers["FeatureMimic"].level_loss = level_loss
+    with pytest.raises(NonFiniteLossError, match=r"iteration 4: distill/FeatureMimic/p5 = nan.*model_before_failure_0000004"):
+        trainer.train()
+    kept = weights(tmp_path / "student", "model_before_failure_0000004")
+    assert kept["iteration"] == 3 and all(torch.equal(kept["model"][k], v) for k, v in good.items())
+    assert all(torch.isfinite(v).all() for v in kept["model"].values())
+    resumed = run(path, resume=True)
+    assert resumed.start_iter == 4
+    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    assert same(weights(tmp_path / "student")["model"], weights(tmp_path / "whole")["model"])
+
+
+def test_evaluation_in_between_changes_nothing(write_config, teacher, tmp_path):
+    path = write_config(**teacher)
+    run(path, OUTPUT_DIR=str(tmp_path / "a"))
+    run(path, OUTPUT_DIR=str(tmp_path / "b"), TEST__EVAL_PERIOD=2)
+    assert same(weights(tmp_path / "a")["model"], weights(tmp_path / "b")["model"])
+
+
+def test_losses_of_every_level_are_in_the_log(write_config, teacher, tmp_path):
+    run(write_config(DISTILL__METHODS=METHODS, SOLVER__MAX_ITER=20, DATASETS__TEST=[], **teacher))
+    lines = [json.loads(line) for line in (tmp_path / "student/metrics.json").read_text().splitlines()]
+    want = {f"distill/{method}/p{level}" for method in METHODS for level in range(3, 8)}
+    assert want | {"loss_cls", "loss_box_reg", "total_loss", "distill_loss", "lr"} <= set(lines[-1])
+
+
+def test_teacher_is_evaluated_first_with_its_own_result(write_config, teacher, tmp_path):
+    path = write_config(**{**teacher, "DISTILL__TEACHER__EVAL_FIRST": True})
+    run(path)
+    first = json.loads((tmp_path / "student/teacher/result.json").read_text())
+    tool("train_net", "--config-file", path, "--eval-teacher", "OUTPUT_DIR", tmp_path / "again")
+    again = json.loads((tmp_path / "again/teacher/result.json").read_text())
+    assert first["metrics"] == again["metrics"] and first["params"] > 0
+
+
+def test_export_of_any_iteration(write_config, teacher, tmp_path):
+    path = write_config(DATASETS__TEST=[], **teacher)
+    run(path)
+    source, target = tmp_path / "student/model_0000002.pth", tmp_path / "exported.pth"
+    tool("export_student", source, target, "--config-file", path)
+    exported = torch.load(target, weights_only=True)
+    assert list(exported) == ["model"] and same(exported["model"], torch.load(source, weights_only=True)["model"])
+    assert target.stat().st_size < source.stat().st_size / 1.5
