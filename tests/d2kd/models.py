@@ -51,6 +51,7 @@ def config(base: Dict[str, Any] = RETINANET, **changes: Any) -> CfgNode:
     add_distill_config(cfg)
     everything = {
         "MODEL.DEVICE": "cpu",
+        "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
         "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.RESNETS.NORM": "BN",
         "MODEL.RESNETS.STRIDE_IN_1X1": False,
