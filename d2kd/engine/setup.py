@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -94,7 +94,7 @@ def load_config(config_file: str, options: Optional[List[str]] = None) -> CfgNod
         _merge(cfg, cfg.merge_from_file, config_file, f"--config-file {config_file}")
     if options and len(options) % 2:
         raise ConfigError(f"Options come in pairs, KEY VALUE; these are {len(options)}: {' '.join(options)}")
-    _merge(cfg, cfg.merge_from_list, options or [], "the command line")
+    _merge(cfg, cfg.merge_from_list, _whole_numbers_as_floats(cfg, options or []), "the command line")
     _resolve_teacher_config(cfg, config_file)
     return cfg
 
@@ -124,6 +124,15 @@ def _options(args: argparse.Namespace) -> List[str]:
     return options
 
 
+def _whole_numbers_as_floats(cfg: CfgNode, options: List[str]) -> List[str]:
+    """Lets "KEY 8" set a key that holds a float; the configuration system itself wants "8.0"."""
+    values = dict(_leaves(cfg))
+    return [
+        f"{option}.0" if i % 2 and isinstance(values.get(options[i - 1]), float) and re.fullmatch(r"-?\d+", str(option)) else option
+        for i, option in enumerate(options)
+    ]
+
+
 def _merge(cfg: CfgNode, merge: Callable[[Any], None], what: Any, where: str) -> None:
     try:
         merge(what)
@@ -132,16 +141,17 @@ def _merge(cfg: CfgNode, merge: Callable[[Any], None], what: Any, where: str) ->
         unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
         hint = ""
         if unknown and "mean" not in message:
-            near = difflib.get_close_matches(unknown.group(1), _leaves(cfg), n=3, cutoff=0.6)
+            near = difflib.get_close_matches(unknown.group(1), list(dict(_leaves(cfg))), n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"In {where}: {message}.{hint}".replace("..", ".")) from error
 
 
-def _leaves(node: CfgNode, prefix: str = "") -> List[str]:
-    names = []
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
     for key, value in node.items():
-        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
-    return names
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
