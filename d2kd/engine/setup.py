@@ -143,7 +143,7 @@ def _merge(cfg: CfgNode, merge: Callable[[Any], None], what: Any, where: str) ->
         if unknown and "mean" not in message:
             near = difflib.get_close_matches(unknown.group(1), list(dict(_leaves(cfg))), n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(f"In {where}: {message}.{hint}".replace("..", ".")) from error
+        raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
 
 
 def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
