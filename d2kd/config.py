@@ -8,7 +8,12 @@ def add_distill_config(cfg: CN) -> None:
     _add_distill(cfg)
     _add_feature_mimic(cfg)
     _add_masked_generative(cfg)
+    _add_logit_kd(cfg)
+    _add_head_regression(cfg)
     _add_data_and_solver(cfg)
+    _add_test_and_logging(cfg)
+    _add_fcos(cfg)
+    _add_vit(cfg)
 
 
 def _add_distill(cfg: CN) -> None:
@@ -29,6 +34,15 @@ def _add_distill(cfg: CN) -> None:
 
     # Methods to train with, by name; several are added up. [] inherits only.
     cfg.DISTILL.METHODS = ["FeatureMimic"]
+
+    # fixed: each method has the weight of its node | gradient: its gradient on the shared taps is kept at BALANCE_RATIO times the task's.
+    cfg.DISTILL.BALANCE = "fixed"
+    # Norm of each method's gradient over that of the task's, for BALANCE gradient. A method of weight 0 stays at 0.
+    cfg.DISTILL.BALANCE_RATIO = 0.5
+    # Iterations between two measurements of the gradients, for BALANCE gradient.
+    cfg.DISTILL.BALANCE_PERIOD = 10
+    # Iterations between two logs of the share of task and methods in the gradient on the shared taps; 0 = never.
+    cfg.DISTILL.LOG_GRADIENT_SHARE = 0
 
     # Start the student's neck and heads from the teacher's, wherever names and shapes fit.
     cfg.DISTILL.INHERIT = CN()
@@ -66,6 +80,33 @@ def _add_masked_generative(cfg: CN) -> None:
     node.SEED = 0
 
 
+def _add_prediction_method(cfg: CN, name: str) -> CN:
+    node = cfg.DISTILL[name] = CN()
+    # Factor on the loss of every tap. With 0 the student trains exactly as without distillation.
+    node.WEIGHT = 1.0
+    # Student taps to compare; [] finds the predictions that both networks make (dense heads, box predictor, segmentation head).
+    node.TAPS = []
+    # Teacher taps, one for each student tap; [] takes the same names. Those of its box predictor are computed on the student's regions.
+    node.TEACHER_TAPS = []
+    return node
+
+
+def _add_logit_kd(cfg: CN) -> None:
+    node = _add_prediction_method(cfg, "LOGIT_KD")
+    # Divides the logits; the loss is multiplied by its square.
+    node.TEMPERATURE = 1.0
+    # softmax: over the classes | sigmoid: independent classes | spatial: over the positions, for each class | auto: as the head has it.
+    node.FORM = "auto"
+
+
+def _add_head_regression(cfg: CN) -> None:
+    node = _add_prediction_method(cfg, "HEAD_REGRESSION")
+    # Where smooth L1 turns from quadratic to linear; 0 is plain L1.
+    node.BETA = 1.0
+    # Further factors, one for each tap; [] is 1 for each.
+    node.TAP_WEIGHTS = []
+
+
 def _add_data_and_solver(cfg: CN) -> None:
     # COCO files as datasets, without code: [{NAME: my_train, JSON: path, IMAGES: directory}, ...].
     cfg.DATASETS.REGISTER = []
@@ -79,3 +120,89 @@ def _add_data_and_solver(cfg: CN) -> None:
     # Batches of IMS_PER_BATCH images whose gradients are averaged into one step.
     cfg.SOLVER.ACCUMULATE = 1
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm over all trained parameters, distillers included.
+    # Learning rate of a vision transformer's block relative to the block after it, e.g. 0.7 (AdamW only); 1.0 is off.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+
+    # A second student: the exponential moving average of the weights, evaluated too, kept as model_final_ema.pth.
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the average that stays at each step.
+    cfg.SOLVER.EMA.DECAY = 0.9998
+    # At step t the share is at most (1 + t) / (WARMUP + t), so that the start is soon forgotten; 0 has no warm-up.
+    cfg.SOLVER.EMA.WARMUP = 10.0
+
+
+def _add_test_and_logging(cfg: CN) -> None:
+    # Keep the weights of the best evaluation so far (TEST.EVAL_PERIOD) as model_best.pth.
+    cfg.TEST.BEST_CHECKPOINT = CN()
+    # The metric to go by, larger is better, e.g. "bbox/AP"; "bbox_EMA/AP" keeps the averaged weights. "" is off.
+    cfg.TEST.BEST_CHECKPOINT.METRIC = ""
+
+    # End the training when that metric stops rising.
+    cfg.TEST.EARLY_STOP = CN()
+    # Evaluations without a rise to wait for; 0 is off.
+    cfg.TEST.EARLY_STOP.PATIENCE = 0
+    # A rise by this or less does not count.
+    cfg.TEST.EARLY_STOP.MIN_DELTA = 0.0
+
+    # Log to Weights & Biases as well; needs its package, wandb.
+    cfg.WANDB = CN()
+    cfg.WANDB.ENABLED = False
+    cfg.WANDB.PROJECT = "d2kd"
+    # Name of the run; "" takes the last part of OUTPUT_DIR.
+    cfg.WANDB.NAME = ""
+
+
+def _add_fcos(cfg: CN) -> None:
+    # META_ARCHITECTURE "FCOS", best with BACKBONE.NAME "build_fcos_resnet_fpn_backbone" (P6 and P7 from P5).
+    node = cfg.MODEL.FCOS = CN()
+    node.NUM_CLASSES = 80
+    # Levels of the pyramid that the head takes, finest first.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each of the two branches of the head.
+    node.NUM_CONVS = 4
+    # Normalisation in the head.
+    node.NORM = "GN"
+    # Only cells so near to the centre of an object, in strides, learn it; 0 admits its whole box.
+    node.CENTER_SAMPLING_RADIUS = 1.5
+    # Score that the untrained head gives to every class.
+    node.PRIOR_PROB = 0.01
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    # Inference: least score (root of class score times centreness), candidates a level, overlap that suppresses.
+    node.SCORE_THRESH_TEST = 0.2
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.6
+
+
+def _add_vit(cfg: CN) -> None:
+    # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid (FPN.OUT_CHANNELS, FPN.NORM).
+    node = cfg.MODEL.VIT = CN()
+    # Side of the nominal image, in pixels: sets the size of the tables of relative positions.
+    node.IMG_SIZE = 1024
+    node.PATCH_SIZE = 16
+    # Channels of the tokens, transformer blocks, heads, and hidden channels of the MLPs / EMBED_DIM.
+    node.EMBED_DIM = 768
+    node.DEPTH = 12
+    node.NUM_HEADS = 12
+    node.MLP_RATIO = 4.0
+    node.QKV_BIAS = True
+    # Stochastic depth of the last block; it grows linearly from 0.
+    node.DROP_PATH_RATE = 0.1
+    # Absolute positions of the pre-training, and relative ones in every block.
+    node.USE_ABS_POS = True
+    node.USE_REL_POS = True
+    # Side of the attention windows in patches, and the blocks that have them; the others attend globally.
+    node.WINDOW_SIZE = 14
+    node.WINDOW_BLOCK_INDEXES = [0, 1, 3, 4, 6, 7, 9, 10]
+    # Blocks with a convolutional residual block behind them.
+    node.RESIDUAL_BLOCK_INDEXES = []
+    # Recompute the blocks in the backward pass: slower, less memory.
+    node.USE_ACT_CHECKPOINT = False
+    # Side of the images of the pre-training, and whether its table of positions has a class token.
+    node.PRETRAIN_IMG_SIZE = 224
+    node.PRETRAIN_USE_CLS_TOKEN = True
+    # Sizes of the pyramid's levels relative to the transformer's map.
+    node.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
+    # Images are padded to squares of this side; 0 pads to a multiple of the coarsest stride only.
+    node.SQUARE_PAD = 1024

@@ -1,5 +1,6 @@
 """Taps, teacher, inheriting and the distilled model."""
 
+from . import backbone, meta_arch  # registers them
 from .distilled_model import DistilledModel, MethodError, build_distilled_model, inherit_from_teacher, is_distillation
 from .inherit import InheritReport, inherit
 from .num_classes import num_classes
@@ -14,12 +15,14 @@ __all__ = [
     "TapError",
     "Teacher",
     "TeacherError",
+    "backbone",
     "build_distilled_model",
     "inherit",
     "inherit_from_teacher",
     "is_distillation",
     "load_strictly",
     "load_teacher",
+    "meta_arch",
     "num_classes",
     "teacher_config",
 ]

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 
 _KEY_OF_ARCHITECTURE = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "FCOS": "MODEL.FCOS.NUM_CLASSES",
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "SemanticSegmentor": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",

@@ -5,10 +5,13 @@ import difflib
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 PRE_RELU = ".pre_relu"
+#: Where a backbone with a pyramid keeps its body: FPN, and ViTDet's simple feature pyramid.
+_BODIES = ("backbone.bottom_up", "backbone.net")
 _RELUS = {torch.relu, torch.relu_, torch.nn.functional.relu, torch.nn.functional.relu_, Tensor.relu, Tensor.relu_}
 
 
@@ -27,6 +30,8 @@ class Tap(NamedTuple):
     call: Optional[int] = None
     # take what goes into the last ReLU of the module instead of what comes out
     pre_relu: bool = False
+    # the module gives (N, H, W, C), as the blocks of a vision transformer do; the tap is (N, C, H, W)
+    channels_last: bool = False
 
 
 def resolve_tap(model: nn.Module, name: str) -> Tap:
@@ -34,7 +39,7 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
 
     Addresses: "p3" (an output of the backbone), "res4" (a stage of the bottom-up network, also one that is no output),
     "res4.pre_relu" (the same before its last ReLU), "head.bbox_pred" (the output of any module), "head.bbox_pred@2" (its third
-    call in a forward pass, counted from 0).
+    call in a forward pass, counted from 0), "blocks.3" (a block of a vision transformer, as a map (N, C, H, W)).
 
     Raises:
         TapError: there is no such feature; the message lists near matches.
@@ -46,18 +51,19 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
     named = dict(model.named_modules())
     if pre_relu:
         return Tap(name, _last_block(name, _find_stage(model, name, address, named)), pre_relu=True)
-    for path in ("backbone", "backbone.bottom_up"):
+    for path in ("backbone", *_BODIES):
         # a stage that is a module of its own is hooked itself: it fires before the rest of the backbone runs
         if address in _outputs(named.get(path)) and f"{path}.{address}" not in named:
             return Tap(name, named[path], key=address)
-    return Tap(name, _find_stage(model, name, address, named), call=int(call) if call else None)
+    module = _find_stage(model, name, address, named)
+    return Tap(name, module, call=int(call) if call else None, channels_last=_is_transformer_block(module, named))
 
 
 def tap_names(model: nn.Module) -> List[str]:
     """The short addresses of a model: outputs and stages of its backbone, finest first."""
     named = dict(model.named_modules())
     names = list(_outputs(named.get("backbone")))
-    for path in ("backbone.bottom_up", "backbone"):
+    for path in (*_BODIES, "backbone"):
         body = named.get(path)
         names += [n for n in _outputs(body) if n not in names]
         names += [n for n in getattr(body, "stage_names", ()) if n not in names]
@@ -69,7 +75,7 @@ def _outputs(module: Optional[nn.Module]) -> Sequence[str]:
 
 
 def _find_stage(model: nn.Module, name: str, address: str, named: Dict[str, nn.Module]) -> nn.Module:
-    for path in (f"backbone.bottom_up.{address}", f"backbone.{address}", address):
+    for path in (*(f"{body}.{address}" for body in _BODIES), f"backbone.{address}", address):
         if path in named and path:
             return named[path]
     choices = tap_names(model) + [n for n in named if n]
@@ -79,6 +85,10 @@ def _find_stage(model: nn.Module, name: str, address: str, named: Dict[str, nn.M
         f"Tap {name!r} is not in the {type(model).__name__}.{hint} Features of its backbone: {', '.join(tap_names(model))}; "
         "any module path (e.g. 'head.bbox_pred') is a tap too."
     )
+
+
+def _is_transformer_block(module: nn.Module, named: Dict[str, nn.Module]) -> bool:
+    return any(module is block for body in named.values() if isinstance(body, ViT) for block in body.blocks)
 
 
 def _last_block(name: str, stage: nn.Module) -> nn.Module:
@@ -202,7 +212,8 @@ class _Recorder:
             nonlocal calls
             calls += 1
             if tap.call is None or tap.call == calls - 1:
-                self._store(tap, output if tap.key is None else output[tap.key])
+                output = output if tap.key is None else output[tap.key]
+                self._store(tap, output.permute(0, 3, 1, 2) if tap.channels_last else output)
 
         return hook
 

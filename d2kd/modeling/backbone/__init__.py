@@ -1,0 +1,6 @@
+"""Backbones that Detectron2 lacks, or has no YAML for; importing registers them."""
+
+from .fcos_fpn import build_fcos_resnet_fpn_backbone
+from .vit import build_vit_sfp_backbone
+
+__all__ = ["build_fcos_resnet_fpn_backbone", "build_vit_sfp_backbone"]

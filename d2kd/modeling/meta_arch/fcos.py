@@ -1,0 +1,75 @@
+"""META_ARCHITECTURE "FCOS": Detectron2's FCOS (arXiv 1904.01355, 2006.09214), built from YAML."""
+
+from typing import Any, Dict
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import fcos
+from torch import nn
+
+
+class FCOS(fcos.FCOS):
+    """Detectron2's FCOS, with its parameter names, from the node MODEL.FCOS."""
+
+    num_classes_key = "MODEL.FCOS.NUM_CLASSES"
+
+    @configurable
+    def __init__(self, *, vis_period: int = 0, input_format: str = "BGR", **kwargs: Any) -> None:
+        """
+        Args:
+            vis_period: iterations between pictures of the training; 0 makes none.
+            input_format: channel order of the images, for those pictures.
+            kwargs: of Detectron2's FCOS.
+        """
+        super().__init__(**kwargs)
+        self.vis_period = vis_period
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        """Constructor arguments from the configuration.
+
+        Raises:
+            ValueError: `MODEL.FCOS.IN_FEATURES` names what the backbone does not give.
+        """
+        node = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "head": _build_head(node, backbone),
+            "head_in_features": list(node.IN_FEATURES),
+            "num_classes": node.NUM_CLASSES,
+            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+
+def _build_head(node: CfgNode, backbone: nn.Module) -> nn.Module:
+    shapes = backbone.output_shape()
+    unknown = [name for name in node.IN_FEATURES if name not in shapes]
+    if unknown:
+        raise ValueError(
+            f"MODEL.FCOS.IN_FEATURES names {', '.join(unknown)}, but the backbone (MODEL.BACKBONE.NAME) gives "
+            f"{', '.join(shapes)}."
+        )
+    levels = [shapes[name] for name in node.IN_FEATURES]
+    return fcos.FCOSHead(
+        input_shape=levels,
+        num_classes=node.NUM_CLASSES,
+        conv_dims=[levels[0].channels] * node.NUM_CONVS,
+        norm=node.NORM,
+        prior_prob=node.PRIOR_PROB,
+    )
+
+
+if "FCOS" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(FCOS)
