@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2kd.distillers import DISTILLERS, Distiller, TapPair
 from d2kd.layers import TapShape
 
-from .inherit import InheritReport, inherit
+from .inherit import InheritReport, inherit, plan_inheritance
 from .num_classes import num_classes
 from .taps import FeatureTaps, TapError, tap_names
 from .teacher import Teacher, load_teacher, teacher_config
@@ -101,8 +101,12 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     with torch.random.fork_rng(devices=[]):
         teacher_cfg = teacher_config(cfg)
         teacher = load_teacher(teacher_cfg)
+        if cfg.DISTILL.INHERIT.ENABLED:  # whatever cannot be inherited must be known before a run begins
+            plan_inheritance(student, teacher, cfg.DISTILL.INHERIT.EXCLUDE, _class_counts(cfg, teacher_cfg))
         pairs = _pairs_of_methods(cfg, methods, student, teacher)
         distillers = {name: DISTILLERS.get(name).build(cfg, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
+        for distiller in distillers.values():
+            distiller.check_teacher(teacher)
     return DistilledModel(
         student,
         Teacher(
@@ -119,9 +123,13 @@ def inherit_from_teacher(cfg: CfgNode, model: DistilledModel) -> Optional[Inheri
     """Starts the student's neck and heads from the teacher's, where `DISTILL.INHERIT` says so; see `inherit`."""
     if not cfg.DISTILL.INHERIT.ENABLED:
         return None
-    classes = num_classes(cfg), num_classes(teacher_config(cfg))
-    known = None if None in classes else (classes[0][1], classes[1][1])
-    return inherit(model.student, model.teacher.model, cfg.DISTILL.INHERIT.EXCLUDE, known)
+    classes = _class_counts(cfg, teacher_config(cfg))
+    return inherit(model.student, model.teacher.model, cfg.DISTILL.INHERIT.EXCLUDE, classes)
+
+
+def _class_counts(cfg: CfgNode, teacher_cfg: CfgNode) -> Optional[Tuple[int, int]]:
+    counts = [num_classes(cfg), num_classes(teacher_cfg)]
+    return None if None in counts else (counts[0][1], counts[1][1])
 
 
 def _methods(cfg: CfgNode) -> List[str]:

@@ -36,6 +36,41 @@ def body_prefix(model: nn.Module) -> str:
     return "backbone."
 
 
+def plan_inheritance(
+    student: nn.Module,
+    teacher: nn.Module,
+    exclude: Iterable[str] = (),
+    classes: Optional[Tuple[int, int]] = None,
+) -> InheritReport:
+    """What `inherit` would copy; nothing is changed.
+
+    Args:
+        student, teacher: any two models.
+        exclude: name prefixes that keep the student's own values, beside its body.
+        classes: numbers of classes of student and teacher, where they are known.
+
+    Raises:
+        InheritError: the numbers of classes differ and a prediction layer would be shared, or a prefix of `exclude` matches
+            nothing in the student.
+    """
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    kept = tuple(exclude)
+    for prefix in kept:
+        if not any(name.startswith(prefix) for name in ours):
+            raise InheritError(f"DISTILL.INHERIT.EXCLUDE names {prefix!r}, but nothing in the student starts so.")
+    report = InheritReport(copied=[], other_shape=[], absent=[])
+    for name in [n for n in ours if not n.startswith((body_prefix(student), *kept))]:
+        if name not in theirs:
+            report.absent.append(name)
+        elif ours[name].shape != theirs[name].shape:
+            report.other_shape.append((name, tuple(ours[name].shape), tuple(theirs[name].shape)))
+        else:
+            report.copied.append(name)
+    if classes is not None and classes[0] != classes[1] and report.other_shape:
+        raise InheritError(_classes_differ(report, classes))
+    return report
+
+
 @torch.no_grad()
 def inherit(
     student: nn.Module,
@@ -45,35 +80,11 @@ def inherit(
 ) -> InheritReport:
     """Copies neck and heads of the teacher into the student, once; nothing stays tied or frozen.
 
-    This is the "init_student" step of the official code of Yang et al., "Masked Generative Distillation" (2022), except that it
-    reports what fitted.
-
-    Args:
-        student: changed in place.
-        teacher: read only.
-        exclude: name prefixes that keep the student's own values, beside its body.
-        classes: numbers of classes of student and teacher, where they are known.
-
-    Raises:
-        InheritError: the numbers of classes differ and a prediction layer would be shared.
-        ValueError: a prefix of `exclude` matches nothing in the student.
+    This is the "init_student" step of the official code of Yang et al., "Masked Generative Distillation" (2022), except that
+    it reports what fitted. Arguments and errors are those of `plan_inheritance`; the student is changed in place.
     """
+    report = plan_inheritance(student, teacher, exclude, classes)
     ours, theirs = student.state_dict(), teacher.state_dict()
-    kept = tuple(exclude)
-    for prefix in kept:
-        if not any(name.startswith(prefix) for name in ours):
-            raise ValueError(f"DISTILL.INHERIT.EXCLUDE names {prefix!r}, but nothing in the student starts so.")
-    names = [n for n in ours if not n.startswith((body_prefix(student), *kept))]
-    report = InheritReport(copied=[], other_shape=[], absent=[])
-    for name in names:
-        if name not in theirs:
-            report.absent.append(name)
-        elif ours[name].shape != theirs[name].shape:
-            report.other_shape.append((name, tuple(ours[name].shape), tuple(theirs[name].shape)))
-        else:
-            report.copied.append(name)
-    if classes is not None and classes[0] != classes[1] and report.other_shape:
-        raise InheritError(_classes_differ(report, classes))
     for name in report.copied:
         ours[name].copy_(theirs[name])
     _log(report)

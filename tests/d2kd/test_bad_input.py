@@ -1,0 +1,168 @@
+"""Wrong input of tools/train_net.py: one clear error that names what to change, before any training."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tool
+from models import config, model
+
+from d2kd.engine import argument_parser
+from d2kd.engine.setup import USER_ERRORS
+
+sys.path.insert(0, str(ROOT / "tools"))
+import train_net  # noqa: E402
+
+
+def error_of(path, output, *options, **flags) -> str:
+    """The message of the error that train_net raises; checks that nothing was trained."""
+    arguments = ["--config-file", str(path)]
+    for name, value in flags.items():
+        arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    args = argument_parser().parse_args([*arguments, "OUTPUT_DIR", str(output), *map(str, options)])
+    with pytest.raises(USER_ERRORS) as error:
+        train_net.main(args)
+    left = {p.name for p in Path(output).glob("*")} if Path(output).exists() else set()
+    assert not {name for name in left if name.endswith((".pth", ".tmp")) or name == "metrics.json"}, left
+    return str(error.value)
+
+
+@pytest.fixture
+def distil(write_config, teacher, tmp_path):
+    """Calls `error_of` on a distillation run with some keys changed."""
+
+    def call(*options, **changes):
+        return error_of(write_config(**{**teacher, **changes}), tmp_path / "out", *options)
+
+    return call
+
+
+def test_missing_teacher_weights(distil, tmp_path):
+    message = distil(DISTILL__TEACHER__WEIGHTS=str(tmp_path / "no.pth"))
+    assert "no.pth" in message and "--teacher-weights" in message and "no such file" in message
+
+
+def test_teacher_without_weights(distil):
+    assert "DISTILL.TEACHER.WEIGHTS" in distil(DISTILL__TEACHER__WEIGHTS="")
+
+
+def test_teacher_weights_of_the_zoo_without_a_network(distil):
+    assert "detectron2://" in distil(DISTILL__TEACHER__WEIGHTS="detectron2://COCO-Detection/none/1/model_final.pkl")
+
+
+def test_missing_teacher_config(distil, tmp_path):
+    message = distil(DISTILL__TEACHER__CONFIG_FILE=str(tmp_path / "no.yaml"))
+    assert "no.yaml" in message and "--teacher-config" in message
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, -20])
+def test_truncated_teacher(distil, teacher, tmp_path, keep):
+    whole = Path(teacher["DISTILL__TEACHER__WEIGHTS"]).read_bytes()
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
+    message = distil(DISTILL__TEACHER__WEIGHTS=str(cut))
+    assert "cut.pth" in message and "teacher" in message
+
+
+def test_teacher_that_is_no_checkpoint(distil, tmp_path):
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    assert "text.pth" in distil(DISTILL__TEACHER__WEIGHTS=str(tmp_path / "text.pth"))
+
+
+def test_teacher_keys_that_do_not_fit(distil, tmp_path):
+    torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=10)).state_dict()}, tmp_path / "narrow.pth")
+    message = distil(DISTILL__TEACHER__WEIGHTS=str(tmp_path / "narrow.pth"))
+    assert "of another shape" in message and "checkpoint (" in message and "model (" in message
+
+
+def test_teacher_keys_that_are_missing_or_unknown(distil, teacher, tmp_path):
+    state = torch.load(teacher["DISTILL__TEACHER__WEIGHTS"], weights_only=True)["model"]
+    state["head.surplus"] = state.pop("head.bbox_pred.bias")
+    torch.save({"model": state}, tmp_path / "other.pth")
+    message = distil(DISTILL__TEACHER__WEIGHTS=str(tmp_path / "other.pth"))
+    assert "missing in the checkpoint: head.bbox_pred.bias" in message and "not in the model: head.surplus" in message
+
+
+def test_other_classes_where_a_head_is_inherited(distil, tmp_path, write_config):
+    path = write_config("other", MODEL__RETINANET__NUM_CLASSES=7)
+    torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=7)).state_dict()}, tmp_path / "other.pth")
+    keys = {"DISTILL__TEACHER__CONFIG_FILE": str(path), "DISTILL__TEACHER__WEIGHTS": str(tmp_path / "other.pth")}
+    message = distil(**keys)
+    assert "10 classes" in message and "7" in message and "head.cls_score" in message and "DISTILL.INHERIT.EXCLUDE" in message
+
+
+def test_unknown_method_names_near_matches(distil):
+    message = distil(DISTILL__METHODS=["FeatureMimik"])
+    assert "FeatureMimik" in message and "Did you mean FeatureMimic" in message
+
+
+def test_nothing_to_do_with_a_teacher(distil):
+    assert "DISTILL.METHODS" in distil(DISTILL__METHODS=[], DISTILL__INHERIT__ENABLED=False)
+
+
+@pytest.mark.parametrize("key", ["TAPS", "TEACHER_TAPS"])
+def test_unknown_tap_names_near_matches(distil, key):
+    message = distil(**{"DISTILL__FEATURE_MIMIC__TAPS": ["p4"], f"DISTILL__FEATURE_MIMIC__{key}": ["p44"]})
+    assert "'p44'" in message and "'p4'" in message
+
+
+def test_maps_that_cannot_be_aligned(distil):
+    message = distil(DISTILL__FEATURE_MIMIC__TAPS=["p3"], DISTILL__FEATURE_MIMIC__TEACHER_TAPS=["p7"])
+    assert "stride 8" in message and "stride 128" in message and "DISTILL.FEATURE_MIMIC.TAPS" in message
+
+
+def test_taps_that_do_not_pair_up(distil):
+    message = distil(DISTILL__FEATURE_MIMIC__TAPS=["p3", "p4"], DISTILL__FEATURE_MIMIC__TEACHER_TAPS=["p3"])
+    assert "2 features" in message and "TEACHER_TAPS 1" in message
+
+
+def test_unknown_key_names_near_matches(write_config, tmp_path):
+    message = error_of(write_config(), tmp_path / "out", "DISTILL.METHOD", "x")
+    assert "DISTILL.METHOD" in message and "DISTILL.METHODS" in message
+
+
+def test_missing_config_file(tmp_path):
+    assert "no.yaml" in error_of(tmp_path / "no.yaml", tmp_path / "out")
+
+
+def test_class_counts_of_data_and_model(write_config, tmp_path):
+    message = error_of(write_config(MODEL__RETINANET__NUM_CLASSES=9), tmp_path / "out")
+    assert "10" in message and "9" in message and "MODEL.RETINANET.NUM_CLASSES" in message
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda c: c.pop("images"), ["images"]),
+        (lambda c: c["annotations"][0].update(image_id=99999), ["99999", "image"]),
+        (lambda c: c["annotations"][0].update(bbox=[900, 900, 20, 20]), ["outside"]),
+        (lambda c: c["annotations"][0].update(category_id=77), ["77", "categor"]),
+    ],
+    ids=["no images", "no such image", "box outside", "no such category"],
+)
+def test_annotations_that_are_not_coco(write_config, tmp_path, digits, damage, words):
+    content = json.loads((digits / "annotations/instances_train.json").read_text())
+    damage(content)
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    name = f"bad_{tmp_path.name}"
+    register = [{"NAME": name, "JSON": str(tmp_path / "bad.json"), "IMAGES": str(digits / "train")}]
+    keys = {"DATASETS__REGISTER": register, "DATASETS__TRAIN": [name], "DATASETS__TEST": []}
+    message = error_of(write_config(**keys), tmp_path / "out")
+    assert "bad.json" in message and all(word in message for word in words)
+
+
+def test_eval_only_demands_every_key(write_config, tmp_path):
+    torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=10)).backbone.state_dict()}, tmp_path / "part.pth")
+    message = error_of(write_config(), tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "part.pth", eval_only=True)
+    assert "missing in the checkpoint" in message
+    assert "nothing to evaluate" in error_of(write_config(), tmp_path / "out", eval_only=True)
+
+
+def test_resuming_with_other_methods(write_config, teacher, tmp_path):
+    tool("train_net", "--config-file", write_config(DATASETS__TEST=[], **teacher))
+    for other in ({"DISTILL__METHODS": ["MaskedGenerative"], **teacher}, {}):
+        path = write_config(DATASETS__TEST=[], **other)
+        finished = tool("train_net", "--resume", "--config-file", path, "SOLVER.MAX_ITER", 9, check=False)
+        assert finished.returncode == 2 and "Cannot resume from" in finished.stdout and "Traceback" not in finished.stdout

@@ -1,0 +1,73 @@
+"""Inheriting: what is copied, what is not, and what is an error."""
+
+import pytest
+import torch
+from models import FASTER_RCNN, config, model
+
+from d2kd.modeling.inherit import InheritError, body_prefix, inherit
+
+
+def changed(net, before):
+    return {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def snapshot(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def test_neck_and_head_are_copied_and_the_body_keeps_its_own():
+    student, teacher = model(seed=1), model(seed=2)
+    before = snapshot(student)
+    report = inherit(student, teacher)
+    assert not report.other_shape and not report.absent
+    assert all(torch.equal(student.state_dict()[n], teacher.state_dict()[n]) for n in report.copied)
+    assert changed(student, before) <= set(report.copied)
+    assert {"backbone.fpn_lateral3.weight", "backbone.top_block.p6.weight", "head.cls_score.weight"} <= set(report.copied)
+    assert not any(name.startswith("backbone.bottom_up.") for name in report.copied)
+
+
+def test_other_widths_are_skipped_and_reported_with_both_shapes():
+    student, teacher = model(seed=1), model(config(MODEL__RESNETS__RES2_OUT_CHANNELS=32), seed=2)
+    report = inherit(student, teacher)
+    assert ("backbone.fpn_lateral3.weight", (8, 32, 1, 1), (8, 64, 1, 1)) in report.other_shape
+    assert "backbone.fpn_lateral3.bias" in report.copied and "head.cls_score.weight" in report.copied
+
+
+def test_excluded_modules_keep_their_own():
+    student = model(seed=1)
+    before = snapshot(student)
+    inherit(student, model(seed=2), exclude=["head."])
+    assert not any(name.startswith("head.") for name in changed(student, before))
+    with pytest.raises(InheritError, match="heads"):
+        inherit(student, model(seed=2), exclude=["heads"])
+
+
+def test_other_classes_are_an_error_that_names_layers_and_nothing_is_changed():
+    student, teacher = model(seed=1), model(config(MODEL__RETINANET__NUM_CLASSES=5), seed=2)
+    before = snapshot(student)
+    with pytest.raises(InheritError, match="3 classes, the teacher 5.*head.cls_score.*DISTILL.INHERIT.EXCLUDE"):
+        inherit(student, teacher, classes=(3, 5))
+    assert not changed(student, before)
+    assert "head.cls_score.weight" not in inherit(student, teacher, exclude=["head.cls_score"], classes=(3, 5)).copied
+
+
+def test_another_architecture_shares_what_has_the_same_name():
+    student, teacher = model(config(FASTER_RCNN), seed=1), model(seed=2)
+    report = inherit(student, teacher)
+    assert any(name.startswith("roi_heads.") for name in report.absent)
+    assert "backbone.fpn_output3.weight" in report.copied
+
+
+def test_the_student_is_not_tied_to_the_teacher():
+    student, teacher = model(seed=1), model(seed=2)
+    inherit(student, teacher)
+    with torch.no_grad():
+        student.head.cls_score.weight.add_(1)
+    assert not torch.equal(student.head.cls_score.weight, teacher.head.cls_score.weight)
+
+
+def test_body_of_models_with_and_without_a_neck():
+    assert body_prefix(model()) == "backbone.bottom_up."
+    plain = config(MODEL__BACKBONE__NAME="build_resnet_backbone", MODEL__META_ARCHITECTURE="ProposalNetwork",
+                   MODEL__RESNETS__OUT_FEATURES=["res4"], MODEL__ANCHOR_GENERATOR__SIZES=[[32]])
+    assert body_prefix(model(plain)) == "backbone."
