@@ -1,0 +1,124 @@
+"""Files of learned receptive tokens: the tokens, and what identifies the teacher that they belong to."""
+
+import hashlib
+import os
+from typing import Any, Dict, Mapping, NamedTuple
+
+import torch
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from d2kd.layers.tokens import Tokens
+
+_FORMAT = "d2kd receptive tokens 1"
+_LEARN = (
+    "Learn the tokens of this teacher: tools/learn_tokens.py --config-file <teacher.yaml> MODEL.WEIGHTS <teacher.pth>."
+)
+
+
+class TokenFileError(ValueError):
+    """A token file that is missing or broken, or belongs to another teacher, other taps or other channels."""
+
+
+class LearnedLevel(NamedTuple):
+    """The tokens of one tap, and the Dice overlap (0 to 1) that they had in the end."""
+
+    tokens: Tokens
+    dice: float
+
+
+class TokenFile(NamedTuple):
+    """What the first stage writes and the second reads.
+
+    `teacher` is the checksum of the teacher's weights (`weights_checksum`), `levels` are by the teacher's tap.
+    """
+
+    teacher: str
+    levels: Dict[str, LearnedLevel]
+    iterations: int
+
+    def save(self, path: str) -> None:
+        """Writes the file under a temporary name, then renames it."""
+        levels = {
+            tap: {"channels": level.tokens.tokens.shape[1], "dice": float(level.dice), **_present(level.tokens)}
+            for tap, level in self.levels.items()
+        }
+        content = {
+            "format": _FORMAT,
+            "teacher": self.teacher,
+            "taps": list(self.levels),
+            "num_tokens": next(iter(self.levels.values())).tokens.tokens.shape[0],
+            "iterations": self.iterations,
+            "levels": levels,
+        }
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        torch.save(content, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+    @classmethod
+    def load(cls, path: str) -> "TokenFile":
+        """Reads a file without executing code.
+
+        Raises:
+            TokenFileError: there is no such file, or it is not a token file.
+        """
+        if not path or not PathManager.isfile(path):
+            given = f"is {path!r}: there is no such file" if path else "is empty"
+            raise TokenFileError(f"DISTILL.RECEPTIVE_TOKENS.FILE {given}. {_LEARN}")
+        try:
+            content = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise TokenFileError(f"DISTILL.RECEPTIVE_TOKENS.FILE {path} cannot be read: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise TokenFileError(f"DISTILL.RECEPTIVE_TOKENS.FILE {path} is not a token file. {_LEARN}")
+        try:
+            levels = {tap: _level(content["levels"][tap]) for tap in content["taps"]}
+            return cls(str(content["teacher"]), levels, int(content["iterations"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TokenFileError(f"DISTILL.RECEPTIVE_TOKENS.FILE {path} is damaged: {error!r}. {_LEARN}") from error
+
+    def tokens_for(self, tap: str, channels: int) -> Tokens:
+        """The tokens for a map of the teacher.
+
+        Raises:
+            TokenFileError: there are none for this tap, or they are for another number of channels.
+        """
+        if tap not in self.levels:
+            raise TokenFileError(
+                f"DISTILL.RECEPTIVE_TOKENS.FILE has no tokens for the teacher's {tap!r}; it has them for "
+                f"{', '.join(self.levels)}. Change TAPS / TEACHER_TAPS (or TOKEN_TAPS), or learn them for this tap."
+            )
+        tokens = self.levels[tap].tokens
+        if tokens.tokens.shape[1] != channels:
+            raise TokenFileError(
+                f"DISTILL.RECEPTIVE_TOKENS.FILE: the tokens of {tap!r} are for {tokens.tokens.shape[1]} channels, but "
+                f"the teacher's map has {channels}. {_LEARN}"
+            )
+        return tokens
+
+
+def _present(tokens: Tokens) -> Dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in tokens._asdict().items() if value is not None}
+
+
+def _level(content: Mapping[str, Any]) -> LearnedLevel:
+    tokens = Tokens(content["tokens"], content.get("weight"), content.get("bias"))
+    t, c = tokens.tokens.shape
+    if tokens.weight is not None and (tokens.weight.shape, tokens.bias.shape) != ((t, c, 3, 3), (t,)):
+        raise ValueError(f"weighting branch of shape {tuple(tokens.weight.shape)} for tokens of shape {(t, c)}")
+    return LearnedLevel(tokens, float(content["dice"]))
+
+
+def weights_checksum(state: Mapping[str, Tensor]) -> str:
+    """Checksum of a state dict: names, shapes and values of its floating-point tensors, wherever they lie.
+
+    It tells weights apart, not files: the same weights have it in any checkpoint format.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        value = state[name]
+        if value.is_floating_point():
+            value = value.detach().float().cpu().contiguous()
+            digest.update(f"{name} {tuple(value.shape)} ".encode())
+            digest.update(value.numpy().reshape(-1).view("uint8").data)
+    return digest.hexdigest()

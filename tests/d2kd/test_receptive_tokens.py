@@ -1,0 +1,421 @@
+"""ReceptiveTokens against values recorded from the official implementation, and its properties."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import config, write_teacher
+
+from d2kd.distillers import ReceptiveTokens, TapPair, TokenFile, TokenFileError
+from d2kd.distillers.token_file import LearnedLevel, weights_checksum
+from d2kd.layers import TapShape
+from d2kd.layers.tokens import (
+    TokenMasks,
+    Tokens,
+    WeightingBranch,
+    dice,
+    mask_weights,
+    shifted_means,
+    token_masks,
+    token_weights,
+    weighted_error,
+)
+from d2kd.modeling import build_distilled_model, load_teacher, teacher_config
+
+DTYPES = [torch.double, torch.float]
+
+
+def load(data_dir, name, dtype=torch.double):
+    with np.load(data_dir / "golden" / f"maskd_{name}.npz") as z:
+        return {k: torch.from_numpy(z[k]).to(dtype) if z[k].dtype.kind == "f" and z[k].ndim else z[k] for k in z.files}
+
+
+def close(got, want, loss=False):
+    want = torch.as_tensor(np.asarray(want)).to(got.dtype)
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    assert error <= ((1e-9 if loss else 1e-6) if got.dtype == torch.double else (1e-5 if loss else 1e-4))
+
+
+def branch(g, level="", dtype=torch.double):
+    """The recorded weighting branch."""
+    made = WeightingBranch(g[f"mask_token{level}"].shape[1], g[f"mask_token{level}"].shape[0]).to(dtype)
+    keys = {"conv": f"prob0_{{}}{level}", "predictor": f"prob2_{{}}{level}"}
+    made.load_state_dict({f"{m}.{p}": g[key.format(p)] for m, key in keys.items() for p in ("weight", "bias")})
+    return made
+
+
+def pair(name="p3", student=4, teacher=4, stride=1.0):
+    return TapPair(name, name, TapShape(student, 1.0), TapShape(teacher, stride))
+
+
+def distiller(tokens, pairs=None, weight=1.0, **changes):
+    return ReceptiveTokens(pairs=pairs or [pair()], weight=weight, tokens=tokens, **changes)
+
+
+def some_tokens(t=3, c=4, weighting=True, seed=0):
+    torch.manual_seed(seed)
+    return Tokens(torch.randn(t, c), *((torch.randn(t, c, 3, 3), torch.randn(t)) if weighting else ()))
+
+
+# --- recorded values ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dice_golden(data_dir, dtype):
+    g = load(data_dir, "dice", dtype)
+    masks = g["masks"].requires_grad_()
+    loss = dice(masks)
+    loss.backward()
+    close(loss.detach(), g["expected_dice"], loss=True)
+    close(masks.grad, g["expected_grad"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["stage1_plain", "stage1_weighted"])
+def test_first_stage_golden(data_dir, name, dtype):
+    g = load(data_dir, name, dtype)
+    t, c = g["mask_token"].shape
+    level = TokenMasks(c, t, weighting=bool(g["weight_mask"])).to(dtype)
+    with torch.no_grad():
+        level.tokens.copy_(g["mask_token"])
+    if level.weighting is not None:
+        level.weighting = branch(g, dtype=dtype)
+        close(level.weighting(g["x"]).detach(), g["expected_prob"], loss=True)
+    masked, masks = level(g["x"])
+    overlap = dice(masks)
+    ((masked * g["cotangent"]).sum() + overlap).backward()
+    close(masks.detach(), g["expected_mask"])
+    close(masked.detach(), g["expected_out"])
+    close(overlap.detach(), g["expected_dice"], loss=True)
+    close(level.tokens.grad, g["expected_grad_mask_token"])
+    if level.weighting is not None:
+        for ours, theirs in (("conv", "prob0"), ("predictor", "prob2")):
+            for p in ("weight", "bias"):
+                close(level.weighting.get_parameter(f"{ours}.{p}").grad, g[f"expected_grad_{theirs}_{p}"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["w_custom", "w_plain", "nw_custom", "nw_plain"])
+def test_second_stage_golden(data_dir, mode, dtype):
+    g = load(data_dir, "stage2_level", dtype)
+    weighting = branch(g, dtype=dtype).folded() if mode.startswith("w_") else ()
+    c = g["student"].shape[1]
+    method = distiller(
+        [Tokens(g["mask_token"], *weighting)],
+        [pair(student=c, teacher=c)],
+        weight=float(g["loss_weight"]),
+        customize=mode.endswith("custom"),
+        eps=0.0,
+    ).to(dtype)
+    student = g["student"].requires_grad_()
+    loss = method({"p3": student}, {"p3": g["teacher"]})["p3"]
+    loss.backward()
+    close(token_masks(g["teacher"], g["mask_token"]), g["expected_teacher_mask"])
+    close(token_masks(student.detach(), g["mask_token"]), g["expected_student_mask"])
+    close(loss.detach(), g[f"expected_loss_{mode}"], loss=True)
+    close(student.grad, g[f"expected_grad_student_{mode}"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_end_to_end_golden(data_dir, dtype):
+    g = load(data_dir, "stage2_e2e", dtype)
+    levels = [f"_{i}" for i in range(int(g["num_levels"]))]
+    c = g["student_0"].shape[1]
+    method = distiller(
+        [Tokens(g[f"mask_token{k}"], *(x.detach() for x in branch(g, k, dtype).folded())) for k in levels],
+        [pair(k, c, c) for k in levels],
+        weight=float(g["loss_weight"]),
+        warmup=int(g["warmup"]),
+        align="conv",
+    ).to(dtype)
+    for i, k in enumerate(levels):
+        method.align[i].load_state_dict({p: g[f"align_{p}{k}"] for p in ("weight", "bias")})
+    students = {k: g[f"student{k}"].requires_grad_() for k in levels}
+    teachers = {k: g[f"teacher{k}"] for k in levels}
+    for expected in g["expected_maskd_loss_per_call"]:
+        loss = sum(method(students, teachers).values())
+        close(loss.detach(), expected, loss=True)
+    conv = torch.nn.functional.conv2d
+    for i, k in enumerate(levels):
+        ours = conv(students[k], g["head_student_weight"], g["head_student_bias"])
+        theirs = conv(teachers[k], g["head_teacher_weight"], g["head_teacher_bias"])
+        term = float(g["head_weight"]) * torch.nn.functional.smooth_l1_loss(ours, theirs, beta=float(g["head_beta"]))
+        close(term.detach(), g["expected_head_loss_per_level"][i], loss=True)
+        loss = loss + term
+    loss.backward()
+    for i, k in enumerate(levels):
+        close(students[k].grad, g[f"expected_grad_student_last{k}"])
+        close(method.align[i].weight.grad, g[f"expected_grad_align_weight_last{k}"])
+        close(method.align[i].bias.grad, g[f"expected_grad_align_bias_last{k}"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segmentation_golden(data_dir, dtype):
+    g = load(data_dir, "seg", dtype)
+    c = g["mask_token"].shape[1]
+    method = distiller(
+        [Tokens(g["mask_token"])] * 2,
+        [pair("main", c, c), pair("aux", c, c)],
+        weight=float(g["factor"]),
+        level_weights=[1.0, float(g["aux_weight"])],
+        customize=False,
+        eps=float(g["eps"]),
+    ).to(dtype)
+    student = {k: g[f"{k}_student"].requires_grad_() for k in ("main", "aux")}
+    losses = method(student, {k: g[f"{k}_teacher"] for k in ("main", "aux")})
+    sum(losses.values()).backward()
+    close(losses["main"].detach(), g["expected_loss_main"], loss=True)
+    close(losses["aux"].detach() / float(g["aux_weight"]), g["expected_loss_aux"], loss=True)
+    close(sum(losses.values()).detach(), g["expected_loss_total"], loss=True)
+    for k, x in student.items():
+        close(x.grad, g[f"expected_grad_{k}_student"])
+    level = TokenMasks(c, len(g["mask_token"]), weighting=False).to(dtype)
+    level.tokens.data.copy_(g["mask_token"])
+    masked, masks = level(g["main_teacher"])
+    close(masked.detach(), g["expected_stage1_out"])
+    close(dice(masks).detach(), g["expected_stage1_dice"], loss=True)
+
+
+# --- layers ---
+
+
+def test_one_token_has_dice_zero_and_a_gradient_of_zero():
+    masks = torch.rand(2, 1, 5, 5, requires_grad=True)
+    loss = dice(masks)
+    loss.backward()
+    assert loss.item() == 0 and not masks.grad.any()
+
+
+def test_dice_of_equal_masks_is_one_and_of_disjoint_masks_zero():
+    half = torch.zeros(1, 1, 4, 4)
+    half[..., :2, :] = 1
+    assert dice(torch.cat([half, half], 1)).item() == pytest.approx(1)
+    assert dice(torch.cat([half, 1 - half], 1)).item() == 0
+    assert dice(torch.zeros(1, 3, 4, 4)).item() == 0
+
+
+@pytest.mark.parametrize("size", [(7, 9), (1, 1), (1, 5), (3, 1), (2, 2)])
+def test_shifted_means_replace_a_pooled_convolution(size):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 5, kernel_size=3, padding=1, bias=False).double()
+    x = torch.randn(2, 3, *size, dtype=torch.double)
+    got = torch.einsum("ncij,dcij->nd", shifted_means(x), conv.weight)
+    torch.testing.assert_close(got, conv(x).mean((2, 3)), rtol=1e-12, atol=1e-13)
+
+
+def test_weights_have_sum_one_and_float32_for_half_maps():
+    level = some_tokens()
+    w = token_weights(torch.randn(2, 4, 5, 6).half(), level.weight, level.bias)
+    assert w.dtype == torch.float32 and torch.allclose(w.sum(1), torch.ones(2))
+    assert token_masks(torch.randn(2, 4, 5, 6).bfloat16(), level.tokens).dtype == torch.float32
+
+
+def test_gradient_of_the_weighted_error():
+    torch.manual_seed(0)
+    s, t = (torch.randn(2, 3, 4, 5, dtype=torch.double) for _ in range(2))
+    a = torch.rand(2, 4, 5, dtype=torch.double)
+    assert torch.autograd.gradcheck(lambda x: weighted_error(x, t, a), s.requires_grad_())
+    assert weighted_error(s, t, a).item() == pytest.approx(((s - t).square().mean(1) * a).sum().item() / 2)
+
+
+def test_weighted_error_of_half_maps_is_float32_and_gives_half_gradients():
+    s, t = torch.randn(1, 3, 4, 4).bfloat16().requires_grad_(), torch.randn(1, 3, 4, 4)
+    loss = weighted_error(s, t, torch.ones(1, 4, 4))
+    loss.backward()
+    assert loss.dtype == torch.float32 and s.grad.dtype == torch.bfloat16
+
+
+def test_masks_that_are_zero_everywhere_give_zero_not_nan():
+    tokens = Tokens(torch.full((2, 4), -1e4))
+    method = distiller([tokens], reduction="paper")
+    loss = method({"p3": torch.ones(1, 4, 3, 3)}, {"p3": torch.ones(1, 4, 3, 3)})["p3"]
+    assert loss.item() == 0
+
+
+def test_mean_weights_of_an_image_have_sum_one():
+    masks, weights = torch.rand(2, 3, 4, 5), torch.rand(2, 3).softmax(1)
+    assert torch.allclose(mask_weights(masks, weights, 0.0, mean=True).sum((1, 2)), torch.ones(2))
+
+
+# --- the method ---
+
+
+@pytest.mark.parametrize("normalize", ["none", "standardize"])
+@pytest.mark.parametrize("reduction", ["paper", "mean"])
+def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, reduction):
+    x = torch.randn(2, 4, 6, 7)
+    assert (
+        distiller([some_tokens()], normalize=normalize, reduction=reduction)({"p3": x}, {"p3": x})["p3"].item() < 1e-10
+    )
+    method = distiller([some_tokens()], [pair(student=6)], normalize=normalize, reduction=reduction)
+    student = torch.randn(2, 6, 6, 7, requires_grad=True)
+    method({"p3": student}, {"p3": x})["p3"].backward()
+    assert student.grad.abs().sum() > 0 and method.align[0].weight.grad.abs().sum() > 0
+
+
+def test_a_standardised_student_is_masked_on_the_teachers_scale():
+    torch.manual_seed(1)
+    teacher = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 1.0, 5.0, 20.0]).view(-1, 1, 1) + 3
+    method = distiller([some_tokens()], normalize="standardize", reduction="mean")
+    level = method.levels[0]
+    standardised = (teacher - teacher.mean((0, 2, 3), True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
+    got = token_masks(standardised, *method._tokens_for_student(level, teacher))
+    torch.testing.assert_close(got, token_masks(teacher, level.tokens), rtol=1e-3, atol=1e-4)
+
+
+def test_weight_zero_gives_the_student_no_gradient_and_the_aligner_zeros():
+    method = distiller([some_tokens()], [pair(student=6)], weight=0.0)
+    student = torch.randn(2, 6, 5, 5, requires_grad=True)
+    loss = method({"p3": student}, {"p3": torch.randn(2, 4, 5, 5)})["p3"]
+    loss.backward()
+    assert loss.item() == 0 and student.grad is None
+    assert all(p.grad is not None and not p.grad.any() for p in method.parameters())
+
+
+def test_only_aligners_are_trained_and_tokens_stay():
+    method = distiller([some_tokens()], align="conv")
+    assert [name for name, _ in method.named_parameters()] == ["align.0.weight", "align.0.bias"]
+    assert torch.equal(method.levels[0].tokens, some_tokens().tokens)
+
+
+def test_level_weights_scale_their_level():
+    tokens, maps = [some_tokens(), some_tokens(seed=1)], [torch.randn(1, 4, 5, 5) for _ in range(4)]
+    pairs = [pair("p3"), pair("p4")]
+    student, teacher = dict(zip(["p3", "p4"], maps)), dict(zip(["p3", "p4"], maps[2:]))
+    plain = distiller(tokens, pairs)(student, teacher)
+    scaled = distiller(tokens, pairs, level_weights=[1.0, 3.0])(student, teacher)
+    assert scaled["p3"] == plain["p3"] and scaled["p4"].item() == pytest.approx(3 * plain["p4"].item())
+
+
+def test_the_warm_up_is_continued_by_a_checkpoint():
+    maps = [torch.randn(1, 4, 5, 5) for _ in range(2)]
+    calls = lambda method, n: [method({"p3": maps[0]}, {"p3": maps[1]})["p3"].item() for _ in range(n)]  # noqa: E731
+    make = lambda: distiller([some_tokens()], warmup=3)  # noqa: E731
+    whole = calls(make(), 5)
+    assert whole[0] == whole[2] != whole[3] == whole[4]
+    first = make()
+    before = calls(first, 2)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    assert before + calls(second, 3) == whole
+    first.eval()
+    assert calls(first, 1) == whole[:1] and first.calls == 2  # only training counts
+
+
+def test_a_checkpoint_with_other_tokens_is_an_error():
+    saved = distiller([some_tokens()]).state_dict()
+    with pytest.raises((TokenFileError, RuntimeError), match="other tokens"):
+        distiller([some_tokens(seed=1)]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(weight=-1.0), "WEIGHT"),
+        (dict(align="linear"), "ALIGN"),
+        (dict(warmup=-1), "WARMUP_ITERS"),
+        (dict(normalize="l2"), "NORMALIZE"),
+        (dict(reduction="sum"), "REDUCTION"),
+        (dict(level_weights=[1.0, 2.0]), "LEVEL_WEIGHTS"),
+        (dict(pairs=[pair(stride=64.0)]), "RECEPTIVE_TOKENS.TAPS"),
+    ],
+)
+def test_arguments_out_of_range_name_the_key(change, message):
+    with pytest.raises(ValueError, match=message):
+        distiller([some_tokens()], **change)
+
+
+# --- token files ---
+
+
+def write_tokens(path, teacher="", taps=("p3", "p4", "p5", "p6", "p7"), channels=8, t=3):
+    levels = {tap: LearnedLevel(some_tokens(t, channels, seed=i), 0.1) for i, tap in enumerate(taps)}
+    made = TokenFile(teacher, levels, iterations=10)
+    made.save(str(path))
+    return made
+
+
+def test_a_token_file_keeps_everything(tmp_path):
+    path = tmp_path / "new" / "tokens.pth"
+    made = write_tokens(path, teacher="abc", taps=["p3", "res4.pre_relu"])
+    read = TokenFile.load(str(path))
+    assert (read.teacher, read.iterations, list(read.levels)) == ("abc", 10, ["p3", "res4.pre_relu"])
+    for tap, level in made.levels.items():
+        assert read.levels[tap].dice == level.dice
+        assert all(torch.equal(a, b) for a, b in zip(read.levels[tap].tokens, level.tokens))
+    assert [p.name for p in path.parent.iterdir()] == ["tokens.pth"]
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "no such file"), (b"text", "cannot be read"), ({"model": {}}, "not a token file")]
+)
+def test_files_that_are_no_token_files(tmp_path, content, message):
+    path = tmp_path / "tokens.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(TokenFileError, match=message):
+        TokenFile.load(str(path))
+
+
+def test_a_damaged_token_file_is_an_error(tmp_path):
+    path = tmp_path / "tokens.pth"
+    write_tokens(path)
+    content = torch.load(path)
+    content["levels"]["p4"]["bias"] = torch.zeros(7)
+    torch.save(content, path)
+    with pytest.raises(TokenFileError, match="damaged"):
+        TokenFile.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "file, keys, message",
+    [
+        (dict(teacher="0" * 32), {}, "another teacher"),
+        (dict(taps=["p3", "p4"]), {}, "no tokens for the teacher's 'p5'"),
+        (dict(channels=16), {}, "16 channels"),
+        (dict(), {"DISTILL__RECEPTIVE_TOKENS__TOKEN_TAPS": ["p3"]}, "TOKEN_TAPS"),
+        (dict(), {"DISTILL__RECEPTIVE_TOKENS__FILE": ""}, "FILE is empty"),
+    ],
+)
+def test_a_token_file_that_does_not_fit_is_an_error(tmp_path, file, keys, message):
+    with pytest.raises(TokenFileError, match=message):
+        build_distilled_model(distillation(tmp_path, file, **keys))
+
+
+def distillation(tmp_path, file, **keys):
+    teacher_keys = write_teacher(tmp_path)
+    cfg = config(**{**teacher_keys, "DISTILL__METHODS": ["ReceptiveTokens"]})
+    checksum = weights_checksum(load_teacher(teacher_config(cfg)).state_dict())
+    write_tokens(tmp_path / "tokens.pth", **{"teacher": checksum, **file})
+    keys = {"DISTILL__RECEPTIVE_TOKENS__FILE": str(tmp_path / "tokens.pth"), **keys}
+    return config(**{**teacher_keys, "DISTILL__METHODS": ["ReceptiveTokens"], **keys})
+
+
+def test_the_method_trains_a_detector(tmp_path):
+    from detectron2.utils.events import EventStorage
+    from models import batch
+
+    model = build_distilled_model(distillation(tmp_path, {}))
+    model.train()
+    with EventStorage():
+        losses = model(batch())
+    levels = [v for k, v in losses.items() if k.startswith("distill/ReceptiveTokens/")]
+    assert len(levels) == 5 and all(math.isfinite(v.item()) and v.item() > 0 for v in levels)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_warm_up_is_counted_in_iterations_not_batches(tmp_path):
+    keys = {"SOLVER__ACCUMULATE": 4, "DISTILL__RECEPTIVE_TOKENS__WARMUP_ITERS": 3}
+    assert build_distilled_model(distillation(tmp_path, {}, **keys)).distillers["ReceptiveTokens"].warmup == 12
+
+
+def test_the_checksum_sees_weights_not_their_device_or_order():
+    state = {"a": torch.ones(2), "b": torch.zeros(3), "steps": torch.tensor(4)}
+    same = {"steps": torch.tensor(5), "b": torch.zeros(3), "a": torch.ones(2)}
+    assert weights_checksum(state) == weights_checksum(same)
+    assert weights_checksum(state) != weights_checksum({**state, "b": torch.full((3,), 1e-7)})
+    assert weights_checksum(state) != weights_checksum({**state, "b": torch.zeros(3, 1)})
