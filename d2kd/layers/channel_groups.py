@@ -1,0 +1,138 @@
+"""Groups of teacher channels: reduced to one map each, with margins, and the one-sided error against them."""
+
+import math
+from typing import Callable, Dict, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .losses import at_least_float32, check_reduction
+
+#: Below this probability of a negative value its expectation is not computed; margin = -3 sigma there.
+_LEAST_PROBABILITY = 1e-3
+
+
+class Reduced(NamedTuple):
+    """What a student channel is compared with: map (N, Cs, H, W) and margin (Cs,)."""
+
+    map: Tensor
+    margin: Tensor
+
+
+#: Draws uniform numbers in [0, 1) of a shape, on the device of a tensor.
+Uniform = Callable[[tuple, torch.device], Tensor]
+
+
+def norm_margin(weight: Tensor, bias: Tensor) -> Tensor:
+    """Expected value of N(bias, weight^2) given that it is negative: what a channel's ReLU cuts off, on average.
+
+    Heo et al., "A Comprehensive Overhaul of Feature Distillation" (ICCV 2019), eq. 4 and its appendix A.
+
+    Args:
+        weight: (C,), scale of the norm before the ReLU; its sign does not matter.
+        bias: (C,), shift of that norm.
+
+    Returns:
+        (C,) in float64: at most 0; -3 |weight| where a negative value is less likely than 0.001.
+    """
+    sigma, beta = weight.double().abs(), bias.double()
+    sigma = sigma + 1e-12  # a channel that is switched off has sigma = 0; its margin is then min(bias, 0)
+    z = beta / sigma
+    probability = torch.special.ndtr(-z)
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    expected = beta - sigma * density / probability.clamp(min=_LEAST_PROBABILITY)
+    return torch.where(probability > _LEAST_PROBABILITY, expected, -3 * sigma)
+
+
+def reduce_groups(teacher: Tensor, margin: Tensor, members: Tensor, reducer: str, uniform: Uniform) -> Reduced:
+    """Reduces the group of teacher channels of every student channel to one map.
+
+    Args:
+        teacher: (N, Ct, H, W), without gradient.
+        margin: (Ct,).
+        members: (Cs, k), the teacher channels of every student channel.
+        reducer: "amp" the signed value of largest magnitude, "amp_signed" the largest value (as the published code
+            had it at first), both with the group's mean margin; "sp" the largest value and margin; "rd" a value of a random member at
+            every position, and the margin of another random member; "sm" the only member.
+        uniform: where "rd" gets its random numbers.
+    """
+    check_reducer(reducer)
+    return REDUCERS[reducer](teacher, margin[members], members, uniform)
+
+
+def _largest_magnitude(teacher: Tensor, margins: Tensor, members: Tensor, uniform: Uniform) -> Reduced:
+    highest = lowest = teacher[:, members[:, 0]]
+    # member by member: no copy of the whole teacher map, and many times faster than an argmax over channels
+    for member in members.t()[1:]:
+        values = teacher[:, member]
+        highest, lowest = torch.maximum(highest, values), torch.minimum(lowest, values)
+    return Reduced(torch.where(highest >= -lowest, highest, lowest), margins.mean(dim=1))
+
+
+def _largest(teacher: Tensor, members: Tensor) -> Tensor:
+    highest = teacher[:, members[:, 0]]
+    for member in members.t()[1:]:
+        highest = torch.maximum(highest, teacher[:, member])
+    return highest
+
+
+def _random(teacher: Tensor, margins: Tensor, members: Tensor, uniform: Uniform) -> Reduced:
+    n, _, h, w = teacher.shape
+    cs, k = members.shape
+    pick = (uniform((n, cs, h, w), teacher.device) * k).long()
+    pick_margin = (uniform((cs,), teacher.device) * k).long()
+    return take_members(teacher, margins, members, pick, pick_margin)
+
+
+def take_members(teacher: Tensor, margins: Tensor, members: Tensor, pick: Tensor, pick_margin: Tensor) -> Reduced:
+    """The values of chosen members: `pick` (N, Cs, H, W) and `pick_margin` (Cs,) count within a group, 0 to k - 1."""
+    reduced = teacher[:, members[:, 0]]
+    for number, member in enumerate(members.t()[1:], start=1):
+        reduced = torch.where(pick == number, teacher[:, member], reduced)
+    return Reduced(reduced, margins.gather(1, pick_margin[:, None]).squeeze(1))
+
+
+REDUCERS: Dict[str, Callable[[Tensor, Tensor, Tensor, Uniform], Reduced]] = {
+    "amp": _largest_magnitude,
+    "amp_signed": lambda teacher, margins, members, uniform: Reduced(_largest(teacher, members), margins.mean(dim=1)),
+    "sp": lambda teacher, margins, members, uniform: Reduced(_largest(teacher, members), margins.amax(dim=1)),
+    "rd": _random,
+    "sm": lambda teacher, margins, members, uniform: Reduced(teacher[:, members[:, 0]], margins[:, 0]),
+}
+
+
+def scale_to_unit(reduced: Reduced, eps: float = 1e-6) -> Reduced:
+    """Divides every channel and its margin by the channel's standard deviation over batch and space.
+
+    Nothing is centred: zero is where the ReLU cuts, and has to stay there.
+    """
+    target = at_least_float32(reduced.map)
+    scale = torch.rsqrt(target.var(dim=(0, 2, 3), correction=0) + eps)
+    return Reduced(target * scale[:, None, None], reduced.margin.to(scale.dtype) * scale)
+
+
+def one_sided_error(student: Tensor, reduced: Reduced, reduction: str) -> Tensor:
+    """Squared error that lets a student stay below a target that is not positive: the ReLU behind cuts both off.
+
+    With t' = max(t, margin) the sum runs over the elements where s > t' or t' > 0 ("partial L2" of Heo et al., ICCV 2019, eq. 3).
+
+    Args:
+        student: (N, Cs, H, W).
+        reduced: target and margin, without gradient.
+        reduction: "paper": sum over channels and positions, mean over images; "mean" over all elements.
+
+    Returns:
+        A scalar in float32 or more.
+    """
+    check_reduction(reduction)
+    target = at_least_float32(reduced.map)
+    target = torch.maximum(target, reduced.margin.to(target.dtype)[:, None, None])
+    error = at_least_float32(student) - target
+    error = torch.where((target > 0) | (error > 0), error, 0.0)
+    return error.square().sum() / (student.shape[0] if reduction == "paper" else student.numel())
+
+
+def check_reducer(reducer: str) -> None:
+    """Raises ValueError unless `reducer` is known."""
+    if reducer not in REDUCERS:
+        raise ValueError(f"DISTILL.CHANNEL_MATCHING.REDUCER is {reducer!r}; it must be one of {', '.join(REDUCERS)}.")
