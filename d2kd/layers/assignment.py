@@ -17,7 +17,7 @@ class AssignmentError(ValueError):
 def assign_channels(cost: Tensor, per_student: int, remainder: str = "shave", solver: str = "ortools") -> Tensor:
     """Gives every student channel `per_student` teacher channels of its own so that the sum of costs is least.
 
-    One row of capacity k stands for the paper's k equal rows, so the problem is k times smaller and has the same optima.
+    One row of capacity k stands for the paper's k equal rows: the problem is k times smaller, with the same optima.
 
     Args:
         cost: (Cs, Ct), finite.

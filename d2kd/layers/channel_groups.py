@@ -52,8 +52,8 @@ def reduce_groups(teacher: Tensor, margin: Tensor, members: Tensor, reducer: str
         margin: (Ct,).
         members: (Cs, k), the teacher channels of every student channel.
         reducer: "amp" the signed value of largest magnitude, "amp_signed" the largest value (as the published code
-            had it at first), both with the group's mean margin; "sp" the largest value and margin; "rd" a value of a random member at
-            every position, and the margin of another random member; "sm" the only member.
+            had it at first), both with the group's mean margin; "sp" the largest value and margin; "rd" a value of a
+            random member at every position, and the margin of another random member; "sm" the only member.
         uniform: where "rd" gets its random numbers.
     """
     check_reducer(reducer)
@@ -114,7 +114,8 @@ def scale_to_unit(reduced: Reduced, eps: float = 1e-6) -> Reduced:
 def one_sided_error(student: Tensor, reduced: Reduced, reduction: str) -> Tensor:
     """Squared error that lets a student stay below a target that is not positive: the ReLU behind cuts both off.
 
-    With t' = max(t, margin) the sum runs over the elements where s > t' or t' > 0 ("partial L2" of Heo et al., ICCV 2019, eq. 3).
+    With t' = max(t, margin) the sum runs over the elements where s > t' or t' > 0 ("partial L2" of Heo et al., ICCV
+    2019, eq. 3).
 
     Args:
         student: (N, Cs, H, W).

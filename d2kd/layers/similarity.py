@@ -15,7 +15,7 @@ def channel_distances(student: Tensor, teacher: Tensor, chunk_elements: int = CH
     """Squared distances between L2-normalised channel maps, summed over the images of a batch.
 
     Every channel of every image is flattened over space and divided by its norm, not centred: entry (s, c) is
-    sum_b || u_bs - v_bc ||^2 = sum_b 2 - 2 <u_bs, v_bc> (Yue et al., "Matching Guided Distillation", ECCV 2020, section 3.2).
+    sum_b || u_bs - v_bc ||^2 = sum_b 2 - 2 <u_bs, v_bc> (Yue et al., "Matching Guided Distillation", ECCV 2020).
 
     Args:
         student: (N, Cs, H, W), any floating type.
@@ -23,7 +23,8 @@ def channel_distances(student: Tensor, teacher: Tensor, chunk_elements: int = CH
         chunk_elements: images are taken together up to so many elements of both maps.
 
     Returns:
-        (Cs, Ct) in float32 or more, each entry between 0 and 4 N; a channel that is zero everywhere is at distance 2 from all.
+        (Cs, Ct) in float32 or more, each entry between 0 and 4 N. A channel that is zero in an image is at distance 2
+        from all others there.
     """
     n, cs, h, w = student.shape
     step = max(1, chunk_elements // max(1, (cs + teacher.shape[1]) * h * w))

@@ -92,7 +92,8 @@ def test_costs_that_are_not_finite_are_an_error(value):
 
 
 @pytest.mark.parametrize(
-    "change, message", [({"per_student": 3}, "cannot have 3"), ({"solver": "cplex"}, "SOLVER"), ({"remainder": "keep"}, "REMAINDER")]
+    "change, message",
+    [({"per_student": 3}, "cannot have 3"), ({"solver": "cplex"}, "SOLVER"), ({"remainder": "keep"}, "REMAINDER")],
 )
 def test_arguments_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,481 @@
+"""Channel matching against recorded values, its schedule, its state, several processes, and bad input."""
+
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from models import batch, config, model, write_teacher
+from test_training import run, same, weights
+
+from d2kd.distillers import ChannelMatching, NormAffine, TapPair, channel_matching
+from d2kd.distillers.channel_matching import build_adapter, owners
+from d2kd.distillers.matching_schedule import PRESETS, MatchingSchedule
+from d2kd.engine.checkpoint import CheckpointError
+from d2kd.layers import AlignmentError, TapShape
+from d2kd.layers.assignment import AssignmentError
+from d2kd.layers.channel_groups import (
+    REDUCERS,
+    Reduced,
+    norm_margin,
+    one_sided_error,
+    reduce_groups,
+    scale_to_unit,
+    take_members,
+)
+from d2kd.layers.similarity import channel_distances
+from d2kd.modeling import build_distilled_model
+from d2kd.modeling.taps import last_norm
+
+STAGES = {"div": (0, 1, 2), "shave": (0, 1, 2)}
+CASES = [(case, stage) for case in STAGES for stage in STAGES[case]]
+MATCHING = {
+    "DISTILL__METHODS": ["ChannelMatching"],
+    "DISTILL__CHANNEL_MATCHING__REFRESH_ITERS": [0, 2, 4],
+    "DISTILL__CHANNEL_MATCHING__TRACK_IMAGES": 8,
+}
+
+
+def golden(data_dir, name):
+    with np.load(data_dir / "golden" / f"matching_{name}.npz") as z:
+        return {k: torch.from_numpy(np.asarray(z[k])) for k in z.files}
+
+
+def pair(students, teachers, name="res4.pre_relu", norm=True):
+    affine = NormAffine(torch.ones(teachers), torch.zeros(teachers)) if norm else None
+    return TapPair(name, name, TapShape(students, 16.0), TapShape(teachers, 16.0), teacher_norm=affine)
+
+
+def groups(cols, students):
+    return cols.view(-1, students).t()
+
+
+def matching(pairs, iterations=(0,), images=1, tracking="online", weight=1.0, **changes):
+    schedule = MatchingSchedule(iterations=tuple(iterations), images=images, images_per_iteration=2, tracking=tracking)
+    return ChannelMatching(pairs=pairs, weight=weight, schedule=schedule, **{"adapter": "none", **changes})
+
+
+def maps(students=4, teachers=8, n=2, seed=0, size=(6, 5)):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda c: {"res4.pre_relu": torch.randn(n, c, *size, generator=generator)}  # noqa: E731
+    return draw(students), draw(teachers)
+
+
+@pytest.mark.parametrize("case", ["div", "shave"])
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+def test_golden_costs(data_dir, case, chunk):
+    g = golden(data_dir, "cost")
+    for stage in STAGES[case]:
+        name = f"{case}_st{stage}"
+        total = sum(
+            channel_distances(g[f"{name}_student_b{j}"], g[f"{name}_teacher_b{j}"], chunk).double() for j in (0, 1)
+        )
+        torch.testing.assert_close(total, g[f"{name}_cost_sum"], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(total / g[f"{case}_num_images"], g[f"{name}_cost_mean"], rtol=2e-5, atol=2e-5)
+
+
+def test_an_empty_channel_is_at_distance_two_from_all():
+    s, t = torch.randn(3, 2, 4, 4), torch.randn(3, 5, 4, 4)
+    s[:, 1] = 0
+    assert torch.equal(channel_distances(s, t)[1], torch.full((5,), 6.0))
+
+
+def test_golden_margins(data_dir):
+    g = golden(data_dir, "margin")
+    torch.testing.assert_close(norm_margin(g["weight"], g["bias"]).float(), g["margin"], rtol=1e-6, atol=0)
+
+
+def test_margin_of_a_channel_that_is_switched_off():
+    margin = norm_margin(torch.zeros(3), torch.tensor([-0.5, 0.0, 0.5]))
+    torch.testing.assert_close(margin, torch.tensor([-0.5, 0.0, 0.0], dtype=torch.double), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("case, stage", CASES)
+def test_golden_reducers(data_dir, case, stage):
+    g = golden(data_dir, "reduce")
+    name = f"{case}_st{stage}"
+    teacher, margin = g[f"{name}_teacher"], g[f"{name}_margin"].flatten()
+    members = groups(g[f"{name}_cols"], int(g[f"{name}_sc"]))
+
+    def check(got, kind):
+        assert torch.equal(got.map, g[f"{name}_{kind}_t"])
+        torch.testing.assert_close(got.margin, g[f"{name}_{kind}_m"].flatten(), rtol=0, atol=1e-6)
+
+    check(reduce_groups(teacher, margin, members, "amp", None), "amp")
+    check(reduce_groups(teacher, margin, members, "sp", None), "sp")
+    signed = reduce_groups(teacher, margin, members, "amp_signed", None)
+    assert torch.equal(signed.map, g[f"{name}_sp_t"])
+    torch.testing.assert_close(signed.margin, g[f"{name}_amp_m"].flatten(), rtol=0, atol=1e-6)
+    check(take_members(teacher, margin[members], members, g[f"{name}_rd_t_pick"], g[f"{name}_rd_m_pick"]), "rd")
+    check(reduce_groups(teacher, margin, g[f"{name}_sm_cols"][:, None], "sm", None), "sm")
+
+
+def test_random_reducer_draws_every_member_anywhere():
+    teacher = torch.arange(8.0).view(1, 8, 1, 1).expand(2, 8, 40, 40)
+    members = torch.tensor([[1, 3, 5], [0, 2, 7]])
+    reduced = reduce_groups(teacher, torch.arange(8.0), members, "rd", lambda shape, device: torch.rand(shape))
+    assert [set(channel.unique().tolist()) for channel in reduced.map.transpose(0, 1)] == [{1, 3, 5}, {0, 2, 7}]
+    assert all(m in group for m, group in zip(reduced.margin.tolist(), members.tolist()))
+
+
+def test_golden_loss_and_gradient(data_dir):
+    g = golden(data_dir, "loss")
+    source = g["source"].requires_grad_()
+    loss = one_sided_error(source, Reduced(g["target"], g["margin"].flatten()), "paper") * len(source)
+    loss.backward()
+    torch.testing.assert_close(loss, g["loss"].to(loss.dtype), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(source.grad, g["grad_source"], rtol=2e-5, atol=2e-5)
+    mean = one_sided_error(source, Reduced(g["target"], g["margin"].flatten()), "mean")
+    assert mean.item() * source.numel() == pytest.approx(float(g["loss"]), rel=1e-5)
+
+
+def load_level(distiller, level, g, name, norm):
+    distiller.get_buffer(f"margin{level}").copy_(g[f"{name}_margin"].flatten())
+    members = distiller.get_buffer(f"members{level}")
+    members.copy_(groups(g[f"{name}_cols"], len(members)))
+    distiller.adapters[level].load_state_dict(
+        {**distiller.adapters[level].state_dict(), "weight": g[f"{norm}_weight"], "bias": g[f"{norm}_bias"]}
+    )
+
+
+@pytest.mark.parametrize("case", ["div", "shave"])
+def test_golden_classification(data_dir, case):
+    g = golden(data_dir, "forward_cls")
+    stages = [i for i in STAGES[case] if i not in g[f"{case}_fwd_ignore"].tolist()]
+    shapes = [(g[f"{case}_fwd_student{i}"].shape[1], g[f"{case}_st{i}_teacher"].shape[1]) for i in stages]
+    pairs = [pair(s, t, f"s{i}") for i, (s, t) in zip(stages, shapes)]
+    distiller = matching(pairs, adapter="bn", factors=[2.0 ** (2 - i) for i in stages])
+    for level, i in enumerate(stages):
+        load_level(distiller, level, g, f"{case}_st{i}", f"{case}_fwd_bn{i}")
+    distiller._assigned, distiller.batches = True, 5
+    students = {f"s{i}": g[f"{case}_fwd_student{i}"].requires_grad_() for i in stages}
+    losses = distiller(students, {f"s{i}": g[f"{case}_st{i}_teacher"] for i in stages})
+    total = sum(losses.values()) * 2  # recorded: the sum over two images
+    total.backward()
+    assert total.item() == pytest.approx(float(g[f"{case}_fwd_loss_distill"]), rel=1e-5)
+    for level, i in enumerate(stages):
+        norm = distiller.adapters[level]
+        for got, key in (
+            (students[f"s{i}"].grad, f"grad_student{i}"),
+            (norm.weight.grad, f"grad_bn{i}_weight"),
+            (norm.bias.grad, f"grad_bn{i}_bias"),
+            (norm.running_mean, f"bn{i}_running_mean"),
+            (norm.running_var, f"bn{i}_running_var"),
+        ):
+            torch.testing.assert_close(got, g[f"{case}_fwd_{key}"], rtol=1e-4, atol=1e-4)
+
+
+def test_golden_detection(data_dir):
+    g = golden(data_dir, "forward_det")
+    levels = range(4)
+    pairs = [pair(g[f"st{i}_student"].shape[1], g[f"st{i}_teacher"].shape[1], f"s{i}") for i in levels]
+    distiller = matching(pairs, adapter="gn", factors=g["loss_factors"][:4].tolist())
+    for i in levels:
+        assert distiller.adapters[i].num_groups == int(g["num_groups"])
+        load_level(distiller, i, g, f"st{i}", f"st{i}_gn")
+    distiller._assigned, distiller.batches = True, 5
+    students = {f"s{i}": g[f"st{i}_student"].requires_grad_() for i in levels}
+    total = sum(distiller(students, {f"s{i}": g[f"st{i}_teacher"] for i in levels}).values()) * 2
+    total.backward()
+    assert total.item() == pytest.approx(float(g["loss_distill"]), rel=1e-4)
+    for i in levels:
+        got, want = students[f"s{i}"].grad, g[f"st{i}_grad_student"]
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_golden_costs_lead_to_the_golden_assignment_through_the_distiller(data_dir):
+    costs, want = golden(data_dir, "cost"), golden(data_dir, "assign")
+    for case, stage in CASES:
+        name = f"{case}_st{stage}"
+        s, t = (costs[f"{name}_{who}_b0"].shape[1] for who in ("student", "teacher"))
+        distiller = matching([pair(s, t)])
+        for j in (0, 1):
+            both = [{"res4.pre_relu": costs[f"{name}_{who}_b{j}"]} for who in ("student", "teacher")]
+            distiller.track(*both)
+        assert distiller.statistics.images == int(costs[f"{case}_num_images"])
+        distiller.refresh()
+        assert torch.equal(owners(distiller.members0, t), want[f"{name}_owner"])
+        assert distiller.statistics.images == 0
+
+
+def test_rule_of_the_published_detection_run():
+    schedule = MatchingSchedule(periods=(5000, 31000), steps=(20000,), images=2000, images_per_iteration=16)
+    assert [i for i in range(90000) if schedule.due(i)] == [0, 5000, 10000, 15000, 31000, 62000]
+    refreshes = [i for i in range(32000) if schedule.refreshes(i)]
+    # online, the first window follows the start, the others end at their refresh
+    assert refreshes == [124, 5000, 10000, 15000, 31000]
+    tracked = [i for i in range(6000) if schedule.tracks(i)]
+    assert tracked == [*range(125), *range(4876, 5001)]
+
+
+def test_schedule_counts_iterations_not_accumulated_batches():
+    schedule = MatchingSchedule(iterations=(3,), images=8, images_per_iteration=4, batches_per_iteration=2)
+    assert [b for b in range(10) if schedule.refreshes(b)] == [6]
+    assert [b for b in range(10) if schedule.tracks(b)] == [4, 5, 6, 7]
+
+
+def test_online_assigns_from_the_first_batch_then_from_whole_windows():
+    distiller = matching([pair(4, 8)], iterations=(0, 5), images=6)
+    seen = []
+    for step in range(8):
+        before = distiller.members0.clone()
+        distiller(*maps(seed=step))
+        seen.append((distiller.statistics.images, not torch.equal(before, distiller.members0)))
+    assert [images for images, _ in seen] == [2, 4, 0, 2, 4, 0, 0, 0]
+    assert seen[0][1] and not any(moved for i, (_, moved) in enumerate(seen) if i in (1, 3, 4, 6, 7))
+    alone = matching([pair(4, 8)])
+    for step in (3, 4, 5):
+        alone.track(*maps(seed=step))
+    alone.refresh()
+    assert torch.equal(alone.members0, distiller.members0)
+
+
+def test_a_list_without_the_start_forgets_the_first_batch():
+    distiller = matching([pair(4, 8)], iterations=(3,), images=4)
+    seen = []
+    for step in range(5):
+        distiller(*maps(seed=step))
+        seen.append((distiller.assigned, distiller.statistics.images))
+    assert seen == [(True, 0), (True, 0), (True, 2), (True, 0), (True, 0)]
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_state_round_trip_continues_bit_by_bit(reducer):
+    make = lambda: matching([pair(4, 8)], iterations=(0, 4), images=4, reducer=reducer, adapter="bn")  # noqa: E731
+    one = make()
+    for step in range(3):
+        one(*maps(seed=step))
+    other = make()
+    other.load_state_dict(one.state_dict())
+    for step in range(3, 7):
+        losses = [d(*maps(seed=step))["res4.pre_relu"].item() for d in (one, other)]
+        assert losses[0] == losses[1]
+    a, b = one.state_dict(), other.state_dict()
+    assert a.pop("_extra_state") == b.pop("_extra_state") and same(a, b)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_weight_zero_gives_the_student_no_gradient_and_every_parameter_one(reducer):
+    distiller = matching([pair(4, 8)], weight=0.0, reducer=reducer, adapter="bn")
+    student, teacher = maps()
+    student["res4.pre_relu"].requires_grad_()
+    loss = distiller(student, teacher)["res4.pre_relu"]
+    loss.backward()
+    assert loss.item() == 0 and student["res4.pre_relu"].grad is None
+    assert all(p.grad is not None and not p.grad.any() for p in distiller.parameters())
+
+
+def test_standardised_loss_does_not_see_the_scale_of_the_teacher():
+    values = []
+    for scale in (1.0, 100.0):
+        norm = NormAffine(torch.full((8,), scale), torch.zeros(8))
+        pairs = [pair(4, 8)._replace(teacher_norm=norm)]
+        distiller = matching(pairs, normalize="standardize", reduction="mean", adapter="bn")
+        student, teacher = maps()
+        values.append(distiller(student, {k: scale * t for k, t in teacher.items()})["res4.pre_relu"].item())
+    assert values[1] == pytest.approx(values[0], rel=1e-3)
+    reduced = scale_to_unit(Reduced(100 * teacher["res4.pre_relu"] + 30, torch.zeros(8)))
+    assert reduced.map.mean() > 0.1  # not centred: zero stays where the ReLU cuts
+
+
+def test_sparse_matching_gives_one_channel_and_may_use_the_remainder():
+    student, teacher = maps(3, 7)
+    teacher["res4.pre_relu"][:, 6] = student["res4.pre_relu"][:, 1]
+    distiller = matching([pair(3, 7)], reducer="sm")
+    distiller(student, teacher)
+    assert distiller.members0.shape == (3, 1) and distiller.members0[1].item() == 6
+
+
+def test_margins_from_activations_where_the_teacher_has_no_norm():
+    distiller = matching([pair(4, 8, norm=False)], images=2)
+    assert not distiller.margin0.any()
+    student, teacher = maps()
+    t = teacher["res4.pre_relu"]
+    t[:, 3] = t[:, 3].abs()
+    distiller(student, teacher)
+    want = torch.stack([c[c < 0].mean() if (c < 0).any() else c.new_tensor(0.0) for c in t.transpose(0, 1)])
+    torch.testing.assert_close(distiller.margin0, want)
+    assert distiller.margin0[3] == 0
+
+
+@pytest.mark.parametrize("norm, found", [("BN", True), ("FrozenBN", True), ("GN", False), ("", False)])
+def test_margins_come_from_the_batch_norm_that_ends_the_stage(norm, found):
+    wide = {f"MODEL__RESNETS__{key}": 32 for key in ("STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS", "WIDTH_PER_GROUP")}
+    net = model(config(MODEL__RESNETS__NORM=norm, **wide))
+    got = last_norm(net, "res4.pre_relu")
+    assert got is (net.backbone.bottom_up.res4[-1].conv3.norm if found else None)
+    assert last_norm(net, "p3") is None
+
+
+def test_a_norm_after_the_shortcut_is_not_taken():
+    net = model(config(MODEL__RESNETS__DEPTH=18, MODEL__RESNETS__RES2_OUT_CHANNELS=64))
+    net.backbone.bottom_up.res4 = net.backbone.bottom_up.res4[:1]  # a stage of one block, with a shortcut
+    assert last_norm(net, "res4.pre_relu") is net.backbone.bottom_up.res4[0].conv2.norm
+
+
+def test_groups_of_the_adapter_divide_narrow_maps():
+    assert build_adapter("gn", 64).num_groups == 32 and build_adapter("gn", 48).num_groups == 16
+    assert build_adapter("syncbn", 8)(torch.randn(2, 8, 3, 3)).shape == (2, 8, 3, 3)
+
+
+def distilled(tmp_path, teacher=None, **changes):
+    named = write_teacher(tmp_path, teacher or config(MODEL__RESNETS__RES2_OUT_CHANNELS=32))
+    return build_distilled_model(config(**{**MATCHING, **named, **changes}))
+
+
+def test_a_step_runs_every_body_once_and_no_teacher_head(tmp_path):
+    net = distilled(tmp_path).train()
+    calls = []
+    for who, body in (("student", net.student.backbone.bottom_up), ("teacher", net.teacher.model.backbone.bottom_up)):
+        body.stem.register_forward_hook(lambda *args, who=who: calls.append(who))
+    net.teacher.model.head.register_forward_hook(lambda *args: calls.append("head"))
+    with EventStorage():
+        losses = net(batch())
+    assert sorted(calls) == ["student", "teacher"]
+    levels = [f"distill/ChannelMatching/res{i}.pre_relu" for i in (2, 3, 4, 5)]
+    assert [name for name in losses if name.startswith("distill")] == levels
+    sum(losses[name] for name in levels).backward()
+    assert net.student.backbone.bottom_up.res2[0].conv1.weight.grad.abs().sum() > 0
+
+
+def test_margins_follow_the_weights_that_were_loaded(tmp_path):
+    net = distilled(tmp_path, MODEL__RESNETS__NORM="BN")
+    norm = net.teacher.model.backbone.bottom_up.res5[-1].conv3.norm
+    with torch.no_grad():
+        norm.weight.fill_(2.0)
+        norm.bias.fill_(-0.3)
+    weights_file = tmp_path / "changed.pth"
+    torch.save({"model": net.teacher.model.state_dict()}, weights_file)
+    named = {"CONFIG_FILE": str(tmp_path / "teacher.yaml"), "WEIGHTS": str(weights_file)}
+    again = build_distilled_model(config(**MATCHING, **{f"DISTILL__TEACHER__{k}": v for k, v in named.items()}))
+    want = norm_margin(torch.tensor([2.0]), torch.tensor([-0.3])).float()
+    margin = again.distillers["ChannelMatching"].margin3
+    torch.testing.assert_close(margin, want.expand_as(margin))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_set_the_published_numbers(name):
+    node = config(DISTILL__CHANNEL_MATCHING__PRESET=name).DISTILL.CHANNEL_MATCHING
+    levels = len(PRESETS[name]["FACTORS"])
+    distiller = ChannelMatching(**ChannelMatching.from_config(node, [pair(32, 64, f"s{i}") for i in range(levels)]))
+    assert (distiller.normalize, distiller.reduction) == ("none", "paper")
+    assert (distiller.reducer, distiller.weight) == ("amp", 1.0)
+    assert distiller.factors[-1] == (4e7 if name.startswith("coco") else 1e4)
+    assert type(distiller.adapters[0]) is (torch.nn.GroupNorm if name.startswith("coco") else torch.nn.BatchNorm2d)
+
+
+def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
+    message = r"res2.pre_relu: the student's map has 32 channels, the teacher's only 16.*TAPS"
+    with pytest.raises(AlignmentError, match=message):
+        distilled(tmp_path, teacher=config(), MODEL__RESNETS__RES2_OUT_CHANNELS=32)
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"reducer": "max"}, "REDUCER"),
+        ({"remainder": "keep"}, "REMAINDER"),
+        ({"adapter": "ln"}, "ADAPTER"),
+        ({"factors": [1.0, 2.0]}, "FACTORS"),
+        ({"factors": [0.0]}, "FACTORS"),
+        ({"solver": "lp"}, "SOLVER"),
+        ({"tracking": "never"}, "TRACKING"),
+        ({"images": 0}, "TRACK_IMAGES"),
+        ({"weight": -1.0}, "WEIGHT"),
+    ],
+)
+def test_arguments_out_of_range_name_the_key(changes, key):
+    with pytest.raises(ValueError, match=key):
+        matching([pair(4, 8)], **changes)
+
+
+@pytest.mark.parametrize("name, value", [("periods", (5, 6)), ("steps", (9, 3)), ("iterations", (-1,))])
+def test_schedule_out_of_range_names_the_key(name, value):
+    key = {"periods": "REFRESH_PERIODS", "steps": "REFRESH_STEPS", "iterations": "REFRESH_ITERS"}[name]
+    with pytest.raises(ValueError, match=key):
+        MatchingSchedule(**{"periods": (5,), "steps": (), name: value})
+
+
+def test_unknown_preset_names_the_known():
+    node = config(DISTILL__CHANNEL_MATCHING__PRESET="coco").DISTILL.CHANNEL_MATCHING
+    with pytest.raises(ValueError, match="PRESET.*coco_retinanet_r50_r18"):
+        ChannelMatching.from_config(node, [pair(4, 8)])
+
+
+def test_features_that_are_not_finite_are_an_error_and_leave_the_statistics_alone():
+    distiller = matching([pair(4, 8)], iterations=(0, 3), images=4)
+    student, teacher = maps()
+    student["res4.pre_relu"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(AssignmentError, match="finite"):
+        distiller(student, teacher)
+    assert distiller.statistics.images == 0 and not distiller.statistics.sums.any()
+
+
+def test_pass_outside_the_trainer_says_what_to_do():
+    with pytest.raises(AssignmentError, match="TRACKING"):
+        matching([pair(4, 8)], tracking="pass")(*maps())
+
+
+@pytest.mark.parametrize("tracking", ["online", "pass"])
+def test_interrupted_and_resumed_is_bit_equal(write_config, teacher, tmp_path, tracking):
+    path = write_config(**MATCHING, DISTILL__CHANNEL_MATCHING__TRACKING=tracking, DATASETS__TEST=[], **teacher)
+    whole = run(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    run(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert same(a["model"], b["model"])
+    extra = "ChannelMatching._extra_state"
+    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same(a["distillers"], b["distillers"])
+    assert whole.distilled.distillers["ChannelMatching"].batches == 6
+
+
+def test_assignments_of_another_teacher_are_an_error(write_config, teacher, tmp_path):
+    path = write_config(**MATCHING, DATASETS__TEST=[], **teacher)
+    run(path, stop_at=3)
+    state = torch.load(teacher["DISTILL__TEACHER__WEIGHTS"], weights_only=True)
+    state["model"]["backbone.bottom_up.res2.0.conv1.weight"] += 0.01
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="another teacher"):
+        run(path, resume=True, DISTILL__TEACHER__WEIGHTS=str(tmp_path / "other.pth"))
+
+
+def _rank_losses():
+    distiller = matching([pair(4, 9, norm=False)], iterations=(0, 2), images=4)
+    half = slice(comm.get_rank(), comm.get_rank() + 1) if comm.get_world_size() > 1 else slice(0, 2)
+    losses = []
+    for step in range(4):
+        student, teacher = ({k: v[half] for k, v in m.items()} for m in maps(4, 9, seed=step))
+        losses.append(distiller(student, teacher)["res4.pre_relu"].item())
+    return losses, distiller
+
+
+def _error_when_the_main_process_has_no_solver():
+    def fail(*args):
+        raise AssignmentError("no solver")
+
+    if comm.is_main_process():
+        channel_matching.assign_channels = fail
+    with pytest.raises(AssignmentError) as error:
+        matching([pair(4, 8)])(*maps())
+    return str(error.value)
+
+
+def _two_ranks(path):
+    losses, distiller = _rank_losses()
+    state = [distiller.members0, distiller.margin0, distiller.statistics.sums]
+    everyone = comm.all_gather((losses, state, _error_when_the_main_process_has_no_solver()))
+    if comm.is_main_process():
+        torch.save(everyone, path)
+
+
+def test_two_processes_agree_equal_one_and_fail_together(tmp_path):
+    launch(_two_ranks, 2, dist_url="auto", args=(str(tmp_path / "two.pth"),))
+    two = torch.load(tmp_path / "two.pth", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(two[0][1], two[1][1]))
+    losses, distiller = _rank_losses()
+    assert torch.equal(two[0][1][0], distiller.members0)
+    mean = torch.tensor([rank[0] for rank in two]).mean(dim=0)
+    torch.testing.assert_close(mean, torch.tensor(losses), rtol=1e-5, atol=1e-5)
+    assert two[0][2] == "no solver" and "main process" in two[1][2]
