@@ -117,3 +117,14 @@ def test_two_stage_models_and_names():
     assert tap_names(net)[:5] == ["p2", "p3", "p4", "p5", "p6"] and "res2" in tap_names(net)
     with torch.no_grad():
         assert record(net, ["roi_heads.box_head"])["roi_heads.box_head"].dim() == 2
+
+
+def test_default_levels_are_shared_not_pooled_and_large_enough():
+    from d2kd.modeling.distilled_model import shared_levels
+
+    dense, two_stage = model(), model(config(FASTER_RCNN))
+    assert shared_levels(dense, dense) == ["p3", "p4", "p5", "p6", "p7"]
+    assert shared_levels(two_stage, two_stage) == ["p2", "p3", "p4", "p5"]  # p6 is p5, pooled
+    assert shared_levels(dense, two_stage) == ["p3", "p4", "p5"]  # p6 is something else there
+    assert shared_levels(dense, dense, image_side=128) == ["p3", "p4", "p5"]
+    assert shared_levels(dense, dense, image_side=8) == ["p3", "p4", "p5", "p6", "p7"]  # never none

@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Cost of distillation: one distillation step over (plain student step + teacher backbone forward).
+
+    python benchmarks/step_cost.py --pair quickstart --methods FeatureMimic MaskedGenerative
+    python benchmarks/step_cost.py --pair r101-r50 --size 512 --batch 2
+
+All three are timed in turn in one process, so the ratio holds when the machine's speed drifts. Weights are random. Peak memory
+is that of a process of its own that runs nothing but one kind of step.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from d2kd.engine import load_config
+from d2kd.engine.optimizer import build_optimizer
+from d2kd.modeling import DistilledModel, build_distilled_model, teacher_config
+
+PAIRS = {
+    "quickstart": ("configs/PhotoDigits/retinanet_student.yaml", "configs/PhotoDigits/retinanet_teacher.yaml", 128, 8),
+    "r101-r50": ("configs/COCO/retinanet_R50_1x.yaml", "configs/COCO/retinanet_R101.yaml", 512, 2),
+}
+KINDS = ("student", "teacher", "distillation")
+
+
+def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
+    """Configuration of a distillation run between the pair's models, with random weights."""
+    student, teacher, *_ = PAIRS[pair]
+    options = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "DISTILL.METHODS", [method], "DISTILL.INHERIT.ENABLED", False]
+    cfg = load_config(student, [*options, "DISTILL.TEACHER.CONFIG_FILE", teacher, "DISTILL.TEACHER.WEIGHTS", weights])
+    if not Path(weights).exists():
+        torch.save({"model": build_model(teacher_config(cfg)).state_dict()}, weights)
+    return cfg
+
+
+def random_batch(size: int, count: int, classes: int) -> List[Dict[str, Any]]:
+    """`count` noise images of size x size pixels with eight objects each."""
+    inputs = []
+    for _ in range(count):
+        corner = torch.rand(8, 2) * size * 0.6
+        boxes = Boxes(torch.cat([corner, corner + size * 0.05 + torch.rand(8, 2) * size * 0.3], dim=1))
+        truth = Instances((size, size), gt_boxes=boxes, gt_classes=torch.randint(classes, (8,)))
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+        inputs.append({"image": image, "height": size, "width": size, "instances": truth})
+    return inputs
+
+
+def steps(cfg: CfgNode, model: DistilledModel, batch: List[Dict[str, Any]]) -> Dict[str, Callable[[], None]]:
+    """One call of each kind."""
+    optimizers = {"student": build_optimizer(cfg, model.student), "distillation": build_optimizer(cfg, model)}
+    for optimizer in optimizers.values():  # the weights stay, so that nothing diverges
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        sum(net(batch).values()).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def teacher_backbone() -> None:
+        teacher = model.teacher.model
+        teacher.backbone(teacher.preprocess_image(batch).tensor)
+
+    return {
+        "student": lambda: train(model.student, optimizers["student"]),
+        "teacher": teacher_backbone,
+        "distillation": lambda: train(model, optimizers["distillation"]),
+    }
+
+
+def timed(call: Callable[[], None], device: str) -> float:
+    """Seconds of one call."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def prepare(args: argparse.Namespace, method: str, weights: str) -> Dict[str, Callable[[], None]]:
+    """The calls of one method."""
+    torch.manual_seed(0)
+    cfg = configuration(args.pair, method, args.device, weights)
+    model = build_distilled_model(cfg).train()
+    size, count = args.size or PAIRS[args.pair][2], args.batch or PAIRS[args.pair][3]
+    return steps(cfg, model, random_batch(size, count, cfg.MODEL.RETINANET.NUM_CLASSES))
+
+
+def measure(args: argparse.Namespace, method: str, weights: str) -> Dict[str, Any]:
+    """Medians in seconds, and the ratio of every round."""
+    calls = prepare(args, method, weights)
+    rounds: List[Dict[str, float]] = []
+    with EventStorage():
+        for _ in range(args.repeats + 2):
+            rounds.append({kind: timed(calls[kind], args.device) for kind in KINDS})
+    rounds = rounds[2:]
+    ratios = sorted(r["distillation"] / (r["student"] + r["teacher"]) for r in rounds)
+    result = {kind: round(statistics.median(r[kind] for r in rounds), 4) for kind in KINDS}
+    return {**result, "ratio": round(statistics.median(ratios), 3), "range": [round(ratios[0], 3), round(ratios[-1], 3)]}
+
+
+def peak_memory(args: argparse.Namespace, method: str, weights: str, kind: str) -> float:
+    """Peak memory in MiB of a process that runs three steps of one kind."""
+    command = [sys.executable, __file__, "--pair", args.pair, "--device", args.device, "--memory-of", kind, "--methods", method]
+    command += ["--weights", weights, "--size", str(args.size), "--batch", str(args.batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def report_memory(args: argparse.Namespace) -> None:
+    """What the subprocess of `peak_memory` does."""
+    call = prepare(args, args.methods[0], args.weights)[args.memory_of]
+    with EventStorage():
+        for _ in range(3):
+            call()
+    if args.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    sys.stdout.write(f"{peak:.0f}\n")
+
+
+def main() -> None:
+    """Measures and writes one JSON line a method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="quickstart")
+    parser.add_argument("--methods", nargs="+", default=["FeatureMimic"])
+    parser.add_argument("--size", type=int, default=0, help="image side in pixels; 0 takes the pair's")
+    parser.add_argument("--batch", type=int, default=0, help="images a step; 0 takes the pair's")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        report_memory(args)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        weights = f"{directory}/teacher.pth"
+        for method in args.methods:
+            result = measure(args, method, weights)
+            peaks = {kind: peak_memory(args, method, weights, kind) for kind in ("student", "distillation")}
+            line = {"pair": args.pair, "method": method, "device": args.device, **result, "peak_MiB": peaks}
+            sys.stdout.write(json.dumps(line) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
