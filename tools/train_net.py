@@ -34,7 +34,9 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
         )
     model = build_model(cfg)
     load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
-    results = DistillTrainer.test(cfg, model)
+    results = dict(DistillTrainer.test(cfg, model))
+    if cfg.TEST.AUG.ENABLED:
+        results.update(DistillTrainer.test_with_tta(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -1,5 +1,7 @@
 """Checkpoints: the student under plain Detectron2 keys, everything else that a resumed run needs beside it."""
 
+import logging
+import os
 import random
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -8,6 +10,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
+
+from d2kd.modeling import GradientBalance
+
+from .ema import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 #: Attributes in which dense detectors keep their running loss normaliser; it is in no state_dict of theirs.
 _RUNNING_ATTRIBUTES = ("loss_normalizer",)
@@ -18,13 +26,20 @@ class CheckpointError(ValueError):
 
 
 class DistillCheckpointer(DetectionCheckpointer):
-    """Saves {"model": student, "distillers": ..., "trainer": ..., "iteration": ...}.
+    """Saves {"model": student, "distillers": ..., "balance": ..., "ema": ..., "trainer": ..., "iteration": ...}.
 
     Detectron2 reads "model" and ignores the rest.
     """
 
     def __init__(
-        self, student: nn.Module, save_dir: str, *, trainer: Any, distillers: Optional[nn.Module] = None
+        self,
+        student: nn.Module,
+        save_dir: str,
+        *,
+        trainer: Any,
+        distillers: Optional[nn.Module] = None,
+        balance: Optional[GradientBalance] = None,
+        ema: Optional[WeightAverage] = None,
     ) -> None:
         """
         Args:
@@ -32,9 +47,11 @@ class DistillCheckpointer(DetectionCheckpointer):
             save_dir: where checkpoints lie.
             trainer: saved and loaded by its `state_dict` and `load_state_dict`.
             distillers: the same, for runs with a teacher.
+            balance: the same, for runs that balance the gradients of methods.
+            ema: the same, for runs that average the student's weights.
         """
-        extra = {} if distillers is None else {"distillers": distillers}
-        super().__init__(student, save_dir, trainer=trainer, **extra)
+        extra = {"distillers": distillers, "balance": balance, "ema": ema}
+        super().__init__(student, save_dir, trainer=trainer, **{n: x for n, x in extra.items() if x is not None})
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """Continues from the last checkpoint of `save_dir` if `resume` is set and there is one, else loads weights from `path`.
@@ -59,11 +76,21 @@ class DistillCheckpointer(DetectionCheckpointer):
                 f"Cannot resume from {last}: it was written {'with' if 'distillers' in rest else 'without'} distillation, and this run is "
                 "the opposite. Start anew in another OUTPUT_DIR; MODEL.WEIGHTS may name the old checkpoint."
             )
+        if "ema" in self.checkpointables and "ema" not in self._loaded:
+            logger.warning("%s has no average of the weights (SOLVER.EMA): it starts from the student of now.", last)
+            self.checkpointables["ema"].restart()
         return rest
 
     def _load_model(self, checkpoint: Any) -> Any:
         self._loaded = set(checkpoint)
         return super()._load_model(checkpoint)
+
+
+def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
+    """Writes {"model": state dict, **extra} under a temporary name, then renames it. `last_checkpoint` stays as it is."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    torch.save({"model": model.state_dict(), **extra}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
 def process_state(model: nn.Module) -> Dict[str, Any]:

@@ -109,8 +109,8 @@ class ResultWriter(HookBase):
         self.describe = describe
 
     def after_train(self) -> None:
-        """Writes the file, on the main process, if training reached its end."""
-        if self.trainer.iter + 1 >= self.trainer.max_iter and comm.is_main_process():
+        """Writes the file, on the main process, if training came to its end."""
+        if self.trainer.finished and comm.is_main_process():
             write_json(self.path, self.describe())
 
 

@@ -5,6 +5,7 @@ from typing import Any, Callable, List, Optional, Type
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -12,13 +13,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 FULL_MODEL = "full_model"
+#: With Adam the weight decay is part of the gradient (L2), with AdamW it is not.
+_ADAPTIVE = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """The optimizer of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
 
     Raises:
-        ValueError: `SOLVER.OPTIMIZER` is unknown.
+        ValueError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimizer or model.
     """
     full_model = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
     if full_model:
@@ -34,18 +37,39 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
     name = cfg.SOLVER.OPTIMIZER
     if name == "SGD":
+        if cfg.SOLVER.LAYER_DECAY != 1.0:
+            raise ValueError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}; it needs SOLVER.OPTIMIZER AdamW.")
         return build_sgd(cfg, model)
-    if name == "AdamW":
+    if name in _ADAPTIVE:
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
             weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            lr_factor_func=_layer_decay(cfg, model),
+            # positions of a vision transformer must not shrink (arXiv 2203.16527, appendix A.2)
+            overrides={"pos_embed": {"weight_decay": 0.0}},
         )
-        kind: Type[Optimizer] = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        kind: Type[Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
         return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-    raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; it must be SGD or AdamW.")
+    raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; it must be SGD, {' or '.join(_ADAPTIVE)}.")
+
+
+def _layer_decay(cfg: CfgNode, model: nn.Module) -> Optional[Callable[[str], float]]:
+    """Factor on the learning rate by parameter name (arXiv 2106.08254, appendix); None where `SOLVER.LAYER_DECAY` is off."""
+    decay = cfg.SOLVER.LAYER_DECAY
+    if decay == 1.0:
+        return None
+    if not 0.0 < decay < 1.0:
+        raise ValueError(f"SOLVER.LAYER_DECAY is {decay}; it must be above 0 and at most 1.")
+
+    def factor(name: str) -> float:
+        return get_vit_lr_decay_rate(name.removeprefix("student."), decay, cfg.MODEL.VIT.DEPTH)
+
+    if all(factor(name) == 1.0 for name, _ in model.named_parameters()):
+        raise ValueError("SOLVER.LAYER_DECAY is set, but the backbone is no vision transformer: set it to 1.0.")
+    return factor
 
 
 def clip_by_total_norm(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> None:

@@ -4,15 +4,17 @@ import contextlib
 import logging
 import os
 import weakref
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
-from detectron2.modeling import build_model
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,11 +23,16 @@ from d2kd.data.loader import ResumableLoader, build_train_loader
 from d2kd.evaluation.build import build_evaluator
 from d2kd.modeling import DistilledModel, build_distilled_model, inherit_from_teacher, is_distillation
 
-from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
+from .best import BestCheckpoint, EarlyStop
+from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state, write_weights
+from .ema import EMAHook, WeightAverage
 from .hooks import CheckpointHook, InterruptHook, ResultWriter, WallTime
+from .matching_pass import MatchingPass
 from .optimizer import build_optimizer
+from .setup import ConfigError
 from .teacher_eval import evaluate_teacher
 from .train_step import TrainStep
+from .wandb_writer import WandbWriter, check_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,8 @@ class DistillTrainer(DefaultTrainer):
     Attributes:
         student: the plain Detectron2 model that is trained, evaluated and saved.
         distilled: student, teacher and distillers, or None without a teacher.
+        average: the moving average of the student (`SOLVER.EMA`), or None.
+        stopped_early: whether `TEST.EARLY_STOP` has ended the training.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -48,6 +57,8 @@ class DistillTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         check_datasets(cfg)
         check_class_counts(cfg)
+        check_test_augmentation(cfg)
+        check_wandb(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         model = self.build_model(cfg)
@@ -64,16 +75,22 @@ class DistillTrainer(DefaultTrainer):
             before_raising=self._save_before_failure,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.average = _build_average(cfg, self.student)
+        self.stopped_early = False
         self._process_states: List[Dict[str, Any]] = []
+        self._saved: Tuple[str, int] = ("", -1)
         self.checkpointer = DistillCheckpointer(
             self.student,
             cfg.OUTPUT_DIR,
             trainer=weakref.proxy(self),
             distillers=None if self.distilled is None else self.distilled.distillers,
+            balance=None if self.distilled is None else self.distilled.balance,
+            ema=self.average,
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._wall_time = WallTime()
+        self._best = BestCheckpoint.from_config(cfg)
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -99,21 +116,33 @@ class DistillTrainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder)
 
     def build_hooks(self) -> List[Optional[HookBase]]:
-        """Timing, schedule, checkpoints, evaluation, result and writers, in that order."""
+        """Timing, schedule, average, checkpoints, evaluation, best checkpoint, result and writers, in that order."""
         cfg = self.cfg
         ret: List[Optional[HookBase]] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._wall_time,
+            MatchingPass(self.distilled) if MatchingPass.needed_by(self.distilled) else None,
+            EMAHook(self.average) if self.average is not None else None,
             CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
             InterruptHook() if comm.get_world_size() == 1 else None,
         ]
         if cfg.DATASETS.TEST:
             ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+            ret.append(self._best)
+            if cfg.TEST.AUG.ENABLED:
+                ret.append(hooks.CallbackHook(after_train=lambda _: self._evaluate_with_tta()))
         ret.append(ResultWriter(os.path.join(cfg.OUTPUT_DIR, "result.json"), self._result))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
+
+    def build_writers(self) -> List[EventWriter]:
+        """Detectron2's writers, and with `WANDB.ENABLED` Weights & Biases."""
+        writers = super().build_writers()
+        if self.cfg.WANDB.ENABLED:
+            writers.append(WandbWriter(self.cfg, resumed=lambda: self.start_iter > 0))
+        return writers
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continues from the last checkpoint of the output directory if asked to and possible.
@@ -131,16 +160,22 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
         if self.distilled is not None:
             inherit_from_teacher(self.cfg, self.distilled)
+        if self.average is not None:
+            self.average.restart()
 
     def train(self) -> Any:
         """Evaluates the teacher (`DISTILL.TEACHER.EVAL_FIRST`), then trains. Returns the last evaluation's results."""
         if self.start_iter >= self.max_iter:
             logger.info("Nothing to do: %d of %d iterations are done.", self.start_iter, self.max_iter)
             return None
+        if self._best is not None and self._best.exhausted:
+            logger.info("Nothing to do: TEST.EARLY_STOP has ended this training after %d iterations.", self.start_iter)
+            return None
         if self.distilled is not None and self.cfg.DISTILL.TEACHER.EVAL_FIRST and self.start_iter == 0:
             with _untouched_random_state():
                 evaluate_teacher(self.cfg, self.distilled.teacher.model)
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        with contextlib.suppress(EarlyStop):
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         results = getattr(self, "_last_eval_results", None)
         if results is not None and len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
             verify_results(self.cfg, results)
@@ -148,10 +183,46 @@ class DistillTrainer(DefaultTrainer):
 
     def save(self, name: str) -> None:
         """Writes `name`.pth and marks it as the last checkpoint. All processes must call it."""
-        self._process_states = gather_process_states(self.student)
+        self._process_states = gather_process_states(self.running_model)
         if comm.is_main_process():
             self.checkpointer.save(name, iteration=self.iter)
+            if name == "model_final" and self.average is not None:
+                write_weights(os.path.join(self.cfg.OUTPUT_DIR, "model_final_ema.pth"), self.average.model)
+        self._saved = name, self.iter
         comm.synchronize()
+
+    def save_again(self) -> None:
+        """Renews this iteration's checkpoint, if there is one, after an evaluation has changed the state."""
+        name, iteration = self._saved
+        if iteration == self.iter:
+            self.save(name)
+
+    def save_best(self, description: Dict[str, Any]) -> None:
+        """Writes the weights that were just evaluated as `model_best.pth`: the student's, or for a metric of it the average's."""
+        averaged = self.average is not None and description["metric"].partition("/")[0].endswith("_EMA")
+        if comm.is_main_process():
+            path = os.path.join(self.cfg.OUTPUT_DIR, "model_best.pth")
+            write_weights(path, self.average.model if averaged else self.student, best=description)
+
+    @property
+    def running_model(self) -> nn.Module:
+        """The model whose running normalisers belong to the state of the run."""
+        return self.student
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training has come to its end, early or not."""
+        return self.stopped_early or self.iter >= self.max_iter
+
+    def stop_early(self) -> None:
+        """Ends the training here as if this were its last iteration; all processes must call it.
+
+        Raises:
+            EarlyStop: always; `train` catches it.
+        """
+        self.stopped_early = True
+        self.save("model_final")
+        raise EarlyStop
 
     def state_dict(self) -> Dict[str, Any]:
         """All that resuming needs beside student and distillers."""
@@ -166,7 +237,7 @@ class DistillTrainer(DefaultTrainer):
         self.data_loader.seed = state_dict["data_seed"]
         states = state_dict["process_states"]
         if len(states) == comm.get_world_size():
-            load_process_state(self.student, states[comm.get_rank()])
+            load_process_state(self.running_model, states[comm.get_rank()])
         else:
             logger.warning(
                 "The checkpoint was written by %d processes, now there are %d: training continues, but not bit by bit as it would have.",
@@ -183,20 +254,71 @@ class DistillTrainer(DefaultTrainer):
 
     def _evaluate(self) -> Dict[str, Any]:
         with _untouched_random_state():
-            self._last_eval_results = self.test(self.cfg, self.student)
-        return self._last_eval_results
+            results = self._results_of_now()
+        self._last_eval_results = results
+        if self._best is not None:
+            self._best.judge(results)
+        return results
+
+    def _results_of_now(self) -> Dict[str, Any]:
+        results = dict(self.test(self.cfg, self.student))
+        if self.average is not None:
+            results.update(test_beside(type(self), self.cfg, self.average.model, "EMA"))
+        return results
+
+    def _evaluate_with_tta(self) -> None:
+        if self.finished:
+            results = self.test_with_tta(self.cfg, self.student)
+            self._last_eval_results.update(results)
+            self.storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+        """Evaluates a GeneralizedRCNN with test-time augmentation (`TEST.AUG`); the results' names end in "_TTA".
+
+        Raises:
+            ConfigError: for other architectures.
+        """
+        check_test_augmentation(cfg)
+        return test_beside(cls, cfg, GeneralizedRCNNWithTTA(cfg, model), "TTA")
 
     def _result(self) -> Dict[str, Any]:
         cfg = self.cfg
         return {
             "metrics": getattr(self, "_last_eval_results", {}),
             "wall_time_s": round(self._wall_time.seconds, 2),
-            "iterations": self.max_iter,
+            "iterations": self.iter + 1 if self.stopped_early else self.max_iter,
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE,
             "params": _size(self.student),
             "seed": self.data_loader.seed,
             "methods": list(cfg.DISTILL.METHODS) if self.distilled is not None else [],
+            "best": None if self._best is None else self._best.describe(),
+            "stopped_early": self.stopped_early,
         }
+
+
+def check_test_augmentation(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: `TEST.AUG.ENABLED` is set for an architecture that has no test-time augmentation.
+    """
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ConfigError(
+            f"TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}: set it False."
+        )
+
+
+def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, suffix: str) -> Dict[str, Any]:
+    """`trainer.test` of a variant of the student: results are named "<name>_<suffix>", predictions lie in `inference_<suffix>`."""
+    logger.info("Evaluating the variant %s", suffix)
+    folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
+    evaluators = [trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+    return {f"{name}_{suffix}": value for name, value in trainer.test(cfg, model, evaluators).items()}
+
+
+def _build_average(cfg: CfgNode, student: nn.Module) -> Optional[WeightAverage]:
+    node = cfg.SOLVER.EMA
+    return WeightAverage(student, node.DECAY, node.WARMUP) if node.ENABLED else None
 
 
 def _precision(cfg: CfgNode) -> Optional[torch.dtype]:
