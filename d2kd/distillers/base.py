@@ -1,6 +1,6 @@
 """What every distillation method is: features of two networks in, named losses out."""
 
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
@@ -12,6 +12,13 @@ DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
 
 
+class NormAffine(NamedTuple):
+    """Scale and shift of a batch norm, (C,) each."""
+
+    weight: Tensor
+    bias: Tensor
+
+
 class TapPair(NamedTuple):
     """Two taps that are compared, and what is known of their maps."""
 
@@ -19,6 +26,10 @@ class TapPair(NamedTuple):
     teacher: str
     student_shape: TapShape
     teacher_shape: TapShape
+    # the prediction that both taps hold, "" for features: "dense logits", "region deltas", ...
+    holds: str = ""
+    # the last batch norm before the teacher's tap, where there is one
+    teacher_norm: Optional[NormAffine] = None
 
 
 class Distiller(nn.Module):
@@ -29,6 +40,8 @@ class Distiller(nn.Module):
     """
 
     CONFIG_NODE: str = ""
+    #: "" for features, else what is predicted, "logits" or "deltas": decides which taps are the default.
+    PREDICTION: str = ""
 
     def __init__(self, *, pairs: Sequence[TapPair], weight: float) -> None:
         """
@@ -47,14 +60,18 @@ class Distiller(nn.Module):
             )
         if weight < 0:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WEIGHT is {weight}; it must not be negative.")
+        self.check_pairs(pairs)
+        self.pairs: List[TapPair] = list(pairs)
+        self.weight = float(weight)
+
+    def check_pairs(self, pairs: Sequence[TapPair]) -> None:
+        """Raises AlignmentError for a pair that the method cannot compare."""
         for pair in pairs:
             check_alignable(
                 f"DISTILL.{self.CONFIG_NODE}.TAPS, {pair.student} <- {pair.teacher}",
                 pair.student_shape,
                 pair.teacher_shape,
             )
-        self.pairs: List[TapPair] = list(pairs)
-        self.weight = float(weight)
 
     @classmethod
     def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
@@ -65,6 +82,9 @@ class Distiller(nn.Module):
     def build(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> "Distiller":
         """The distiller that `cfg.DISTILL` describes."""
         return cls(**cls.from_config(cfg.DISTILL[cls.CONFIG_NODE], pairs))
+
+    def check_teacher(self, teacher: nn.Module) -> None:
+        """Raises ValueError if the method was prepared for another teacher than this one, whose weights are loaded."""
 
     def build_aligners(self) -> nn.ModuleList:
         """One aligner a pair, from student to teacher channels."""
@@ -81,12 +101,19 @@ class Distiller(nn.Module):
         """
         losses = {}
         for level, pair in enumerate(self.pairs):
-            s, t = student[pair.student], teacher[pair.teacher].detach()
-            if self.weight == 0:
-                s = s.detach()
-            s, t = align_resolution(s, t, pair.teacher_shape.stride / pair.student_shape.stride)
+            s, t = self.aligned(level, student, teacher)
             losses[pair.student] = self.weight * self.level_loss(level, s, t)
         return losses
+
+    def aligned(self, level: int, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Tuple[Tensor, Tensor]:
+        """The two maps of a pair with equal H and W; without gradient for the teacher, and for the student if the weight is 0."""
+        pair = self.pairs[level]
+        s, t = student[pair.student], teacher[pair.teacher].detach()
+        if self.weight == 0:
+            s = s.detach()
+        if pair.student_shape.is_vector:
+            return s, t
+        return align_resolution(s, t, pair.teacher_shape.stride / pair.student_shape.stride)
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Unweighted scalar loss of one pair of maps of equal H and W."""

@@ -10,10 +10,18 @@ MAX_STRIDE_RATIO = 8
 
 
 class TapShape(NamedTuple):
-    """What is known of a tapped feature map before training: channels, and input pixels per cell (may be a fraction)."""
+    """What is known of a tapped feature before training: channels, and input pixels per cell (may be a fraction).
+
+    The stride is 0 for features (R, C) that are one vector a region or image.
+    """
 
     channels: int
     stride: float
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the feature is (R, C) and not a map (N, C, H, W)."""
+        return self.stride == 0
 
 
 class AlignmentError(ValueError):
@@ -29,6 +37,8 @@ def build_aligner(student: TapShape, teacher: TapShape) -> nn.Module:
 
 def check_alignable(where: str, student: TapShape, teacher: TapShape) -> None:
     """Raises AlignmentError, with both shapes and `where` (tap and configuration key), for maps that are too far apart."""
+    if student.is_vector or teacher.is_vector:
+        raise AlignmentError(f"{where}: this method compares maps (N, C, H, W), and one of these is a vector (R, C) a region or image.")
     ratio = max(student.stride, teacher.stride) / min(student.stride, teacher.stride)
     if ratio > MAX_STRIDE_RATIO:
         raise AlignmentError(

@@ -1,6 +1,7 @@
 """Taps, teacher, inheriting and the distilled model."""
 
 from . import backbone, meta_arch  # registers them
+from .balance import BalanceError, GradientBalance
 from .distilled_model import DistilledModel, MethodError, build_distilled_model, inherit_from_teacher, is_distillation
 from .inherit import InheritReport, inherit
 from .num_classes import num_classes
@@ -8,8 +9,10 @@ from .taps import FeatureTaps, TapError
 from .teacher import Teacher, TeacherError, load_strictly, load_teacher, teacher_config
 
 __all__ = [
+    "BalanceError",
     "DistilledModel",
     "FeatureTaps",
+    "GradientBalance",
     "InheritReport",
     "MethodError",
     "TapError",

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from typing import Any, ContextManager, Dict, List, Sequence
+from typing import Any, ContextManager, Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from d2kd.config import add_distill_config
 
+from .roi_outputs import RegionOutputs, Regions
 from .taps import FeatureTaps
 
 logger = logging.getLogger(__name__)
@@ -33,12 +34,20 @@ class Teacher:
     """
 
     def __init__(
-        self, model: nn.Module, taps: Sequence[str], *, precision: str = "float32", swap_channels: bool = False
+        self,
+        model: nn.Module,
+        taps: Sequence[str],
+        *,
+        region_taps: Sequence[Tuple[int, str]] = (),
+        precision: str = "float32",
+        swap_channels: bool = False,
     ) -> None:
         """
         Args:
             model: any Detectron2 model; it is frozen and put in evaluation mode here.
             taps: the features that `features` returns, see `d2kd.modeling.taps`.
+            region_taps: taps in the box head of an R-CNN, for `region_features`, each with the stage of the student whose regions
+                it gets.
             precision: float32, bfloat16 or float16, the arithmetic of the forward pass.
             swap_channels: the images come in the opposite channel order (RGB / BGR) of what the model wants.
 
@@ -53,7 +62,14 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.precision = PRECISIONS[precision]
         self.swap_channels = swap_channels
-        self._taps = FeatureTaps(model, taps)
+        self._region_outputs = RegionOutputs(model, region_taps) if region_taps else None
+        maps = self._region_outputs.in_features if region_taps else []
+        self._taps = FeatureTaps(model, [*taps, *maps])
+
+    @property
+    def needs_regions(self) -> bool:
+        """Whether there are taps that `region_features` gives."""
+        return self._region_outputs is not None
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
         return self  # frozen: copies of a student (an average of its weights, say) share it
@@ -67,6 +83,12 @@ class Teacher:
         with self._autocast(), self._taps.recording(stop_when_done=True) as features:
             self.model(inputs)
         return features
+
+    @torch.no_grad()
+    def region_features(self, features: Dict[str, Tensor], regions: Regions) -> Dict[str, Tensor]:
+        """The taps in the box head, (R, C) by name, for regions of the student; `features` is what `features` returned for the images."""
+        with self._autocast():
+            return self._region_outputs(features, regions)
 
     def _autocast(self) -> ContextManager:
         device = next(self.model.parameters()).device.type

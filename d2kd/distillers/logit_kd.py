@@ -1,0 +1,88 @@
+"""LogitKD: the teacher's soft labels, in the form that the task's classifier asks for (Hinton et al., arXiv 1503.02531)."""
+
+from typing import Any, Callable, Dict, Sequence
+
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from d2kd.layers import AlignmentError, binary_divergence, softmax_divergence, spatial_divergence
+
+from .base import DISTILLERS, TapPair
+from .predictions import PredictionDistiller
+
+_FORMS: Dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "softmax": softmax_divergence,
+    "sigmoid": binary_divergence,
+    "spatial": spatial_divergence,
+}
+#: The form for what a tap holds.
+_FORM_OF = {
+    "image logits": "softmax",
+    "region logits": "softmax",
+    "region sigmoid logits": "sigmoid",
+    "dense logits": "sigmoid",
+    "pixel logits": "spatial",
+}
+
+
+@DISTILLERS.register()
+class LogitKD(PredictionDistiller):
+    """Kullback-Leibler divergence from the teacher's class probabilities to the student's.
+
+    Forms: "softmax" over the classes of an image, region or pixel; "sigmoid", independent classes of dense detectors; "spatial", a
+    distribution over positions for every class of a segmentor.
+    """
+
+    CONFIG_NODE = "LOGIT_KD"
+    PREDICTION = "logits"
+
+    def __init__(
+        self, *, pairs: Sequence[TapPair], weight: float, temperature: float = 1.0, form: str = "auto"
+    ) -> None:
+        """
+        Args:
+            pairs, weight: see `Distiller`.
+            temperature: divides the logits; above 0.
+            form: "softmax", "sigmoid" or "spatial"; "auto" by what each tap holds.
+
+        Raises:
+            AlignmentError: other classes, or strides that this form cannot bring together.
+            ValueError: an argument is out of range, or "auto" where it is unknown what the taps hold.
+        """
+        if form not in ("auto", *_FORMS):
+            raise ValueError(
+                f"DISTILL.{self.CONFIG_NODE}.FORM is {form!r}; it must be one of auto, {', '.join(_FORMS)}."
+            )
+        if not temperature > 0:
+            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.TEMPERATURE is {temperature}; it must be above 0.")
+        super().__init__(pairs=pairs, weight=weight)
+        self._forms = [self._form_of(pair, form) for pair in pairs]
+        self.temperature = float(temperature)
+
+    @classmethod
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+        return {**super().from_config(node, pairs), "temperature": node.TEMPERATURE, "form": node.FORM}
+
+    def may_resample(self, pair: TapPair) -> bool:
+        """Scores of pixels mean the same at any stride; those of anchors do not."""
+        return pair.holds == "pixel logits"
+
+    def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.pairs[level].holds == "region sigmoid logits":
+            # the last column would be the background, which this kind of classifier does not train
+            student, teacher = student[:, :-1], teacher[:, :-1]
+        return _FORMS[self._forms[level]](student, teacher, self.temperature)
+
+    @classmethod
+    def _form_of(cls, pair: TapPair, form: str) -> str:
+        if form == "auto" and pair.holds not in _FORM_OF:
+            raise ValueError(
+                f"DISTILL.{cls.CONFIG_NODE}.TAPS names {pair.student!r}, and it is unknown what classifier that is: set "
+                f"DISTILL.{cls.CONFIG_NODE}.FORM to {', '.join(_FORMS)}."
+            )
+        chosen = _FORM_OF[pair.holds] if form == "auto" else form
+        if chosen == "spatial" and (pair.student_shape.is_vector or pair.teacher_shape.is_vector):
+            raise AlignmentError(
+                f"DISTILL.{cls.CONFIG_NODE}.FORM is spatial, but {pair.student} or {pair.teacher} gives no map (N, K, H, W)."
+            )
+        return chosen

@@ -1,0 +1,71 @@
+"""Divergences between the predictions of two classifiers, softened by a temperature."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .losses import at_least_float32
+
+
+def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t/T) || softmax(s/T)) over the classes (Hinton et al., arXiv 1503.02531, section 2).
+
+    T^2 keeps the gradient's size when T changes.
+
+    Args:
+        student: logits (N, K) or (N, K, H, W).
+        teacher: the same shape, takes no gradient.
+        temperature: T, above 0.
+
+    Returns:
+        A scalar: the mean over rows (and positions); 0, and connected to the student, where there are none.
+    """
+    total = _categorical(student, teacher, temperature, dim=1)
+    return temperature**2 * total / max(1, student.numel() // student.shape[1])
+
+
+def spatial_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax_hw(t/T) || softmax_hw(s/T)): each class is a distribution over positions.
+
+    Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021), eq. 4; the mean over images and classes, as the
+    logit term of Yang et al., "Masked Generative Distillation" (2022) takes it in segmentation.
+
+    Args:
+        student: logits (N, K, H, W).
+        teacher: the same shape, takes no gradient.
+        temperature: T, above 0.
+
+    Returns:
+        A scalar.
+    """
+    total = _categorical(student.flatten(2), teacher.flatten(2), temperature, dim=2)
+    return temperature**2 * total / max(1, student.shape[0] * student.shape[1])
+
+
+def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(sigmoid(t/T) || sigmoid(s/T)) of independent binary classifiers, summed, per object that the teacher sees.
+
+    The mean over all elements would vanish among the background. So the sum is divided, like the focal loss, by a number of
+    foreground elements: the sum of the teacher's squared probabilities (at T = 1), which counts confident ones as 1 and is hardly
+    moved by many small ones; at least 1.
+
+    Args:
+        student: logits of any shape.
+        teacher: the same shape, takes no gradient.
+        temperature: T, above 0.
+
+    Returns:
+        A scalar; 0, and connected to the student, for tensors without elements.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    target, softened = torch.sigmoid(teacher / temperature), teacher / temperature
+    cross_entropy = F.binary_cross_entropy_with_logits(student / temperature, target, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(softened, target, reduction="sum")
+    foreground = teacher.sigmoid().square().sum().clamp(min=1)
+    return temperature**2 * (cross_entropy - entropy) / foreground
+
+
+def _categorical(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
+    ours = F.log_softmax(at_least_float32(student) / temperature, dim)
+    theirs = F.log_softmax(at_least_float32(teacher) / temperature, dim)
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True)

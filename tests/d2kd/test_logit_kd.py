@@ -1,0 +1,181 @@
+"""LogitKD against recorded values and closed forms, its forms, and its default taps."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from models import FASTER_RCNN, RETINANET, batch, config, write_teacher
+from torch.nn import functional as F
+
+from d2kd.distillers import LogitKD, TapPair
+from d2kd.layers import AlignmentError, TapShape, binary_divergence, softmax_divergence, spatial_divergence
+from d2kd.modeling import MethodError, TapError, build_distilled_model
+
+SEMANTIC = {
+    **FASTER_RCNN,
+    "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 8,
+    "MODEL.SEM_SEG_HEAD.NORM": "BN",
+}
+DIVERGENCES = {"softmax": softmax_divergence, "sigmoid": binary_divergence, "spatial": spatial_divergence}
+
+
+def make(holds="dense logits", shape=TapShape(4, 8.0), teacher_shape=None, **arguments):
+    pairs = [TapPair("x", "x", shape, teacher_shape or shape, holds)]
+    return LogitKD(**{"pairs": pairs, "weight": 1.0, **arguments})
+
+
+def distilled(directory, base, teacher=None, **changes):
+    named = write_teacher(directory, config(base, **(teacher or {})))
+    return build_distilled_model(config(base, DISTILL__METHODS=["LogitKD"], **named, **changes)).train()
+
+
+def step(net, inputs=None):
+    with EventStorage():
+        losses = net(inputs or batch())
+    sum(losses.values()).backward()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("dtype, loss_error, gradient_error", [(torch.double, 1e-9, 1e-6), (torch.float, 1e-5, 1e-4)])
+def test_spatial_golden(data_dir, dtype, loss_error, gradient_error):
+    g = np.load(data_dir / "golden/mgd_seg_logit.npz")
+    student = torch.from_numpy(g["logit_student"]).to(dtype).requires_grad_()
+    method = make(
+        "pixel logits", TapShape(19, 8.0), weight=float(g["logit_weight"]), temperature=float(g["temperature"])
+    )
+    loss = method({"x": student}, {"x": torch.from_numpy(g["logit_teacher"]).to(dtype)})["x"]
+    loss.backward()
+    assert abs(loss.item() / float(g["expected_loss_logit"]) - 1) <= loss_error
+    want = torch.from_numpy(g["expected_grad_logit_student"]).to(dtype)
+    assert (student.grad - want).abs().max() <= gradient_error * want.abs().max()
+
+
+def test_softmax_golden(data_dir):
+    g = np.load(data_dir / "golden/matching_loss.npz")
+    student = torch.from_numpy(g["kd_student"]).requires_grad_()
+    method = make("image logits", TapShape(student.shape[1], 0.0), temperature=float(g["kd_T"]))
+    loss = method({"x": student}, {"x": torch.from_numpy(g["kd_teacher"])})["x"]
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), g["kd_loss"], rtol=2e-5)
+    np.testing.assert_allclose(student.grad, g["kd_grad_student"], rtol=2e-5, atol=2e-5)
+
+
+def test_binary_form_is_the_divergence_of_two_class_softmaxes_per_soft_object():
+    s, t = torch.randn(2, 4, 3, 5, dtype=torch.double), torch.randn(2, 4, 3, 5, dtype=torch.double) + 1
+    two = [torch.stack([x, torch.zeros_like(x)], -1).flatten(0, -2) for x in (s, t)]
+    want = softmax_divergence(*two, 2.0) * s.numel() / t.sigmoid().square().sum()
+    assert binary_divergence(s, t, 2.0).item() == pytest.approx(want.item())
+
+
+@pytest.mark.parametrize("form", DIVERGENCES)
+def test_divergences_vanish_at_equality_only_and_have_right_gradients(form):
+    x, y = (torch.randn(2, 3, 4, 4, dtype=torch.double) for _ in range(2))
+    assert DIVERGENCES[form](x, x.clone(), 2.0).item() == pytest.approx(0, abs=1e-12)
+    assert DIVERGENCES[form](x, y, 2.0).item() > 1e-3
+    assert torch.autograd.gradcheck(lambda s: DIVERGENCES[form](s, y, 2.0), x.requires_grad_())
+
+
+@pytest.mark.parametrize("holds", ["region logits", "region sigmoid logits"])
+def test_no_regions_give_zero_connected_to_the_student(holds):
+    student = torch.zeros(0, 4, requires_grad=True)
+    loss = make(holds, TapShape(4, 0.0))({"x": student}, {"x": torch.zeros(0, 4)})["x"]
+    loss.backward()
+    assert loss.item() == 0 and student.grad.shape == (0, 4)
+
+
+def test_background_of_sigmoid_classifiers_does_not_count():
+    s, t = torch.randn(5, 4), torch.randn(5, 4)
+    method = make("region sigmoid logits", TapShape(4, 0.0))
+    changed = torch.cat([s[:, :3], s[:, 3:] + 5], dim=1)
+    assert method({"x": s}, {"x": t})["x"] == method({"x": changed}, {"x": t})["x"]
+
+
+def test_half_precision_is_computed_in_float32():
+    s, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    s, t = s.bfloat16(), t.bfloat16()
+    assert make()({"x": s}, {"x": t})["x"].item() == make()({"x": s.float()}, {"x": t.float()})["x"].item()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(temperature=0.0), "TEMPERATURE"),
+        (dict(form="hinge"), "FORM"),
+        (dict(holds=""), "FORM"),
+        (dict(weight=-1.0), "WEIGHT"),
+        (dict(teacher_shape=TapShape(6, 8.0)), "4 numbers, the teacher 6"),
+        (dict(teacher_shape=TapShape(4, 16.0)), "stride 8, the teacher at stride 16"),
+        (dict(holds="region logits", shape=TapShape(4, 0.0), form="spatial"), "FORM is spatial"),
+    ],
+)
+def test_arguments_out_of_range_name_the_key(change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**change)
+
+
+def test_pixel_logits_of_other_strides_are_resampled():
+    method = make("pixel logits", TapShape(4, 4.0), TapShape(4, 8.0))
+    t = torch.zeros(1, 4, 3, 3)
+    assert method({"x": torch.ones(1, 4, 6, 6)}, {"x": t})["x"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_dense_detectors_are_compared_level_by_level(tmp_path):
+    losses = step(distilled(tmp_path, RETINANET))
+    taps = [name for name in losses if name.startswith("distill/")]
+    assert taps == [f"distill/LogitKD/head.cls_score@{i}" for i in range(5)]
+    assert all(losses[name] > 0 for name in taps)
+
+
+def test_levels_are_matched_by_the_feature_they_read(tmp_path):
+    teacher = {
+        "MODEL__RETINANET__IN_FEATURES": ["p4", "p5", "p6", "p7"],
+        "MODEL__ANCHOR_GENERATOR__SIZES": [[32], [64], [128], [256]],
+    }
+    net = distilled(tmp_path, RETINANET, teacher)
+    assert [(p.student, p.teacher) for p in net.distillers["LogitKD"].pairs] == [
+        (f"head.cls_score@{i + 1}", f"head.cls_score@{i}") for i in range(4)
+    ]
+
+
+def test_segmentors_are_compared_before_upsampling(tmp_path):
+    inputs = [{**x, "sem_seg": torch.randint(0, 4, x["image"].shape[1:])} for x in batch()]
+    losses = step(distilled(tmp_path, SEMANTIC), inputs)
+    assert losses["distill/LogitKD/sem_seg_head.predictor"] > 0
+
+
+def test_form_of_the_box_predictor_follows_its_loss(tmp_path):
+    sigmoid = {"MODEL__ROI_BOX_HEAD__USE_SIGMOID_CE": True}
+    net = distilled(tmp_path, FASTER_RCNN, sigmoid, **sigmoid)
+    assert net.distillers["LogitKD"].pairs[0].holds == "region sigmoid logits"
+    step(net)
+    with pytest.raises(AlignmentError, match="region sigmoid logits, the teacher's region logits"):
+        distilled(tmp_path, FASTER_RCNN, **sigmoid)
+
+
+def test_other_classes_are_an_error_that_names_both_keys(tmp_path):
+    with pytest.raises(
+        MethodError, match="3 classes .MODEL.RETINANET.NUM_CLASSES., the teacher 5 .MODEL.RETINANET.NUM_CLASSES"
+    ):
+        distilled(tmp_path, RETINANET, {"MODEL__RETINANET__NUM_CLASSES": 5}, DISTILL__INHERIT__ENABLED=False)
+
+
+def test_other_anchors_are_an_error(tmp_path):
+    with pytest.raises(AlignmentError, match="MODEL.ANCHOR_GENERATOR.SIZES"):
+        distilled(tmp_path, RETINANET, {"MODEL__ANCHOR_GENERATOR__SIZES": [[20], [40], [80], [160], [320]]})
+
+
+def test_models_without_a_common_prediction_are_an_error(tmp_path):
+    named = write_teacher(tmp_path, config(FASTER_RCNN))
+    with pytest.raises(TapError, match="RetinaNet and a GeneralizedRCNN make no logits"):
+        build_distilled_model(config(DISTILL__METHODS=["LogitKD"], **named))
+
+
+def test_softmax_over_pixels_matches_rows():
+    s, t = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
+    rows = [x.permute(0, 2, 3, 1).reshape(-1, 5) for x in (s, t)]
+    want = F.kl_div(rows[0].log_softmax(1), rows[1].softmax(1), reduction="batchmean")
+    assert make("pixel logits", TapShape(5, 4.0), form="softmax")({"x": s}, {"x": t})["x"].item() == pytest.approx(
+        want.item(), rel=1e-5
+    )
