@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Sequence
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from d2kd.layers import AlignmentError, binary_divergence, softmax_divergence, spatial_divergence
+from d2kd.layers import AlignmentError, binary_divergence, soft_count, softmax_divergence, spatial_divergence
 
 from .base import DISTILLERS, TapPair
 from .predictions import PredictionDistiller
@@ -66,6 +66,19 @@ class LogitKD(PredictionDistiller):
     def may_resample(self, pair: TapPair) -> bool:
         """Scores of pixels mean the same at any stride; those of anchors do not."""
         return pair.holds == "pixel logits"
+
+    def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """As in the base class.
+
+        The sigmoid form is divided by the number of objects that the teacher sees, over all levels, as the focal loss is by that of the
+        foreground: a mean over all anchors would vanish among the background.
+        """
+        losses = super().forward(student, teacher)
+        dense = [pair for pair, form in zip(self.pairs, self._forms) if form == "sigmoid"]
+        if dense:
+            objects = sum(soft_count(teacher[pair.teacher]) for pair in dense).clamp(min=1)
+            losses.update({pair.student: losses[pair.student] / objects for pair in dense})
+        return losses
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
         if self.pairs[level].holds == "region sigmoid logits":

@@ -1,7 +1,7 @@
 """Pure tensor functions and small modules; they import torch only."""
 
 from .align import AlignmentError, TapShape, align_resolution, build_aligner, check_alignable
-from .divergence import binary_divergence, softmax_divergence, spatial_divergence
+from .divergence import binary_divergence, soft_count, softmax_divergence, spatial_divergence
 from .losses import at_least_float32, check_reduction, squared_error
 from .masks import RandomMasks, keep_mask
 from .normalize import normalize, standardize
@@ -18,6 +18,7 @@ __all__ = [
     "check_reduction",
     "keep_mask",
     "normalize",
+    "soft_count",
     "softmax_divergence",
     "spatial_divergence",
     "squared_error",

@@ -43,11 +43,7 @@ def spatial_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(sigmoid(t/T) || sigmoid(s/T)) of independent binary classifiers, summed, per object that the teacher sees.
-
-    The mean over all elements would vanish among the background. So the sum is divided, like the focal loss, by a number of
-    foreground elements: the sum of the teacher's squared probabilities (at T = 1), which counts confident ones as 1 and is hardly
-    moved by many small ones; at least 1.
+    """T^2 KL(sigmoid(t/T) || sigmoid(s/T)) of independent binary classifiers, summed.
 
     Args:
         student: logits of any shape.
@@ -57,12 +53,19 @@ def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> T
     Returns:
         A scalar; 0, and connected to the student, for tensors without elements.
     """
-    student, teacher = at_least_float32(student), at_least_float32(teacher)
-    target, softened = torch.sigmoid(teacher / temperature), teacher / temperature
-    cross_entropy = F.binary_cross_entropy_with_logits(student / temperature, target, reduction="sum")
-    entropy = F.binary_cross_entropy_with_logits(softened, target, reduction="sum")
-    foreground = teacher.sigmoid().square().sum().clamp(min=1)
-    return temperature**2 * (cross_entropy - entropy) / foreground
+    student, teacher = at_least_float32(student) / temperature, at_least_float32(teacher) / temperature
+    target = teacher.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(student, target, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(teacher, target, reduction="sum")
+    return temperature**2 * (cross_entropy - entropy)
+
+
+def soft_count(logits: Tensor) -> Tensor:
+    """How many binary classifiers say yes: the sum of their squared probabilities, a scalar.
+
+    Confident ones count as 1, and the many small ones of the background hardly at all.
+    """
+    return at_least_float32(logits).sigmoid().square().sum()
 
 
 def _categorical(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:

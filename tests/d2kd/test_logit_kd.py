@@ -62,11 +62,24 @@ def test_softmax_golden(data_dir):
     np.testing.assert_allclose(student.grad, g["kd_grad_student"], rtol=2e-5, atol=2e-5)
 
 
-def test_binary_form_is_the_divergence_of_two_class_softmaxes_per_soft_object():
+def test_binary_form_is_the_divergence_of_two_class_softmaxes():
     s, t = torch.randn(2, 4, 3, 5, dtype=torch.double), torch.randn(2, 4, 3, 5, dtype=torch.double) + 1
     two = [torch.stack([x, torch.zeros_like(x)], -1).flatten(0, -2) for x in (s, t)]
-    want = softmax_divergence(*two, 2.0) * s.numel() / t.sigmoid().square().sum()
+    want = softmax_divergence(*two, 2.0) * s.numel()
     assert binary_divergence(s, t, 2.0).item() == pytest.approx(want.item())
+
+
+def test_sigmoid_form_counts_the_teachers_objects_over_all_levels():
+    shapes = {"fine": (2, 4, 6, 6), "coarse": (2, 4, 3, 3)}
+    pairs = [TapPair(n, n, TapShape(4, 8.0), TapShape(4, 8.0), "dense logits") for n in shapes]
+    s, t = ({n: torch.randn(shape) for n, shape in shapes.items()} for _ in range(2))
+    objects = sum(x.sigmoid().square().sum() for x in t.values())
+    losses = LogitKD(pairs=pairs, weight=2.0)(s, t)
+    for name in shapes:
+        want = 2 * binary_divergence(s[name], t[name], 1.0) / objects
+        assert losses[name].item() == pytest.approx(want.item(), rel=1e-5)
+    nothing = {n: x - 30 for n, x in t.items()}
+    assert LogitKD(pairs=pairs, weight=1.0)(s, nothing)["fine"] == binary_divergence(s["fine"], nothing["fine"], 1.0)
 
 
 @pytest.mark.parametrize("form", DIVERGENCES)
