@@ -11,10 +11,28 @@ import yaml
 from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _CfgNode
 
+from d2lite.config.arithmetic import evaluate_arithmetic
 from d2lite.config.versions import upgrade_old_keys
 from d2lite.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """The safe loader, and the one Python tag that Detectron2's own files have: anchor sizes as arithmetic."""
+
+    def construct_arithmetic(self, node: yaml.Node) -> Any:
+        arguments = self.construct_sequence(node) if isinstance(node, yaml.SequenceNode) else []
+        problem = "the tag !!python/object/apply:eval needs a list of one string"
+        if len(arguments) == 1 and isinstance(arguments[0], str):
+            try:
+                return evaluate_arithmetic(arguments[0])
+            except ValueError as e:
+                problem = str(e)
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_SafeLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _SafeLoader.construct_arithmetic)
 
 
 class CfgNode(_CfgNode):
@@ -42,11 +60,12 @@ class CfgNode(_CfgNode):
             A plain nested dict in which the file overrides its base.
 
         Raises:
-            ValueError: the file is not YAML, uses a tag that would run Python code, or holds no mapping.
+            ValueError: the file is not YAML, uses a tag that would run Python code (except for arithmetic under
+                `!!python/object/apply:eval`, which is worked out without running it), or holds no mapping.
         """
         try:
             with cls._open_cfg(filename) as f:
-                mapping = yaml.safe_load(f)
+                mapping = yaml.load(f, Loader=_SafeLoader)
         except yaml.constructor.ConstructorError as e:
             raise ValueError(
                 f"Config file {filename} has a YAML tag that is not loaded for safety ({e.problem}): "

@@ -1,8 +1,39 @@
 """COCO's evaluation protocol: faster-coco-eval where it is installed, else pycocotools; same numbers."""
 
+import copy
+from typing import Any, Optional
+
+from pycocotools.coco import COCO
+
 try:
-    from faster_coco_eval import COCOeval_faster as COCOeval_opt
+    import faster_coco_eval
 except ImportError:
     from pycocotools.cocoeval import COCOeval as COCOeval_opt
+else:
+
+    class COCOeval_opt(faster_coco_eval.COCOeval_faster):
+        """Evaluates detections; takes data sets of pycocotools as well as those of faster-coco-eval."""
+
+        def __init__(
+            self, cocoGt: Optional[COCO] = None, cocoDt: Optional[COCO] = None, iouType: str = "segm", **kwargs: Any
+        ) -> None:
+            """
+            Args:
+                cocoGt: the ground truth.
+                cocoDt: the detections, as `cocoGt.loadRes` gives them.
+                iouType: "bbox", "segm" or "keypoints".
+                kwargs: as for faster-coco-eval.
+            """
+            super().__init__(_with_faster_index(cocoGt), _with_faster_index(cocoDt), iouType, **kwargs)
+
+
+def _with_faster_index(data: Optional[COCO]) -> Any:
+    if data is None or isinstance(data, faster_coco_eval.COCO):
+        return data
+    converted = faster_coco_eval.COCO()
+    converted.dataset = copy.deepcopy(data.dataset)
+    converted.createIndex()
+    return converted
+
 
 __all__ = ["COCOeval_opt"]

@@ -66,6 +66,49 @@ def test_yaml_never_runs_code(tmp_path, allow_unsafe):
     assert not marker.exists()
 
 
+def anchor_sizes(tmp_path, expression):
+    text = "MODEL:\n  ANCHOR_GENERATOR:\n    SIZES: !!python/object/apply:eval " + expression
+    return merged(tmp_path, text).MODEL.ANCHOR_GENERATOR.SIZES
+
+
+def test_anchor_sizes_as_arithmetic(tmp_path):
+    sizes = anchor_sizes(tmp_path, '["[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64 ]]"]')
+    assert sizes == [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64]]
+    assert anchor_sizes(tmp_path, '["[-1 + 2, (3 - +1) / 4]"]') == [1, 0.5]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os').system('true')",
+        "[x for x in range(3)]",
+        "[x.real for x in [1]]",
+        "[x for x in [1] if x]",
+        "[x + y for x in [1] for y in [2]]",
+        "[(lambda: 1)()]",
+        "[[1, 2] * 1000]",
+        "['a']",
+        "[True]",
+        "[y for x in [1]]",
+        "[9 ** 9 ** 9]",
+        "[1 / 0]",
+        "[(-1) ** 0.5]",
+        "[1e308 * 10]",
+        "[1",
+        "[" + "1, " * 1000 + "]",
+    ],
+)
+def test_anything_but_arithmetic_is_refused(tmp_path, expression):
+    with pytest.raises(ValueError, match="c.yaml"):
+        anchor_sizes(tmp_path, f'["{expression}"]')
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "['1', '2']", "{a: '[1]'}", "'[1]'"])
+def test_arithmetic_needs_one_string(tmp_path, arguments):
+    with pytest.raises(ValueError, match="c.yaml"):
+        anchor_sizes(tmp_path, arguments)
+
+
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "just text", "SEED: [1"])
 def test_files_that_are_no_mapping(tmp_path, text):
     with pytest.raises(ValueError, match="c.yaml"):

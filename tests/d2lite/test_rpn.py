@@ -191,7 +191,7 @@ def test_ground_truth_joins_the_proposals():
     assert len(proposals) == 1
 
     proposals.extra = torch.zeros(1)
-    with pytest.raises(ValueError, match="extra"):
+    with pytest.raises(AssertionError, match="extra"):
         add_ground_truth_to_proposals([gt], [proposals])
     gt.extra = torch.ones(1)
     assert add_ground_truth_to_proposals([gt], [proposals])[0].extra.tolist() == [0, 1]

@@ -4,6 +4,7 @@ import sys
 from typing import Any, Optional, Sequence, Tuple, Union
 
 import numpy as np
+import torch
 from fvcore.transforms.transform import (
     BlendTransform,
     CropTransform,
@@ -40,6 +41,7 @@ __all__ = [
 class ResizeShortestEdge(Augmentation):
     """Resizes the shorter edge to a drawn length, and less where the longer edge would pass `max_size`."""
 
+    @torch.jit.unused
     def __init__(
         self,
         short_edge_length: Union[int, Sequence[int]],
@@ -63,7 +65,9 @@ class ResizeShortestEdge(Augmentation):
             assert len(short_edge_length) == 2, f'"range" needs [min, max], got {short_edge_length}'
         self._init(locals())
 
-    def get_transform(self, image: np.ndarray) -> Transform:
+    # TorchScript compiles get_output_shape with its class and would follow annotations even of unused methods.
+    @torch.jit.unused
+    def get_transform(self, image):  # type: ignore[no-untyped-def]
         """Draws a length; a length of 0 leaves the image as it is."""
         if self.is_range:
             length = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)

@@ -5,7 +5,7 @@ from typing import Callable, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fvcore.transforms.transform import NoOpTransform, Transform
+from fvcore.transforms.transform import HFlipTransform, NoOpTransform, Transform
 from PIL import Image
 
 __all__ = ["ExtentTransform", "ResizeTransform", "RotationTransform", "ColorTransform", "PILColorTransform"]
@@ -244,3 +244,29 @@ def _interpolate(img: np.ndarray, size: Tuple[int, int], interp: int) -> np.ndar
         low, high = (0, 1) if img.dtype == bool else (np.iinfo(img.dtype).min, np.iinfo(img.dtype).max)
         out = np.rint(out).clip(low, high).astype(img.dtype)
     return out.reshape(img.shape[:-3] + size + img.shape[-1:] if img.ndim > 2 else size)
+
+
+def _resize_rotated_box(transform: ResizeTransform, boxes: np.ndarray) -> np.ndarray:
+    """
+    Resizes rotated boxes (N, 5): x and y of the centre, width, height, counter-clockwise angle in degrees.
+
+    Unequal scaling turns them into parallelograms; what is returned has the lengths of their sides and the
+    direction of the side along the height.
+    """
+    scale_x, scale_y = transform.new_w / transform.w, transform.new_h / transform.h
+    x, y, width, height, angle = np.asarray(boxes, dtype=np.float64).T
+    cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    width = width * np.hypot(scale_x * cos, scale_y * sin)
+    height = height * np.hypot(scale_x * sin, scale_y * cos)
+    angle = np.rad2deg(np.arctan2(scale_x * sin, scale_y * cos))
+    return np.stack([x * scale_x, y * scale_y, width, height, angle], axis=1)
+
+
+def _flip_rotated_box(transform: HFlipTransform, boxes: np.ndarray) -> np.ndarray:
+    x, y, width, height, angle = np.asarray(boxes, dtype=np.float64).T
+    return np.stack([transform.width - x, y, width, height, -angle], axis=1)
+
+
+ResizeTransform.register_type("rotated_box", _resize_rotated_box)
+HFlipTransform.register_type("rotated_box", _flip_rotated_box)
+NoOpTransform.register_type("rotated_box", lambda transform, boxes: boxes)

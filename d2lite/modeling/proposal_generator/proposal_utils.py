@@ -115,6 +115,9 @@ def add_ground_truth_to_proposals(
 
     Returns:
         N new `Instances` with the fields of the proposals.
+
+    Raises:
+        AssertionError: a field of the proposals is missing in the ground truth.
     """
     if len(gt) != len(proposals):
         raise ValueError(f"got ground truth of {len(gt)} images for proposals of {len(proposals)} images")
@@ -130,6 +133,5 @@ def add_ground_truth_to_proposals_single_image(gt: Instances | Boxes, proposals:
     extra.proposal_boxes = boxes.to(device)
     extra.objectness_logits = torch.full((len(boxes),), _GT_LOGIT, device=device)
     for name in proposals.get_fields():
-        if not extra.has(name):
-            raise ValueError(f"The proposals have the field '{name}' that the ground truth lacks")
+        assert extra.has(name), f"The proposals have the field '{name}' that the ground truth lacks"
     return Instances.cat([proposals, extra])
