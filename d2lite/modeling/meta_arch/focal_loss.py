@@ -60,7 +60,9 @@ class _FocalLossSum(torch.autograd.Function):
         fg_loss, fg_grad = fg_loss * foreground_weight, fg_grad * -foreground_weight
         loss.scatter_(-1, index, torch.where(foreground, fg_loss, loss.gather(-1, index)))
         grad.scatter_(-1, index, torch.where(foreground, fg_grad, grad.gather(-1, index)))
-        ctx.save_for_backward(grad.to(logits.dtype))
+        # Most gradients are too small for float16 until backward has multiplied them by the loss scale.
+        ctx.save_for_backward(grad if logits.dtype == torch.float16 else grad.to(logits.dtype))
+        ctx.dtype = logits.dtype
         return loss.sum()
 
     @staticmethod
@@ -69,7 +71,7 @@ class _FocalLossSum(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_output).to(grad.dtype), None, None, None
+        return (grad * grad_output).to(ctx.dtype), None, None, None
 
 
 def _background_term(x: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
