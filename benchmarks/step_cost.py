@@ -10,12 +10,10 @@ is that of a process of its own that runs nothing but one kind of step.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -23,9 +21,9 @@ import d2kd  # noqa: F401  (makes `detectron2` importable)
 
 # isort: split
 import torch
+from common import peak_memory_mib, random_batch, timed
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2kd.engine import load_config
@@ -47,18 +45,6 @@ def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
     if not Path(weights).exists():
         torch.save({"model": build_model(teacher_config(cfg)).state_dict()}, weights)
     return cfg
-
-
-def random_batch(size: int, count: int, classes: int) -> List[Dict[str, Any]]:
-    """`count` noise images of size x size pixels with eight objects each."""
-    inputs = []
-    for _ in range(count):
-        corner = torch.rand(8, 2) * size * 0.6
-        boxes = Boxes(torch.cat([corner, corner + size * 0.05 + torch.rand(8, 2) * size * 0.3], dim=1))
-        truth = Instances((size, size), gt_boxes=boxes, gt_classes=torch.randint(classes, (8,)))
-        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-        inputs.append({"image": image, "height": size, "width": size, "instances": truth})
-    return inputs
 
 
 def steps(cfg: CfgNode, model: DistilledModel, batch: List[Dict[str, Any]]) -> Dict[str, Callable[[], None]]:
@@ -83,17 +69,6 @@ def steps(cfg: CfgNode, model: DistilledModel, batch: List[Dict[str, Any]]) -> D
         "teacher": teacher_backbone,
         "distillation": lambda: train(model, optimizers["distillation"]),
     }
-
-
-def timed(call: Callable[[], None], device: str) -> float:
-    """Seconds of one call."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def prepare(args: argparse.Namespace, method: str, weights: str) -> Dict[str, Callable[[], None]]:
@@ -131,11 +106,7 @@ def report_memory(args: argparse.Namespace) -> None:
     with EventStorage():
         for _ in range(3):
             call()
-    if args.device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    sys.stdout.write(f"{peak:.0f}\n")
+    sys.stdout.write(f"{peak_memory_mib(args.device):.0f}\n")
 
 
 def main() -> None:

@@ -1,0 +1,49 @@
+"""What the speed benchmarks share: random training batches, timing, peak memory."""
+
+import resource
+import time
+from typing import Any, Callable, Dict, List
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
+import torch
+from detectron2.structures import Boxes, Instances, PolygonMasks
+
+
+def random_batch(size: int, count: int, classes: int, masks: bool = False) -> List[Dict[str, Any]]:
+    """`count` noise images of size x size pixels with eight objects each; with `masks`, octagons as their outlines."""
+    inputs = []
+    for _ in range(count):
+        corner = torch.rand(8, 2) * size * 0.6
+        boxes = torch.cat([corner, corner + size * 0.05 + torch.rand(8, 2) * size * 0.3], dim=1)
+        truth = Instances((size, size), gt_boxes=Boxes(boxes), gt_classes=torch.randint(classes, (8,)))
+        if masks:
+            truth.gt_masks = PolygonMasks([[_octagon(box).numpy()] for box in boxes])
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+        inputs.append({"image": image, "height": size, "width": size, "instances": truth})
+    return inputs
+
+
+def _octagon(box: torch.Tensor) -> torch.Tensor:
+    angle = torch.arange(8) * (torch.pi / 4)
+    center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    return (center + half * torch.stack([angle.cos(), angle.sin()], dim=1)).flatten().double()
+
+
+def timed(call: Callable[[], None], device: str) -> float:
+    """Seconds of one call."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory_mib(device: str) -> float:
+    """Peak memory of this process in MiB: allocated on the GPU, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Training and inference speed of the models that d2kd's recipes use, in images per second, and where the time goes.
+
+    python benchmarks/models.py                       # 512 x 512 pixels, batch 2
+    python benchmarks/models.py --only retinanet --profile
+    python benchmarks/models.py --size 1024 --batch 8 --device cuda
+
+Weights and images are random. Every model runs in a process of its own, so peak memory is its own.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any, Dict
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
+import torch
+from common import peak_memory_mib, random_batch, timed
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch.profiler import ProfilerActivity, profile
+
+from d2kd.engine import load_config
+from d2kd.modeling import num_classes
+
+MODELS = {
+    "retinanet_R50": ("configs/COCO/retinanet_R50_1x.yaml", []),
+    "faster_rcnn_R50": ("configs/COCO/faster_rcnn_R50_1x.yaml", []),
+    "mask_rcnn_R50": ("configs/COCO/mask_rcnn_R50_1x.yaml", []),
+    "cascade_mask_rcnn_R50": (
+        "configs/COCO/mask_rcnn_R50_1x.yaml",
+        ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True],
+    ),
+    "fcos_R50": ("configs/COCO/fcos_R50_1x.yaml", []),
+    "mask_rcnn_ViTS": ("configs/COCO/mask_rcnn_ViTS.yaml", []),
+}
+
+
+def measure(name: str, args: argparse.Namespace) -> Dict[str, Any]:
+    """Images per second of training and inference, and peak memory."""
+    torch.manual_seed(0)
+    path, options = MODELS[name]
+    cfg = load_config(path, [*options, "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
+    model = build_model(cfg).to(args.device)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    batch = random_batch(args.size, args.batch, num_classes(cfg)[1], cfg.MODEL.MASK_ON)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        sum(model(batch).values()).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def infer() -> None:
+        model(batch)
+
+    result: Dict[str, Any] = {"model": name, "device": args.device, "size": args.size, "batch": args.batch}
+    with EventStorage():
+        for mode, call in (("train", train), ("inference", infer)):
+            model.train(mode == "train")
+            call()
+            seconds = statistics.median(timed(call, args.device) for _ in range(args.repeats))
+            result[f"{mode}_images_per_s"] = round(args.batch / seconds, 3)
+            if args.profile:
+                write_profile(name, mode, call, args)
+    return {**result, "peak_MiB": round(peak_memory_mib(args.device))}
+
+
+def write_profile(name: str, mode: str, call: Any, args: argparse.Namespace) -> None:
+    """Writes the operators that take most of a call's time."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if args.device.startswith("cuda") else [])
+    with profile(activities=activities) as profiler:
+        call()
+    key = "self_cuda_time_total" if args.device.startswith("cuda") else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40)
+    sys.stderr.write(f"\n{name}, {mode}\n{table}\n")
+
+
+def main() -> None:
+    """One JSON line a model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--size", type=int, default=512, help="image side in pixels")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="show the operators that take most time (stderr)")
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name in (n for n in MODELS if args.only in n):
+        if args.in_this_process:
+            sys.stdout.write(json.dumps(measure(name, args)) + "\n")
+        else:
+            subprocess.run([sys.executable, *sys.argv, "--only", name, "--in-this-process"], check=True)
+
+
+if __name__ == "__main__":
+    main()
