@@ -8,6 +8,8 @@ def add_distill_config(cfg: CN) -> None:
     _add_distill(cfg)
     _add_feature_mimic(cfg)
     _add_masked_generative(cfg)
+    _add_receptive_tokens(cfg)
+    _add_channel_matching(cfg)
     _add_logit_kd(cfg)
     _add_head_regression(cfg)
     _add_data_and_solver(cfg)
@@ -80,6 +82,75 @@ def _add_masked_generative(cfg: CN) -> None:
     node.SEED = 0
 
 
+def _add_receptive_tokens(cfg: CN) -> None:
+    # REDUCTION: paper divides by the sum of each mask | mean by that of its square, which makes the loss a weighted mean.
+    node = _add_feature_method(cfg, "RECEPTIVE_TOKENS", weight=4.0, normalize="standardize", reduction="mean")
+    # The tokens of the teacher, as tools/learn_tokens.py writes them.
+    node.FILE = ""
+    # Whose tokens serve each pair of taps; [] takes those of the teacher's tap.
+    node.TOKEN_TAPS = []
+    # Factor for each tap on top of WEIGHT; [] is 1 everywhere.
+    node.LEVEL_WEIGHTS = []
+    # Customisation: from iteration WARMUP_ITERS on, a mask is the product of the teacher's and the student's.
+    node.CUSTOMIZE = True
+    node.WARMUP_ITERS = 1000
+    # auto: a learned 1x1 convolution where channels differ | conv: everywhere, as in the official code.
+    node.ALIGN = "auto"
+    # Added to the sums that the loss divides by.
+    node.EPS = 1e-12
+
+    # The first stage, tools/learn_tokens.py. It reads TAPS (or TEACHER_TAPS) above, of the teacher; [] takes all outputs of
+    # its backbone. From SOLVER it takes the batch size, the momentum of SGD, clipping and AMP; the schedule is a cosine.
+    node.LEARN = CN()
+    # Tokens of each tap.
+    node.LEARN.NUM_TOKENS = 6
+    # Learn a weight for each token and image; False adds the masks up.
+    node.LEARN.WEIGHTING = True
+    node.LEARN.ITERATIONS = 2000
+    # Adam | AdamW | SGD
+    node.LEARN.OPTIMIZER = "Adam"
+    node.LEARN.BASE_LR = 0.01
+    node.LEARN.WEIGHT_DECAY = 0.001
+    # Iterations between checkpoints, and between pictures of the masks over the first PICTURES images.
+    node.LEARN.PERIOD = 500
+    node.LEARN.PICTURES = 4
+
+
+def _add_channel_matching(cfg: CN) -> None:
+    # NORMALIZE: none | standardize divides the teacher's reduced map by its standard deviation, and leaves zero where the ReLU cuts.
+    node = _add_feature_method(cfg, "CHANNEL_MATCHING", weight=1.0, normalize="standardize", reduction="mean")
+    # Maps before the last ReLU of each stage; those of the teacher must not have fewer channels.
+    node.TAPS = ["res2.pre_relu", "res3.pre_relu", "res4.pre_relu", "res5.pre_relu"]
+    # "" | the settings of a published row: coco_retinanet_r50_r18, coco_retinanet_r50_r18_without_res2, imagenet_r50_mobilenet_v1,
+    # cub200_r50_mobilenet_v2 or cub200_r50_shufflenet_v2. They take the place of NORMALIZE, REDUCTION, ADAPTER, FACTORS,
+    # TRACK_IMAGES and the REFRESH keys, and are meant for WEIGHT 1.
+    node.PRESET = ""
+    # What becomes of a student channel's teacher channels: amp (the value of largest magnitude) | amp_signed (the largest value, as in the
+    # first public code, which the published numbers may be from) | sp (the largest value and margin) | rd (a random one) |
+    # sm (each student channel has one teacher channel only).
+    node.REDUCER = "amp"
+    # Norm between the student's map and the loss: bn | syncbn | gn (32 groups) | none.
+    node.ADAPTER = "bn"
+    # The loss of each tap is divided by its factor; [] is 1 everywhere.
+    node.FACTORS = []
+    # Where the student's channels do not divide the teacher's: shave leaves the last ones out | best those that are best left out.
+    node.REMAINDER = "shave"
+    # Channels are assigned anew at these iterations; [] follows the rule: every REFRESH_PERIODS[0] iterations, after REFRESH_STEPS[0]
+    # iterations every REFRESH_PERIODS[1], and so on.
+    node.REFRESH_ITERS = []
+    node.REFRESH_PERIODS = [5000, 31000]
+    node.REFRESH_STEPS = [20000]
+    # online: an assignment rests on the training batches before it (the first one on those after it, and on the first batch until then)
+    # | pass: on a pass of its own over training images, both networks in evaluation mode, as in the paper.
+    node.TRACKING = "online"
+    # Images, of all processes, that an assignment rests on.
+    node.TRACK_IMAGES = 2000
+    # ortools | scipy, to the same cost.
+    node.SOLVER = "ortools"
+    # Seed of the reducer rd.
+    node.SEED = 0
+
+
 def _add_prediction_method(cfg: CN, name: str) -> CN:
     node = cfg.DISTILL[name] = CN()
     # Factor on the loss of every tap. With 0 the student trains exactly as without distillation.
@@ -113,7 +184,7 @@ def _add_data_and_solver(cfg: CN) -> None:
     # What to do with an image that cannot be read while training: error | skip (logged once, another image takes its place).
     cfg.DATASETS.ON_BAD_IMAGE = "error"
 
-    # SGD (Detectron2's) | AdamW (BASE_LR, WEIGHT_DECAY and the per-parameter rules apply as they do to SGD).
+    # SGD (Detectron2's) | AdamW | Adam (BASE_LR, WEIGHT_DECAY and the per-parameter rules apply as they do to SGD).
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Arithmetic under SOLVER.AMP.ENABLED: float16 (with loss scaling, CUDA only) | bfloat16.
     cfg.SOLVER.AMP.PRECISION = "float16"

@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError, DistillCheckpointer
 from .setup import ConfigError, argument_parser, load_config, run_tool, setup
 from .teacher_eval import evaluate_teacher
+from .token_learning import TokenTrainer
 from .train_step import NonFiniteLossError
 from .trainer import DistillTrainer
 
@@ -12,6 +13,7 @@ __all__ = [
     "DistillCheckpointer",
     "DistillTrainer",
     "NonFiniteLossError",
+    "TokenTrainer",
     "argument_parser",
     "evaluate_teacher",
     "load_config",

@@ -16,7 +16,9 @@ from detectron2.utils.logger import setup_logger
 
 from d2kd.config import add_distill_config
 from d2kd.data.datasets import DatasetError, register_datasets
+from d2kd.distillers import TokenFileError
 from d2kd.layers import AlignmentError
+from d2kd.layers.assignment import AssignmentError
 from d2kd.modeling import BalanceError, MethodError, TapError, TeacherError
 from d2kd.modeling.inherit import InheritError
 from d2kd.runtime import RUNTIME
@@ -34,6 +36,7 @@ class ConfigError(ValueError):
 #: Errors whose message says everything; a traceback would only hide it.
 USER_ERRORS = (
     AlignmentError,
+    AssignmentError,
     BalanceError,
     CheckpointError,
     ConfigError,
@@ -43,6 +46,7 @@ USER_ERRORS = (
     NonFiniteLossError,
     TapError,
     TeacherError,
+    TokenFileError,
 )
 
 

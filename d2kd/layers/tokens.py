@@ -205,8 +205,11 @@ class TokenMasks(nn.Module):
     def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """The masked map (N, C, H, W), in the type of `x`, and the masks (N, T, H, W)."""
         masks = token_masks(x, self.tokens)
-        gate = (masks if self.weighting is None else masks * self.weighting(x)[..., None, None]).sum(1)
-        return x * gate[:, None].to(x.dtype), masks
+        return x * self.gate(x, masks)[:, None].to(x.dtype), masks
+
+    def gate(self, x: Tensor, masks: Tensor) -> Tensor:
+        """(N, H, W): the masks, weighted where there is a weighting branch, added up over the tokens."""
+        return (masks if self.weighting is None else masks * self.weighting(x)[..., None, None]).sum(1)
 
     @torch.no_grad()
     def learned(self) -> Tokens:

@@ -7,6 +7,7 @@ from .inherit import InheritReport, inherit
 from .num_classes import num_classes
 from .taps import FeatureTaps, TapError
 from .teacher import Teacher, TeacherError, load_strictly, load_teacher, teacher_config
+from .token_learner import LevelMasks, TokenLearner
 
 __all__ = [
     "BalanceError",
@@ -14,10 +15,12 @@ __all__ = [
     "FeatureTaps",
     "GradientBalance",
     "InheritReport",
+    "LevelMasks",
     "MethodError",
     "TapError",
     "Teacher",
     "TeacherError",
+    "TokenLearner",
     "backbone",
     "build_distilled_model",
     "inherit",

@@ -1,4 +1,4 @@
-"""Taps: features of any Detectron2 model by address, read with removable hooks and without editing the model."""
+"""Taps: features of any Detectron2 model by address, read (or replaced) with removable hooks, the model unedited."""
 
 import contextlib
 import difflib
@@ -59,6 +59,19 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
     return Tap(name, module, call=int(call) if call else None, channels_last=_is_transformer_block(module, named))
 
 
+def last_norm(model: nn.Module, name: str) -> Optional[nn.Module]:
+    """The batch norm (frozen or not, never that of a shortcut) that ends the block before a tap; None where there is none."""
+    tap = resolve_tap(model, name)
+    if tap.key is not None:
+        return None
+    norms = [
+        module
+        for path, module in tap.module.named_modules()
+        if getattr(module, "running_var", None) is not None and not {"shortcut", "downsample"} & set(path.split("."))
+    ]
+    return norms[-1] if norms else None
+
+
 def tap_names(model: nn.Module) -> List[str]:
     """The short addresses of a model: outputs and stages of its backbone, finest first."""
     named = dict(model.named_modules())
@@ -106,13 +119,15 @@ class _LastReluInput(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.value: Optional[Tensor] = None
+        self.result: Optional[Tensor] = None
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Tuple = (), kwargs: Optional[Dict[str, Any]] = None
     ) -> Any:
         if func in _RELUS:
             self.value = args[0]
-            return torch.relu(args[0])
+            self.result = torch.relu(args[0])
+            return self.result
         return func(*args, **(kwargs or {}))
 
 
@@ -121,14 +136,14 @@ class _AllTapsFired(Exception):
 
 
 class FeatureTaps:
-    """Reads a fixed set of taps of one model.
+    """Reads, or replaces, a fixed set of taps of one model.
 
     >>> taps = FeatureTaps(model, ["p3", "p4"])
     >>> with taps.recording() as features:
     ...     model(batched_inputs)
     >>> features["p3"]
 
-    Hooks exist only inside `recording`, nothing is stored on the model, and the tensors keep their autograd graph.
+    Hooks exist only inside the block, nothing is stored on the model, and the tensors keep their autograd graph.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -150,28 +165,52 @@ class FeatureTaps:
                 or gives no tensor.
         """
         features: Dict[str, Tensor] = {}
-        recorder = _Recorder(features, len(self.taps) if stop_when_done else None)
+        with self._attached(_Recorder(features, len(self.taps) if stop_when_done else None)):
+            yield features
+
+    @contextlib.contextmanager
+    def _attached(self, recorder: "_Recorder") -> Iterator[None]:
         try:
             for tap in self.taps:
                 recorder.attach(tap)
-            yield features
+            yield
         except _AllTapsFired:
             pass
         finally:
             recorder.detach()
-        missing = [tap.name for tap in self.taps if tap.name not in features]
+        missing = [tap.name for tap in self.taps if tap.name not in recorder.features]
         if missing:
             raise TapError(
                 f"Taps that did not fire in the forward pass: {', '.join(missing)}. The model does not run them in this mode."
             )
 
+    @contextlib.contextmanager
+    def replacing(self, replace: Callable[[str, Tensor], Tensor]) -> Iterator[Dict[str, Tensor]]:
+        """Like `recording`, but what the model computes with behind each tap is `replace(name, feature)`.
+
+        Yields:
+            The features as they were before they were replaced, by tap name.
+
+        Raises:
+            TapError: as in `recording`; and for a ".pre_relu" whose block does not end with that ReLU.
+        """
+        features: Dict[str, Tensor] = {}
+        with self._attached(_Recorder(features, None, replace)):
+            yield features
+
 
 class _Recorder:
     """The hooks of one recording."""
 
-    def __init__(self, features: Dict[str, Tensor], stop_after: Optional[int]) -> None:
+    def __init__(
+        self,
+        features: Dict[str, Tensor],
+        stop_after: Optional[int],
+        replace: Optional[Callable[[str, Tensor], Tensor]] = None,
+    ) -> None:
         self.features = features
         self.stop_after = stop_after
+        self.replace = replace
         self.handles: List[Any] = []
         self.modes: List[_LastReluInput] = []
 
@@ -194,7 +233,7 @@ class _Recorder:
         self.modes.append(mode)
 
     def _leave_block(self, tap: Tap) -> Callable:
-        def hook(module: nn.Module, args: Tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: Tuple, output: Any) -> Optional[Tensor]:
             mode = self.modes.pop()
             mode.__exit__(None, None, None)
             if mode.value is None:
@@ -202,18 +241,29 @@ class _Recorder:
                     f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
                 )
             self._store(tap, mode.value)
+            if self.replace is None:
+                return None
+            if mode.result is not output:
+                raise TapError(
+                    f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does not give "
+                    "the block's output. Use the tap of the stage itself."
+                )
+            return torch.relu(self.replace(tap.name, mode.value))
 
         return hook
 
     def _take_output(self, tap: Tap) -> Callable:
         calls = 0
 
-        def hook(module: nn.Module, args: Tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: Tuple, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            if tap.call is None or tap.call == calls - 1:
-                output = output if tap.key is None else output[tap.key]
-                self._store(tap, output.permute(0, 3, 1, 2) if tap.channels_last else output)
+            if tap.call is not None and tap.call != calls - 1:
+                return None
+            value = output if tap.key is None else output[tap.key]
+            value = value.permute(0, 3, 1, 2) if tap.channels_last else value
+            self._store(tap, value)
+            return None if self.replace is None else _put(tap, output, self.replace(tap.name, value))
 
         return hook
 
@@ -227,3 +277,9 @@ class _Recorder:
         self.features[tap.name] = value
         if self.stop_after == len(self.features):
             raise _AllTapsFired
+
+
+def _put(tap: Tap, output: Any, value: Tensor) -> Any:
+    """The output of the tap's module with another value at the tap."""
+    value = value.permute(0, 2, 3, 1) if tap.channels_last else value
+    return value if tap.key is None else {**output, tap.key: value}

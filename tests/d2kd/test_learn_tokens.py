@@ -1,0 +1,267 @@
+"""The first stage of receptive tokens: replaced taps, learning, resuming, two processes, wrong input."""
+
+import json
+from pathlib import Path
+
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
+
+# isort: split
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import tool
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from models import FASTER_RCNN, batch, config, model
+
+from d2kd.data.datasets import register_datasets
+from d2kd.distillers import TokenFile
+from d2kd.distillers.token_file import weights_checksum
+from d2kd.engine import CheckpointError, ConfigError, TokenTrainer, load_config
+from d2kd.modeling import FeatureTaps, TapError, TeacherError, TokenLearner
+from d2kd.visualization.tokens import MaskRow, mask_picture
+
+LEVELS = ["p3", "p4", "p5", "p6", "p7"]
+
+
+# --- replacing taps ---
+
+
+def outputs(net, names, replace):
+    net.eval()
+    with torch.no_grad(), FeatureTaps(net, [*LEVELS, "res4", "head.bbox_pred@0"]).recording() as features:
+        with FeatureTaps(net, names).replacing(replace) as before:
+            net(batch())
+    return features, before
+
+
+@pytest.mark.parametrize(
+    "names", [["p3", "p7"], ["res4"], ["res4.pre_relu"], ["head.bbox_pred@1"], ["backbone.fpn_lateral3"]]
+)
+def test_replacing_by_the_same_changes_nothing(names):
+    net = model()
+    plain, _ = outputs(net, [], lambda name, x: x)
+    same, before = outputs(net, names, lambda name, x: x.clone())
+    assert list(before) == names and all(torch.equal(plain[n], same[n]) for n in plain)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()) == 0
+
+
+def test_what_is_behind_a_replaced_tap_computes_with_the_new_value():
+    net = model()
+    plain, _ = outputs(net, [], lambda name, x: x)
+    doubled, before = outputs(net, ["p3", "p4"], lambda name, x: 2 * x)
+    assert torch.equal(before["p3"], plain["p3"])
+    assert not torch.equal(doubled["head.bbox_pred@0"], plain["head.bbox_pred@0"])
+    other, before = outputs(net, ["res4.pre_relu"], lambda name, x: -x)
+    assert torch.equal(before["res4.pre_relu"].relu(), plain["res4"])
+    assert not torch.equal(other["p4"], plain["p4"]) and torch.equal(other["p5"], outputs_with_res4(net, before))
+
+
+def outputs_with_res4(net, before):
+    """p5 of the model with another input of its last stage."""
+    replaced = torch.relu(-before["res4.pre_relu"])
+    return outputs(net, ["res4"], lambda name, x: replaced)[0]["p5"]
+
+
+def test_a_pre_relu_whose_block_does_not_end_there_cannot_be_replaced():
+    net = model()
+    block = net.backbone.bottom_up.res4[-1]
+    whole = block.forward
+    block.forward = lambda x: whole(x) * 2
+    with pytest.raises(TapError, match="cannot be replaced"):
+        outputs(net, ["res4.pre_relu"], lambda name, x: x)
+
+
+# --- the learner ---
+
+
+def learner(net=None, **changes):
+    torch.manual_seed(0)
+    return TokenLearner(net if net is not None else model(), **changes)
+
+
+def test_losses_reach_every_token_and_nothing_of_the_teacher():
+    net = model()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    learning = learner(net, num_tokens=3)
+    with EventStorage():
+        losses = learning(batch())
+    assert {f"loss_dice/{n}" for n in LEVELS} < set(losses) and {"loss_cls", "loss_box_reg"} < set(losses)
+    sum(losses.values()).backward()
+    # the untrained head hardly sees its input: some gradients are as small as float32 can tell
+    assert all(p.grad is not None for p in learning.parameters())
+    assert all(level.tokens.grad.abs().sum() > 0 for level in learning.levels)
+    assert learning.levels[2].weighting.conv.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # also the statistics of its norms
+    assert not any(k.startswith("teacher") for k in learning.state_dict())
+    learning.check_reached()
+
+
+def test_masks_of_saturated_tokens_leave_the_teacher_as_it_is():
+    net = model(config(FASTER_RCNN))
+    learning = learner(net, taps=["p2", "p6"], num_tokens=1, weighting=False)
+    plain = FeatureTaps(net, ["p2", "p6"])
+    net.eval()
+    with torch.no_grad(), plain.recording() as features:
+        net(batch())
+    for level, name in zip(learning.levels, ["p2", "p6"]):
+        level.tokens.data.zero_()  # every mask is 1/2
+        seen = learning.look(batch())[name]
+        assert (
+            torch.equal(seen.gate, torch.full_like(seen.gate, 0.5))
+            and seen.masks.shape[-2:] == features[name].shape[-2:]
+        )
+    assert learning.training and net.training and not net.backbone.training
+
+
+def test_one_token_learns_with_a_dice_of_zero():
+    learning = learner(num_tokens=1)
+    with EventStorage():
+        losses = learning(batch())
+    assert all(losses[f"loss_dice/{n}"].item() == 0 for n in LEVELS)
+    assert all(torch.isfinite(v) for v in losses.values())
+
+
+def test_a_tap_that_no_loss_depends_on_is_an_error():
+    learning = learner(taps=["p3", "res2"])
+    learning.teacher.backbone.bottom_up.res3.register_forward_pre_hook(lambda m, x: (x[0].detach(),))
+    with EventStorage():
+        sum(learning(batch()).values()).backward()
+    with pytest.raises(TapError, match="do not depend on res2:"):
+        learning.check_reached()
+
+
+def test_vectors_cannot_be_masked():
+    with pytest.raises(TapError, match="vectors"):
+        learner(model(config(FASTER_RCNN)), taps=["roi_heads.box_head"])
+
+
+# --- whole runs ---
+
+
+@pytest.fixture
+def teacher_yaml(write_config, tmp_path):
+    weights = tmp_path / "teacher.pth"
+    cfg = load_config(str(write_config("teacher")))
+    torch.save({"model": model(cfg, seed=3).state_dict()}, weights)
+    keys = {"ITERATIONS": 6, "PERIOD": 3, "NUM_TOKENS": 3, "PICTURES": 2}
+    changes = {f"DISTILL__RECEPTIVE_TOKENS__LEARN__{k}": v for k, v in keys.items()}
+    return write_config("teacher", MODEL__WEIGHTS=str(weights), **changes)
+
+
+def run(path, *, resume=False, stop_at=0, **changes):
+    cfg = load_config(str(path), [x for k, v in changes.items() for x in (k.replace("__", "."), v)])
+    register_datasets(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(cfg.SEED)
+    trainer = TokenTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.max_iter = stop_at or trainer.max_iter
+    trainer.train()
+    return trainer
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_writes_tokens_pictures_and_progress(teacher_yaml, tmp_path):
+    result = tool("learn_tokens", "--config-file", teacher_yaml)
+    assert "eta:" in result.stdout and "tokens.pth" in result.stdout
+    learned = TokenFile.load(str(tmp_path / "teacher/tokens.pth"))
+    cfg = load_config(str(teacher_yaml))
+    net = model(cfg)
+    net.load_state_dict(torch.load(cfg.MODEL.WEIGHTS)["model"])
+    assert learned.teacher == weights_checksum(net.state_dict()) and learned.iterations == 6
+    assert list(learned.levels) == LEVELS
+    for level in learned.levels.values():
+        assert level.tokens.tokens.shape == (3, 8) and level.tokens.weight.shape == (3, 8, 3, 3)
+        assert 0 < level.dice <= 1
+    logged = [json.loads(line) for line in (tmp_path / "teacher/metrics.json").read_text().splitlines()]
+    assert any("loss_dice/p3" in line and "loss_cls" in line for line in logged)
+    pictures = sorted(p.name for p in (tmp_path / "teacher/masks").iterdir())
+    assert pictures == ["0000003_0.png", "0000003_1.png", "final_0.png", "final_1.png"]
+    assert cv2.imread(str(tmp_path / "teacher/masks/final_0.png")) is not None
+
+
+def test_interrupted_and_resumed_is_bit_equal(teacher_yaml, tmp_path):
+    whole = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "whole"))
+    run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    parts = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    assert parts.start_iter == 3 and same(whole.learner.state_dict(), parts.learner.state_dict())
+    assert whole.learner.teacher.loss_normalizer == parts.learner.teacher.loss_normalizer
+    first = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "one"), DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
+    assert not same(whole.learner.state_dict(), first.learner.state_dict())
+
+
+def test_another_teacher_or_other_taps_cannot_resume(teacher_yaml, tmp_path):
+    run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "run"), stop_at=3)
+    other = tmp_path / "other.pth"
+    torch.save({"model": model(load_config(str(teacher_yaml)), seed=4).state_dict()}, other)
+    with pytest.raises(CheckpointError, match="another teacher"):
+        run(teacher_yaml, resume=True, OUTPUT_DIR=str(tmp_path / "run"), MODEL__WEIGHTS=str(other))
+    with pytest.raises(CheckpointError):
+        run(teacher_yaml, resume=True, OUTPUT_DIR=str(tmp_path / "run"), DISTILL__RECEPTIVE_TOKENS__TAPS="['p3']")
+
+
+def _two_processes(path, output):
+    trainer = run(path, OUTPUT_DIR=output)
+    states = comm.all_gather(trainer.learner.state_dict())
+    assert same(states[0], states[1])
+    seen = comm.all_gather(trainer.data_loader.seed)
+    assert seen[0] == seen[1]
+
+
+def test_two_processes_agree(teacher_yaml, tmp_path):
+    launch(_two_processes, 2, dist_url="auto", args=(str(teacher_yaml), str(tmp_path / "two")))
+    assert list(TokenFile.load(str(tmp_path / "two/tokens.pth")).levels) == LEVELS
+
+
+def test_tokens_are_used_by_a_student(teacher_yaml, write_config, tmp_path):
+    run(teacher_yaml, DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
+    student = write_config(
+        "student",
+        DISTILL__TEACHER__CONFIG_FILE=str(teacher_yaml),
+        DISTILL__TEACHER__EVAL_FIRST=False,
+        DISTILL__METHODS=["ReceptiveTokens"],
+        DISTILL__RECEPTIVE_TOKENS__FILE=str(tmp_path / "teacher/tokens.pth"),
+        DATASETS__TEST=[],
+        SOLVER__MAX_ITER=1,
+    )
+    tool("train_net", "--config-file", student)
+    state = torch.load(tmp_path / "student/model_final.pth", weights_only=True)
+    assert state["distillers"]["ReceptiveTokens._extra_state"]["calls"] == 1
+    assert not any("tokens" in key for key in state["model"])
+
+
+def test_wrong_input(teacher_yaml, tmp_path):
+    for error, changes in (
+        (ConfigError, dict(MODEL__WEIGHTS="''")),
+        (ConfigError, dict(DISTILL__TEACHER__CONFIG_FILE=str(teacher_yaml))),
+        (TeacherError, dict(MODEL__WEIGHTS=str(tmp_path / "missing.pth"))),
+        (TapError, dict(DISTILL__RECEPTIVE_TOKENS__TAPS="['p33']")),
+        (ValueError, dict(DISTILL__RECEPTIVE_TOKENS__LEARN__NUM_TOKENS=0)),
+    ):
+        with pytest.raises(error):
+            run(teacher_yaml, **changes)
+
+
+# --- pictures ---
+
+
+def test_pictures_show_where_a_mask_is_on():
+    image = np.full((64, 96, 3), 128, np.uint8)
+    left = np.zeros((1, 4, 8), np.float32)  # reaches 32 pixels beyond the image, into the padding
+    left[:, :, :3] = 1
+    picture = mask_picture(image, {"p4": MaskRow(left, left[0], stride=16.0)}).astype(int)
+    tile = picture[4:100, 168 + 4 : 168 + 164]
+    on, off = tile[:, :40].mean((0, 1)), tile[:, -40:].mean((0, 1))
+    assert on[2] - off[2] > 80 and picture.shape[1] == 3 * 168  # image, one token, gate
+
+
+def test_pictures_of_masks_smaller_than_the_image():
+    picture = mask_picture(np.zeros((10, 50, 3), np.uint8), {"p7": MaskRow(np.ones((2, 1, 1)), np.ones((1, 1)), 8.0)})
+    assert picture.dtype == np.uint8 and picture.shape[1] == 4 * 168

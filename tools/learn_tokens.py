@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Learns the receptive tokens of a teacher: the first stage of ReceptiveTokens.
+
+python tools/learn_tokens.py --config-file teacher.yaml MODEL.WEIGHTS teacher.pth OUTPUT_DIR output/tokens
+python tools/train_net.py --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth \\
+    --method ReceptiveTokens DISTILL.RECEPTIVE_TOKENS.FILE output/tokens/tokens.pth
+"""
+
+import argparse
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
+from detectron2.engine import default_argument_parser, launch
+
+from d2kd.engine import ConfigError, TokenTrainer, run_tool, setup
+
+
+def main(args: argparse.Namespace) -> None:
+    """One process of the run."""
+    if args.eval_only:
+        raise ConfigError("--eval-only: tokens are not evaluated; see the pictures in OUTPUT_DIR/masks.")
+    trainer = TokenTrainer(setup(args))
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def main_process(args: argparse.Namespace) -> None:
+    """`main`, with errors of the user's in one line."""
+    run_tool(lambda: main(args))
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser()
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(teacher_config=None, teacher_weights=None, method=None)  # the teacher is --config-file here
+    arguments = parser.parse_args()
+    launch(
+        main_process,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
