@@ -67,22 +67,23 @@ def _ortools(cost: Tensor, per_student: int) -> Tensor:
             f"OR-Tools cannot be imported ({error}): pip install ortools, or set DISTILL.CHANNEL_MATCHING.SOLVER scipy."
         ) from error
     cs, ct = cost.shape
-    heads = torch.arange(ct, dtype=torch.int32).repeat(cs)
-    tails = torch.arange(cs, dtype=torch.int32).repeat_interleave(ct)
+    # the solver starts from the greatest cost: a common part would only make it work longer
+    arc_costs = (cost - cost.min()).t().flatten().numpy()
+    students = torch.arange(cs, dtype=torch.int32).repeat(ct)
+    teachers = torch.arange(ct, dtype=torch.int32).repeat_interleave(cs)
     if per_student == 1 and cs == ct:
         square = linear_sum_assignment.SimpleLinearSumAssignment()
-        square.add_arcs_with_cost(tails.numpy(), heads.numpy(), cost.flatten().numpy())
+        square.add_arcs_with_cost(students.numpy(), teachers.numpy(), arc_costs)
         _check_status(square.solve(), square.OPTIMAL)
         return torch.tensor([[square.right_mate(row)] for row in range(cs)])
     flow = min_cost_flow.SimpleMinCostFlow()
-    arcs = flow.add_arcs_with_capacity_and_unit_cost(
-        tails.numpy(), (heads + cs).numpy(), torch.ones_like(heads).numpy(), cost.flatten().numpy()
-    )
-    supplies = torch.cat([torch.full((cs,), per_student), torch.full((ct,), -1)])
-    flow.set_nodes_supplies(torch.arange(cs + ct, dtype=torch.int32).numpy(), supplies.numpy())
-    # with columns to spare not every demand can be met, and the greatest flow is what is wanted
+    capacities = torch.ones_like(teachers).numpy()
+    arcs = flow.add_arcs_with_capacity_and_unit_cost(teachers.numpy(), (students + ct).numpy(), capacities, arc_costs)
+    supplies = torch.cat([torch.ones(ct, dtype=torch.long), torch.full((cs,), -per_student)])
+    flow.set_nodes_supplies(torch.arange(ct + cs, dtype=torch.int32).numpy(), supplies.numpy())
+    # with teachers to spare not all can be placed, and the greatest flow is what is wanted
     _check_status(flow.solve() if per_student * cs == ct else flow.solve_max_flow_with_min_cost(), flow.OPTIMAL)
-    chosen = torch.from_numpy(flow.flows(arcs)).view(cs, ct).nonzero()
+    chosen = torch.from_numpy(flow.flows(arcs)).view(ct, cs).t().nonzero()
     return chosen[:, 1].view(cs, per_student)
 
 

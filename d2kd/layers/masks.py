@@ -1,7 +1,7 @@
 """Random masks for masked generation, reproducible without keeping generator state."""
 
 import hashlib
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,11 @@ class RandomMasks:
         """
         n, c, h, w = like.shape
         shape = (n, 1, h, w) if kind == "spatial" else (n, c, 1, 1)
-        uniform = torch.rand(shape, generator=self._next_generator(like.device), device=like.device)
-        return keep_mask(uniform, drop, kind).to(like.dtype)
+        return keep_mask(self.uniform(shape, like.device), drop, kind).to(like.dtype)
+
+    def uniform(self, shape: Tuple[int, ...], device: torch.device) -> Tensor:
+        """The next draw itself: numbers in [0, 1) of that shape."""
+        return torch.rand(shape, generator=self._next_generator(device), device=device)
 
     def _next_generator(self, device: torch.device) -> torch.Generator:
         generator = self._generators.get(device)

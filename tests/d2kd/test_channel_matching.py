@@ -479,3 +479,18 @@ def test_two_processes_agree_equal_one_and_fail_together(tmp_path):
     mean = torch.tensor([rank[0] for rank in two]).mean(dim=0)
     torch.testing.assert_close(mean, torch.tensor(losses), rtol=1e-5, atol=1e-5)
     assert two[0][2] == "no solver" and "main process" in two[1][2]
+
+
+@pytest.mark.parametrize("freeze_at", [1, 2])
+def test_published_student_has_group_norm_in_the_last_block_of_stages_that_are_not_frozen(freeze_at):
+    name = "build_retinanet_resnet_fpn_last_norm_backbone"
+    narrow = {"MODEL__RESNETS__DEPTH": 18, "MODEL__RESNETS__RES2_OUT_CHANNELS": 64, "MODEL__RESNETS__NORM": "FrozenBN"}
+    net = model(config(MODEL__BACKBONE__NAME=name, MODEL__BACKBONE__FREEZE_AT=freeze_at, **narrow))
+    body = net.backbone.bottom_up
+    for number, stage in enumerate((body.res2, body.res3, body.res4, body.res5), start=2):
+        kinds = [type(block.conv2.norm).__name__ for block in stage]
+        assert kinds == ["FrozenBatchNorm2d", "FrozenBatchNorm2d" if number <= freeze_at else "GroupNorm"]
+        assert all(p.requires_grad == (number > freeze_at) for p in stage.parameters())
+    state = {f"backbone.bottom_up.res4.1.conv2.norm.{key}": torch.full((256,), 0.5) for key in ("weight", "bias")}
+    net.load_state_dict(state, strict=False)
+    assert body.res4[1].conv2.norm.bias[0].item() == 0.5

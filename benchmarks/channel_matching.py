@@ -1,0 +1,183 @@
+#!/usr/bin/env python
+"""Cost of channel matching: the assignment, one refresh against the published procedure, and a training step's share.
+
+    python benchmarks/channel_matching.py --size 512
+
+The networks are RetinaNet R50 -> R18 as published, with random weights. The published procedure (arXiv 2008.09958,
+official code) tracks over 1,001 batches of 2 images on each of 8 GPUs before each of 6 refreshes in 90,000 iterations.
+For every batch it runs each whole detector, post-processing included, and then each body again. Its cost is that of one
+such batch, measured here, times 1,001; its assignment adds arcs in a Python loop. Ours looks at 125 training batches of
+16 images (2 a process), whose features are there anyway. Assignments are timed in seconds of the processor.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from typing import Any, Callable, Dict, List
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
+import torch
+from common import random_batch, timed
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from d2kd.engine import load_config
+from d2kd.layers.assignment import assign_channels, quantize, total_cost
+from d2kd.layers.similarity import channel_distances
+from d2kd.modeling import DistilledModel, build_distilled_model, teacher_config
+
+RECIPE = "configs/COCO/retinanet_R18_R50_ChannelMatching_1x.yaml"
+PUBLISHED_BATCHES, OUR_BATCHES, REFRESHES, ITERATIONS = 1001, 125, 6, 90000
+
+
+def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median over `repeats` calls, after one that does not count."""
+    return statistics.median([timed(call, device) for _ in range(repeats + 1)][1:])
+
+
+def processor_seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Median of processor time over `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def correlated_costs(students: int, teachers: int) -> Tensor:
+    """Mean channel distances of features that share 16 patterns, over 24 images of 7 x 7."""
+    patterns = torch.randn(24, 16, 49)
+    maps = [
+        torch.einsum("nkp,ck->ncp", patterns, torch.randn(c, 16)) + torch.randn(24, c, 49) for c in (students, teachers)
+    ]
+    return channel_distances(maps[0][..., None], maps[1][..., None]) / 24
+
+
+def replicated_loop(cost: Tensor, per_student: int) -> int:
+    """The published way to the same optimum: k copies of every row, arcs added one by one. Returns the cost."""
+    from ortools.graph.python import linear_sum_assignment
+
+    rows = quantize(cost).repeat(per_student, 1).numpy()
+    solver = linear_sum_assignment.SimpleLinearSumAssignment()
+    for r in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            solver.add_arc_with_cost(r, c, int(rows[r, c]))
+    solver.solve()
+    return solver.optimal_cost()
+
+
+def measure_assignment(repeats: int, loop: bool) -> Dict[str, Any]:
+    """Seconds for 512 -> 2048 channels; all ways must agree on the integer cost."""
+    kinds = {
+        "correlated": correlated_costs(512, 2048),
+        "random": 4 * torch.rand(512, 2048),
+        "nearly_constant": 2 + 1e-3 * torch.rand(512, 2048),
+    }
+    result: Dict[str, Any] = {}
+    for kind, cost in kinds.items():
+        found = {s: total_cost(cost, assign_channels(cost, 4, solver=s)) for s in ("ortools", "scipy")}
+        assert len(set(found.values())) == 1, found
+        for solver in found:
+            result[f"{kind}_{solver}"] = processor_seconds(partial(assign_channels, cost, 4, solver=solver), repeats)
+    if loop:
+        result["correlated_published_loop"] = processor_seconds(partial(replicated_loop, kinds["correlated"], 4))
+    return result
+
+
+def build(device: str) -> DistilledModel:
+    """The published pair with random weights."""
+    with tempfile.TemporaryDirectory() as directory:
+        weights = f"{directory}/teacher.pth"
+        options = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "DISTILL.TEACHER.WEIGHTS", weights]
+        cfg = load_config(RECIPE, options)
+        torch.save({"model": build_model(teacher_config(cfg)).state_dict()}, weights)
+        return build_distilled_model(cfg)
+
+
+@torch.no_grad()
+def published_tracking(model: DistilledModel, batch: List[Dict[str, Any]]) -> None:
+    """One batch of the published tracking: every detector whole, then its body once more, then the distances."""
+    features = []
+    for net in (model.student, model.teacher.model):
+        net(batch)
+        features.append(net.backbone.bottom_up(net.preprocess_image(batch).tensor))
+    for name in features[0]:
+        channel_distances(features[0][name], features[1][name])
+
+
+def measure_refresh(model: DistilledModel, batch: List[Dict[str, Any]], device: str, repeats: int) -> Dict[str, Any]:
+    """Seconds of a tracked batch (both ways), of an assignment of all levels, and of a whole refresh."""
+    matching = model.distillers["ChannelMatching"]
+    model.eval()
+    published = seconds(lambda: published_tracking(model, batch), device, repeats)
+    features = model.observe(matching, batch)
+    ours = seconds(lambda: matching.track(*features), device, repeats)
+    solved = seconds(matching.assign, device, repeats)
+    whole, reference = OUR_BATCHES * ours + solved, PUBLISHED_BATCHES * published
+    return {
+        "published_batch": published,
+        "our_batch": ours,
+        "assignment_of_all_levels": solved,
+        "published_refresh_without_its_assignment": reference,
+        "our_refresh": whole,
+        "ratio": whole / reference,
+    }
+
+
+def measure_step(model: DistilledModel, batch: List[Dict[str, Any]], device: str, repeats: int) -> Dict[str, Any]:
+    """Seconds of a training step's parts; the loss with its backward pass down to the taps."""
+    matching = model.distillers["ChannelMatching"]
+    model.train()
+    student, teacher = model.observe(matching, batch)
+    student = {name: value.clone().requires_grad_() for name, value in student.items()}
+
+    def loss() -> None:
+        sum(super(type(matching), matching).forward(student, teacher).values()).backward()
+
+    def student_step() -> None:
+        sum(model.student(batch).values()).backward()
+
+    @torch.no_grad()
+    def teacher_body() -> None:
+        net = model.teacher.model
+        net.backbone.bottom_up(net.preprocess_image(batch).tensor)
+
+    parts = {
+        "loss": seconds(loss, device, repeats),
+        "student": seconds(student_step, device, repeats),
+        "teacher": seconds(teacher_body, device, repeats),
+    }
+    return {**parts, "step_ratio": sum(parts.values()) / (parts["student"] + parts["teacher"])}
+
+
+def main() -> None:
+    """Measures and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=800, help="image side in pixels")
+    parser.add_argument("--batch", type=int, default=2, help="images a process and step")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-loop", action="store_true", help="skip the published assignment in a Python loop")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    result = {"device": args.device, "threads": torch.get_num_threads(), "size": args.size, "batch": args.batch}
+    result["assignment_512_to_2048_s"] = measure_assignment(args.repeats, not args.no_loop)
+    model, batch = build(args.device), random_batch(args.size, args.batch, 80)
+    with EventStorage():
+        result["refresh_s"] = refresh = measure_refresh(model, batch, args.device, args.repeats)
+        result["step_s"] = step = measure_step(model, batch, args.device, args.repeats)
+    run = ITERATIONS * (step["student"] + step["teacher"] + step["loss"])
+    result["matching_share_of_a_run"] = REFRESHES * refresh["our_refresh"] / run
+    sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
