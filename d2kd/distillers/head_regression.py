@@ -1,4 +1,4 @@
-"""HeadRegression: the student's box deltas follow the teacher's, the term on heads of the recipes of arXiv 2205.14589."""
+"""HeadRegression: the student's box deltas follow the teacher's, as in the recipes of arXiv 2205.14589."""
 
 from typing import Any, Dict, Sequence
 

@@ -1,4 +1,4 @@
-"""LogitKD: the teacher's soft labels, in the form that the task's classifier asks for (Hinton et al., arXiv 1503.02531)."""
+"""LogitKD: the teacher's soft labels, in the form that the task's classifier asks for."""
 
 from typing import Any, Callable, Dict, Sequence
 
@@ -27,10 +27,10 @@ _FORM_OF = {
 
 @DISTILLERS.register()
 class LogitKD(PredictionDistiller):
-    """Kullback-Leibler divergence from the teacher's class probabilities to the student's.
+    """Divergence of the student's class probabilities from the teacher's (Hinton et al., arXiv 1503.02531).
 
-    Forms: "softmax" over the classes of an image, region or pixel; "sigmoid", independent classes of dense detectors; "spatial", a
-    distribution over positions for every class of a segmentor.
+    Forms: "softmax" over the classes of an image, region or pixel; "sigmoid", independent classes of dense detectors;
+    "spatial", a distribution over positions for every class of a segmentor.
     """
 
     CONFIG_NODE = "LOGIT_KD"
@@ -70,32 +70,36 @@ class LogitKD(PredictionDistiller):
     def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """As in the base class.
 
-        The sigmoid form is divided by the number of objects that the teacher sees, over all levels, as the focal loss is by that of the
-        foreground: a mean over all anchors would vanish among the background.
+        The sigmoid form is divided by the number of objects that the teacher sees, over all levels, as the focal loss
+        is by that of the foreground: a mean over all anchors would vanish among the background.
         """
         losses = super().forward(student, teacher)
         dense = [pair for pair, form in zip(self.pairs, self._forms) if form == "sigmoid"]
         if dense:
-            objects = sum(soft_count(teacher[pair.teacher]) for pair in dense).clamp(min=1)
+            objects = sum(soft_count(_classes(pair, teacher[pair.teacher])) for pair in dense).clamp(min=1)
             losses.update({pair.student: losses[pair.student] / objects for pair in dense})
         return losses
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
-        if self.pairs[level].holds == "region sigmoid logits":
-            # the last column would be the background, which this kind of classifier does not train
-            student, teacher = student[:, :-1], teacher[:, :-1]
+        student, teacher = (_classes(self.pairs[level], x) for x in (student, teacher))
         return _FORMS[self._forms[level]](student, teacher, self.temperature)
 
     @classmethod
     def _form_of(cls, pair: TapPair, form: str) -> str:
         if form == "auto" and pair.holds not in _FORM_OF:
             raise ValueError(
-                f"DISTILL.{cls.CONFIG_NODE}.TAPS names {pair.student!r}, and it is unknown what classifier that is: set "
-                f"DISTILL.{cls.CONFIG_NODE}.FORM to {', '.join(_FORMS)}."
+                f"DISTILL.{cls.CONFIG_NODE}.TAPS names {pair.student!r}, and it is unknown what classifier that is: "
+                f"set DISTILL.{cls.CONFIG_NODE}.FORM to {', '.join(_FORMS)}."
             )
         chosen = _FORM_OF[pair.holds] if form == "auto" else form
         if chosen == "spatial" and (pair.student_shape.is_vector or pair.teacher_shape.is_vector):
             raise AlignmentError(
-                f"DISTILL.{cls.CONFIG_NODE}.FORM is spatial, but {pair.student} or {pair.teacher} gives no map (N, K, H, W)."
+                f"DISTILL.{cls.CONFIG_NODE}.FORM is spatial, but {pair.student} or {pair.teacher} gives no map "
+                "(N, K, H, W)."
             )
         return chosen
+
+
+def _classes(pair: TapPair, logits: Tensor) -> Tensor:
+    """The logits without the background, the last column, where a sigmoid classifier of regions does not train it."""
+    return logits[:, :-1] if pair.holds == "region sigmoid logits" else logits

@@ -1,6 +1,5 @@
 """Divergences between the predictions of two classifiers, softened by a temperature."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,8 +26,8 @@ def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 def spatial_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax_hw(t/T) || softmax_hw(s/T)): each class is a distribution over positions.
 
-    Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021), eq. 4; the mean over images and classes, as the
-    logit term of Yang et al., "Masked Generative Distillation" (2022) takes it in segmentation.
+    Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021), averaged over images and classes
+    as in the segmentation recipes of Yang et al., "Masked Generative Distillation" (2022).
 
     Args:
         student: logits (N, K, H, W).

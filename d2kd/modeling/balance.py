@@ -1,4 +1,4 @@
-"""How strongly each method pulls at the student: its share in the gradient on the shared taps, measured, logged and balanced."""
+"""How strongly each method pulls at the student: its gradient on the shared taps, measured, logged and balanced."""
 
 import math
 from typing import Any, Dict, Mapping, Optional, Sequence
@@ -24,10 +24,11 @@ class BalanceError(ValueError):
 
 
 class GradientBalance:
-    """Measures the gradients of task and methods on tapped features, logs their shares, and scales methods to a ratio to the task's.
+    """Measures gradients on tapped features, logs their shares, and scales methods to a ratio to the task's gradient.
 
-    The norms are those over the features of all processes, so shares and scales are equal on all of them. The features are not
-    parameters: measuring leaves no gradient behind, and a data-parallel wrapper does not see it.
+    The norms are those over the features of all processes, so shares and scales are equal on all of them. The features
+    are not parameters: measuring leaves no gradient behind, and a data-parallel wrapper does not see it. A measurement
+    costs one backward pass for the task and for each method, through what lies behind the features only.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class GradientBalance:
         Args:
             task: the student's own losses.
             methods: losses of each method.
-            features: of the student, any shapes; what depends on them in the graph of the losses is kept for the backward pass.
+            features: of the student, any shapes.
 
         Returns:
             The losses of each method, scaled where there is a ratio.
@@ -128,13 +129,13 @@ class GradientBalance:
         self._measured = bool(self._norms.isfinite().all())
 
     def _measure(self, terms: Sequence[Losses], features: Sequence[Tensor]) -> Tensor:
-        """Gradient norms of the terms on the features, (len(terms),), over all processes; not finite where float16 overflows."""
+        """Gradient norms of the terms, (len(terms),), over all processes; not finite where float16 overflows."""
         # a view may branch off from what the model goes on with; its base never does
         features = [x if x._base is None else x._base for x in features if x.requires_grad]
         if not features:
             raise BalanceError(
-                "DISTILL.BALANCE and DISTILL.LOG_GRADIENT_SHARE need a tapped feature that has a gradient, and all are frozen "
-                "(MODEL.BACKBONE.FREEZE_AT)."
+                "DISTILL.BALANCE and DISTILL.LOG_GRADIENT_SHARE need a tapped feature that has a gradient, and all are "
+                "frozen (MODEL.BACKBONE.FREEZE_AT)."
             )
         device = features[0].device
         self._norms, self._loss_scale = self._norms.to(device), self._loss_scale.to(device)

@@ -22,7 +22,7 @@ class Prediction(NamedTuple):
 
 
 def predictions(model: nn.Module) -> List[Prediction]:
-    """All class logits and box deltas of a model, by its architecture: dense heads, box predictors, segmentation and image classifiers."""
+    """All class logits and box deltas of a model, as far as d2kd knows its architecture."""
     return [*_dense(model), *_regions(model), *_pixels(model), *_images(model)]
 
 

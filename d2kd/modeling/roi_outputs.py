@@ -1,4 +1,4 @@
-"""What a teacher's box head says of the regions that the student sampled, from features that the teacher already has."""
+"""What a teacher's box head says of the regions that the student sampled, from features it already has."""
 
 import contextlib
 from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
@@ -66,7 +66,7 @@ def _pooler(model: nn.Module) -> nn.Module:
 
 
 class SampledRegions:
-    """Reads which regions a model's box head works on: sampled proposals in training, and refined ones in later cascade stages."""
+    """Reads which regions a model's box head works on: sampled proposals, and refined ones in later cascade stages."""
 
     def __init__(self, model: nn.Module) -> None:
         """
@@ -111,7 +111,8 @@ class RegionOutputs:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise TapError(
-                f"The teacher's taps {', '.join(twice)} are compared with several stages of the student's cascade: pair each with one stage."
+                f"The teacher's taps {', '.join(twice)} are compared with several stages of the student's cascade: "
+                "pair each with one stage."
             )
 
     def __call__(self, features: Dict[str, Tensor], regions: Regions) -> Dict[str, Tensor]:
@@ -140,6 +141,6 @@ def student_stage(student: nn.Module, name: str) -> int:
     """
     if not is_region_tap(name) or not stages(student):
         raise TapError(
-            f"Tap {name!r} of the student does not lie in its box head, so a tap in the teacher's has no regions to work on."
+            f"Tap {name!r} of the student does not lie in its box head, so a tap in the teacher's has no regions."
         )
     return _stage_of(student, name)

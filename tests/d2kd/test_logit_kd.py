@@ -101,8 +101,8 @@ def test_no_regions_give_zero_connected_to_the_student(holds):
 def test_background_of_sigmoid_classifiers_does_not_count():
     s, t = torch.randn(5, 4), torch.randn(5, 4)
     method = make("region sigmoid logits", TapShape(4, 0.0))
-    changed = torch.cat([s[:, :3], s[:, 3:] + 5], dim=1)
-    assert method({"x": s}, {"x": t})["x"] == method({"x": changed}, {"x": t})["x"]
+    changed = [torch.cat([x[:, :3], x[:, 3:] + 5], dim=1) for x in (s, t)]
+    assert method({"x": s}, {"x": t})["x"] == method({"x": changed[0]}, {"x": changed[1]})["x"]
 
 
 def test_half_precision_is_computed_in_float32():
