@@ -5,12 +5,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
-from fvcore.common.registry import Registry
 from torch import nn
 
 from d2lite.config import CfgNode, configurable
 from d2lite.layers import ShapeSpec
 from d2lite.structures import Boxes
+from d2lite.utils.registry import Registry
 
 ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
 ANCHOR_GENERATOR_REGISTRY.__doc__ = """

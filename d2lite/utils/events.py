@@ -324,7 +324,8 @@ class CommonMetricPrinter(EventWriter):
             max_iter: iteration at which training ends; None: no time left is shown.
             window_size: of the medians shown.
         """
-        self.logger = logging.getLogger(__name__)
+        # Programs that follow a training catch or filter these lines by the name that they have in Detectron2.
+        self.logger = logging.getLogger("detectron2.utils.events")
         self._max_iter = max_iter
         self._window_size = window_size
         self._last_write: Optional[Tuple[int, float]] = None

@@ -23,11 +23,12 @@ def _note_cuda_oom(failures: List[str]) -> Iterator[None]:
 def retry_if_cuda_oom(func: Callable) -> Callable:
     """
     Make a function cope with little GPU memory: where it runs out, it is called again with PyTorch's cache
-    emptied, and then with its tensor arguments on the CPU.
+    emptied, and then with its arguments on the CPU.
 
     Args:
-        func: a function without side effects. Tensors that are arguments by themselves are moved, those
-            inside of other objects are not. Its results may be on the CPU.
+        func: a function without side effects. Arguments with a `device` and a method `to` are moved (tensors,
+            :class:`Boxes`, :class:`BitMasks`, ...), those inside of other containers are not. Its results may
+            be on the CPU.
 
     Returns:
         The function that retries.
@@ -48,4 +49,6 @@ def retry_if_cuda_oom(func: Callable) -> Callable:
 
 
 def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value
+    device = getattr(value, "device", None)
+    on_gpu = isinstance(device, torch.device) and device.type == "cuda" and hasattr(value, "to")
+    return value.to(device=torch.device("cpu")) if on_gpu else value

@@ -1,11 +1,28 @@
 """Registries of named classes, and the lookup of objects by their dotted path."""
 
+import difflib
 import pydoc
 from typing import Any
 
-from fvcore.common.registry import Registry
+from fvcore.common.registry import Registry as _Registry
 
 __all__ = ["Registry", "locate"]
+
+
+class Registry(_Registry):
+    """Objects by name, as in fvcore; an unknown name is reported with near matches."""
+
+    def get(self, name: str) -> Any:
+        """Return the object registered under `name`. Raises KeyError if there is none."""
+        if name in self:
+            return super().get(name)
+        known = sorted(key for key, _ in self)
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."
+        raise KeyError(
+            f"No object named '{name}' found in '{self._name}' registry! {hint} If Detectron2 or another project "
+            "has it, import the module that registers it, or run with D2KD_RUNTIME=detectron2."
+        )
 
 
 def locate(name: str) -> Any:

@@ -286,6 +286,8 @@ def test_registry_and_locate():
     assert registry.get("Boxes") is Boxes
     with pytest.raises(KeyError, match="THINGS"):
         registry.get("Spheres")
+    with pytest.raises(KeyError, match="Did you mean Boxes"):
+        registry.get("Box")
     assert locate("d2lite.structures.Boxes") is Boxes
     with pytest.raises(ImportError, match="no.such"):
         locate("no.such.Thing")
@@ -322,6 +324,25 @@ def test_retry_on_cuda_oom():
         retry_if_cuda_oom(fails)(3)
     with pytest.raises(ZeroDivisionError):
         retry_if_cuda_oom(lambda: 1 / 0)()
+
+
+def test_retry_moves_everything_that_has_a_device():
+    class OnGpu:
+        def __init__(self, device="cuda"):
+            self.device = torch.device(device)
+
+        def to(self, device):
+            return OnGpu(device)
+
+    calls = []
+
+    def fails(*args, **kwargs):
+        calls.append([x.device.type for x in (*args, *kwargs.values())])
+        if len(calls) <= 2:
+            raise torch.cuda.OutOfMemoryError("full")
+
+    retry_if_cuda_oom(fails)(OnGpu(), Boxes(torch.zeros(1, 4)), other=OnGpu())
+    assert calls == [["cuda", "cpu", "cuda"]] * 2 + [["cpu", "cpu", "cpu"]]
 
 
 def test_picklable_wrapper():

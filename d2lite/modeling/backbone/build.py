@@ -1,10 +1,10 @@
 """Registry and builder of backbones."""
 
 from fvcore.common.config import CfgNode
-from fvcore.common.registry import Registry
 
 from d2lite.layers import ShapeSpec
 from d2lite.modeling.backbone.backbone import Backbone
+from d2lite.utils.registry import Registry
 
 BACKBONE_REGISTRY = Registry("BACKBONE")
 BACKBONE_REGISTRY.__doc__ = "Callables (cfg, input_shape: ShapeSpec) -> Backbone, by MODEL.BACKBONE.NAME."

@@ -1,10 +1,10 @@
 """The registry of whole models, and how one is built from a config."""
 
 import torch
-from fvcore.common.registry import Registry
 from torch import nn
 
 from d2lite.config import CfgNode
+from d2lite.utils.registry import Registry
 
 META_ARCH_REGISTRY = Registry("META_ARCH")
 META_ARCH_REGISTRY.__doc__ = """

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from fvcore.common.registry import Registry
 from fvcore.nn import weight_init
 from torch import nn
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ from d2lite.modeling.meta_arch.build import META_ARCH_REGISTRY
 from d2lite.modeling.meta_arch.inputs import batch_images, output_size, semantic_labels
 from d2lite.modeling.postprocessing import sem_seg_postprocess
 from d2lite.structures import ImageList
+from d2lite.utils.registry import Registry
 
 __all__ = ["SEM_SEG_HEADS_REGISTRY", "SemSegFPNHead", "SemanticSegmentor", "build_sem_seg_head"]
 
