@@ -22,8 +22,8 @@ class EarlyStop(BaseException):
 class BestCheckpoint(HookBase):
     """Keeps the best weights by one metric as `model_best.pth`, and stops the training without a rise.
 
-    All processes see the same metric, so they decide alike. Comes after the hooks that save and evaluate. `model_best.pth` holds
-    weights only: a run is resumed from its last checkpoint, not from its best one.
+    All processes see the same metric, so they decide alike. Comes after the hooks that save and evaluate.
+    `model_best.pth` holds weights only: a run is resumed from its last checkpoint, not from its best one.
     """
 
     def __init__(self, metric: str, patience: int = 0, min_delta: float = 0.0) -> None:
@@ -119,5 +119,7 @@ class BestCheckpoint(HookBase):
         if value is None:
             near = difflib.get_close_matches(self.metric, names, n=3, cutoff=0.5)
             hint = f" Did you mean {' or '.join(near)}?" if near else f" It gives {', '.join(names) or 'nothing'}."
-            raise ConfigError(f"TEST.BEST_CHECKPOINT.METRIC is {self.metric!r}, which the evaluation does not give.{hint}")
+            raise ConfigError(
+                f"TEST.BEST_CHECKPOINT.METRIC is {self.metric!r}, which the evaluation does not give.{hint}"
+            )
         return float(value)

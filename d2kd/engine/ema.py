@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """theta' <- d theta' + (1 - d) theta after every step, as in Polyak and Juditsky (1992) and Tarvainen and Valpola (2017).
+    """theta' <- d theta' + (1 - d) theta after every step (Tarvainen and Valpola, "Mean teachers", 2017, equation 1).
 
     Running statistics are averaged like the weights; what is no floating-point number (counters) is copied.
 

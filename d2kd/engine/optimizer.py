@@ -57,7 +57,7 @@ def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
 
 def _layer_decay(cfg: CfgNode, model: nn.Module) -> Optional[Callable[[str], float]]:
-    """Factor on the learning rate by parameter name (arXiv 2106.08254, appendix); None where `SOLVER.LAYER_DECAY` is off."""
+    """Factor on the learning rate by parameter name (arXiv 2106.08254); None where `SOLVER.LAYER_DECAY` is off."""
     decay = cfg.SOLVER.LAYER_DECAY
     if decay == 1.0:
         return None

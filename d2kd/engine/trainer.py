@@ -198,7 +198,7 @@ class DistillTrainer(DefaultTrainer):
             self.save(name)
 
     def save_best(self, description: Dict[str, Any]) -> None:
-        """Writes the weights that were just evaluated as `model_best.pth`: the student's, or for a metric of it the average's."""
+        """Writes the weights just evaluated as `model_best.pth`: the student's, or for a metric of it the average's."""
         averaged = self.average is not None and description["metric"].partition("/")[0].endswith("_EMA")
         if comm.is_main_process():
             path = os.path.join(self.cfg.OUTPUT_DIR, "model_best.pth")
@@ -304,12 +304,13 @@ def check_test_augmentation(cfg: CfgNode) -> None:
     """
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise ConfigError(
-            f"TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}: set it False."
+            f"TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}: "
+            "set it False."
         )
 
 
 def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, suffix: str) -> Dict[str, Any]:
-    """`trainer.test` of a variant of the student: results are named "<name>_<suffix>", predictions lie in `inference_<suffix>`."""
+    """`trainer.test` of a variant of the student: results are "<name>_<suffix>", predictions in `inference_<suffix>`."""
     logger.info("Evaluating the variant %s", suffix)
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
     evaluators = [trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]

@@ -24,7 +24,7 @@ def check_wandb(cfg: CfgNode) -> None:
 
 
 class WandbWriter(EventWriter):
-    """Logs every new scalar with its iteration. The run starts with the first one; a resumed training continues its run."""
+    """Logs every new scalar with its iteration. A run starts with the first one; a resumed training continues it."""
 
     def __init__(self, cfg: CfgNode, resumed: Callable[[], bool], window_size: int = 20) -> None:
         """

@@ -175,7 +175,8 @@ def test_augmented_evaluation_comes_at_the_end_and_with_eval_only(write_config, 
     assert (tmp_path / "student/inference_TTA/coco_instances_results.json").is_file()
     log = (tmp_path / "student/metrics.json").read_text()
     assert '"bbox_TTA/AP"' in log
-    done = tool("train_net", "--config-file", path, "--eval-only", "MODEL.WEIGHTS", tmp_path / "student/model_final.pth")
+    weights_file = tmp_path / "student/model_final.pth"
+    done = tool("train_net", "--config-file", path, "--eval-only", "MODEL.WEIGHTS", weights_file)
     assert "Evaluating the variant TTA" in done.stdout
     direct = DistillTrainer.test_with_tta(trainer.cfg, trainer.student)["bbox_TTA"]
     written = {k: float("nan") if v is None else v for k, v in result["bbox_TTA"].items()}
