@@ -4,8 +4,8 @@
     python benchmarks/receptive_tokens.py
 
 Forward and backward of one level, weighted and customised. The literal form multiplies both maps with every mask, and
-runs the weighting branch's 3x3 convolution; it is written here as the method is defined. Transient memory is the peak of
-what is allocated on top of the two maps and the student's gradient, which any form needs.
+runs the weighting branch's 3x3 convolution; it is written here as the method is defined. Transient memory is the peak
+of what is allocated on top of the two maps and the student's gradient, which any form needs.
 """
 
 import argparse
