@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from d2kd.distillers import Distiller
+
 from .checkpoint import load_running_normalizers, running_normalizers
 
 
@@ -110,7 +112,9 @@ class TrainStep(SimpleTrainer):
             storage.put_scalar("data_time", data_time)
             storage.put_scalar("total_loss", sum(numbers.values()))
             distilled = [value for name, value in numbers.items() if name.startswith("distill/")]
-            if distilled:  # the console shows names with "loss" in them: one for all levels, the rest is in metrics.json
+            if (
+                distilled
+            ):  # the console shows names with "loss" in them: one for all levels, the rest is in metrics.json
                 storage.put_scalar("distill_loss", sum(distilled))
             if len(numbers) > 1:
                 storage.put_scalars(**numbers)
@@ -139,14 +143,22 @@ class TrainStep(SimpleTrainer):
 
 
 class RunningStatistics:
-    """Copies of batch-norm statistics and running loss normalisers, so that a failed forward pass can be undone."""
+    """Copies of all that a forward pass changes, so that a failed one can be undone.
+
+    These are batch-norm statistics, running loss normalisers, and the distillers' buffers and positions.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
         self._model = model
-        self._live = [b for m in norms for b in m.buffers(recurse=False)]
+        self._distillers = [m for m in model.modules() if isinstance(m, Distiller)]
+        changing = [b for m in norms for b in m.buffers(recurse=False)] + [
+            b for m in self._distillers for b in m.buffers()
+        ]
+        self._live = list({id(b): b for b in changing}.values())
         self._copies = [b.clone() for b in self._live]
         self._normalizers: Dict[str, Any] = {}
+        self._positions: List[Any] = []
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -154,6 +166,7 @@ class RunningStatistics:
         if self._live:
             torch._foreach_copy_(self._copies, self._live)
         self._normalizers = running_normalizers(self._model)
+        self._positions = [m.get_extra_state() if _has_position(m) else None for m in self._distillers]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -161,3 +174,10 @@ class RunningStatistics:
         if self._live:
             torch._foreach_copy_(self._live, self._copies)
         load_running_normalizers(self._model, self._normalizers)
+        for distiller, position in zip(self._distillers, self._positions):
+            if position is not None:
+                distiller.set_extra_state(position)
+
+
+def _has_position(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state

@@ -10,9 +10,11 @@ from detectron2.utils.events import EventStorage
 from models import batch, config, model, write_teacher
 from test_training import run, same, weights
 
+from d2kd.data.datasets import register_datasets
 from d2kd.distillers import ChannelMatching, NormAffine, TapPair, channel_matching
 from d2kd.distillers.channel_matching import build_adapter, owners
 from d2kd.distillers.matching_schedule import PRESETS, MatchingSchedule
+from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
 from d2kd.engine.checkpoint import CheckpointError
 from d2kd.layers import AlignmentError, TapShape
 from d2kd.layers.assignment import AssignmentError
@@ -429,6 +431,26 @@ def test_interrupted_and_resumed_is_bit_equal(write_config, teacher, tmp_path, t
     extra = "ChannelMatching._extra_state"
     assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same(a["distillers"], b["distillers"])
     assert whole.distilled.distillers["ChannelMatching"].batches == 6
+
+
+def test_a_failed_step_leaves_no_trace(write_config, teacher, tmp_path):
+    path = write_config(**MATCHING, DATASETS__TEST=[], **teacher)
+    cfg = load_config(str(path))
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    distiller = trainer.distilled.distillers["ChannelMatching"]
+    plain = distiller.level_loss
+    distiller.level_loss = lambda level, s, t: plain(level, s, t) * (float("nan") if trainer.iter == 4 else 1.0)
+    with pytest.raises(NonFiniteLossError, match="iteration 4"):
+        trainer.train()
+    run(path, resume=True)
+    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "student")
+    assert same(a["model"], b["model"])
+    extra = "ChannelMatching._extra_state"
+    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same(a["distillers"], b["distillers"])
 
 
 def test_assignments_of_another_teacher_are_an_error(write_config, teacher, tmp_path):
