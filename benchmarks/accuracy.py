@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""Accuracy of every method on PhotoDigits: many runs of tools/train_net.py, and a table for docs/benchmarks.md.
+
+    python benchmarks/accuracy.py --length short --seeds 1 2 3 --jobs 2
+    python benchmarks/accuracy.py --length long --seeds 1 --only baseline inherit FeatureMimic
+
+Teacher and baseline are shared by all methods. What is finished is not repeated, so the program can be stopped and started, and
+seeds or methods added later. The table is made of all finished runs.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
+from detectron2.utils.logger import setup_logger
+
+logger = logging.getLogger("d2kd.benchmarks.accuracy")
+
+CONFIGS = "configs/PhotoDigits"
+DOCUMENT = Path("docs/benchmarks.md")
+
+
+class Length(NamedTuple):
+    """How long teacher and students are trained, in iterations."""
+
+    teacher: int
+    student: int
+
+
+LENGTHS = {"short": Length(1000, 700), "long": Length(6000, 4000)}
+
+FEATURES = ["DISTILL.METHODS", "['FeatureMimic']"]
+MASKED = ["DISTILL.METHODS", "['MaskedGenerative']"]
+
+
+class Entry(NamedTuple):
+    """A row of the table: its configuration and options, and whether it distils."""
+
+    config: str
+    options: List[Any] = []
+    distils: bool = True
+    ablation: bool = False
+
+
+ENTRIES: Dict[str, Entry] = {
+    "baseline": Entry("retinanet_student", distils=False),
+    "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
+    "FeatureMimic": Entry("retinanet_student", FEATURES),
+    "MaskedGenerative": Entry("retinanet_student", MASKED),
+    "ReceptiveTokens": Entry("retinanet_student_ReceptiveTokens"),
+    "ChannelMatching": Entry("retinanet_student_ChannelMatching"),
+    "LogitKD": Entry("retinanet_student_LogitKD"),
+    "FeatureMimic + LogitKD": Entry("retinanet_student_LogitKD", ["DISTILL.METHODS", "['FeatureMimic', 'LogitKD']"]),
+    "combined, balanced": Entry("retinanet_student_combined"),
+    "FeatureMimic, not inherited": Entry("retinanet_student", [*FEATURES, "DISTILL.INHERIT.ENABLED", False], ablation=True),
+    "FeatureMimic, weight halved": Entry("retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True),
+    "FeatureMimic, weight doubled": Entry("retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True),
+    "FeatureMimic, all five levels": Entry(
+        "retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True
+    ),
+    "MaskedGenerative, mask ratio 0": Entry(
+        "retinanet_student", [*MASKED, "DISTILL.MASKED_GENERATIVE.MASK_RATIO", 0.0], ablation=True
+    ),
+    "MaskedGenerative, loss of the paper": Entry(
+        "retinanet_student",
+        [*MASKED, "DISTILL.MASKED_GENERATIVE.NORMALIZE", "none", "DISTILL.MASKED_GENERATIVE.REDUCTION", "paper"]
+        + ["DISTILL.MASKED_GENERATIVE.WEIGHT", 2.0e-5],
+        ablation=True,
+    ),
+}
+
+
+class Bench:
+    """The runs of one length, in one directory."""
+
+    def __init__(self, length: str, output: Path, threads: int, options: List[str]) -> None:
+        self.length = LENGTHS[length]
+        self.root = output / length
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        self.options = options
+
+    def run(self, name: str, command: List[Any]) -> Optional[Dict[str, Any]]:
+        """Runs a tool with `name` as its output directory unless it is finished; returns result.json's content."""
+        directory = self.root / name
+        result = directory / "result.json"
+        if not result.is_file():
+            directory.mkdir(parents=True, exist_ok=True)
+            logger.info("start %s", directory)
+            line = [sys.executable, *map(str, command), *self.options, "OUTPUT_DIR", str(directory)]
+            with open(directory / "console.txt", "a", encoding="utf-8") as console:
+                subprocess.run(line, env=self.environment, stdout=console, stderr=subprocess.STDOUT)
+        if not result.is_file():
+            logger.error("%s failed: see %s", name, directory / "console.txt")
+            return None
+        content = json.loads(result.read_text())
+        logger.info("%s: %.1f AP", directory, content["metrics"]["bbox"]["AP"])
+        return content
+
+    def teacher(self) -> Optional[Dict[str, Any]]:
+        """Trains the teacher."""
+        config = f"{CONFIGS}/retinanet_teacher.yaml"
+        steps = ["SOLVER.MAX_ITER", self.length.teacher, "TEST.EVAL_PERIOD", 0]
+        return self.run("teacher", ["tools/train_net.py", "--resume", "--config-file", config, *steps])
+
+    def tokens(self) -> Path:
+        """Learns the teacher's tokens; returns their file."""
+        target = self.root / "tokens"
+        if not (target / "tokens.pth").is_file():
+            config = f"{CONFIGS}/retinanet_teacher_tokens.yaml"
+            options = ["MODEL.WEIGHTS", self.root / "teacher/model_final.pth", "OUTPUT_DIR", target]
+            line = [sys.executable, "tools/learn_tokens.py", "--resume", "--config-file", config, *options, *self.options]
+            subprocess.run([str(x) for x in line], env=self.environment, check=True, stdout=subprocess.DEVNULL)
+        return target / "tokens.pth"
+
+    def student(self, name: str, seed: int) -> Optional[Dict[str, Any]]:
+        """Trains one student."""
+        entry = ENTRIES[name]
+        command: List[Any] = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/{entry.config}.yaml"]
+        options = ["SEED", seed, "SOLVER.MAX_ITER", self.length.student, "TEST.EVAL_PERIOD", 0, *entry.options]
+        if entry.distils:
+            command += ["--teacher-config", f"{CONFIGS}/retinanet_teacher.yaml"]
+            command += ["--teacher-weights", self.root / "teacher/model_final.pth"]
+            options += ["DISTILL.TEACHER.EVAL_FIRST", False]
+        if name == "ReceptiveTokens":
+            options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.root / "tokens/tokens.pth"]
+        return self.run(f"{slug(name)}/seed{seed}", [*command, *options])
+
+    def finished(self, name: str) -> List[float]:
+        """AP of every finished seed of a row."""
+        paths = sorted((self.root / slug(name)).glob("seed*/result.json"))
+        return [json.loads(path.read_text())["metrics"]["bbox"]["AP"] for path in paths]
+
+
+def slug(name: str) -> str:
+    """A row's name as a directory's name."""
+    return name.replace(" ", "_").replace(",", "").replace("+", "and")
+
+
+def table(bench: Bench) -> str:
+    """Markdown table of all finished runs."""
+    teacher = json.loads((bench.root / "teacher/result.json").read_text())["metrics"]["bbox"]["AP"]
+    base = bench.finished("baseline")
+    lines = [
+        f"Teacher: {teacher:.1f} AP after {bench.length.teacher:,} iterations of 16; students: {bench.length.student:,} iterations of 8.",
+        "",
+        "| run | seeds | AP (mean) | lowest to highest | over baseline | gap closure |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in ENTRIES:
+        scores = bench.finished(name)
+        if not scores:
+            continue
+        mean = statistics.mean(scores)
+        gain = mean - statistics.mean(base) if base else float("nan")
+        gap = teacher - statistics.mean(base) if base else float("nan")
+        closure = f"{100 * gain / gap:.0f} %" if gap > 0 and name != "baseline" else "-"
+        spread = f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else "one seed"
+        lines.append(f"| {name} | {len(scores)} | {mean:.1f} | {spread} | {gain:+.1f} | {closure} |")
+    return "\n".join(lines)
+
+
+def insert(text: str, marker: str) -> None:
+    """Puts the table between `<!-- marker -->` and `<!-- /marker -->` of docs/benchmarks.md."""
+    document = DOCUMENT.read_text(encoding="utf-8")
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    head, _, rest = document.partition(begin)
+    _, _, tail = rest.partition(end)
+    temporary = DOCUMENT.with_suffix(".tmp")
+    temporary.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+    temporary.replace(DOCUMENT)
+
+
+def main() -> None:
+    """Runs what is missing, then writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", choices=LENGTHS, default="short")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="ROW", help="rows to run")
+    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads a run")
+    parser.add_argument("--output", type=Path, default=Path("output/accuracy"))
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
+    args = parser.parse_args()
+    setup_logger(name="d2kd")
+    subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
+    bench = Bench(args.length, args.output, args.threads, args.opts)
+    names = [n for n in args.only if not (args.no_ablations and ENTRIES[n].ablation)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        alone = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if not ENTRIES[n].distils]
+        if bench.teacher() is None:
+            sys.exit(1)
+        if "ReceptiveTokens" in names:
+            bench.tokens()
+        rest = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if ENTRIES[n].distils]
+        failed = sum(job.result() is None for job in [*alone, *rest])
+    text = table(bench)
+    logger.info("\n%s", text)
+    if DOCUMENT.is_file():
+        insert(text, f"accuracy {args.length}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
