@@ -83,7 +83,7 @@ def _add_masked_generative(cfg: CN) -> None:
 
 
 def _add_receptive_tokens(cfg: CN) -> None:
-    # REDUCTION: paper divides by the sum of each mask | mean by that of its square, which makes the loss a weighted mean.
+    # REDUCTION: paper divides by the sum of each mask | mean also scales the weights of an image's positions to the sum 1.
     node = _add_feature_method(cfg, "RECEPTIVE_TOKENS", weight=4.0, normalize="standardize", reduction="mean")
     # The tokens of the teacher, as tools/learn_tokens.py writes them.
     node.FILE = ""
@@ -109,6 +109,7 @@ def _add_receptive_tokens(cfg: CN) -> None:
     node.LEARN.ITERATIONS = 2000
     # Adam | AdamW | SGD
     node.LEARN.OPTIMIZER = "Adam"
+    # The published rate; too high where features are large (masks that are 0 or 1 all over, see OUTPUT_DIR/masks).
     node.LEARN.BASE_LR = 0.01
     node.LEARN.WEIGHT_DECAY = 0.001
     # Iterations between checkpoints, and between pictures of the masks over the first PICTURES images.

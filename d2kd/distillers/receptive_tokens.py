@@ -53,7 +53,7 @@ class ReceptiveTokens(Distiller):
             align: "auto": a 1x1 convolution where channels differ; "conv": everywhere, as the official code has it.
             normalize: "none" or "standardize" (both maps, channel by channel). Masks are taken on the teacher's own
                 scale: for them the standardised student is brought to the teacher's mean and deviation.
-            reduction: "paper"; or "mean": the denominator is the sum of m^2, which makes the loss a weighted mean.
+            reduction: "paper"; or "mean": the weights of an image's positions are scaled to the sum 1.
             eps: added to the denominator.
             teacher_checksum: of the weights that the tokens were learned on; None checks nothing.
 

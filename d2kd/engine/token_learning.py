@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _LAST_LR = 1e-6
 #: Steps over which the Dice overlap that a token file tells is the median.
 _DICE_WINDOW = 20
+#: A mask that varies by less over an image says nothing about places.
+_FLAT = 0.1
 
 
 def learning_config(cfg: CfgNode) -> CfgNode:
@@ -107,7 +109,8 @@ class TokenTrainer(DistillTrainer):
         ]
         if comm.is_main_process():
             node = self.cfg.DISTILL.RECEPTIVE_TOKENS.LEARN
-            ret.append(MaskPictures(self.cfg, node.PERIOD, self.data_loader.dicts[: node.PICTURES]))
+            self._pictures = MaskPictures(self.cfg, node.PERIOD, self.data_loader.dicts[: node.PICTURES])
+            ret.append(self._pictures)
             ret.append(hooks.CallbackHook(after_train=lambda _: self._write_tokens()))
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
@@ -139,7 +142,15 @@ class TokenTrainer(DistillTrainer):
         overlaps = {n: float(self.storage.history(f"loss_dice/{n}").median(_DICE_WINDOW)) for n in self.learner.taps}
         self.learner.learned(overlaps, self.max_iter).save(self.token_file)
         for name, overlap in overlaps.items():
-            logger.info("Dice overlap of the tokens of %s: %.3f", name, overlap)
+            logger.info("Tokens of %s: Dice overlap %.3f", name, overlap)
+        flat = self._pictures.flat_taps()
+        if flat:
+            logger.warning(
+                "Most masks of %s are the same all over an image, see %s. A lower "
+                "DISTILL.RECEPTIVE_TOKENS.LEARN.BASE_LR, or LEARN.WEIGHTING False, may help.",
+                ", ".join(flat),
+                self._pictures.directory,
+            )
         logger.info("Wrote %s: the DISTILL.RECEPTIVE_TOKENS.FILE of students of this teacher", self.token_file)
 
 
@@ -165,6 +176,7 @@ class MaskPictures(HookBase):
         self.directory = os.path.join(cfg.OUTPUT_DIR, "masks")
         self.image_format = cfg.INPUT.FORMAT
         self.dicts = dicts
+        self._range: Dict[str, np.ndarray] = {}
         self.mapper = DatasetMapper(cfg, is_train=False)
 
     def after_step(self) -> None:
@@ -180,6 +192,7 @@ class MaskPictures(HookBase):
         import cv2
 
         os.makedirs(self.directory, exist_ok=True)
+        self._range.clear()
         for number, record in enumerate(self.dicts):
             data = self.mapper(dict(record))
             picture = mask_picture(_bgr(data["image"], self.image_format), self._rows(data))
@@ -191,10 +204,16 @@ class MaskPictures(HookBase):
 
     def _rows(self, data: Dict[str, Any]) -> Dict[str, MaskRow]:
         inputs = [{key: data[key] for key in ("image", "height", "width")}]
-        return {
-            tap: MaskRow(seen.masks[0].cpu().numpy(), seen.gate[0].cpu().numpy(), seen.stride)
-            for tap, seen in self.trainer.learner.look(inputs).items()
-        }
+        rows = {}
+        for tap, seen in self.trainer.learner.look(inputs).items():
+            row = rows[tap] = MaskRow(seen.masks[0].cpu().numpy(), seen.gate[0].cpu().numpy(), seen.stride)
+            if row.gate.size > 1:
+                self._range[tap] = np.maximum(self._range.get(tap, 0.0), np.ptp(row.masks, axis=(1, 2)))
+        return rows
+
+    def flat_taps(self) -> List[str]:
+        """Taps (of more than one cell) of which most masks varied by less than 0.1 in every image, when last drawn."""
+        return [tap for tap, ranges in self._range.items() if (ranges < _FLAT).mean() > 0.5]
 
 
 def _bgr(image: torch.Tensor, image_format: str) -> np.ndarray:

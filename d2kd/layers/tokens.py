@@ -110,16 +110,18 @@ def mask_weights(masks: Tensor, weights: Tensor, eps: float, mean: bool = False)
         masks: (N, T, H, W).
         weights: (N, T) of the tokens.
         eps: keeps masks that are zero everywhere from giving NaN.
-        mean: divide by the sum of m^2 instead, so that the weights of an image have the sum 1.
+        mean: scale the weights of each image to the sum 1, which makes the masked distance a weighted mean.
 
     Returns:
         (N, H, W).
     """
     flat = masks.flatten(2)
     squares = flat.square()
-    totals = (squares if mean else flat).sum(2) + eps
     with torch.autocast(masks.device.type, enabled=False):
-        return torch.bmm((weights / totals)[:, None], squares).view(masks.shape[0], *masks.shape[2:])
+        of_positions = torch.bmm((weights / (flat.sum(2) + eps))[:, None], squares)
+    if mean:
+        of_positions = of_positions / (of_positions.sum(2, keepdim=True) + eps)
+    return of_positions.view(masks.shape[0], *masks.shape[2:])
 
 
 def weighted_error(student: Tensor, teacher: Tensor, position_weights: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from models import FASTER_RCNN, batch, config, model
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import TokenFile
 from d2kd.distillers.token_file import weights_checksum
-from d2kd.engine import CheckpointError, ConfigError, TokenTrainer, load_config
+from d2kd.engine import CheckpointError, ConfigError, TokenTrainer, load_config, token_learning
 from d2kd.modeling import FeatureTaps, TapError, TeacherError, TokenLearner
 from d2kd.visualization.tokens import MaskRow, mask_picture
 
@@ -139,6 +139,16 @@ def test_vectors_cannot_be_masked():
         learner(model(config(FASTER_RCNN)), taps=["roi_heads.box_head"])
 
 
+def test_mixed_precision_keeps_masks_and_dice_in_float32():
+    learning = learner(num_tokens=2)
+    with EventStorage(), torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = learning(batch())
+        seen = learning.look(batch())
+    assert all(losses[f"loss_dice/{n}"].dtype == torch.float32 and seen[n].masks.dtype == torch.float32 for n in LEVELS)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in learning.parameters())
+
+
 # --- whole runs ---
 
 
@@ -235,6 +245,19 @@ def test_tokens_are_used_by_a_student(teacher_yaml, write_config, tmp_path):
     state = torch.load(tmp_path / "student/model_final.pth", weights_only=True)
     assert state["distillers"]["ReceptiveTokens._extra_state"]["calls"] == 1
     assert not any("tokens" in key for key in state["model"])
+
+
+def test_masks_that_are_the_same_all_over_are_told(teacher_yaml, monkeypatch):
+    told = []
+    monkeypatch.setattr(token_learning.logger, "warning", lambda message, *args: told.append(message % args))
+    trainer = run(teacher_yaml, DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
+    for size, flat in ((0.0, True), (1e4, False)):
+        for level in trainer.learner.levels:
+            level.tokens.data.normal_(std=size) if size else level.tokens.data.zero_()
+        told.clear()
+        trainer._pictures.draw("test")
+        trainer._write_tokens()
+        assert any("Most masks of p3, p4, p5 are" in message for message in told) == flat  # the others are one cell
 
 
 def test_wrong_input(teacher_yaml, tmp_path):

@@ -235,7 +235,10 @@ def test_masks_that_are_zero_everywhere_give_zero_not_nan():
 
 def test_mean_weights_of_an_image_have_sum_one():
     masks, weights = torch.rand(2, 3, 4, 5), torch.rand(2, 3).softmax(1)
-    assert torch.allclose(mask_weights(masks, weights, 0.0, mean=True).sum((1, 2)), torch.ones(2))
+    plain, mean = (mask_weights(masks, weights, 1e-12, mean=m) for m in (False, True))
+    assert torch.allclose(mean.sum((1, 2)), torch.ones(2))
+    assert torch.allclose(mean, plain / plain.sum((1, 2), keepdim=True))
+    assert not mask_weights(torch.zeros(1, 2, 3, 3), torch.ones(1, 2), 1e-12, mean=True).any()
 
 
 # --- the method ---
