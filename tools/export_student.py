@@ -19,8 +19,13 @@ from d2kd.modeling import load_strictly
 logger = logging.getLogger("d2kd.tools.export_student")
 
 
-def export(source: str, target: str) -> int:
+def export(source: str, target: str, average: bool = False) -> int:
     """Writes `target`; returns the number of tensors in it.
+
+    Args:
+        source: a checkpoint of a training run.
+        target: the file to write.
+        average: take the moving average of the weights (SOLVER.EMA) instead of the weights.
 
     Raises:
         CheckpointError: `source` cannot be read, or holds no model.
@@ -31,6 +36,10 @@ def export(source: str, target: str) -> int:
         raise CheckpointError(f"{source} cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{source} holds no 'model': it is not a training checkpoint.")
+    if average:
+        if "ema" not in content:
+            raise CheckpointError(f"{source} holds no 'ema': its run did not set SOLVER.EMA.ENABLED.")
+        content = content["ema"]
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     torch.save({"model": content["model"]}, f"{target}.tmp")
     os.replace(f"{target}.tmp", target)
@@ -40,7 +49,7 @@ def export(source: str, target: str) -> int:
 def main(args: argparse.Namespace) -> None:
     """Exports, and checks the result against a configuration where one is given."""
     setup_logger(name="d2kd")
-    count = export(args.source, args.target)
+    count = export(args.source, args.target, args.ema)
     logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
     if args.config_file:
         cfg = load_config(args.config_file, args.opts)
@@ -52,7 +61,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="checkpoint of a training run, of any iteration")
     parser.add_argument("target", help="file to write")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (SOLVER.EMA)")
     parser.add_argument("--config-file", default="", help="student's YAML: check that every key fits it")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes to the YAML: KEY VALUE ...")
-    arguments = parser.parse_args()
+    parser.add_argument("opts", nargs="*", help="changes to the YAML: KEY VALUE ...")
+    arguments = parser.parse_intermixed_args()
     run_tool(lambda: main(arguments))

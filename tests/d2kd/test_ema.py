@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tool
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from test_training import run, same, weights
@@ -94,6 +95,18 @@ def test_the_average_follows_every_step_of_a_run_and_does_not_change_it(write_co
         live.load_state_dict(weights(tmp_path / "averaged", name)["model"])
         average.update()
     assert same(average.model.state_dict(), trainer.average.model.state_dict())
+
+
+def test_the_average_of_any_checkpoint_is_exported(write_config, tmp_path):
+    path = write_config(**EMA)
+    run(path)
+    source, target = tmp_path / "student/model_0000002.pth", tmp_path / "average.pth"
+    tool("export_student", source, target, "--ema", "--config-file", path)
+    expected = weights(tmp_path / "student", "model_0000002")["ema"]["model"]
+    assert same(torch.load(target, weights_only=True)["model"], expected)
+    run(write_config("plain"))
+    done = tool("export_student", tmp_path / "plain/model_final.pth", target, "--ema", check=False)
+    assert done.returncode == 2 and "SOLVER.EMA.ENABLED" in done.stdout
 
 
 def test_resumed_average_is_bit_equal(write_config, teacher, tmp_path):
