@@ -14,7 +14,8 @@ _HOW = "d2lite does not have it; Detectron2 does: install Detectron2 and set D2K
 LEFT_OUT_NAMES = {
     "rotated boxes": (
         "RotatedBoxes", "RotatedAnchorGenerator", "RotatedFastRCNNOutputLayers", "Box2BoxTransformRotated", "RRPN",
-        "RROIHeads", "ROIAlignRotated", "nms_rotated", "batched_nms_rotated", "pairwise_iou_rotated", "RotatedCOCOEvaluator",
+        "RROIHeads", "ROIAlignRotated", "nms_rotated", "batched_nms_rotated", "pairwise_iou_rotated",
+        "RotatedCOCOEvaluator",
     ),
     "key points": ("Keypoints", "heatmaps_to_keypoints", "KRCNNConvDeconvUpsampleHead", "build_keypoint_head"),
     "lazy configs": ("LazyConfig", "LazyCall", "instantiate"),
@@ -51,7 +52,13 @@ class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(fullname, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        module = importlib.import_module("d2lite" + spec.name[len(self.alias):])
+        try:
+            module = importlib.import_module("d2lite" + spec.name[len(self.alias):])
+        except ModuleNotFoundError as e:
+            # Callers compare the name with the one that they asked for.
+            if (e.name or "").split(".")[0] == "d2lite":
+                raise ModuleNotFoundError(e.msg, name=self.alias + e.name[len("d2lite"):]) from None
+            raise
         spec.loader_state = module.__spec__
         return module
 

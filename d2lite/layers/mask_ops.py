@@ -6,7 +6,6 @@ from torch import Tensor
 _MAX_CHUNK_BYTES = 2**29
 
 
-@torch.no_grad()
 def paste_masks_in_image(
     masks: Tensor, boxes: Tensor, image_shape: tuple[int, int], threshold: float = 0.5
 ) -> Tensor:
@@ -21,14 +20,15 @@ def paste_masks_in_image(
     Returns:
         (N, height, width), bool; or uint8 with values 0..255 if `threshold` is negative or N is 0.
     """
-    assert masks.shape[-1] == masks.shape[-2], f"masks must be square, got {tuple(masks.shape)}"
-    boxes = boxes if isinstance(boxes, Tensor) else boxes.tensor
+    assert masks.shape[-1] == masks.shape[-2], f"masks must be square, got {list(masks.shape)}"
+    if not isinstance(boxes, Tensor):
+        boxes = boxes.tensor
     assert len(boxes) == len(masks), f"{len(masks)} masks but {len(boxes)} boxes"
-    height, width = (int(n) for n in image_shape)
+    height, width = int(image_shape[0]), int(image_shape[1])
     if len(masks) == 0:
         return masks.new_empty((0, height, width), dtype=torch.uint8)
 
-    masks = masks.float()
+    masks, boxes = masks.detach().float(), boxes.detach()
     rows = _interpolation_weights(boxes[:, 1], boxes[:, 3], height, masks.shape[-1])
     columns = _interpolation_weights(boxes[:, 0], boxes[:, 2], width, masks.shape[-1])
     if masks.device.type == "cpu":
@@ -59,11 +59,13 @@ def _pixel_range(lo: Tensor, hi: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return (lo.floor() - 1).clamp(0, length), (hi.ceil() + 1).clamp(0, length)
 
 
-def _paste_chunks(masks: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
+def _paste_chunks(
+    masks: Tensor, rows: Tensor, columns: Tensor, threshold: float, max_bytes: int = _MAX_CHUNK_BYTES
+) -> Tensor:
     """Paste all masks at once, or as many at a time as bounded memory allows."""
     bytes_per_mask = rows.shape[1] * columns.shape[1] * masks.element_size()
-    n = max(1, _MAX_CHUNK_BYTES // max(1, bytes_per_mask))
-    chunks = zip(masks.split(n), rows.split(n), columns.split(n), strict=True)
+    n = max(1, max_bytes // max(1, bytes_per_mask))
+    chunks = zip(masks.split(n), rows.split(n), columns.split(n))
     return torch.cat([_finish(r @ m @ c.mT, threshold) for m, r, c in chunks])
 
 
@@ -74,7 +76,7 @@ def _paste_regions(masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, 
     image = torch.zeros((len(masks), height, width), dtype=dtype)
     y0, y1 = _pixel_range(boxes[:, 1].float(), boxes[:, 3].float(), height)
     x0, x1 = _pixel_range(boxes[:, 0].float(), boxes[:, 2].float(), width)
-    regions = torch.stack((y0, y1, x0, x1), dim=1).nan_to_num_().int().tolist()
+    regions: list[list[int]] = torch.stack((y0, y1, x0, x1), dim=1).nan_to_num_().long().tolist()
     for i, (top, bottom, left, right) in enumerate(regions):
         values = rows[i, top:bottom] @ masks[i] @ columns[i, left:right].T
         image[i, top:bottom, left:right] = _finish(values, threshold)

@@ -30,7 +30,7 @@ class ROIAlign(nn.Module):
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """Pool (N, C, H, W) at `rois` (R, 5), rows of batch index and XYXY, into (R, C, *output_size)."""
-        assert rois.dim() == 2 and rois.shape[1] == 5, f"rois must have shape (R, 5), got {tuple(rois.shape)}"
+        assert rois.dim() == 2 and rois.shape[1] == 5, f"rois must have shape (R, 5), got {list(rois.shape)}"
         return roi_align(
             input,
             rois.to(dtype=input.dtype),

@@ -71,7 +71,8 @@ class DefaultAnchorGenerator(nn.Module):
         self.cell_anchors = BufferList(
             self.generate_cell_anchors(s, a).float() for s, a in zip(sizes, aspect_ratios)
         )
-        self._cache: OrderedDict[tuple, list[tuple[torch.Tensor, int]]] = OrderedDict()
+        # The keys are strings because TorchScript refuses a module with a dict of other keys.
+        self._cache: OrderedDict[str, list[tuple[torch.Tensor, int]]] = OrderedDict()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
@@ -83,11 +84,13 @@ class DefaultAnchorGenerator(nn.Module):
         }
 
     @property
+    @torch.jit.unused
     def num_anchors(self) -> list[int]:
         """Anchors per location, for each level (same as `num_cell_anchors`)."""
         return self.num_cell_anchors
 
     @property
+    @torch.jit.unused
     def num_cell_anchors(self) -> list[int]:
         """Anchors per location, for each level."""
         return [len(anchors) for anchors in self.cell_anchors]
@@ -121,12 +124,18 @@ class DefaultAnchorGenerator(nn.Module):
             One :class:`Boxes` of Hi * Wi * num_anchors[i] anchors per level, ordered by row, column, anchor.
             They are shared between calls: do not change them in place.
         """
-        grid_sizes = [tuple(int(x) for x in feature.shape[-2:]) for feature in features]
-        return [Boxes(x) for x in self._grid_anchors(grid_sizes)]
+        grid_sizes = [(int(feature.shape[-2]), int(feature.shape[-1])) for feature in features]
+        if not torch.jit.is_scripting():
+            return [Boxes(x) for x in self._grid_anchors(grid_sizes)]
+        anchors: list[Boxes] = []
+        for i, (_, cell) in enumerate(self.cell_anchors.named_buffers()):
+            anchors.append(Boxes(_shifted(cell, grid_sizes[i], self.strides[i], self.offset)))
+        return anchors
 
+    @torch.jit.unused
     def _grid_anchors(self, grid_sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
         cells = list(self.cell_anchors)
-        key = (tuple(grid_sizes), cells[0].device, cells[0].dtype)
+        key = f"{grid_sizes} {cells[0].device} {cells[0].dtype}"
         entry = self._cache.get(key)
         if entry is None or any(x._version != version for x, version in entry):
             # Made under inference mode they could not take part in a later training step.

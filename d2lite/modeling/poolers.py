@@ -65,8 +65,9 @@ class ROIPooler(nn.Module):
             (M, C, output_size[0], output_size[1]), the M boxes in the order of the images. In the autograd
             graph it depends on every map of `x`, even if no box falls on it or there is no box at all.
         """
-        if len(x) != len(self.level_poolers):
-            raise ValueError(f"ROIPooler got {len(x)} feature maps for its {len(self.level_poolers)} scales")
+        num_levels = len(self.level_poolers)
+        if len(x) != num_levels:
+            raise ValueError(f"ROIPooler got {len(x)} feature maps for its {num_levels} scales")
         if len(box_lists) != x[0].size(0):
             raise ValueError(
                 f"ROIPooler got boxes of {len(box_lists)} images for features of {x[0].size(0)} images"
@@ -80,8 +81,11 @@ class ROIPooler(nn.Module):
         ).to(rois.device)
         # Sorting by level waits for the device once, for the counts, instead of once per level.
         order = torch.argsort(levels, stable=True)
-        counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0).tolist()
-        pooled = [pool(f, r) for pool, f, r in zip(self.level_poolers, x, rois[order].split(counts))]
+        counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0)
+        parts = rois[order].split(_sizes(counts))
+        pooled: List[torch.Tensor] = []
+        for i, pool in enumerate(self.level_poolers):
+            pooled.append(pool(x[i], parts[i]))
         return torch.cat(pooled).index_select(0, torch.argsort(order))
 
 
@@ -97,7 +101,7 @@ def assign_boxes_to_levels(
     Returns:
         (M,) int64, 0 for ``min_level`` and ``max_level - min_level`` for the coarsest.
     """
-    if not box_lists:
+    if len(box_lists) == 0:
         return torch.zeros(0, dtype=torch.int64)
     sizes = torch.cat([boxes.area() for boxes in box_lists]).sqrt()
     # the small term keeps the logarithm finite for boxes without area
@@ -107,11 +111,21 @@ def assign_boxes_to_levels(
 
 def convert_boxes_to_pooler_format(box_lists: List[Boxes]) -> torch.Tensor:
     """Boxes of N images as one (M, 5) tensor: index of the image in the batch, then XYXY in pixels."""
-    if not box_lists:
+    if len(box_lists) == 0:
         return torch.zeros(0, 5)
-    boxes = torch.cat([boxes.tensor for boxes in box_lists])
-    index = torch.cat([boxes.tensor.new_full((len(boxes), 1), i) for i, boxes in enumerate(box_lists)])
-    return torch.cat([index, boxes], dim=1)
+    rois: List[torch.Tensor] = []
+    for i, boxes in enumerate(box_lists):
+        index = torch.full_like(boxes.tensor[:, :1], float(i))
+        rois.append(torch.cat([index, boxes.tensor], dim=1))
+    return torch.cat(rois)
+
+
+def _sizes(counts: torch.Tensor) -> List[int]:
+    """Read integers from the device; a trace keeps them as tensors, so that it holds for other inputs."""
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        return list(counts.unbind())
+    sizes: List[int] = counts.tolist()
+    return sizes
 
 
 def _pyramid_levels(scales: Sequence[float]) -> Tuple[int, int]:

@@ -2,10 +2,11 @@
 
 import math
 from enum import IntEnum, unique
-from typing import Iterator, List, Sequence, Tuple, TypeVar, Union
+from typing import List, Sequence, Tuple, TypeVar
 
 import numpy as np
 import torch
+from torch import device
 
 RawBoxes = TypeVar("RawBoxes", list, tuple, np.ndarray, torch.Tensor)
 
@@ -98,11 +99,12 @@ class Boxes:
         Args:
             tensor: (N, 4), or what :func:`torch.as_tensor` takes. Without elements it becomes (0, 4).
         """
-        tensor = torch.as_tensor(tensor).to(torch.float32)
+        if not isinstance(tensor, torch.Tensor):
+            tensor = torch.as_tensor(tensor)
+        tensor = tensor.to(torch.float32)
         if tensor.numel() == 0:
             tensor = tensor.reshape(-1, 4)
-        shape = tuple(tensor.shape)
-        assert len(shape) == 2 and shape[1] == 4, f"Boxes have shape (N, 4), not {shape}"
+        assert tensor.dim() == 2 and tensor.size(1) == 4, f"Boxes have shape (N, 4), not {list(tensor.shape)}"
         self.tensor = tensor
 
     def clone(self) -> "Boxes":
@@ -150,6 +152,7 @@ class Boxes:
         self.tensor[:, 1::2] *= scale_y
 
     @classmethod
+    @torch.jit.unused
     def cat(cls, boxes_list: List["Boxes"]) -> "Boxes":
         """Concatenate; an empty list gives no boxes."""
         assert isinstance(boxes_list, (list, tuple)), f"Boxes.cat takes a list, not {type(boxes_list)}"
@@ -159,14 +162,15 @@ class Boxes:
         return cls(torch.cat([boxes.tensor for boxes in boxes_list], dim=0))
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> device:
         """The device that holds the boxes."""
         return self.tensor.device
 
-    def __getitem__(self, item: Union[int, slice, torch.Tensor]) -> "Boxes":
+    def __getitem__(self, item) -> "Boxes":
         """
         Args:
             item: an integer (one box is left), a slice, or a boolean or integer tensor of one dimension.
+                (It has no annotation because TorchScript knows no slices.)
 
         Returns:
             The selected boxes. They may share memory with these.
@@ -180,9 +184,10 @@ class Boxes:
     def __len__(self) -> int:
         return self.tensor.shape[0]
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    @torch.jit.unused
+    def __iter__(self):  # type: ignore[no-untyped-def]
         """Iterate over the rows of the tensor, each of shape (4,)."""
-        yield from self.tensor
+        return iter(self.tensor)
 
     def __repr__(self) -> str:
         return f"Boxes({self.tensor})"

@@ -1,9 +1,10 @@
 """Images of different sizes in one padded tensor."""
 
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch import device
 
 
 class ImageList:
@@ -42,53 +43,58 @@ class ImageList:
         assert isinstance(tensors, (list, tuple)) and len(tensors) > 0, "from_tensors needs a list of images"
         first = tensors[0]
         for image in tensors:
-            assert isinstance(image, torch.Tensor), f"Images must be tensors, not {type(image).__name__}"
+            assert isinstance(image, torch.Tensor), "from_tensors needs images that are tensors"
             assert image.shape[:-2] == first.shape[:-2], (
-                f"Images of one batch differ in shape beyond height and width: "
-                f"{tuple(first.shape)} and {tuple(image.shape)}"
+                f"Images of one batch differ in shape beyond height and width: {list(first.shape)} and "
+                f"{list(image.shape)}"
             )
         image_sizes = [(image.shape[-2], image.shape[-1]) for image in tensors]
-        height, width = _batch_size(image_sizes, size_divisibility, padding_constraints or {})
+        height, width = _batch_size(image_sizes, size_divisibility, padding_constraints)
 
         if len(tensors) == 1:
-            ((h, w),) = image_sizes
-            return ImageList(F.pad(first, (0, width - w, 0, height - h), value=pad_value)[None], image_sizes)
-        batch = first.new_full((len(tensors), *first.shape[:-2], height, width), pad_value)
-        for padded, image, (h, w) in zip(batch, tensors, image_sizes):
-            padded[..., :h, :w].copy_(image)
+            h, w = image_sizes[0]
+            return ImageList(F.pad(first, [0, width - w, 0, height - h], value=pad_value)[None], image_sizes)
+        batch = first.new_full([len(tensors)] + list(first.shape[:-2]) + [height, width], pad_value)
+        for i, image in enumerate(tensors):
+            batch[i, ..., : image.shape[-2], : image.shape[-1]].copy_(image)
         return ImageList(batch, image_sizes)
 
+    @torch.jit.unused
     def to(self, *args: Any, **kwargs: Any) -> "ImageList":
         """Return the batch with its tensor moved or cast, as by :meth:`torch.Tensor.to`."""
         return ImageList(self.tensor.to(*args, **kwargs), self.image_sizes)
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> device:
         """The device that holds the images."""
         return self.tensor.device
 
     def __len__(self) -> int:
         return len(self.image_sizes)
 
-    def __getitem__(self, idx: Union[int, slice]) -> torch.Tensor:
+    def __getitem__(self, idx: int) -> torch.Tensor:
         """Return image `idx` without its padding, (H_i, W_i) or (C, H_i, W_i)."""
         height, width = self.image_sizes[idx]
         return self.tensor[idx, ..., :height, :width]
 
 
 def _batch_size(
-    image_sizes: List[Tuple[int, int]], size_divisibility: int, constraints: Dict[str, int]
+    image_sizes: List[Tuple[int, int]], size_divisibility: int, constraints: Optional[Dict[str, int]]
 ) -> Tuple[int, int]:
-    height, width = (max(sides) for sides in zip(*image_sizes))
-    square_size = constraints.get("square_size", 0)
+    height = max([size[0] for size in image_sizes])
+    width = max([size[1] for size in image_sizes])
+    square_size = 0
+    if constraints is not None:
+        square_size = constraints.get("square_size", 0)
+        size_divisibility = constraints.get("size_divisibility", size_divisibility)
     if square_size > 0:
         if max(height, width) > square_size:
             raise ValueError(
                 f"Images of {height} x {width} do not fit the padding constraint square_size={square_size}: "
                 "lower INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST, or raise square_size."
             )
-        height = width = square_size
-    divisor = constraints.get("size_divisibility", size_divisibility)
-    if divisor > 1:
-        height, width = (-(-side // divisor) * divisor for side in (height, width))
+        height, width = square_size, square_size
+    if size_divisibility > 1:
+        height = -(-height // size_divisibility) * size_divisibility
+        width = -(-width // size_divisibility) * size_divisibility
     return height, width

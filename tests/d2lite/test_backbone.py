@@ -80,7 +80,7 @@ class TestResNet:
             small_resnet(out_features=["res9"])
 
     def test_input_must_be_a_batch(self):
-        with pytest.raises(AssertionError, match=r"\(3, 32, 32\)"):
+        with pytest.raises(AssertionError, match=r"\[3, 32, 32\]"):
             small_resnet()(torch.zeros(3, 32, 32))
 
     @pytest.mark.parametrize("freeze_at", range(7))

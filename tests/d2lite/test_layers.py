@@ -392,3 +392,9 @@ class TestBoxLosses:
         # Centres 4 apart, enclosing box 6 x 2, equal shapes.
         assert diou_loss(a, b).item() == pytest.approx(1 + 16 / 40)
         assert ciou_loss(a, b).item() == pytest.approx(1 + 16 / 40)
+
+
+def test_torchscript_compiles_mask_pasting():
+    masks, boxes = torch.rand(2, 28, 28), torch.tensor([[1.0, 1.0, 5.0, 5.0], [3.0, 3.0, 30.0, 30.0]])
+    scripted = torch.jit.script(paste_masks_in_image)
+    assert torch.equal(scripted(masks, boxes, (50, 50)), paste_masks_in_image(masks, boxes, (50, 50)))

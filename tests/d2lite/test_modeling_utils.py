@@ -1,6 +1,7 @@
 """Anchors, box encodings, matcher, sampling and postprocessing: edges and properties beyond the fixtures."""
 
 import copy
+from typing import List
 
 import pytest
 import torch
@@ -281,3 +282,19 @@ def test_semantic_postprocess_ignores_the_padding():
     result = sem_seg_postprocess(logits, (5, 3), 10, 12)
     assert result.shape == (2, 10, 12)
     assert (result[0] == 1).all() and (result[1] == -1).all()
+
+
+def test_torchscript_compiles_matchers_and_anchors():
+    def build(thresholds: List[float], labels: List[int]):
+        return Matcher(thresholds, labels, allow_low_quality_matches=True)
+
+    quality, thresholds, labels = torch.rand(3, 5), [0.3, 0.7], [0, -1, 1]
+    for ours, scripted in zip(
+        build(thresholds, labels)(quality), torch.jit.script(build)(thresholds, labels)(quality), strict=True
+    ):
+        assert torch.equal(ours, scripted)
+
+    generator = DefaultAnchorGenerator(sizes=[32, 64], aspect_ratios=[0.5, 1, 2], strides=[4, 8])
+    features = [torch.zeros(1, 2, 5, 7), torch.zeros(1, 2, 3, 4)]
+    for ours, scripted in zip(generator(features), torch.jit.script(generator)(features), strict=True):
+        assert torch.equal(ours.tensor, scripted.tensor)

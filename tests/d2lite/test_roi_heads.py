@@ -597,3 +597,31 @@ def test_foreground_selection():
     x = Instances((9, 9), gt_classes=torch.tensor([3, 0, -1, 2]), index=torch.arange(4))
     (selected,), (mask,) = select_foreground_proposals([x], 3)
     assert selected.index.tolist() == [1, 3] and mask.tolist() == [False, True, False, True]
+
+
+def test_torchscript_compiles_pooler_and_box_head():
+    features = [torch.rand(1, 4, 32, 32), torch.rand(1, 4, 16, 16)]
+    boxes = [Boxes(torch.tensor([[1.0, 1.0, 5.0, 5.0], [3.0, 3.0, 120.0, 110.0]]))]
+    pooler = ROIPooler(7, (0.25, 0.125), 0, "ROIAlignV2", canonical_box_size=56)
+    pooled = pooler(features, boxes)
+    assert torch.equal(torch.jit.script(pooler)(features, boxes), pooled)
+
+    head = FastRCNNConvFCHead(ShapeSpec(channels=4, height=7, width=7), conv_dims=[5], fc_dims=[6]).eval()
+    assert torch.equal(torch.jit.script(head)(pooled), head(pooled))
+
+
+def test_traced_pooler_holds_for_other_boxes():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = ROIPooler(7, (0.25, 0.125), 0, "ROIAlignV2", canonical_box_size=56)
+
+        def forward(self, x, boxes):
+            return self.pool(x, [Boxes(boxes)])
+
+    features = [torch.rand(1, 4, 32, 32), torch.rand(1, 4, 16, 16)]
+    boxes = torch.rand(12, 2).repeat(1, 2) * 60 + torch.tensor([0.0, 0.0, 1.0, 1.0]) * torch.rand(12, 1) * 60
+    model = Model()
+    traced = torch.jit.trace(model, (features, boxes[:10]))
+    for n in (0, 5, 12):
+        torch.testing.assert_close(traced(features, boxes[:n]), model(features, boxes[:n]))

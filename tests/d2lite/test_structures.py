@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import List
 
 import numpy as np
 import pytest
@@ -285,3 +286,24 @@ def test_devices_follow():
     y = x.to("cuda")
     assert y.b.device.type == y.m.device.type == "cuda" and y.p.device.type == "cpu"
     assert y.p.crop_and_resize(y.b.tensor, 3).is_cuda and y.m.crop_and_resize(y.b.tensor, 3).is_cuda
+
+
+def test_torchscript_compiles_boxes():
+    def areas(x: torch.Tensor):
+        boxes = Boxes(x)
+        boxes.clip((5, 5))
+        return boxes.area(), boxes[boxes.nonempty()].tensor, boxes.to(torch.device("cpu")).device == x.device
+
+    area, tensor, same_device = torch.jit.script(areas)(torch.tensor([[0.0, 0.0, 9.0, 9.0], [1.0, 1.0, 1.0, 3.0]]))
+    assert area.tolist() == [25, 0] and tensor.tolist() == [[0, 0, 5, 5]] and same_device
+
+
+def test_torchscript_compiles_image_lists():
+    def batch(images: List[torch.Tensor]):
+        return ImageList.from_tensors(images, 16)
+
+    images = [torch.ones(3, 10, 20), torch.zeros(3, 20, 30)]
+    for some in (images, images[:1]):
+        ours, scripted = batch(some), torch.jit.script(batch)(some)
+        assert torch.equal(ours.tensor, scripted.tensor) and len(ours) == len(scripted) == len(some)
+        assert all(torch.equal(ours[i], scripted[i]) for i in range(len(some)))

@@ -60,6 +60,7 @@ class FPN(Backbone):
 
         self.top_block = top_block
         self.in_features = tuple(in_features)
+        self._top_down_features = tuple(reversed(in_features))
         self.bottom_up = bottom_up
         levels = [int(math.log2(stride)) for stride in strides]
         if top_block is not None:
@@ -82,10 +83,9 @@ class FPN(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> {"p<k>": (N, out_channels, H / 2^k, W / 2^k)}."""
         features = self.bottom_up(x)
-        results = []
-        top_down = None
-        convs = zip(reversed(self.in_features), self.lateral_convs, self.output_convs, strict=True)
-        for name, lateral_conv, output_conv in convs:
+        results: list[Tensor] = []
+        top_down: Tensor | None = None
+        for name, lateral_conv, output_conv in zip(self._top_down_features, self.lateral_convs, self.output_convs):
             fused = lateral_conv(features[name])
             if top_down is not None:
                 fused = fused + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
@@ -93,19 +93,16 @@ class FPN(Backbone):
                     fused = fused / 2
             top_down = fused
             results.insert(0, output_conv(fused))
-        return _name_levels(results, self._out_features, self.top_block, features)
+        if self.top_block is not None:
+            source = _find_level(self.top_block.in_feature, features, results, self._out_features)
+            results.extend(self.top_block(source))
+        assert len(results) == len(self._out_features), "the top block gives another number of levels than it says"
+        return {name: level for name, level in zip(self._out_features, results)}
 
 
-def _name_levels(
-    results: list[Tensor], names: list[str], top_block: nn.Module | None, features: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Let the top block add its levels to `results`, and give all levels their `names`."""
-    if top_block is not None:
-        source = features.get(top_block.in_feature)
-        if source is None:
-            source = results[names.index(top_block.in_feature)]
-        results = results + list(top_block(source))
-    return dict(zip(names, results, strict=True))
+def _find_level(name: str, features: dict[str, Tensor], results: list[Tensor], names: list[str]) -> Tensor:
+    """What a top block starts from: a feature of the network below, or one of the levels made so far."""
+    return features[name] if name in features else results[names.index(name)]
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: Norm) -> Conv2d:

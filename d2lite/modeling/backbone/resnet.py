@@ -87,17 +87,20 @@ class ResNet(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> {name: features}, for the names in `out_features`."""
-        assert x.dim() == 4, f"ResNet needs an input of shape (N, C, H, W), got {tuple(x.shape)}"
-        outputs = {}
+        assert x.dim() == 4, f"ResNet needs an input of shape (N, C, H, W), got {list(x.shape)}"
+        outputs: dict[str, Tensor] = {}
         x = self.stem(x)
         if "stem" in self._out_features:
             outputs["stem"] = x
-        for name, stage in zip(self.stage_names, self.stages, strict=True):
-            x = stage(x)
-            if name in self._out_features:
-                outputs[name] = x
-        if "linear" in self._out_features:
-            outputs["linear"] = self.linear(torch.flatten(self.avgpool(x), 1))
+        # Not over self.stages: TorchScript does not understand a plain list of modules.
+        for name, stage in self.named_children():
+            if name in self.stage_names:
+                x = stage(x)
+                if name in self._out_features:
+                    outputs[name] = x
+        if self.num_classes is not None:
+            if "linear" in self._out_features:
+                outputs["linear"] = self.linear(torch.flatten(self.avgpool(x), 1))
         return outputs
 
     def freeze(self, freeze_at: int = 0) -> "ResNet":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from d2lite.layers import Conv2d, get_norm
 from d2lite.layers.batch_norm import Norm
 from d2lite.modeling.backbone.backbone import Backbone
-from d2lite.modeling.backbone.fpn import _check_strides, _name_levels
+from d2lite.modeling.backbone.fpn import _check_strides, _find_level
 
 
 class SimpleFeaturePyramid(Backbone):
@@ -80,7 +80,10 @@ class SimpleFeaturePyramid(Backbone):
         """(N, C, H, W) -> {"p<k>": (N, out_channels, H / 2^k, W / 2^k)}."""
         features = self.net(x)
         results = [stage(features[self.in_feature]) for stage in self.stages]
-        return _name_levels(results, self._out_features, self.top_block, features)
+        if self.top_block is not None:
+            source = _find_level(self.top_block.in_feature, features, results, self._out_features)
+            results.extend(self.top_block(source))
+        return dict(zip(self._out_features, results, strict=True))
 
 
 def _rescale(scale: float, dim: int, norm: Norm) -> tuple[list[nn.Module], int]:

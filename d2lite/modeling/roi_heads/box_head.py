@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
@@ -81,6 +82,7 @@ class FastRCNNConvFCHead(nn.Sequential):
         return x
 
     @property
-    def output_shape(self) -> ShapeSpec:
-        """Shape of the output: channels, and height and width where it has them."""
+    @torch.jit.unused
+    def output_shape(self):  # type: ignore[no-untyped-def]
+        """The :class:`ShapeSpec` of the output: channels, and height and width where it has them."""
         return ShapeSpec(*self._output_size)
