@@ -28,7 +28,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd.engine import load_config
 from d2kd.engine.optimizer import build_optimizer
-from d2kd.modeling import DistilledModel, build_distilled_model, teacher_config
+from d2kd.modeling import DistilledModel, TokenLearner, build_distilled_model, load_teacher, teacher_config
 
 PAIRS = {
     "quickstart": ("configs/PhotoDigits/retinanet_student.yaml", "configs/PhotoDigits/retinanet_teacher.yaml", 128, 8),
@@ -44,6 +44,11 @@ def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
     cfg = load_config(student, [*options, "DISTILL.TEACHER.CONFIG_FILE", teacher, "DISTILL.TEACHER.WEIGHTS", weights])
     if not Path(weights).exists():
         torch.save({"model": build_model(teacher_config(cfg)).state_dict()}, weights)
+    if method == "ReceptiveTokens":
+        cfg.DISTILL.RECEPTIVE_TOKENS.FILE = f"{weights}.tokens"
+        cfg.DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS = 0  # with the student's masks, which cost more
+        learner = TokenLearner(load_teacher(teacher_config(cfg)))
+        learner.learned(dict.fromkeys(learner.taps, 0.0), 0).save(cfg.DISTILL.RECEPTIVE_TOKENS.FILE)
     return cfg
 
 
