@@ -2,7 +2,8 @@
 
 from . import backbone, meta_arch  # registers them
 from .balance import BalanceError, GradientBalance
-from .distilled_model import DistilledModel, MethodError, build_distilled_model, inherit_from_teacher, is_distillation
+from .build import MethodError, build_distilled_model, inherit_from_teacher, is_distillation
+from .distilled_model import DistilledModel
 from .inherit import InheritReport, inherit
 from .num_classes import num_classes
 from .taps import FeatureTaps, TapError

@@ -83,6 +83,11 @@ def tap_names(model: nn.Module) -> List[str]:
     return names
 
 
+def is_in_backbone(model: nn.Module, name: str) -> bool:
+    """Whether a tap is one of `tap_names`, or a part of such a feature."""
+    return name.partition(".")[0] in tap_names(model)
+
+
 def _outputs(module: Optional[nn.Module]) -> Sequence[str]:
     return tuple(module.output_shape()) if hasattr(module, "output_shape") else ()
 

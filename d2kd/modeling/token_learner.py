@@ -10,7 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from d2kd.distillers.token_file import LearnedLevel, TokenFile, weights_checksum
 from d2kd.layers.tokens import TokenMasks, dice
 
-from .distilled_model import tap_shapes
+from .pairing import tap_shapes
 from .taps import FeatureTaps, TapError
 
 

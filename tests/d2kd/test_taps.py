@@ -120,7 +120,7 @@ def test_two_stage_models_and_names():
 
 
 def test_default_levels_are_shared_not_pooled_and_large_enough():
-    from d2kd.modeling.distilled_model import shared_levels
+    from d2kd.modeling.pairing import shared_levels
 
     dense, two_stage = model(), model(config(FASTER_RCNN))
     assert shared_levels(dense, dense) == ["p3", "p4", "p5", "p6", "p7"]
