@@ -17,10 +17,15 @@ LEFT_OUT_NAMES = {
         "RROIHeads", "ROIAlignRotated", "nms_rotated", "batched_nms_rotated", "pairwise_iou_rotated",
         "RotatedCOCOEvaluator",
     ),
-    "key points": ("Keypoints", "heatmaps_to_keypoints", "KRCNNConvDeconvUpsampleHead", "build_keypoint_head"),
+    "key points": (
+        "Keypoints", "heatmaps_to_keypoints", "KRCNNConvDeconvUpsampleHead", "BaseKeypointRCNNHead",
+        "build_keypoint_head", "ROI_KEYPOINT_HEAD_REGISTRY",
+    ),
     "lazy configs": ("LazyConfig", "LazyCall", "instantiate"),
     "LVIS": ("LVISEvaluator",),
-    "panoptic evaluation": ("COCOPanopticEvaluator",),
+    "panoptic data": ("COCOPanopticEvaluator", "register_coco_panoptic", "register_coco_panoptic_separated"),
+    "Cityscapes' own evaluation": ("CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator"),
+    "stored proposals": ("load_proposals_into_dataset",),
     "other backbones": ("MViT", "SwinTransformer", "RegNet", "build_regnet_backbone", "build_regnet_fpn_backbone"),
 }
 _REASON = {name: what for what, names in LEFT_OUT_NAMES.items() for name in names}
