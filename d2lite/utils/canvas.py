@@ -12,7 +12,7 @@ from matplotlib.patches import Circle, PathPatch, Rectangle
 from matplotlib.path import Path
 
 from d2lite.utils.colormap import Color, brighten, palette_color, scale_lightness
-from d2lite.utils.outlines import mask_contours
+from d2lite.utils.outlines import has_holes, mask_contours
 
 __all__ = ["Canvas", "VisImage"]
 
@@ -156,12 +156,12 @@ class Canvas:
         area_threshold: float = 10,
     ) -> VisImage:
         """
-        Draw a mask, holes left free.
+        Draw a mask, holes left free. One with holes is drawn pixel by pixel, others as outlined areas.
 
         Args:
             binary_mask: (H, W).
             color: of the area; None takes it from the palette.
-            edge_color: of the outline; None: a darker shade.
+            edge_color: of the outline, if there is one; None: a darker shade.
             text: written on the largest connected part.
             alpha: opacity in [0, 1].
             area_threshold: connected parts with fewer pixels are left out.
@@ -173,11 +173,51 @@ class Canvas:
         kept = 1 + np.flatnonzero(areas >= area_threshold)
         if count < 2 or len(kept) == 0:
             return self.output
-        self._draw_rings(mask_contours(np.isin(regions, kept)), color, edge_color, alpha)
+        mask = np.isin(regions, kept)
+        if has_holes(mask):
+            self._overlay(mask * alpha, color)
+        else:
+            self._draw_rings(mask_contours(mask), color, edge_color, alpha)
         if text is not None:
-            ys, xs = np.nonzero(regions == 1 + areas.argmax())
-            self.draw_text(text, (float(np.median(xs)), float(np.median(ys))), color=color)
+            self._write_at(regions == 1 + areas.argmax(), text, color)
         return self.output
+
+    def draw_soft_mask(
+        self,
+        soft_mask: np.ndarray,
+        color: Optional[Color] = None,
+        *,
+        text: Optional[str] = None,
+        alpha: float = 0.5,
+    ) -> VisImage:
+        """
+        Draw a mask whose values say how opaque the colour is.
+
+        Args:
+            soft_mask: (H, W), in [0, 1].
+            color: of the area; None takes it from the palette.
+            text: written on the largest connected part above 0.5.
+            alpha: opacity where the mask is 1.
+        """
+        color = palette_color(0) if color is None else color
+        self._overlay(np.asarray(soft_mask, dtype=np.float64) * alpha, color)
+        binary = (np.asarray(soft_mask) > 0.5).astype(np.uint8)
+        count, regions, stats, _ = cv2.connectedComponentsWithStats(binary, connectivity=8)
+        if text is not None and count > 1:
+            self._write_at(regions == 1 + stats[1:, cv2.CC_STAT_AREA].argmax(), text, color)
+        return self.output
+
+    def _overlay(self, opacity: np.ndarray, color: Color) -> None:
+        """Lay one colour over the picture, (H, W) opacity in [0, 1]."""
+        rgba = np.empty((*opacity.shape, 4))
+        rgba[..., :3], rgba[..., 3] = mplc.to_rgb(color), opacity
+        extent = (0, self.output.width, self.output.height, 0)
+        self.output.ax.imshow(rgba, extent=extent, interpolation="nearest")
+
+    def _write_at(self, region: np.ndarray, text: str, color: Color) -> None:
+        """Write at the median of the pixels that are set."""
+        ys, xs = np.nonzero(region)
+        self.draw_text(text, (float(np.median(xs)), float(np.median(ys))), color=color)
 
     def draw_polygon(
         self, segment: np.ndarray, color: Color, edge_color: Optional[Color] = None, alpha: float = 0.5

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["instance_rings", "mask_contours", "rings_box"]
+__all__ = ["has_holes", "instance_rings", "mask_contours", "rings_box"]
 
 
 def instance_rings(mask: Any, height: int, width: int) -> List[np.ndarray]:
@@ -38,6 +38,13 @@ def mask_contours(mask: np.ndarray) -> List[np.ndarray]:
     big = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     found = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[-2]
     return [(c.reshape(-1, 2) + 0.5) / 2 for c in found if len(c) >= 3]
+
+
+def has_holes(mask: np.ndarray) -> bool:
+    """Return whether a bitmap (H, W) has unset pixels that set ones enclose."""
+    hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[-1]
+    # The last number of a contour is the one around it, -1 for none.
+    return hierarchy is not None and bool((hierarchy[..., 3] >= 0).any())
 
 
 def rings_box(rings: List[np.ndarray]) -> np.ndarray:

@@ -461,3 +461,22 @@ def test_colormap():
     np.testing.assert_array_equal(colormap(rgb=True), colormap()[:, ::-1])
     assert len(np.unique(colormap().round(), axis=0)) == 96
     assert len(random_colors(100)) == 100 and random_colors(0) == [] and random_color(maximum=1).max() <= 1
+
+
+def test_masks_with_holes_have_sharp_borders():
+    mask = np.zeros((40, 60), dtype=np.uint8)
+    mask[:, 20:40] = 1
+    mask[15:25, 25:35] = 0
+    canvas = Visualizer(np.zeros((40, 60, 3)), scale=3)
+    image = canvas.draw_binary_mask(mask, color="blue", alpha=1.0).get_image()
+    expected = np.kron(mask, np.ones((3, 3), dtype=np.uint8))
+    assert np.array_equal(image[..., 2], expected * 255) and not image[..., :2].any()
+
+
+def test_soft_masks_blend():
+    mask = np.zeros((40, 60), dtype=np.float32)
+    mask[10:30, 10:30], mask[10:30, 30:50] = 1, 0.5
+    image = Visualizer(np.zeros((40, 60, 3))).draw_soft_mask(mask, color="red", alpha=1.0).get_image()
+    assert image[20, 20, 0] == 255 and 120 <= image[20, 40, 0] <= 135 and not image[5].any()
+    blank = Visualizer(np.zeros((40, 60, 3))).draw_soft_mask(mask * 0, color="red", text="nothing").get_image()
+    assert not blank.any()
