@@ -19,7 +19,7 @@ from models import FASTER_RCNN, batch, config, model
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import TokenFile
 from d2kd.distillers.token_file import weights_checksum
-from d2kd.engine import CheckpointError, ConfigError, TokenTrainer, load_config, token_learning
+from d2kd.engine import CheckpointError, ConfigError, DistillTrainer, TokenTrainer, load_config, token_learning
 from d2kd.modeling import FeatureTaps, TapError, TeacherError, TokenLearner
 from d2kd.visualization.tokens import MaskRow, mask_picture
 
@@ -162,12 +162,12 @@ def teacher_yaml(write_config, tmp_path):
     return write_config("teacher", MODEL__WEIGHTS=str(weights), **changes)
 
 
-def run(path, *, resume=False, stop_at=0, **changes):
+def run(path, *, resume=False, stop_at=0, kind=TokenTrainer, **changes):
     cfg = load_config(str(path), [x for k, v in changes.items() for x in (k.replace("__", "."), v)])
     register_datasets(cfg)
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
     torch.manual_seed(cfg.SEED)
-    trainer = TokenTrainer(cfg)
+    trainer = kind(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.max_iter = stop_at or trainer.max_iter
     trainer.train()
@@ -230,7 +230,7 @@ def test_two_processes_agree(teacher_yaml, tmp_path):
     assert list(TokenFile.load(str(tmp_path / "two/tokens.pth")).levels) == LEVELS
 
 
-def test_tokens_are_used_by_a_student(teacher_yaml, write_config, tmp_path):
+def test_a_student_of_the_tokens_resumes_bit_equal(teacher_yaml, write_config, tmp_path):
     run(teacher_yaml, DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
     student = write_config(
         "student",
@@ -238,12 +238,17 @@ def test_tokens_are_used_by_a_student(teacher_yaml, write_config, tmp_path):
         DISTILL__TEACHER__EVAL_FIRST=False,
         DISTILL__METHODS=["ReceptiveTokens"],
         DISTILL__RECEPTIVE_TOKENS__FILE=str(tmp_path / "teacher/tokens.pth"),
+        DISTILL__RECEPTIVE_TOKENS__WARMUP_ITERS=4,
         DATASETS__TEST=[],
-        SOLVER__MAX_ITER=1,
     )
-    tool("train_net", "--config-file", student)
-    state = torch.load(tmp_path / "student/model_final.pth", weights_only=True)
-    assert state["distillers"]["ReceptiveTokens._extra_state"]["calls"] == 1
+    whole = run(student, kind=DistillTrainer, OUTPUT_DIR=str(tmp_path / "whole"))
+    run(student, kind=DistillTrainer, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    parts = run(student, kind=DistillTrainer, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    assert parts.start_iter == 3 and same(whole.student.state_dict(), parts.student.state_dict())
+    plain = run(student, kind=DistillTrainer, DISTILL__RECEPTIVE_TOKENS__CUSTOMIZE=False)
+    assert not same(whole.student.state_dict(), plain.student.state_dict())  # the warm-up ended after resuming
+    state = torch.load(tmp_path / "parts/model_final.pth", weights_only=True)
+    assert state["distillers"]["ReceptiveTokens._extra_state"]["calls"] == 6
     assert not any("tokens" in key for key in state["model"])
 
 
