@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py --length short --seeds 1 2 3 --jobs 2
     python benchmarks/accuracy.py --length long --seeds 1 --only baseline inherit FeatureMimic
 
-Teacher and baseline are shared by all methods. What is finished is not repeated, so the program can be stopped and started, and
-seeds or methods added later. The table is made of all finished runs.
+Teacher and baseline are shared by all methods. What is finished is not repeated, so the program can be stopped and
+started, and seeds or methods added later. The table is made of all finished runs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Length(NamedTuple):
     student: int
 
 
-LENGTHS = {"short": Length(1000, 700), "long": Length(6000, 4000)}
+LENGTHS = {"short": Length(1000, 700), "long": Length(4000, 4000)}
 
 FEATURES = ["DISTILL.METHODS", "['FeatureMimic']"]
 MASKED = ["DISTILL.METHODS", "['MaskedGenerative']"]
@@ -62,9 +62,15 @@ ENTRIES: Dict[str, Entry] = {
     "LogitKD": Entry("retinanet_student_LogitKD"),
     "FeatureMimic + LogitKD": Entry("retinanet_student_LogitKD", ["DISTILL.METHODS", "['FeatureMimic', 'LogitKD']"]),
     "combined, balanced": Entry("retinanet_student_combined"),
-    "FeatureMimic, not inherited": Entry("retinanet_student", [*FEATURES, "DISTILL.INHERIT.ENABLED", False], ablation=True),
-    "FeatureMimic, weight halved": Entry("retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True),
-    "FeatureMimic, weight doubled": Entry("retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True),
+    "FeatureMimic, not inherited": Entry(
+        "retinanet_student", [*FEATURES, "DISTILL.INHERIT.ENABLED", False], ablation=True
+    ),
+    "FeatureMimic, weight halved": Entry(
+        "retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True
+    ),
+    "FeatureMimic, weight doubled": Entry(
+        "retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True
+    ),
     "FeatureMimic, all five levels": Entry(
         "retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True
     ),
@@ -118,7 +124,15 @@ class Bench:
         if not (target / "tokens.pth").is_file():
             config = f"{CONFIGS}/retinanet_teacher_tokens.yaml"
             options = ["MODEL.WEIGHTS", self.root / "teacher/model_final.pth", "OUTPUT_DIR", target]
-            line = [sys.executable, "tools/learn_tokens.py", "--resume", "--config-file", config, *options, *self.options]
+            line = [
+                sys.executable,
+                "tools/learn_tokens.py",
+                "--resume",
+                "--config-file",
+                config,
+                *options,
+                *self.options,
+            ]
             subprocess.run([str(x) for x in line], env=self.environment, check=True, stdout=subprocess.DEVNULL)
         return target / "tokens.pth"
 
@@ -151,7 +165,8 @@ def table(bench: Bench) -> str:
     teacher = json.loads((bench.root / "teacher/result.json").read_text())["metrics"]["bbox"]["AP"]
     base = bench.finished("baseline")
     lines = [
-        f"Teacher: {teacher:.1f} AP after {bench.length.teacher:,} iterations of 16; students: {bench.length.student:,} iterations of 8.",
+        f"Teacher: {teacher:.1f} AP after {bench.length.teacher:,} iterations of 16; students: "
+        f"{bench.length.student:,} iterations of 8.",
         "",
         "| run | seeds | AP (mean) | lowest to highest | over baseline | gap closure |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -4,8 +4,8 @@
     python benchmarks/step_cost.py --pair quickstart --methods FeatureMimic MaskedGenerative
     python benchmarks/step_cost.py --pair r101-r50 --size 512 --batch 2
 
-All three are timed in turn in one process, so the ratio holds when the machine's speed drifts. Weights are random. Peak memory
-is that of a process of its own that runs nothing but one kind of step.
+All three are timed in turn in one process, so the ratio holds when the machine's speed drifts. Weights are random. Peak
+memory is that of a process of its own that runs nothing but one kind of step.
 """
 
 import argparse
@@ -40,7 +40,16 @@ KINDS = ("student", "teacher", "distillation")
 def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
     """Configuration of a distillation run between the pair's models, with random weights."""
     student, teacher, *_ = PAIRS[pair]
-    options = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "DISTILL.METHODS", [method], "DISTILL.INHERIT.ENABLED", False]
+    options = [
+        "MODEL.DEVICE",
+        device,
+        "MODEL.WEIGHTS",
+        "",
+        "DISTILL.METHODS",
+        [method],
+        "DISTILL.INHERIT.ENABLED",
+        False,
+    ]
     cfg = load_config(student, [*options, "DISTILL.TEACHER.CONFIG_FILE", teacher, "DISTILL.TEACHER.WEIGHTS", weights])
     if not Path(weights).exists():
         torch.save({"model": build_model(teacher_config(cfg)).state_dict()}, weights)
@@ -95,12 +104,24 @@ def measure(args: argparse.Namespace, method: str, weights: str) -> Dict[str, An
     rounds = rounds[2:]
     ratios = sorted(r["distillation"] / (r["student"] + r["teacher"]) for r in rounds)
     result = {kind: round(statistics.median(r[kind] for r in rounds), 4) for kind in KINDS}
-    return {**result, "ratio": round(statistics.median(ratios), 3), "range": [round(ratios[0], 3), round(ratios[-1], 3)]}
+    spread = [round(ratios[0], 3), round(ratios[-1], 3)]
+    return {**result, "ratio": round(statistics.median(ratios), 3), "range": spread}
 
 
 def peak_memory(args: argparse.Namespace, method: str, weights: str, kind: str) -> float:
     """Peak memory in MiB of a process that runs three steps of one kind."""
-    command = [sys.executable, __file__, "--pair", args.pair, "--device", args.device, "--memory-of", kind, "--methods", method]
+    command = [
+        sys.executable,
+        __file__,
+        "--pair",
+        args.pair,
+        "--device",
+        args.device,
+        "--memory-of",
+        kind,
+        "--methods",
+        method,
+    ]
     command += ["--weights", weights, "--size", str(args.size), "--batch", str(args.batch)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 

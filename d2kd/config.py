@@ -23,7 +23,8 @@ def _add_distill(cfg: CN) -> None:
 
     # A configured teacher (CONFIG_FILE) makes a training run a distillation run.
     cfg.DISTILL.TEACHER = CN()
-    # YAML of the teacher; "" trains the student alone. Relative to the working directory, else to the file that names it.
+    # YAML of the teacher; "" trains the student alone. Relative to the working directory, else to the file that names
+    # it.
     cfg.DISTILL.TEACHER.CONFIG_FILE = ""
     # Checkpoint of the teacher; "" takes MODEL.WEIGHTS of its YAML. Every key must fit.
     cfg.DISTILL.TEACHER.WEIGHTS = ""
@@ -37,7 +38,8 @@ def _add_distill(cfg: CN) -> None:
     # Methods to train with, by name; several are added up. [] inherits only.
     cfg.DISTILL.METHODS = ["FeatureMimic"]
 
-    # fixed: each method has the weight of its node | gradient: its gradient on the shared taps is kept at BALANCE_RATIO times the task's.
+    # fixed: each method has the weight of its node | gradient: its gradient on the shared taps is kept at BALANCE_RATIO
+    # times the task's.
     cfg.DISTILL.BALANCE = "fixed"
     # Norm of each method's gradient over that of the task's, for BALANCE gradient. A method of weight 0 stays at 0.
     cfg.DISTILL.BALANCE_RATIO = 0.5
@@ -49,7 +51,8 @@ def _add_distill(cfg: CN) -> None:
     # Start the student's neck and heads from the teacher's, wherever names and shapes fit.
     cfg.DISTILL.INHERIT = CN()
     cfg.DISTILL.INHERIT.ENABLED = True
-    # Further modules that keep the student's own start, e.g. ["head.cls_score"]; the body (bottom-up network) always does.
+    # Further modules that keep the student's own start, e.g. ["head.cls_score"]; the body (bottom-up network) always
+    # does.
     cfg.DISTILL.INHERIT.EXCLUDE = []
 
 
@@ -57,7 +60,8 @@ def _add_feature_method(cfg: CN, name: str, weight: float, normalize: str, reduc
     node = cfg.DISTILL[name] = CN()
     # Factor on the loss of every level. With 0 the student trains exactly as without distillation.
     node.WEIGHT = weight
-    # Student taps to distil, e.g. ["p3", "res4", "res4.pre_relu", "head.bbox_pred@0"]; [] takes the pyramid levels both networks have.
+    # Student taps to distil, e.g. ["p3", "res4", "res4.pre_relu", "head.bbox_pred@0"]; [] takes the pyramid levels both
+    # networks have.
     node.TAPS = []
     # Teacher taps, one for each student tap; [] takes the same names.
     node.TEACHER_TAPS = []
@@ -83,7 +87,8 @@ def _add_masked_generative(cfg: CN) -> None:
 
 
 def _add_receptive_tokens(cfg: CN) -> None:
-    # REDUCTION: paper divides by the sum of each mask | mean also scales the weights of an image's positions to the sum 1.
+    # REDUCTION: paper divides by the sum of each mask | mean also scales the weights of an image's positions to the sum
+    # 1.
     node = _add_feature_method(cfg, "RECEPTIVE_TOKENS", weight=4.0, normalize="standardize", reduction="mean")
     # The tokens of the teacher, as tools/learn_tokens.py writes them.
     node.FILE = ""
@@ -99,8 +104,9 @@ def _add_receptive_tokens(cfg: CN) -> None:
     # Added to the sums that the loss divides by.
     node.EPS = 1e-12
 
-    # The first stage, tools/learn_tokens.py. It reads TAPS (or TEACHER_TAPS) above, of the teacher; [] takes all outputs of
-    # its backbone. From SOLVER it takes the batch size, the momentum of SGD, clipping and AMP; the schedule is a cosine.
+    # The first stage, tools/learn_tokens.py. It reads TAPS (or TEACHER_TAPS) above, of the teacher; [] takes all
+    # outputs of its backbone. From SOLVER it takes the batch size, the momentum of SGD, clipping and AMP; the schedule
+    # is a cosine.
     node.LEARN = CN()
     # Tokens of each tap.
     node.LEARN.NUM_TOKENS = 6
@@ -118,31 +124,34 @@ def _add_receptive_tokens(cfg: CN) -> None:
 
 
 def _add_channel_matching(cfg: CN) -> None:
-    # NORMALIZE: none | standardize divides the teacher's reduced map by its standard deviation, and leaves zero where the ReLU cuts.
+    # NORMALIZE: none | standardize divides the teacher's reduced map by its standard deviation, and leaves zero where
+    # the ReLU cuts.
     node = _add_feature_method(cfg, "CHANNEL_MATCHING", weight=1.0, normalize="standardize", reduction="mean")
     # Maps before the last ReLU of each stage; those of the teacher must not have fewer channels.
     node.TAPS = ["res2.pre_relu", "res3.pre_relu", "res4.pre_relu", "res5.pre_relu"]
-    # "" | the settings of a published row: coco_retinanet_r50_r18, coco_retinanet_r50_r18_without_res2, imagenet_r50_mobilenet_v1,
-    # cub200_r50_mobilenet_v2 or cub200_r50_shufflenet_v2. They take the place of NORMALIZE, REDUCTION, ADAPTER, FACTORS,
-    # TRACK_IMAGES and the REFRESH keys, and are meant for WEIGHT 1.
+    # "" | the settings of a published row: coco_retinanet_r50_r18, coco_retinanet_r50_r18_without_res2,
+    # imagenet_r50_mobilenet_v1, cub200_r50_mobilenet_v2 or cub200_r50_shufflenet_v2. They take the place of NORMALIZE,
+    # REDUCTION, ADAPTER, FACTORS, TRACK_IMAGES and the REFRESH keys, and are meant for WEIGHT 1.
     node.PRESET = ""
-    # What becomes of a student channel's teacher channels: amp (the value of largest magnitude) | amp_signed (the largest value, as in the
-    # first public code, which the published numbers may be from) | sp (the largest value and margin) | rd (a random one) |
-    # sm (each student channel has one teacher channel only).
+    # What becomes of a student channel's teacher channels: amp (the value of largest magnitude) | amp_signed (the
+    # largest value, as in the first public code, which the published numbers may be from) | sp (the largest value and
+    # margin) | rd (a random one) | sm (each student channel has one teacher channel only).
     node.REDUCER = "amp"
     # Norm between the student's map and the loss: bn | syncbn | gn (32 groups) | none.
     node.ADAPTER = "bn"
     # The loss of each tap is divided by its factor; [] is 1 everywhere.
     node.FACTORS = []
-    # Where the student's channels do not divide the teacher's: shave leaves the last ones out | best those that are best left out.
+    # Where the student's channels do not divide the teacher's: shave leaves the last ones out | best those that are
+    # best left out.
     node.REMAINDER = "shave"
-    # Channels are assigned anew at these iterations; [] follows the rule: every REFRESH_PERIODS[0] iterations, after REFRESH_STEPS[0]
-    # iterations every REFRESH_PERIODS[1], and so on.
+    # Channels are assigned anew at these iterations; [] follows the rule: every REFRESH_PERIODS[0] iterations, after
+    # REFRESH_STEPS[0] iterations every REFRESH_PERIODS[1], and so on.
     node.REFRESH_ITERS = []
     node.REFRESH_PERIODS = [5000, 31000]
     node.REFRESH_STEPS = [20000]
-    # online: an assignment rests on the training batches before it (the first one on those after it, and on the first batch until then)
-    # | pass: on a pass of its own over training images, both networks in evaluation mode, as in the paper.
+    # online: an assignment rests on the training batches before it (the first one on those after it, and on the first
+    # batch until then) | pass: on a pass of its own over training images, both networks in evaluation mode, as in the
+    # paper.
     node.TRACKING = "online"
     # Images, of all processes, that an assignment rests on.
     node.TRACK_IMAGES = 2000
@@ -156,9 +165,11 @@ def _add_prediction_method(cfg: CN, name: str) -> CN:
     node = cfg.DISTILL[name] = CN()
     # Factor on the loss of every tap. With 0 the student trains exactly as without distillation.
     node.WEIGHT = 1.0
-    # Student taps to compare; [] finds the predictions that both networks make (dense heads, box predictor, segmentation head).
+    # Student taps to compare; [] finds the predictions that both networks make (dense heads, box predictor,
+    # segmentation head).
     node.TAPS = []
-    # Teacher taps, one for each student tap; [] takes the same names. Those of its box predictor are computed on the student's regions.
+    # Teacher taps, one for each student tap; [] takes the same names. Those of its box predictor are computed on the
+    # student's regions.
     node.TEACHER_TAPS = []
     return node
 
@@ -167,7 +178,8 @@ def _add_logit_kd(cfg: CN) -> None:
     node = _add_prediction_method(cfg, "LOGIT_KD")
     # Divides the logits; the loss is multiplied by its square.
     node.TEMPERATURE = 1.0
-    # softmax: over the classes | sigmoid: independent classes | spatial: over the positions, for each class | auto: as the head has it.
+    # softmax: over the classes | sigmoid: independent classes | spatial: over the positions, for each class | auto: as
+    # the head has it.
     node.FORM = "auto"
 
 
@@ -182,7 +194,8 @@ def _add_head_regression(cfg: CN) -> None:
 def _add_data_and_solver(cfg: CN) -> None:
     # COCO files as datasets, without code: [{NAME: my_train, JSON: path, IMAGES: directory}, ...].
     cfg.DATASETS.REGISTER = []
-    # What to do with an image that cannot be read while training: error | skip (logged once, another image takes its place).
+    # What to do with an image that cannot be read while training: error | skip (logged once, another image takes its
+    # place).
     cfg.DATASETS.ON_BAD_IMAGE = "error"
 
     # SGD (Detectron2's) | AdamW | Adam (BASE_LR, WEIGHT_DECAY and the per-parameter rules apply as they do to SGD).
@@ -191,8 +204,9 @@ def _add_data_and_solver(cfg: CN) -> None:
     cfg.SOLVER.AMP.PRECISION = "float16"
     # Batches of IMS_PER_BATCH images whose gradients are averaged into one step.
     cfg.SOLVER.ACCUMULATE = 1
-    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm over all trained parameters, distillers included.
-    # Learning rate of a vision transformer's block relative to the block after it, e.g. 0.7 (AdamW only); 1.0 is off.
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm over all trained parameters, distillers
+    # included. Learning rate of a vision transformer's block relative to the block after it, e.g. 0.7 (AdamW only); 1.0
+    # is off.
     cfg.SOLVER.LAYER_DECAY = 1.0
 
     # A second student: the exponential moving average of the weights, evaluated too, kept as model_final_ema.pth.
@@ -248,7 +262,8 @@ def _add_fcos(cfg: CN) -> None:
 
 
 def _add_vit(cfg: CN) -> None:
-    # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid (FPN.OUT_CHANNELS, FPN.NORM).
+    # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid (FPN.OUT_CHANNELS,
+    # FPN.NORM).
     node = cfg.MODEL.VIT = CN()
     # Side of the nominal image, in pixels: sets the size of the tables of relative positions.
     node.IMG_SIZE = 1024

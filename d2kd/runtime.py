@@ -35,7 +35,9 @@ def resolve_runtime() -> Runtime:
     if "detectron2" not in sys.modules:
         installed = choice != "d2lite" and importlib.util.find_spec("detectron2") is not None
         if choice == "detectron2" and not installed:
-            raise ImportError("D2KD_RUNTIME=detectron2, but Detectron2 is not installed. Install it, or unset D2KD_RUNTIME.")
+            raise ImportError(
+                "D2KD_RUNTIME=detectron2, but Detectron2 is not installed: install it, or unset the variable."
+            )
         if not installed:
             importlib.import_module("d2lite.alias").install("detectron2")
     module = importlib.import_module("detectron2")

@@ -9,6 +9,8 @@ import logging
 import os
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The whole of d2kd on the built-in dataset: a teacher, three students and the report that compares them.
 
-Every part is a run of tools/train_net.py, shown before it starts. What is finished is not repeated, and what was interrupted is
-resumed, so this program can be stopped and started at will.
+Every part is a run of tools/train_net.py, shown before it starts. What is finished is not repeated, and what was
+interrupted is resumed, so this program can be stopped and started at will.
 """
 
 import argparse
@@ -32,15 +32,18 @@ STUDENT = "configs/PhotoDigits/retinanet_student.yaml"
 DATASET = "photo_digits_val"
 
 STATEMENT = """\
-This shows **faster learning**, at a length where no student has converged: all students have seen the same {images:,} images, and the
-baseline is far from what it reaches with more time. It does not show how much better a converged student gets; for that, train the
-students, and a teacher that beats the converged baseline, for much longer (`SOLVER.MAX_ITER`). One seed; expect a few AP of difference
-between seeds. "Inherit only" starts from the teacher's neck and head and is then trained without distillation, so the distance between it
-and the distilled student is what the distillation loss itself adds."""
+This shows **faster learning**, at a length where no student has converged: all students have seen the same {images:,}
+images, and the baseline is far from what it reaches with more time. It does not show how much better a converged
+student gets; for that, train the students, and a teacher that beats the converged baseline, for much longer
+(`SOLVER.MAX_ITER`). One seed; expect a few AP of difference between seeds. "Inherit only" starts from the teacher's
+neck and head and is then trained without distillation, so the distance between it and the distilled student is what the
+distillation loss itself adds."""
 
 
 class Run(NamedTuple):
-    """One training run: its name in the report, what to call it, arguments of train_net.py, and its share of the whole time."""
+    """One training run: its name in the report, what to call it, arguments of train_net.py, and its share of the whole
+    time.
+    """
 
     name: str
     label: str
@@ -89,7 +92,8 @@ def perform(run: Run, output: Path, environment: Dict[str, str]) -> None:
     logger.info("%s: python %s", run.label, " ".join(command))
     status = _wait(subprocess.Popen([sys.executable, *command], env=environment))
     if status:
-        logger.error("%s stopped with status %d; run this again to continue. Its log: %s", run.label, status, directory / "log.txt")
+        log = directory / "log.txt"
+        logger.error("%s stopped with status %d; run this again to continue. Its log: %s", run.label, status, log)
         sys.exit(status if status > 0 else 128 - status)
 
 
@@ -144,7 +148,8 @@ def main() -> None:
     all_runs = runs(args.output, args.opts)
     start, done = time.time(), 0.0
     for number, run in enumerate(all_runs, 1):
-        left = "" if done == 0 else f"; about {max(1, round((time.time() - start) / done * (1 - done) / 60))} min left for all"
+        minutes = (time.time() - start) / done * (1 - done) / 60 if done else 0
+        left = f"; about {max(1, round(minutes))} min left for all" if done else ""
         logger.info("Part %d of %d%s", number, len(all_runs), left)
         perform(run, args.output, environment)
         done += run.share

@@ -10,6 +10,8 @@ import logging
 from typing import Any, Dict
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import launch
@@ -30,7 +32,8 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
     path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS
     if not path:
         raise ConfigError(
-            "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of OUTPUT_DIR."
+            "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of "
+            "OUTPUT_DIR."
         )
     model = build_model(cfg)
     load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")

@@ -1,7 +1,7 @@
 """A training loader whose every batch is a function of (seed, process, number of the batch).
 
-Detectron2's loader starts its stream anew when a run is resumed, and its augmentations depend on the number of workers. Here a resumed
-run sees the images, and the augmentations, that it would have seen; with any number of workers.
+Detectron2's loader starts its stream anew when a run is resumed, and its augmentations depend on the number of workers.
+Here a resumed run sees the images, and the augmentations, that it would have seen; with any number of workers.
 """
 
 import contextlib
@@ -80,7 +80,8 @@ class ResumableLoader:
 
 
 class _Batches(Sampler):
-    """Batches of draws, grouped by aspect ratio before any image is read, so that skipping to a position costs nothing."""
+    """Batches of draws, grouped by aspect ratio before any image is read, so that skipping to a position costs nothing.
+    """
 
     def __init__(self, sampler: Sampler, batch_size: int, wide: Optional[Sequence[bool]], start: int) -> None:
         self.sampler, self.batch_size, self.wide, self.start = sampler, batch_size, wide, start
@@ -119,7 +120,8 @@ class _SeededDataset(Dataset):
                     return data
                 index = int(np.random.randint(len(self.records)))
         raise DatasetError(
-            f"{_MOST_REPLACEMENTS} images in a row cannot be read (DATASETS.ON_BAD_IMAGE is 'skip'). The files are named in the log "
+            f"{_MOST_REPLACEMENTS} images in a row cannot be read (DATASETS.ON_BAD_IMAGE is 'skip'). The files are "
+            "named in the log "
             "above: check DATASETS.REGISTER or DETECTRON2_DATASETS."
         )
 
@@ -160,7 +162,8 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> Resum
     )
     if not dicts:
         raise DatasetError(
-            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image with usable annotations. Check the annotation files, or set "
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image with usable annotations. Check the annotation "
+            "files, or set "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images too."
         )
     return ResumableLoader(
@@ -195,5 +198,6 @@ def _build_sampler(cfg: CfgNode, dicts: List[Dict[str, Any]], seed: int) -> Samp
             len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
         )
     raise ValueError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or RandomSubsetTrainingSampler."
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or "
+        "RandomSubsetTrainingSampler."
     )

@@ -35,8 +35,9 @@ class TapPair(NamedTuple):
 class Distiller(nn.Module):
     """Base of the methods that compare feature maps pair by pair.
 
-    A subclass names its node below `DISTILL` in `CONFIG_NODE`, and implements `level_loss`. Its parameters (aligners, generation
-    blocks, ...) are trained with the student and are never part of it. Losses are named by the student's tap.
+    A subclass names its node below `DISTILL` in `CONFIG_NODE`, and implements `level_loss`. Its parameters (aligners,
+    generation blocks, ...) are trained with the student and are never part of it. Losses are named by the student's
+    tap.
     """
 
     CONFIG_NODE: str = ""
@@ -106,7 +107,9 @@ class Distiller(nn.Module):
         return losses
 
     def aligned(self, level: int, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Tuple[Tensor, Tensor]:
-        """The two maps of a pair with equal H and W; without gradient for the teacher, and for the student if the weight is 0."""
+        """The two maps of a pair with equal H and W; without gradient for the teacher, and for the student if the
+        weight is 0.
+        """
         pair = self.pairs[level]
         s, t = student[pair.student], teacher[pair.teacher].detach()
         if self.weight == 0:

@@ -15,8 +15,9 @@ from .base import DISTILLERS, Distiller, TapPair
 class FeatureMimic(Distiller):
     """Squared error between the (aligned) student map and the teacher map.
 
-    Standardised and averaged it is the Pearson-correlation imitation of Cao et al., "PKD" (NeurIPS 2022, eq. 4 to 6), up to a factor of
-    two; unnormalised and summed it is the imitation loss of Romero et al., "FitNets" (ICLR 2015, eq. 3), again up to a factor of two.
+    Standardised and averaged it is the Pearson-correlation imitation of Cao et al., "PKD" (NeurIPS 2022, eq. 4 to 6),
+    up to a factor of two; unnormalised and summed it is the imitation loss of Romero et al., "FitNets" (ICLR 2015, eq.
+    3), again up to a factor of two.
     """
 
     CONFIG_NODE = "FEATURE_MIMIC"

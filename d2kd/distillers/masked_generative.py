@@ -17,7 +17,8 @@ from .base import DISTILLERS, Distiller, TapPair
 class MaskedGenerative(Distiller):
     """|| G(align(S) * M) - T ||^2 with a random mask M and a generation block G of two 3x3 convolutions (eq. 1 to 4).
 
-    The mask is drawn anew for every level and iteration, and comes after the aligner. All positions count, masked or not.
+    The mask is drawn anew for every level and iteration, and comes after the aligner. All positions count, masked or
+    not.
     """
 
     CONFIG_NODE = "MASKED_GENERATIVE"

@@ -54,7 +54,8 @@ class DistillCheckpointer(DetectionCheckpointer):
         super().__init__(student, save_dir, trainer=trainer, **{n: x for n, x in extra.items() if x is not None})
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """Continues from the last checkpoint of `save_dir` if `resume` is set and there is one, else loads weights from `path`.
+        """Continues from the last checkpoint of `save_dir` if `resume` is set and there is one, else loads weights from
+        `path`.
 
         Raises:
             CheckpointError: the last checkpoint has other distillers than this run.
@@ -66,14 +67,16 @@ class DistillCheckpointer(DetectionCheckpointer):
             rest = super().resume_or_load(path, resume=True)
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"Cannot resume from {last}: {error}. A run must be resumed with the model, methods and taps that it was started with; "
+                f"Cannot resume from {last}: {error}. A run must be resumed with the model, methods and taps that it "
+                "was started with; "
                 "else start anew in another OUTPUT_DIR."
             ) from error
         if rest.get("distillers") is not None or (
             "distillers" in self.checkpointables and "distillers" not in self._loaded
         ):
             raise CheckpointError(
-                f"Cannot resume from {last}: it was written {'with' if 'distillers' in rest else 'without'} distillation, and this run is "
+                f"Cannot resume from {last}: it was written {'with' if 'distillers' in rest else 'without'} "
+                "distillation, and this run is "
                 "the opposite. Start anew in another OUTPUT_DIR; MODEL.WEIGHTS may name the old checkpoint."
             )
         if "ema" in self.checkpointables and "ema" not in self._loaded:
@@ -87,14 +90,16 @@ class DistillCheckpointer(DetectionCheckpointer):
 
 
 def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
-    """Writes {"model": state dict, **extra} under a temporary name, then renames it. `last_checkpoint` stays as it is."""
+    """Writes {"model": state dict, **extra} under a temporary name, then renames it. `last_checkpoint` stays as it is.
+    """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     torch.save({"model": model.state_dict(), **extra}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
 def process_state(model: nn.Module) -> Dict[str, Any]:
-    """What differs between processes: random states and running normalisers, in types that load without executing code."""
+    """What differs between processes: random states and running normalisers, in types that load without executing code.
+    """
     numpy_state = np.random.get_state()
     return {
         "python": random.getstate(),

@@ -115,7 +115,8 @@ class ResultWriter(HookBase):
 
 
 def write_json(path: str, content: Dict[str, Any]) -> None:
-    """Writes a JSON file under a temporary name, then renames it. NaN (the AP of a class without objects) becomes null."""
+    """Writes a JSON file under a temporary name, then renames it. NaN (the AP of a class without objects) becomes null.
+    """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as f:

@@ -1,4 +1,5 @@
-"""Optimizers: Detectron2's SGD, AdamW with the same per-parameter rules, and clipping by the norm of the whole model."""
+"""Optimizers: Detectron2's SGD, AdamW with the same per-parameter rules, and clipping by the norm of the whole model.
+"""
 
 import itertools
 from typing import Any, Callable, List, Optional, Type

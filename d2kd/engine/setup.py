@@ -131,11 +131,12 @@ def _options(args: argparse.Namespace) -> List[str]:
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: List[str]) -> List[str]:
     """Lets "KEY 8" set a key that holds a float; the configuration system itself wants "8.0"."""
-    values = dict(_leaves(cfg))
-    return [
-        f"{option}.0" if i % 2 and isinstance(values.get(options[i - 1]), float) and re.fullmatch(r"-?\d+", str(option)) else option
-        for i, option in enumerate(options)
-    ]
+    floats = {key for key, value in _leaves(cfg) if isinstance(value, float)}
+
+    def is_whole(i: int) -> bool:
+        return i % 2 == 1 and options[i - 1] in floats and re.fullmatch(r"-?\d+", str(options[i])) is not None
+
+    return [f"{option}.0" if is_whole(i) else option for i, option in enumerate(options)]
 
 
 def _merge(cfg: CfgNode, merge: Callable[[Any], None], what: Any, where: str) -> None:

@@ -43,8 +43,8 @@ class TrainStep(SimpleTrainer):
             optimizer: over the model's parameters.
             precision: torch.float16 (with loss scaling) or torch.bfloat16 for mixed precision, None for float32.
             accumulate: batches a step; their gradients are averaged.
-            before_raising: called when a loss is not finite, before anything is updated; saves what is worth saving and returns
-                where to.
+            before_raising: called when a loss is not finite, before anything is updated; saves what is worth saving and
+                returns where to.
         """
         super().__init__(model, data_loader, optimizer)
         if accumulate < 1:
@@ -124,7 +124,8 @@ class TrainStep(SimpleTrainer):
         kept = self.before_raising()
         which = ", ".join(f"{name} = {value}" for name, value in sorted(bad.items()))
         raise NonFiniteLossError(
-            f"Loss is not finite at iteration {self.iter}: {which}. Try a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, gradient "
+            f"Loss is not finite at iteration {self.iter}: {which}. Try a lower SOLVER.BASE_LR, a longer "
+            "SOLVER.WARMUP_ITERS, gradient "
             f"clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"
         )
 

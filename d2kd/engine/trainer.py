@@ -52,7 +52,8 @@ class DistillTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         """
         Raises:
-            ValueError and its subclasses: whatever in configuration, data or teacher would fail later, before any training.
+            ValueError and its subclasses: whatever in configuration, data or teacher would fail later, before any
+            training.
         """
         TrainerBase.__init__(self)
         check_datasets(cfg)
@@ -240,7 +241,8 @@ class DistillTrainer(DefaultTrainer):
             load_process_state(self.running_model, states[comm.get_rank()])
         else:
             logger.warning(
-                "The checkpoint was written by %d processes, now there are %d: training continues, but not bit by bit as it would have.",
+                "The checkpoint was written by %d processes, now there are %d: training continues, but not bit by "
+                "bit as it would have.",
                 len(states),
                 comm.get_world_size(),
             )
@@ -250,7 +252,8 @@ class DistillTrainer(DefaultTrainer):
         name = f"model_before_failure_{self.iter + 1:07d}"
         self.save(name)
         self.iter += 1
-        return f" The state before this iteration is kept in {os.path.join(self.cfg.OUTPUT_DIR, name)}.pth; --resume continues there."
+        path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
+        return f" The state before this iteration is kept in {path}; --resume continues there."
 
     def _evaluate(self) -> Dict[str, Any]:
         with _untouched_random_state():
@@ -310,7 +313,8 @@ def check_test_augmentation(cfg: CfgNode) -> None:
 
 
 def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, suffix: str) -> Dict[str, Any]:
-    """`trainer.test` of a variant of the student: results are "<name>_<suffix>", predictions in `inference_<suffix>`."""
+    """`trainer.test` of a variant of the student: results are "<name>_<suffix>", predictions in `inference_<suffix>`.
+    """
     logger.info("Evaluating the variant %s", suffix)
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
     evaluators = [trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]

@@ -36,22 +36,26 @@ def build_aligner(student: TapShape, teacher: TapShape) -> nn.Module:
 
 
 def check_alignable(where: str, student: TapShape, teacher: TapShape) -> None:
-    """Raises AlignmentError, with both shapes and `where` (tap and configuration key), for maps that are too far apart."""
+    """Raises AlignmentError, with both shapes and `where` (tap and configuration key), for maps that are too far apart.
+    """
     if student.is_vector or teacher.is_vector:
-        raise AlignmentError(f"{where}: this method compares maps (N, C, H, W), and one of these is a vector (R, C) a region or image.")
+        raise AlignmentError(
+            f"{where}: this method compares maps (N, C, H, W), and one of these is a vector (R, C) a region or image."
+        )
     ratio = max(student.stride, teacher.stride) / min(student.stride, teacher.stride)
     if ratio > MAX_STRIDE_RATIO:
         raise AlignmentError(
             f"{where}: the student's map has {student.channels} channels at stride {student.stride:g}, the teacher's "
-            f"{teacher.channels} at stride {teacher.stride:g}. Strides may differ by a factor of {MAX_STRIDE_RATIO} at most."
+            f"{teacher.channels} at stride {teacher.stride:g}. Strides may differ by a factor of {MAX_STRIDE_RATIO} "
+            "at most."
         )
 
 
 def align_resolution(student: Tensor, teacher: Tensor, stride_ratio: float = 1.0) -> Tuple[Tensor, Tensor]:
     """Brings the teacher's map to the student's grid.
 
-    Both maps start at the same image corner; padding lies at the bottom right. So maps of equal stride are cropped to what they
-    share, and a teacher of another stride is resampled first (bilinear, antialiased when it shrinks).
+    Both maps start at the same image corner; padding lies at the bottom right. So maps of equal stride are cropped to
+    what they share, and a teacher of another stride is resampled first (bilinear, antialiased when it shrinks).
 
     Args:
         student: (N, Cs, Hs, Ws).

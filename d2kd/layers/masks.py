@@ -12,8 +12,8 @@ KINDS = ("spatial", "channel")
 class RandomMasks:
     """Draws keep-masks on the features' device; all of its state is one counter.
 
-    Every draw reseeds a generator with a mixture of (seed, stream, number of the draw). So a run that is resumed draws what
-    it would have drawn, on every process, and the global random state is left alone. Processes differ by `stream`.
+    Every draw reseeds a generator with a mixture of (seed, stream, number of the draw). So a run that is resumed draws
+    what it would have drawn, on every process, and the global random state is left alone. Processes differ by `stream`.
     """
 
     def __init__(self, seed: int = 0, stream: int = 0) -> None:

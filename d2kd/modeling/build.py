@@ -29,8 +29,8 @@ def is_distillation(cfg: CfgNode) -> bool:
 def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     """Student, teacher and distillers as the configuration describes them.
 
-    The student is built first, exactly as without distillation, and what follows leaves the global random state alone: so a student
-    starts from the same weights with and without a teacher.
+    The student is built first, exactly as without distillation, and what follows leaves the global random state alone:
+    so a student starts from the same weights with and without a teacher.
 
     Raises:
         TeacherError, TapError, AlignmentError, ValueError: what does not fit, with the configuration key to change.
@@ -96,6 +96,8 @@ def _check_classes(cfg: CfgNode, teacher_cfg: CfgNode, methods: Sequence[str]) -
         logits = DISTILLERS.get(method).PREDICTION == "logits"
         if logits and ours is not None and theirs is not None and ours[1] != theirs[1]:
             raise MethodError(
-                f"{method} compares class scores: the student has {ours[1]} classes ({ours[0]}), the teacher {theirs[1]} "
-                f"({theirs[0]} of DISTILL.TEACHER.CONFIG_FILE). Give both the same classes, or take {method} out of DISTILL.METHODS."
+                f"{method} compares class scores: the student has {ours[1]} classes ({ours[0]}), the teacher "
+                f"{theirs[1]} "
+                f"({theirs[0]} of DISTILL.TEACHER.CONFIG_FILE). Give both the same classes, or take {method} out of "
+                "DISTILL.METHODS."
             )

@@ -1,4 +1,6 @@
-"""DistilledModel: a student that learns from its task and from a teacher's features; its inference is the student alone."""
+"""DistilledModel: a student that learns from its task and from a teacher's features; its inference is the student
+alone.
+"""
 
 import contextlib
 from typing import Any, ContextManager, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -17,8 +19,9 @@ from .teacher import Teacher
 class DistilledModel(nn.Module):
     """A student, a teacher and the methods between them.
 
-    In training it returns the student's losses plus "distill/<method>/<tap>" for every method and level; otherwise what the student returns.
-    Only student and distillers are submodules: `student.state_dict()` has plain Detectron2 keys, and the teacher is in no `state_dict`.
+    In training it returns the student's losses plus "distill/<method>/<tap>" for every method and level; otherwise what
+    the student returns. Only student and distillers are submodules: `student.state_dict()` has plain Detectron2 keys,
+    and the teacher is in no `state_dict`.
     """
 
     def __init__(
@@ -106,7 +109,9 @@ class DistilledModel(nn.Module):
 
 
 def _shared_taps(student: nn.Module, taps: Sequence[str]) -> List[str]:
-    """Features that the gradients of task and methods have in common: the taps in the backbone, or all that it gives to the heads."""
+    """Features that the gradients of task and methods have in common: the taps in the backbone, or all that it gives to
+    the heads.
+    """
     in_backbone = [name for name in taps if is_in_backbone(student, name)]
     return list(dict.fromkeys(in_backbone)) or list(student.backbone.output_shape())
 

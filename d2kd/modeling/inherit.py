@@ -26,8 +26,8 @@ class InheritReport(NamedTuple):
 def body_prefix(model: nn.Module) -> str:
     """Prefix of the body (bottom-up network), which is not inherited.
 
-    The pyramid lies inside `backbone` in Detectron2: a backbone with a `bottom_up` (or `net`, as the simple feature pyramid has) is
-    body and neck, any other is body alone.
+    The pyramid lies inside `backbone` in Detectron2: a backbone with a `bottom_up` (or `net`, as the simple feature
+    pyramid has) is body and neck, any other is body alone.
     """
     backbone = getattr(model, "backbone", None)
     for name in ("bottom_up", "net"):
@@ -50,8 +50,8 @@ def plan_inheritance(
         classes: numbers of classes of student and teacher, where they are known.
 
     Raises:
-        InheritError: the numbers of classes differ and a prediction layer would be shared, or a prefix of `exclude` matches
-            nothing in the student.
+        InheritError: the numbers of classes differ and a prediction layer would be shared, or a prefix of `exclude`
+            matches nothing in the student.
     """
     ours, theirs = student.state_dict(), teacher.state_dict()
     kept = tuple(exclude)
@@ -80,8 +80,8 @@ def inherit(
 ) -> InheritReport:
     """Copies neck and heads of the teacher into the student, once; nothing stays tied or frozen.
 
-    This is the "init_student" step of the official code of Yang et al., "Masked Generative Distillation" (2022), except that
-    it reports what fitted. Arguments and errors are those of `plan_inheritance`; the student is changed in place.
+    This is the "init_student" step of the official code of Yang et al., "Masked Generative Distillation" (2022), except
+    that it reports what fitted. Arguments and errors are those of `plan_inheritance`; the student is changed in place.
     """
     report = plan_inheritance(student, teacher, exclude, classes)
     ours, theirs = student.state_dict(), teacher.state_dict()
@@ -94,8 +94,10 @@ def inherit(
 def _classes_differ(report: InheritReport, classes: Tuple[int, int]) -> str:
     layers = sorted({name.rpartition(".")[0] for name, *_ in report.other_shape})
     return (
-        f"The student has {classes[0]} classes, the teacher {classes[1]}, so these layers cannot be inherited: {', '.join(layers)}. "
-        f"Add them to DISTILL.INHERIT.EXCLUDE ({layers!r}), or set DISTILL.INHERIT.ENABLED False, or give both models the same classes."
+        f"The student has {classes[0]} classes, the teacher {classes[1]}, so these layers cannot be inherited: "
+        f"{', '.join(layers)}. "
+        f"Add them to DISTILL.INHERIT.EXCLUDE ({layers!r}), or set DISTILL.INHERIT.ENABLED False, or give both "
+        "models the same classes."
     )
 
 

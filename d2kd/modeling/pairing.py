@@ -68,17 +68,20 @@ def _tap_names_of(
     theirs = list(node.TEACHER_TAPS) or (ours if node.TAPS else [t for _, t in shared])
     if what and not ours:
         raise TapError(
-            f"{key}.TAPS is empty, and a {type(student).__name__} and a {type(teacher).__name__} make no {what} at the same places "
+            f"{key}.TAPS is empty, and a {type(student).__name__} and a {type(teacher).__name__} make no {what} at "
+            "the same places "
             f"that d2kd knows. Name the modules in {key}.TAPS and {key}.TEACHER_TAPS, e.g. ['head.bbox_pred@0']."
         )
     if not ours:
         raise TapError(
-            f"{key}.TAPS is empty, and the backbones share no output: the student's has {', '.join(tap_names(student))}, "
+            f"{key}.TAPS is empty, and the backbones share no output: the student's has "
+            f"{', '.join(tap_names(student))}, "
             f"the teacher's {', '.join(tap_names(teacher))}. Name the features in {key}.TAPS and {key}.TEACHER_TAPS."
         )
     if len(ours) != len(theirs):
         raise TapError(
-            f"{key}.TAPS names {len(ours)} features and {key}.TEACHER_TAPS {len(theirs)}; they are compared pair by pair."
+            f"{key}.TAPS names {len(ours)} features and {key}.TEACHER_TAPS {len(theirs)}; they are compared pair by "
+            "pair."
         )
     return list(zip(ours, theirs))
 
@@ -86,8 +89,9 @@ def _tap_names_of(
 def shared_levels(student: nn.Module, teacher: nn.Module, image_side: int = 0) -> List[str]:
     """Outputs that both backbones have, finest first.
 
-    Left out are levels that merely pool the one below (R-CNN's p6), and, for images whose shorter side is `image_side` pixels, levels
-    of fewer than four cells across: statistics over so few cells are noise, and imitating them drowns the other levels.
+    Left out are levels that merely pool the one below (R-CNN's p6), and, for images whose shorter side is `image_side`
+    pixels, levels of fewer than four cells across: statistics over so few cells are noise, and imitating them drowns
+    the other levels.
     """
     pooled = _pooled_levels(student) | _pooled_levels(teacher)
     ours, theirs = student.backbone.output_shape(), teacher.backbone.output_shape()
@@ -118,7 +122,9 @@ def _norm_before(teacher: nn.Module, tap: str, shape: TapShape) -> Optional[Norm
 
 
 def split_teacher_taps(student: nn.Module, pairs: Sequence[TapPair]) -> Tuple[List[str], List[Tuple[int, str]]]:
-    """Taps of the teacher's own forward pass, and those of its box head with the stage of the student that gives the regions."""
+    """Taps of the teacher's own forward pass, and those of its box head with the stage of the student that gives the
+    regions.
+    """
     regions = [pair for pair in pairs if is_region_tap(pair.teacher)]
     plain = [pair.teacher for pair in pairs if not is_region_tap(pair.teacher)]
     return plain, list(dict.fromkeys((student_stage(student, pair.student), pair.teacher) for pair in regions))
@@ -129,8 +135,8 @@ def tap_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, TapShape]:
     """Channels and strides of tapped features, seen on a blank image.
 
     Raises:
-        TapError: a tap is unknown, does not fire, fires twice, or is neither a feature map (N, C, H, W) nor a vector (R, C) a
-            region or image.
+        TapError: a tap is unknown, does not fire, fires twice, or is neither a feature map (N, C, H, W) nor a vector
+            (R, C) a region or image.
     """
     was_training = model.training
     device = next(model.parameters()).device
@@ -149,6 +155,7 @@ def tap_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, TapShape]:
     for name, feature in features.items():
         if feature.dim() not in (2, 4):
             raise TapError(
-                f"Tap {name!r} has the shape {tuple(feature.shape)}; only feature maps (N, C, H, W) and vectors (R, C) can be distilled."
+                f"Tap {name!r} has the shape {tuple(feature.shape)}; only feature maps (N, C, H, W) and vectors (R, "
+                "C) can be distilled."
             )
     return {n: TapShape(f.shape[1], widths[0] / f.shape[-1] if f.dim() == 4 else 0.0) for n, f in features.items()}

@@ -38,8 +38,9 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
     """Finds what a tap's address means in a model.
 
     Addresses: "p3" (an output of the backbone), "res4" (a stage of the bottom-up network, also one that is no output),
-    "res4.pre_relu" (the same before its last ReLU), "head.bbox_pred" (the output of any module), "head.bbox_pred@2" (its third
-    call in a forward pass, counted from 0), "blocks.3" (a block of a vision transformer, as a map (N, C, H, W)).
+    "res4.pre_relu" (the same before its last ReLU), "head.bbox_pred" (the output of any module), "head.bbox_pred@2"
+    (its third call in a forward pass, counted from 0), "blocks.3" (a block of a vision transformer, as a map (N, C, H,
+    W)).
 
     Raises:
         TapError: there is no such feature; the message lists near matches.
@@ -60,7 +61,9 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
 
 
 def last_norm(model: nn.Module, name: str) -> Optional[nn.Module]:
-    """The batch norm (frozen or not, never that of a shortcut) that ends the block before a tap; None where there is none."""
+    """The batch norm (frozen or not, never that of a shortcut) that ends the block before a tap; None where there is
+    none.
+    """
     tap = resolve_tap(model, name)
     if tap.key is not None:
         return None
@@ -100,7 +103,8 @@ def _find_stage(model: nn.Module, name: str, address: str, named: Dict[str, nn.M
     near = difflib.get_close_matches(address, choices, n=3, cutoff=0.5)
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
     raise TapError(
-        f"Tap {name!r} is not in the {type(model).__name__}.{hint} Features of its backbone: {', '.join(tap_names(model))}; "
+        f"Tap {name!r} is not in the {type(model).__name__}.{hint} Features of its backbone: "
+        f"{', '.join(tap_names(model))}; "
         "any module path (e.g. 'head.bbox_pred') is a tap too."
     )
 
@@ -186,7 +190,8 @@ class FeatureTaps:
         missing = [tap.name for tap in self.taps if tap.name not in recorder.features]
         if missing:
             raise TapError(
-                f"Taps that did not fire in the forward pass: {', '.join(missing)}. The model does not run them in this mode."
+                f"Taps that did not fire in the forward pass: {', '.join(missing)}. The model does not run them in "
+                "this mode."
             )
 
     @contextlib.contextmanager
@@ -250,7 +255,8 @@ class _Recorder:
                 return None
             if mode.result is not output:
                 raise TapError(
-                    f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does not give "
+                    f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does "
+                    "not give "
                     "the block's output. Use the tap of the stage itself."
                 )
             return torch.relu(self.replace(tap.name, mode.value))

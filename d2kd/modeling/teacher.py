@@ -28,9 +28,9 @@ class TeacherError(ValueError):
 class Teacher:
     """A frozen model that gives features of raw images.
 
-    It is a plain object, not a module: so it is in no `state_dict`, no optimizer and no data-parallel wrapper, and `train()` of what
-    holds it does not reach it. It prepares images with its own mean, deviation, channel order and padding, and its forward pass ends
-    at the deepest tap.
+    It is a plain object, not a module: so it is in no `state_dict`, no optimizer and no data-parallel wrapper, and
+    `train()` of what holds it does not reach it. It prepares images with its own mean, deviation, channel order and
+    padding, and its forward pass ends at the deepest tap.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Teacher:
         Args:
             model: any Detectron2 model; it is frozen and put in evaluation mode here.
             taps: the features that `features` returns, see `d2kd.modeling.taps`.
-            region_taps: taps in the box head of an R-CNN, for `region_features`, each with the stage of the student whose regions
-                it gets.
+            region_taps: taps in the box head of an R-CNN, for `region_features`, each with the stage of the student
+                whose regions it gets.
             precision: float32, bfloat16 or float16, the arithmetic of the forward pass.
             swap_channels: the images come in the opposite channel order (RGB / BGR) of what the model wants.
 
@@ -86,7 +86,9 @@ class Teacher:
 
     @torch.no_grad()
     def region_features(self, features: Dict[str, Tensor], regions: Regions) -> Dict[str, Tensor]:
-        """The taps in the box head, (R, C) by name, for regions of the student; `features` is what `features` returned for the images."""
+        """The taps in the box head, (R, C) by name, for regions of the student; `features` is what `features` returned
+        for the images.
+        """
         with self._autocast():
             return self._region_outputs(features, regions)
 

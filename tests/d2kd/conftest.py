@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 import pytest
 import torch
 from models import config, model
+
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,8 +80,15 @@ def teacher(write_config: Callable[..., Path], tmp_path: Path) -> Dict[str, Any]
 def tool(name: str, *arguments: Any, check: bool = True, **popen: Any) -> subprocess.CompletedProcess:
     """Runs a tool of this project as a process of its own; stdout and stderr come together."""
     return subprocess.run(
-        command(name, *arguments), check=check, cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, **popen,
+        command(name, *arguments),
+        check=check,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        **popen,
     )
 
 

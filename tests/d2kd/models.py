@@ -2,16 +2,20 @@
 
 from typing import Any, Dict, List, Optional
 
-import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.config import add_distill_config
 
-NARROW = {"MODEL.RESNETS.STEM_OUT_CHANNELS": 8, "MODEL.RESNETS.RES2_OUT_CHANNELS": 16, "MODEL.RESNETS.WIDTH_PER_GROUP": 4}
+NARROW = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+}
 RETINANET = {
     "MODEL.META_ARCHITECTURE": "RetinaNet",
     "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
@@ -75,7 +79,9 @@ def batch(sizes: List[Any] = ((96, 128), (128, 80)), seed: int = 0) -> List[Dict
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for h, w in sizes:
-        truth = Instances((h, w), gt_boxes=Boxes(torch.tensor([[10.0, 12.0, 50.0, 60.0]])), gt_classes=torch.tensor([1]))
+        truth = Instances(
+            (h, w), gt_boxes=Boxes(torch.tensor([[10.0, 12.0, 50.0, 60.0]])), gt_classes=torch.tensor([1])
+        )
         image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
         inputs.append({"image": image, "height": h, "width": w, "instances": truth})
     return inputs

@@ -1,6 +1,5 @@
 """Channel matching against recorded values, its schedule, its state, several processes, and bad input."""
 
-import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from models import batch, config, model, write_teacher
 from test_training import run, same, weights
 
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import ChannelMatching, NormAffine, TapPair, channel_matching
 from d2kd.distillers.channel_matching import build_adapter, owners

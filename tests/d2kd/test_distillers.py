@@ -19,14 +19,17 @@ def load(data_dir, name, dtype):
 
 
 def masked_generative(g, levels=("",), dtype=torch.double):
-    pairs = [pair(f"p{i}", g[f"{s}{l}"].shape[1], g[f"{t}{l}"].shape[1]) for i, l in enumerate(levels) for s, t in [names(g, l)]]
+    maps = [[g[f"{name}{level}"] for name in names(g, level)] for level in levels]
+    pairs = [pair(f"p{i}", student.shape[1], teacher.shape[1]) for i, (student, teacher) in enumerate(maps)]
     kind = "channel" if g.get("mask_is_channel", 0) else "spatial"
     distiller = MaskedGenerative(pairs=pairs, weight=float(g["alpha"]), mask_ratio=float(g["lam"]), mask=kind).to(dtype)
     state = {}
-    for i, l in enumerate(levels):
+    for i, level in enumerate(levels):
         for ours, theirs in ((f"generation.{i}.0", "gen0"), (f"generation.{i}.2", "gen2"), (f"align.{i}", "align")):
-            if f"{theirs}_weight{l}" in g:
-                state.update({f"{ours}.weight": g[f"{theirs}_weight{l}"], f"{ours}.bias": g[f"{theirs}_bias{l}"]})
+            if f"{theirs}_weight{level}" in g:
+                state.update(
+                    {f"{ours}.weight": g[f"{theirs}_weight{level}"], f"{ours}.bias": g[f"{theirs}_bias{level}"]}
+                )
     state["_extra_state"] = distiller.get_extra_state()
     distiller.load_state_dict(state)
     return distiller
@@ -66,12 +69,13 @@ def test_masked_generative_golden_multilevel(data_dir):
     levels = [f"_{i}" for i in range(int(g["num_levels"]))]
     distiller = masked_generative(g, levels)
     total = 0.0
-    for i, l in enumerate(levels):
-        student = g[f"student{l}"].requires_grad_()
-        loss = distiller.weight * distiller.level_loss(i, student, g[f"teacher{l}"], keep=torch.as_tensor(g[f"keep_mask{l}"]))
+    for i, level in enumerate(levels):
+        student = g[f"student{level}"].requires_grad_()
+        keep = torch.as_tensor(g[f"keep_mask{level}"])
+        loss = distiller.weight * distiller.level_loss(i, student, g[f"teacher{level}"], keep=keep)
         loss.backward()
-        assert abs(loss.item() / float(g[f"expected_loss{l}"]) - 1) <= 1e-9
-        close(student.grad, g[f"expected_grad_student{l}"], torch.double)
+        assert abs(loss.item() / float(g[f"expected_loss{level}"]) - 1) <= 1e-9
+        close(student.grad, g[f"expected_grad_student{level}"], torch.double)
         total += loss.item()
     assert abs(total / float(g["expected_loss_total"]) - 1) <= 1e-9
 
@@ -87,7 +91,9 @@ def test_masked_generative_golden_segmentation_features(data_dir):
 
 
 METHODS = {
-    "FeatureMimic": lambda pairs, weight: FeatureMimic(pairs=pairs, weight=weight, normalize="standardize", reduction="mean"),
+    "FeatureMimic": lambda pairs, weight: FeatureMimic(
+        pairs=pairs, weight=weight, normalize="standardize", reduction="mean"
+    ),
     "MaskedGenerative": lambda pairs, weight: MaskedGenerative(pairs=pairs, weight=weight, mask_ratio=0.5),
 }
 

@@ -22,7 +22,8 @@ def test_neck_and_head_are_copied_and_the_body_keeps_its_own():
     assert not report.other_shape and not report.absent
     assert all(torch.equal(student.state_dict()[n], teacher.state_dict()[n]) for n in report.copied)
     assert changed(student, before) <= set(report.copied)
-    assert {"backbone.fpn_lateral3.weight", "backbone.top_block.p6.weight", "head.cls_score.weight"} <= set(report.copied)
+    assert {"backbone.fpn_lateral3.weight", "backbone.top_block.p6.weight"} <= set(report.copied)
+    assert "head.cls_score.weight" in report.copied
     assert not any(name.startswith("backbone.bottom_up.") for name in report.copied)
 
 
@@ -68,6 +69,10 @@ def test_the_student_is_not_tied_to_the_teacher():
 
 def test_body_of_models_with_and_without_a_neck():
     assert body_prefix(model()) == "backbone.bottom_up."
-    plain = config(MODEL__BACKBONE__NAME="build_resnet_backbone", MODEL__META_ARCHITECTURE="ProposalNetwork",
-                   MODEL__RESNETS__OUT_FEATURES=["res4"], MODEL__ANCHOR_GENERATOR__SIZES=[[32]])
+    plain = config(
+        MODEL__BACKBONE__NAME="build_resnet_backbone",
+        MODEL__META_ARCHITECTURE="ProposalNetwork",
+        MODEL__RESNETS__OUT_FEATURES=["res4"],
+        MODEL__ANCHOR_GENERATOR__SIZES=[[32]],
+    )
     assert body_prefix(model(plain)) == "backbone."

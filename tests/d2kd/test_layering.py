@@ -16,7 +16,17 @@ ALLOWED = {
     "data": {"data", "modeling", "config"},
     "evaluation": {"evaluation", "visualization", "runtime"},
     "visualization": {"visualization"},
-    "engine": {"layers", "distillers", "modeling", "data", "evaluation", "engine", "visualization", "config", "runtime"},
+    "engine": {
+        "layers",
+        "distillers",
+        "modeling",
+        "data",
+        "evaluation",
+        "engine",
+        "visualization",
+        "config",
+        "runtime",
+    },
     "config.py": set(),
     "runtime.py": set(),
 }

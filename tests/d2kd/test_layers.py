@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from d2kd.layers import AlignmentError, RandomMasks, TapShape, align_resolution, build_aligner, check_alignable, keep_mask
-from d2kd.layers import normalize, squared_error, standardize
+from d2kd.layers import (
+    AlignmentError,
+    RandomMasks,
+    TapShape,
+    align_resolution,
+    build_aligner,
+    check_alignable,
+    keep_mask,
+    normalize,
+    squared_error,
+    standardize,
+)
 
 
 def test_standardize_does_not_see_scale_and_offset():
@@ -98,5 +108,5 @@ def test_aligner_only_where_channels_differ():
 
 
 def test_strides_too_far_apart_name_both_shapes_and_the_key():
-    with pytest.raises(AlignmentError, match=r"DISTILL.X.TAPS.*64 channels at stride 4.*256 channels at stride 64|stride 64"):
+    with pytest.raises(AlignmentError, match=r"DISTILL.X.TAPS.*64 channels at stride 4, .*256 at stride 64"):
         check_alignable("DISTILL.X.TAPS, p2 <- p6", TapShape(64, 4), TapShape(256, 64))

@@ -34,7 +34,8 @@ def test_backbone_outputs_and_stages_are_what_the_backbone_returns():
         assert torch.equal(features["p3"], outputs["p3"]) and torch.equal(features["p7"], outputs["p7"])
         assert torch.equal(features["res4"], bottom_up["res4"])
         # res2 is no output of this bottom-up network, but still a stage of it
-        assert "res2" not in bottom_up and torch.equal(features["res2"], net.backbone.bottom_up.res2(net.backbone.bottom_up.stem(x)))
+        body = net.backbone.bottom_up
+        assert "res2" not in bottom_up and torch.equal(features["res2"], body.res2(body.stem(x)))
 
 
 def test_pre_relu_is_the_value_before_the_in_place_relu_and_changes_nothing():
