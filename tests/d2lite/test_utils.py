@@ -223,6 +223,7 @@ def test_comm_without_processes():
 
 
 def test_comm_asks_torch_at_call_time(monkeypatch):
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *a: 3)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *a: 4)
