@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+
+# isort: split
 import pytest
 import torch
 

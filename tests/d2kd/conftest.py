@@ -1,39 +1,16 @@
-"""A small PhotoDigits, a teacher for it, and a way to run the tools."""
+"""A small PhotoDigits, and a teacher for it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict
 
 import pytest
 import torch
 from models import config, model
+from runs import ROOT, TINY
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
-
-ROOT = Path(__file__).parents[2]
-
-TINY = {
-    "MODEL.RETINANET.NUM_CLASSES": 10,
-    # an untrained model must have detections too
-    "MODEL.RETINANET.SCORE_THRESH_TEST": -1.0,
-    "TEST.DETECTIONS_PER_IMAGE": 100,
-    "INPUT.MIN_SIZE_TRAIN": [64],
-    "INPUT.MAX_SIZE_TRAIN": 64,
-    "INPUT.MIN_SIZE_TEST": 64,
-    "INPUT.MAX_SIZE_TEST": 64,
-    "INPUT.RANDOM_FLIP": "horizontal",
-    "DATASETS.TRAIN": ["digits_train"],
-    "DATASETS.TEST": ["digits_val"],
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 4,
-    "SOLVER.BASE_LR": 0.002,
-    "SOLVER.MAX_ITER": 6,
-    "SOLVER.STEPS": [4],
-    "SOLVER.WARMUP_ITERS": 2,
-    "SOLVER.CHECKPOINT_PERIOD": 3,
-}
 
 
 @pytest.fixture(scope="session")
@@ -77,26 +54,3 @@ def teacher(write_config: Callable[..., Path], tmp_path: Path) -> Dict[str, Any]
     }
 
 
-def tool(name: str, *arguments: Any, check: bool = True, **popen: Any) -> subprocess.CompletedProcess:
-    """Runs a tool of this project as a process of its own; stdout and stderr come together."""
-    return subprocess.run(
-        command(name, *arguments),
-        check=check,
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-        **popen,
-    )
-
-
-def command(name: str, *arguments: Any) -> List[str]:
-    """The command line of a tool."""
-    return [sys.executable, f"tools/{name}.py", *map(str, arguments)]
-
-
-def environment() -> Dict[str, str]:
-    """One thread a process, so that results do not depend on the machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

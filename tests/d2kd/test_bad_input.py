@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tool
 from models import config, model
+from runs import ROOT, tool
 
 from d2kd.engine import argument_parser
 from d2kd.engine.setup import USER_ERRORS

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
+from runs import ROOT
 from test_training import run, same, weights
 
 from d2kd.data.datasets import register_datasets

@@ -8,12 +8,12 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from conftest import tool
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, config
+from runs import tool
 from test_training import run, same, weights
 
 from d2kd.data.datasets import register_datasets

@@ -5,10 +5,10 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from runs import ROOT
 from torch import nn
 
 from d2kd.distillers.token_file import LearnedLevel, TokenFile, weights_checksum

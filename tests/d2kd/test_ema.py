@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tool
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from runs import tool
 from test_training import run, same, weights
 from torch import nn
 

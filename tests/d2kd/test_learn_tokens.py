@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import tool
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, batch, config, model
+from runs import tool
 
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import TokenFile

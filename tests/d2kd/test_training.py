@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, tool
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, batch, config, write_teacher
+from runs import ROOT, command, environment, tool
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
