@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from d2kd.engine import CheckpointError, load_config, run_tool
+from d2kd.files import replacing
 from d2kd.modeling import load_strictly
 
 logger = logging.getLogger("d2kd.tools.export_student")
@@ -42,9 +43,8 @@ def export(source: str, target: str, average: bool = False) -> int:
         if "ema" not in content:
             raise CheckpointError(f"{source} holds no 'ema': its run did not set SOLVER.EMA.ENABLED.")
         content = content["ema"]
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    torch.save({"model": content["model"]}, f"{target}.tmp")
-    os.replace(f"{target}.tmp", target)
+    with replacing(target) as temporary:
+        torch.save({"model": content["model"]}, temporary)
     return len(content["model"])
 
 

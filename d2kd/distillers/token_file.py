@@ -1,13 +1,13 @@
 """Files of learned receptive tokens: the tokens, and what identifies the teacher that they belong to."""
 
 import hashlib
-import os
 from typing import Any, Dict, Mapping, NamedTuple
 
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from d2kd.files import replacing
 from d2kd.layers.tokens import Tokens
 
 _FORMAT = "d2kd receptive tokens 1"
@@ -38,7 +38,7 @@ class TokenFile(NamedTuple):
     iterations: int
 
     def save(self, path: str) -> None:
-        """Writes the file under a temporary name, then renames it."""
+        """Writes the file."""
         levels = {
             tap: {"channels": level.tokens.tokens.shape[1], "dice": float(level.dice), **_present(level.tokens)}
             for tap, level in self.levels.items()
@@ -51,9 +51,8 @@ class TokenFile(NamedTuple):
             "iterations": self.iterations,
             "levels": levels,
         }
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        torch.save(content, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
 
     @classmethod
     def load(cls, path: str) -> "TokenFile":

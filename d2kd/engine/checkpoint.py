@@ -1,7 +1,6 @@
 """Checkpoints: the student under plain Detectron2 keys, everything else that a resumed run needs beside it."""
 
 import logging
-import os
 import random
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -11,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
+from d2kd.files import replacing
 from d2kd.modeling import GradientBalance
 
 from .ema import WeightAverage
@@ -90,11 +90,9 @@ class DistillCheckpointer(DetectionCheckpointer):
 
 
 def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
-    """Writes {"model": state dict, **extra} under a temporary name, then renames it. `last_checkpoint` stays as it is.
-    """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    torch.save({"model": model.state_dict(), **extra}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Writes {"model": state dict, **extra}; `last_checkpoint` stays as it is."""
+    with replacing(path) as temporary:
+        torch.save({"model": model.state_dict(), **extra}, temporary)
 
 
 def process_state(model: nn.Module) -> Dict[str, Any]:

@@ -1,15 +1,14 @@
 """Hooks of the distillation trainer: checkpoints of all processes, interruption without loss, the run's result."""
 
-import json
 import logging
-import math
-import os
 import signal
 import time
 from typing import Any, Callable, Dict, Optional
 
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
+
+from d2kd.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -112,19 +111,3 @@ class ResultWriter(HookBase):
         """Writes the file, on the main process, if training came to its end."""
         if self.trainer.finished and comm.is_main_process():
             write_json(self.path, self.describe())
-
-
-def write_json(path: str, content: Dict[str, Any]) -> None:
-    """Writes a JSON file under a temporary name, then renames it. NaN (the AP of a class without objects) becomes null.
-    """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(_finite(content), f, indent=2)
-    os.replace(temporary, path)
-
-
-def _finite(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -11,9 +11,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from d2kd.evaluation.build import build_evaluator
+from d2kd.files import write_json
 from d2kd.modeling import load_teacher, teacher_config
-
-from .hooks import write_json
 
 logger = logging.getLogger(__name__)
 

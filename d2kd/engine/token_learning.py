@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
+from d2kd.files import replacing
 from d2kd.modeling import TokenLearner, load_strictly
 from d2kd.visualization.tokens import MaskRow, mask_picture
 
@@ -191,14 +192,12 @@ class MaskPictures(HookBase):
         """Writes `masks/<name>_<number of the image>.png`."""
         import cv2
 
-        os.makedirs(self.directory, exist_ok=True)
         self._range.clear()
         for number, record in enumerate(self.dicts):
             data = self.mapper(dict(record))
             picture = mask_picture(_bgr(data["image"], self.image_format), self._rows(data))
-            path = os.path.join(self.directory, f"{name}_{number}.png")
-            cv2.imwrite(f"{path}.tmp.png", picture)
-            os.replace(f"{path}.tmp.png", path)
+            with replacing(os.path.join(self.directory, f"{name}_{number}.png")) as path:
+                cv2.imwrite(str(path), picture)
             rgb = torch.from_numpy(np.ascontiguousarray(picture[..., ::-1].transpose(2, 0, 1)))
             self.trainer.storage.put_image(f"masks/{number}", rgb)
 

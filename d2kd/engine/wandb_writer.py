@@ -9,6 +9,8 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
+from d2kd.files import replacing
+
 from .setup import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -74,9 +76,8 @@ class WandbWriter(EventWriter):
             id=_read(id_file) if self._resumed() else None,
             resume="allow",
         )
-        with open(f"{id_file}.tmp", "w", encoding="utf-8") as f:
-            f.write(run.id)
-        os.replace(f"{id_file}.tmp", id_file)
+        with replacing(id_file) as temporary:
+            temporary.write_text(run.id, encoding="utf-8")
         logger.info("Logging to Weights & Biases, project %s, run %s", cfg.WANDB.PROJECT, run.id)
         return run
 

@@ -1,7 +1,6 @@
 """The comparison of a teacher, a baseline student and distilled students: tables, curves and pictures."""
 
 import io
-import json
 import logging
 import math
 import os
@@ -16,6 +15,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.evaluation.results import ModelResult, compare, load_result
+from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
 from d2kd.visualization import detection_grid, read_predictions, read_training_log, training_curves
 
@@ -75,7 +75,8 @@ def write_report(
         if content is None:
             (directory / name).unlink(missing_ok=True)
         else:
-            _write(directory / name, content)
+            with replacing(directory / name) as temporary:
+                temporary.write_bytes(content)
     drawn = [name for name, content in pictures.items() if content is not None]
     report = {
         "title": title,
@@ -88,9 +89,10 @@ def write_report(
         "score_threshold": score_threshold,
         "pictures": drawn,
     }
-    report = _finite(report)
-    _write(directory / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
-    _write(directory / "report.md", markdown(models, report, metrics).encode())
+    report = finite(report)
+    write_json(directory / "report.json", report)
+    with replacing(directory / "report.md") as temporary:
+        temporary.write_text(markdown(models, report, metrics), encoding="utf-8")
     logger.info("wrote %s", directory / "report.md")
     return report
 
@@ -224,18 +226,3 @@ def _duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _finite(value: Any) -> Any:
-    """A copy in which numbers that JSON does not know (nan, inf) are None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[2]
 #: What each part of d2kd may import of d2kd.
 ALLOWED = {
     "layers": {"layers"},
-    "distillers": {"layers", "distillers"},
+    "distillers": {"files", "layers", "distillers"},
     "modeling": {"layers", "distillers", "modeling", "config"},
     "data": {"data", "modeling", "config"},
-    "evaluation": {"evaluation", "visualization", "runtime"},
+    "evaluation": {"files", "evaluation", "visualization", "runtime"},
     "visualization": {"visualization"},
     "engine": {
+        "files",
         "layers",
         "distillers",
         "modeling",
@@ -29,6 +30,7 @@ ALLOWED = {
     },
     "config.py": set(),
     "runtime.py": set(),
+    "files.py": set(),
 }
 
 
