@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.benchmarks.accuracy")

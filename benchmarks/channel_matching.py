@@ -19,19 +19,17 @@ import time
 from functools import partial
 from typing import Any, Callable, Dict, List
 
-import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
 import torch
 from common import random_batch, timed
-from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 from torch import Tensor
 
+import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.engine import load_config
 from d2kd.layers.assignment import assign_channels, quantize, total_cost
 from d2kd.layers.similarity import channel_distances
 from d2kd.modeling import DistilledModel, build_distilled_model, teacher_config
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 RECIPE = "configs/COCO/retinanet_R18_R50_ChannelMatching_1x.yaml"
 PUBLISHED_BATCHES, OUR_BATCHES, REFRESHES, ITERATIONS = 1001, 125, 6, 90000

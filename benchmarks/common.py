@@ -4,10 +4,9 @@ import resource
 import time
 from typing import Any, Callable, Dict, List
 
-import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
 import torch
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
 

@@ -15,17 +15,15 @@ import subprocess
 import sys
 from typing import Any, Dict
 
-import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
 import torch
 from common import peak_memory_mib, random_batch, timed
-from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, profile
 
+import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.engine import load_config
 from d2kd.modeling import num_classes
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 MODELS = {
     "retinanet_R50": ("configs/COCO/retinanet_R50_1x.yaml", []),

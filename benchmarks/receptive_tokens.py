@@ -13,15 +13,13 @@ import json
 import statistics
 from typing import Any, Callable, Dict
 
-import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
 import torch
 import torch.nn.functional as F
 from common import timed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.distillers import ReceptiveTokens, TapPair
 from d2kd.layers import TapShape
 from d2kd.layers.tokens import Tokens, WeightingBranch

@@ -17,18 +17,16 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
 import torch
 from common import peak_memory_mib, random_batch, timed
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
+import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.engine import load_config
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.modeling import DistilledModel, TokenLearner, build_distilled_model, load_teacher, teacher_config
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 PAIRS = {
     "quickstart": ("configs/PhotoDigits/retinanet_student.yaml", "configs/PhotoDigits/retinanet_teacher.yaml", 128, 8),

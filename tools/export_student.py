@@ -8,16 +8,14 @@ import argparse
 import logging
 import os
 
-import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
 import torch
-from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 
+import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.engine import CheckpointError, load_config, run_tool
 from d2kd.files import replacing
 from d2kd.modeling import load_strictly
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.tools.export_student")
 

@@ -9,11 +9,8 @@ python tools/train_net.py --config-file student.yaml --teacher-config teacher.ya
 import argparse
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
-from detectron2.engine import default_argument_parser, launch
-
 from d2kd.engine import ConfigError, TokenTrainer, run_tool, setup
+from detectron2.engine import default_argument_parser, launch
 
 
 def main(args: argparse.Namespace) -> None:

@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
-from detectron2.utils.logger import setup_logger
-
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import load_config
 from d2kd.evaluation.report import load_result, write_report
+from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.tools.quickstart")
 

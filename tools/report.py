@@ -12,14 +12,11 @@ import sys
 from typing import List, Optional, Tuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
-from detectron2.data import DatasetCatalog
-from detectron2.utils.logger import setup_logger
-
 from d2kd.data.datasets import register_datasets
 from d2kd.engine.setup import USER_ERRORS, load_config
 from d2kd.evaluation.report import ModelResult, load_result, write_report
+from detectron2.data import DatasetCatalog
+from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.tools.report")
 

@@ -10,18 +10,15 @@ import logging
 from typing import Any, Dict
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-
-# isort: split
+from d2kd.data.datasets import check_class_counts, check_datasets
+from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, run_tool, setup
+from d2kd.modeling import is_distillation, load_strictly
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-
-from d2kd.data.datasets import check_class_counts, check_datasets
-from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, run_tool, setup
-from d2kd.modeling import is_distillation, load_strictly
 
 logger = logging.getLogger("d2kd.tools.train_net")
 

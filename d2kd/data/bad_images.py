@@ -3,9 +3,8 @@
 import logging
 from typing import Any, Callable, Dict, Optional, Set
 
-from detectron2.data import detection_utils
-
 from d2kd.data.coco_check import DatasetError
+from detectron2.data import detection_utils
 
 __all__ = ["ON_BAD_IMAGE", "wrap_mapper"]
 

@@ -9,6 +9,7 @@ import os
 from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence
 
 import numpy as np
+
 from detectron2.utils.file_io import PathManager
 
 __all__ = ["CocoSummary", "DatasetError", "validate_coco_json"]

@@ -5,14 +5,13 @@ import logging
 import os
 from typing import Any, Dict, List, Sequence, Tuple
 
+from d2kd.data.bad_images import wrap_mapper
+from d2kd.data.coco_check import DatasetError, validate_coco_json
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-
-from d2kd.data.bad_images import wrap_mapper
-from d2kd.data.coco_check import DatasetError, validate_coco_json
 
 __all__ = [
     "DatasetError",

@@ -2,11 +2,11 @@
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from detectron2.config import CfgNode
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from d2kd.layers import TapShape, align_resolution, build_aligner, check_alignable
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."

@@ -7,15 +7,15 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from detectron2.config import CfgNode
-from detectron2.layers import get_norm
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from d2kd.layers import AlignmentError, RandomMasks, check_reduction
 from d2kd.layers.assignment import AssignmentError, assign_channels, check_remainder, check_solver
 from d2kd.layers.channel_groups import check_reducer, norm_margin, one_sided_error, reduce_groups, scale_to_unit
 from d2kd.layers.normalize import check_mode
+from detectron2.config import CfgNode
+from detectron2.layers import get_norm
+from detectron2.utils import comm
 
 from .base import DISTILLERS, Distiller, TapPair
 from .matching_schedule import MatchingSchedule, preset

@@ -2,11 +2,11 @@
 
 from typing import Any, Dict, Sequence
 
-from detectron2.config import CfgNode
 from torch import Tensor
 
 from d2kd.layers import check_reduction, normalize, squared_error
 from d2kd.layers.normalize import check_mode
+from detectron2.config import CfgNode
 
 from .base import DISTILLERS, Distiller, TapPair
 

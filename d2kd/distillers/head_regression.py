@@ -3,10 +3,10 @@
 from typing import Any, Dict, Sequence
 
 import torch.nn.functional as F
-from detectron2.config import CfgNode
 from torch import Tensor
 
 from d2kd.layers import at_least_float32
+from detectron2.config import CfgNode
 
 from .base import DISTILLERS, TapPair
 from .predictions import PredictionDistiller

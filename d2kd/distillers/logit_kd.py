@@ -2,10 +2,10 @@
 
 from typing import Any, Callable, Dict, Sequence
 
-from detectron2.config import CfgNode
 from torch import Tensor
 
 from d2kd.layers import AlignmentError, binary_divergence, soft_count, softmax_divergence, spatial_divergence
+from detectron2.config import CfgNode
 
 from .base import DISTILLERS, TapPair
 from .predictions import PredictionDistiller

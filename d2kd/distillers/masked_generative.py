@@ -2,13 +2,13 @@
 
 from typing import Any, Dict, Optional, Sequence
 
-from detectron2.config import CfgNode
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from d2kd.layers import RandomMasks, check_reduction, normalize, squared_error
 from d2kd.layers.masks import check_kind
 from d2kd.layers.normalize import check_mode
+from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 from .base import DISTILLERS, Distiller, TapPair
 

@@ -4,10 +4,10 @@ from typing import Sequence
 
 import torch
 import torch.distributed as dist
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from d2kd.layers.similarity import channel_distances
+from detectron2.utils import comm
 
 from .base import TapPair
 

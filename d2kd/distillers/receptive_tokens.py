@@ -3,13 +3,13 @@
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from d2kd.layers import check_reduction, normalize
 from d2kd.layers.losses import at_least_float32
 from d2kd.layers.normalize import check_mode
 from d2kd.layers.tokens import Tokens, mask_weights, token_masks, token_weights, weighted_error
+from detectron2.config import CfgNode
 
 from .base import DISTILLERS, Distiller, TapPair
 from .token_file import TokenFile, TokenFileError, weights_checksum

@@ -4,11 +4,11 @@ import hashlib
 from typing import Any, Dict, Mapping, NamedTuple
 
 import torch
-from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from d2kd.files import replacing
 from d2kd.layers.tokens import Tokens
+from detectron2.utils.file_io import PathManager
 
 _FORMAT = "d2kd receptive tokens 1"
 _LEARN = (

@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils import comm
 from torch import nn
 
 from d2kd.files import replacing
 from d2kd.modeling import GradientBalance
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
 from .ema import WeightAverage
 

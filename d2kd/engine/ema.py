@@ -4,8 +4,9 @@ import copy
 from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
-from detectron2.engine.train_loop import HookBase
 from torch import Tensor, nn
+
+from detectron2.engine.train_loop import HookBase
 
 
 class WeightAverage:

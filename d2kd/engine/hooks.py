@@ -5,10 +5,9 @@ import signal
 import time
 from typing import Any, Callable, Dict, Optional
 
+from d2kd.files import write_json
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
-
-from d2kd.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ import copy
 import hashlib
 import itertools
 
-from detectron2.engine.train_loop import HookBase
 from torch import nn
 
 from d2kd.data.loader import ResumableLoader
 from d2kd.distillers import ChannelMatching
 from d2kd.modeling import DistilledModel
+from detectron2.engine.train_loop import HookBase
 
 
 class MatchingPass(HookBase):

@@ -5,13 +5,14 @@ import itertools
 from typing import Any, Callable, List, Optional, Type
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
+
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
-from torch import nn
-from torch.optim import Optimizer
 
 FULL_MODEL = "full_model"
 #: With Adam the weight decay is part of the gradient (L2), with AdamW it is not.

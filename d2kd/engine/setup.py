@@ -9,10 +9,6 @@ import sys
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from d2kd.config import add_distill_config
 from d2kd.data.datasets import DatasetError, register_datasets
@@ -22,6 +18,10 @@ from d2kd.layers.assignment import AssignmentError
 from d2kd.modeling import BalanceError, MethodError, TapError, TeacherError
 from d2kd.modeling.inherit import InheritError
 from d2kd.runtime import RUNTIME
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from .checkpoint import CheckpointError
 from .train_step import NonFiniteLossError

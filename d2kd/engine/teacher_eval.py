@@ -4,15 +4,15 @@ import logging
 import os
 from typing import Any, Dict, Optional
 
-from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
-from detectron2.evaluation import inference_on_dataset, print_csv_format
-from detectron2.utils import comm
 from torch import nn
 
 from d2kd.evaluation.build import build_evaluator
 from d2kd.files import write_json
 from d2kd.modeling import load_teacher, teacher_config
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 

@@ -6,17 +6,17 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
+from torch import nn
+
+from d2kd.files import replacing
+from d2kd.modeling import TokenLearner, load_strictly
+from d2kd.visualization.tokens import MaskRow, mask_picture
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.engine import hooks
 from detectron2.engine.train_loop import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from torch import nn
-
-from d2kd.files import replacing
-from d2kd.modeling import TokenLearner, load_strictly
-from d2kd.visualization.tokens import MaskRow, mask_picture
 
 from .hooks import CheckpointHook, InterruptHook
 from .setup import ConfigError

@@ -7,14 +7,14 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-from detectron2.engine import SimpleTrainer
-from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from d2kd.distillers import Distiller
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 
 from .checkpoint import load_running_normalizers, running_normalizers
 

@@ -7,6 +7,13 @@ import weakref
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from d2kd.data.datasets import check_class_counts, check_datasets
+from d2kd.data.loader import ResumableLoader, build_train_loader
+from d2kd.evaluation.build import build_evaluator
+from d2kd.modeling import DistilledModel, build_distilled_model, inherit_from_teacher, is_distillation
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
@@ -15,13 +22,6 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from torch import nn
-from torch.optim import Optimizer
-
-from d2kd.data.datasets import check_class_counts, check_datasets
-from d2kd.data.loader import ResumableLoader, build_train_loader
-from d2kd.evaluation.build import build_evaluator
-from d2kd.modeling import DistilledModel, build_distilled_model, inherit_from_teacher, is_distillation
 
 from .best import BestCheckpoint, EarlyStop
 from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state, write_weights

@@ -6,10 +6,10 @@ import os
 from typing import Any, Callable, Dict, Optional
 
 import yaml
-from detectron2.config import CfgNode
-from detectron2.utils.events import EventWriter, get_event_storage
 
 from d2kd.files import replacing
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventWriter, get_event_storage
 
 from .setup import ConfigError
 

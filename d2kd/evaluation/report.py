@@ -12,12 +12,12 @@ from typing import Any
 
 import cv2
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2kd.evaluation.results import ModelResult, compare, load_result
 from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
 from d2kd.visualization import detection_grid, read_predictions, read_training_log, training_curves
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 __all__ = ["ModelResult", "compare", "describe_environment", "load_result", "markdown", "write_report"]
 

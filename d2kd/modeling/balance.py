@@ -5,10 +5,11 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
 
 TASK = "task"
 #: Share of the old value that stays in the smoothed norms at each measurement.

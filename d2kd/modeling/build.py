@@ -4,10 +4,10 @@ import difflib
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
 from d2kd.distillers import DISTILLERS
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 
 from .balance import GradientBalance
 from .distilled_model import DistilledModel

@@ -4,11 +4,11 @@ import logging
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode
 from torch import nn
 
 from d2kd.distillers import DISTILLERS, NormAffine, TapPair
 from d2kd.layers import TapShape
+from detectron2.config import CfgNode
 
 from .prediction_taps import check_same_meaning, shared_predictions, what_taps_hold
 from .roi_outputs import is_region_tap, student_stage

@@ -5,9 +5,10 @@ import difflib
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from detectron2.modeling.backbone.vit import ViT
 
 PRE_RELU = ".pre_relu"
 #: Where a backbone with a pyramid keeps its body: FPN, and ViTDet's simple feature pyramid.

@@ -5,13 +5,13 @@ import logging
 from typing import Any, ContextManager, Dict, List, Sequence, Tuple
 
 import torch
+from torch import Tensor, nn
+
+from d2kd.config import add_distill_config
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
-from torch import Tensor, nn
-
-from d2kd.config import add_distill_config
 
 from .roi_outputs import RegionOutputs, Regions
 from .taps import FeatureTaps

@@ -7,6 +7,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+
 from detectron2.data import detection_utils
 from detectron2.structures import BoxMode
 

@@ -3,13 +3,13 @@
 from typing import Any, Dict, List, Optional
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from torch import nn
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.config import add_distill_config
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 NARROW = {
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,

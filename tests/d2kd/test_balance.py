@@ -4,9 +4,6 @@ import json
 
 import pytest
 import torch
-from detectron2.engine import launch
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from runs import ROOT
 from test_training import run, same, weights
@@ -14,6 +11,9 @@ from test_training import run, same, weights
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import CheckpointError, DistillTrainer, load_config
 from d2kd.modeling import BalanceError, GradientBalance, build_distilled_model
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 CPU = ["MODEL.DEVICE", "cpu"]
 THREE = ["MaskedGenerative", "LogitKD", "HeadRegression"]

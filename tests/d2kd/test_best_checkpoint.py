@@ -8,10 +8,6 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from detectron2.engine import launch
-from detectron2.modeling import build_model
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, config
 from runs import tool
 from test_training import run, same, weights
@@ -20,6 +16,10 @@ from d2kd.data.datasets import register_datasets
 from d2kd.engine import ConfigError, DistillTrainer, load_config
 from d2kd.engine.best import BestCheckpoint
 from d2kd.engine.wandb_writer import WandbWriter
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 #: AP of the evaluations after iterations 1, 3, 5, ... of the scripted trainings.
 SCORES = [1.0, 3.0, 2.0, 3.1, 2.5, 9.0]

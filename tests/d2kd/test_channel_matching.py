@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import launch
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from models import batch, config, model, write_teacher
 from test_training import run, same, weights
 
@@ -30,6 +27,9 @@ from d2kd.layers.channel_groups import (
 from d2kd.layers.similarity import channel_distances
 from d2kd.modeling import build_distilled_model
 from d2kd.modeling.taps import last_norm
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 STAGES = {"div": (0, 1, 2), "shave": (0, 1, 2)}
 CASES = [(case, stage) for case in STAGES for stage in STAGES[case]]

@@ -1,20 +1,21 @@
 """Every YAML in configs/ loads, builds its student and its teacher, and runs one training step and one inference."""
 
+import gc
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
 from runs import ROOT
 from torch import nn
 
 from d2kd.distillers.token_file import LearnedLevel, TokenFile, weights_checksum
 from d2kd.engine import DistillTrainer, load_config, trainer
 from d2kd.layers.tokens import Tokens
-from d2kd.modeling import distilled_model, is_distillation, teacher_config
+from d2kd.modeling import build, is_distillation, teacher_config
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 #: Small images for the models that want a size, in pixels; a probe of the taps has 128.
@@ -121,7 +122,7 @@ def test_one_step_and_one_inference(paths, untrained, monkeypatch, tmp_path):
     torch.manual_seed(1)
     if is_distillation(cfg):
         teacher = build_model(teacher_config(cfg))
-        monkeypatch.setattr(distilled_model, "load_teacher", lambda teacher_cfg: teacher)
+        monkeypatch.setattr(build, "load_teacher", lambda teacher_cfg: teacher)
         if "ReceptiveTokens" in cfg.DISTILL.METHODS:
             give_tokens(cfg, teacher, tmp_path / "tokens.pth")
     before = build_model(cfg).state_dict()
@@ -134,3 +135,5 @@ def test_one_step_and_one_inference(paths, untrained, monkeypatch, tmp_path):
     assert any(not torch.equal(before[key], after[key]) for key in after)
     (output,) = run.student.eval()([random_input(2)])
     assert output
+    del run
+    gc.collect()  # trainer and hooks refer to each other, and some of these models are large

@@ -7,8 +7,6 @@ import pickle
 
 import numpy as np
 import pytest
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper, MapDataset, MetadataCatalog
 from PIL import Image
 
 from d2kd.config import add_distill_config
@@ -20,6 +18,8 @@ from d2kd.data.datasets import (
     validate_coco_json,
     wrap_mapper,
 )
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MapDataset, MetadataCatalog
 
 COCO = {
     "images": [{"id": 3, "file_name": "a.png", "height": 20, "width": 30}],

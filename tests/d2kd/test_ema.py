@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import build_model
 from runs import tool
 from test_training import run, same, weights
 from torch import nn
 
 from d2kd.engine import load_config
 from d2kd.engine.ema import WeightAverage
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
 
 EMA = {"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.7, "SOLVER__EMA__WARMUP": 4.0}
 

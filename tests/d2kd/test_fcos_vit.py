@@ -3,6 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from models import FASTER_RCNN, NARROW, batch, config, model, write_teacher
+
+import d2kd.modeling as d2kd_modeling
+from d2kd.engine.optimizer import build_optimizer
+from d2kd.modeling import FeatureTaps, build_distilled_model, num_classes
+from d2kd.modeling.taps import tap_names
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, META_ARCH_REGISTRY, ResNet, build_backbone, build_model
@@ -11,12 +17,6 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicStem
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.utils.events import EventStorage
-from models import FASTER_RCNN, NARROW, batch, config, model, write_teacher
-
-import d2kd.modeling as d2kd_modeling
-from d2kd.engine.optimizer import build_optimizer
-from d2kd.modeling import FeatureTaps, build_distilled_model, num_classes
-from d2kd.modeling.taps import tap_names
 
 FCOS_R50 = {
     "MODEL.META_ARCHITECTURE": "FCOS",

@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes
-from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from torch.nn import functional as F
 
@@ -13,6 +10,9 @@ from d2kd.distillers import HeadRegression, TapPair
 from d2kd.layers import AlignmentError, TapShape
 from d2kd.modeling import TapError, build_distilled_model
 from d2kd.modeling.roi_outputs import RegionOutputs, SampledRegions, stages
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 
 AGNOSTIC = {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
 CASCADE = {**FASTER_RCNN, **AGNOSTIC, "MODEL.ROI_HEADS.NAME": "CascadeROIHeads"}

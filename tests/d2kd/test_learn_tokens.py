@@ -3,25 +3,23 @@
 import json
 from pathlib import Path
 
-import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
-
-# isort: split
 import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import launch
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, batch, config, model
 from runs import tool
 
+import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import TokenFile
 from d2kd.distillers.token_file import weights_checksum
 from d2kd.engine import CheckpointError, ConfigError, DistillTrainer, TokenTrainer, load_config, token_learning
 from d2kd.modeling import FeatureTaps, TapError, TeacherError, TokenLearner
 from d2kd.visualization.tokens import MaskRow, mask_picture
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
 

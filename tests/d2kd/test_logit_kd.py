@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, RETINANET, batch, config, write_teacher
 from torch.nn import functional as F
 
 from d2kd.distillers import LogitKD, TapPair
 from d2kd.layers import AlignmentError, TapShape, binary_divergence, softmax_divergence, spatial_divergence
 from d2kd.modeling import MethodError, TapError, build_distilled_model
+from detectron2.utils.events import EventStorage
 
 SEMANTIC = {
     **FASTER_RCNN,

@@ -398,8 +398,9 @@ def distillation(tmp_path, file, **keys):
 
 
 def test_the_method_trains_a_detector(tmp_path):
-    from detectron2.utils.events import EventStorage
     from models import batch
+
+    from detectron2.utils.events import EventStorage
 
     model = build_distilled_model(distillation(tmp_path, {}))
     model.train()

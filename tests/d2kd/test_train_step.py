@@ -4,13 +4,13 @@ from typing import Any, Dict, List, Optional
 
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from torch import Tensor, nn
 
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.train_step import TrainStep
 from d2kd.modeling import build_distilled_model
+from detectron2.utils.events import EventStorage
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

@@ -8,11 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import launch
-from detectron2.modeling import build_model
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from models import FASTER_RCNN, batch, config, write_teacher
 from runs import ROOT, command, environment, tool
 
@@ -20,6 +15,11 @@ import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes tha
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
 from d2kd.modeling import build_distilled_model
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 METHODS = ["FeatureMimic", "MaskedGenerative"]
 

@@ -35,19 +35,6 @@ from d2lite.utils import comm
 from d2lite.utils.events import EventStorage, JSONWriter
 
 
-@pytest.fixture(autouse=True)
-def restore_loggers():
-    """Setting up logs must not outlive a test."""
-    loggers = [logging.getLogger(name) for name in ("d2lite", "detectron2", "fvcore", "d2kd")]
-    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before):
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.setLevel(level)
-        logger.propagate, logger.handlers[:] = propagate, handlers
-
-
 class TwoLosses(nn.Module):
     """A layer whose two losses depend on the batch."""
 

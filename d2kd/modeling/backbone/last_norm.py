@@ -1,11 +1,12 @@
 """BACKBONE "build_retinanet_resnet_fpn_last_norm_backbone": group norm in the last block of every stage."""
 
+from torch import nn
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import build_retinanet_resnet_fpn_backbone
-from torch import nn
 
 
 def build_retinanet_resnet_fpn_last_norm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:

@@ -2,10 +2,11 @@
 
 from typing import Any, Dict
 
+from torch import nn
+
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
-from torch import nn
 
 
 class FCOS(fcos.FCOS):

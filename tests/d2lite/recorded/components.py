@@ -153,6 +153,7 @@ def anchor_generator(i, tmp, folder):
     maps of the given grid sizes (H, W).  in: sizes, ratios, strides, offset, grids.  out:
     anchors<l> (H*W*A, 4) XYXY for level l; cell<l> the anchors at the origin; num_anchors."""
     import torch
+
     from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 
     g = DefaultAnchorGenerator(sizes=i["sizes"], aspect_ratios=i["ratios"], strides=i["strides"], offset=i["offset"])
@@ -241,6 +242,7 @@ def roi_align(i, tmp, folder):
     tiny one.  out: pooled, and grad = d(sum(pooled * weight))/d(feat), weight[k] = sin(k) over the
     flattened output."""
     import torch
+
     from detectron2.layers import ROIAlign
 
     f = T(i["feat"]).requires_grad_(True)
@@ -547,11 +549,12 @@ def dataset_mapper(i, tmp, folder):
     {file_name, height, width, image_id, annotations, sem_seg_file_name}.  Either explicit keyword
     arguments and augmentations ([class, kwargs], or [transform class, [args]]), or DatasetMapper(cfg,
     is_train) with the listed cfg overrides after numpy.random.seed(seed)."""
+    from PIL import Image
+
     from detectron2.config import get_cfg
     from detectron2.data import DatasetMapper
     from detectron2.data import transforms as TR
     from detectron2.structures import BoxMode
-    from PIL import Image
 
     Image.fromarray(i["image"]).save(os.path.join(tmp, "a.png"))
     Image.fromarray(i["sem_seg"]).save(os.path.join(tmp, "s.png"))
@@ -594,6 +597,7 @@ def lr_schedule(i, tmp, folder):
     scheduler.step()), for MAX_ITER iterations; resumed[k]: the same from a scheduler that was
     state_dict()-saved after iteration 7 and loaded into a fresh one."""
     import torch
+
     from detectron2.config import get_cfg
     from detectron2.solver import build_lr_scheduler
 
@@ -774,6 +778,7 @@ CKPT_OVERRIDES = [
 
 def ckpt_model():
     import torch
+
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
@@ -795,6 +800,7 @@ def checkpointer(i, tmp, folder):
     save_and_resume: save("model_0000003", iteration=3) with an SGD optimizer as checkpointable, then
     resume_or_load into a fresh model."""
     import torch
+
     from detectron2.checkpoint import DetectionCheckpointer
 
     m = ckpt_model()
@@ -929,9 +935,10 @@ def sem_seg_evaluator(i, tmp, folder):
     the output is {"sem_seg": logits<k>}.  Metadata: stuff_classes = classes, ignore_label = ignore.
     out: evaluate()["sem_seg"].  The BoundaryIoU / min(IoU, B-Iou) entries only exist where OpenCV is
     installed; the other entries always do."""
+    from PIL import Image
+
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.evaluation import SemSegEvaluator
-    from PIL import Image
 
     recs = []
     for k in range(i["n"]):
@@ -987,6 +994,7 @@ def samplers(i, tmp, folder):
     and its len).  kind "factors": RepeatFactorTrainingSampler.repeat_factors_from_category_frequency.
     World size > 1: torch.distributed reports that size and rank."""
     import torch
+
     from detectron2.data import samplers as S
 
     k = i["kind"]
@@ -1061,6 +1069,7 @@ def default_config(i, tmp, folder):
     """detectron2.config.get_cfg(): dump() parsed as yaml, and the Python type of every leaf.  The
     same dump is in default_config.yaml."""
     import yaml
+
     from detectron2.config import get_cfg
 
     c = get_cfg()
@@ -1111,6 +1120,7 @@ def frozen_batchnorm(i, tmp, folder):
     in state_dict, default running_var, eps; convert_frozen_batchnorm of a BatchNorm2d; and the
     result types of detectron2.layers.get_norm."""
     import torch
+
     from detectron2.layers import FrozenBatchNorm2d, get_norm
 
     m = FrozenBatchNorm2d(4)
@@ -1151,6 +1161,7 @@ def instances(i, tmp, folder):
     int, cat, len; and the errors: setting a field of another length, reading a missing field,
     indexing out of range, get() of a missing field."""
     import torch
+
     from detectron2.structures import Boxes, Instances
 
     x = Instances((40, 50))

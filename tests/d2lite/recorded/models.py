@@ -249,6 +249,7 @@ def param_table(model):
 def make_batch(inp, meta, train):
     """inputs.npz -> list[dict] in the standard Detectron2 model input format."""
     import torch
+
     from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
     batch = []
@@ -297,6 +298,7 @@ def subsample(name, arr, meta):
 # --------------------------------------------------------------------------- #
 def stage_train(model, inp, meta):
     import torch
+
     from detectron2.utils.events import EventStorage
 
     out = {}
