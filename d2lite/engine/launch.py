@@ -1,5 +1,6 @@
 """Starts a function in one process per GPU, or in several CPU processes, or joins torchrun's."""
 
+import gc
 import logging
 import os
 import socket
@@ -92,8 +93,17 @@ def _join_torchrun(main_func: Callable[..., Any], args: Sequence[Any], timeout: 
     dist.init_process_group(_backend(), init_method="env://", timeout=timeout)
     comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     result = main_func(*args)
-    dist.destroy_process_group()
+    _leave()
     return result
+
+
+def _leave() -> None:
+    """Ends the process group, once every process is done with it."""
+    comm.synchronize()
+    # Trainers and their hooks refer to each other: without this, data-parallel models would outlive the group that
+    # they communicate through, and now and then end the process with an abort.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _meeting_point(dist_url: str | None, num_machines: int) -> str:
@@ -144,4 +154,4 @@ def _run_worker(
     # Wait here: a process that fails or is slow to start would show up as a time-out somewhere later.
     comm.synchronize()
     main_func(*args)
-    dist.destroy_process_group()
+    _leave()
