@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -86,7 +87,7 @@ def perform(run: Run, output: Path, environment: Dict[str, str]) -> None:
         directory.rename(stale)
     directory.mkdir(parents=True, exist_ok=True)
     fingerprint.write_text(json.dumps(wanted))
-    logger.info("%s: python %s", run.label, " ".join(command))
+    logger.info("%s: python %s", run.label, shlex.join(command))
     status = _wait(subprocess.Popen([sys.executable, *command], env=environment))
     if status:
         log = directory / "log.txt"
@@ -125,7 +126,7 @@ def report(all_runs: List[Run], output: Path) -> None:
         dataset_name=DATASET,
         title="Quickstart: distilling a RetinaNet on PhotoDigits",
         statement=STATEMENT.format(images=models["baseline"].images_seen),
-        commands=["bash tools/quickstart.sh", *("python " + " ".join(command_of(run, output)) for run in all_runs)],
+        commands=["bash tools/quickstart.sh", *("python " + shlex.join(command_of(run, output)) for run in all_runs)],
     )
     logger.info("AP: %s", ", ".join(f"{m.label} {m.metrics['AP']:.1f}" for m in models.values()))
     if summary["gap_closure"] is not None:

@@ -81,8 +81,7 @@ class ResumableLoader:
 
 
 class _Batches(Sampler):
-    """Batches of draws, grouped by aspect ratio before any image is read, so that skipping to a position costs nothing.
-    """
+    """Batches of draws, grouped by aspect ratio before any image is read: skipping to a position costs nothing."""
 
     def __init__(self, sampler: Sampler, batch_size: int, wide: Optional[Sequence[bool]], start: int) -> None:
         self.sampler, self.batch_size, self.wide, self.start = sampler, batch_size, wide, start

@@ -18,7 +18,7 @@ from .ema import WeightAverage
 logger = logging.getLogger(__name__)
 
 #: Attributes in which dense detectors keep their running loss normaliser; it is in no state_dict of theirs.
-_RUNNING_ATTRIBUTES = ("loss_normalizer",)
+RUNNING_ATTRIBUTES = ("loss_normalizer",)
 
 
 class CheckpointError(ValueError):
@@ -96,8 +96,7 @@ def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
 
 
 def process_state(model: nn.Module) -> Dict[str, Any]:
-    """What differs between processes: random states and running normalisers, in types that load without executing code.
-    """
+    """What differs between processes: random states and running normalisers, in types that load safely."""
     numpy_state = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -129,7 +128,7 @@ def running_normalizers(model: nn.Module) -> Dict[str, Any]:
     return {
         f"{path}.{attribute}": getattr(module, attribute)
         for path, module in model.named_modules()
-        for attribute in _RUNNING_ATTRIBUTES
+        for attribute in RUNNING_ATTRIBUTES
         if attribute in vars(module)
     }
 

@@ -1,5 +1,4 @@
-"""Optimizers: Detectron2's SGD, AdamW with the same per-parameter rules, and clipping by the norm of the whole model.
-"""
+"""Optimizers: Detectron2's SGD, Adam and AdamW with its per-parameter rules, clipping by the whole model's norm."""
 
 import itertools
 from typing import Any, Callable, List, Optional, Type

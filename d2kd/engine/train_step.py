@@ -16,7 +16,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from .checkpoint import load_running_normalizers, running_normalizers
+from .checkpoint import RUNNING_ATTRIBUTES
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -79,12 +79,7 @@ class TrainStep(SimpleTrainer):
         self.scaler.update()
 
     def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-        enabled = self.precision is not None
-        with (
-            torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
-            if enabled
-            else contextlib.nullcontext()
-        ):
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
             losses = self.model(data)
         total = sum(losses.values()) / self.accumulate if self.accumulate > 1 else sum(losses.values())
         self.scaler.scale(total).backward()
@@ -112,9 +107,8 @@ class TrainStep(SimpleTrainer):
             storage.put_scalar("data_time", data_time)
             storage.put_scalar("total_loss", sum(numbers.values()))
             distilled = [value for name, value in numbers.items() if name.startswith("distill/")]
-            if (
-                distilled
-            ):  # the console shows names with "loss" in them: one for all levels, the rest is in metrics.json
+            # the console shows names with "loss" in them: one for all levels there, each of them in metrics.json
+            if distilled:
                 storage.put_scalar("distill_loss", sum(distilled))
             if len(numbers) > 1:
                 storage.put_scalars(**numbers)
@@ -125,8 +119,7 @@ class TrainStep(SimpleTrainer):
         which = ", ".join(f"{name} = {value}" for name, value in sorted(bad.items()))
         raise NonFiniteLossError(
             f"Loss is not finite at iteration {self.iter}: {which}. Try a lower SOLVER.BASE_LR, a longer "
-            "SOLVER.WARMUP_ITERS, gradient "
-            f"clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"
+            f"SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"
         )
 
     def state_dict(self) -> Dict[str, Any]:
@@ -151,14 +144,15 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-        self._model = model
         self._distillers = [m for m in model.modules() if isinstance(m, Distiller)]
         changing = [b for m in norms for b in m.buffers(recurse=False)] + [
             b for m in self._distillers for b in m.buffers()
         ]
         self._live = list({id(b): b for b in changing}.values())
         self._copies = [b.clone() for b in self._live]
-        self._normalizers: Dict[str, Any] = {}
+        # Detectron2's dense detectors; the attribute itself may appear with the first batch only
+        self._normalizing = [m for m in model.modules() if hasattr(m, "_ema_update")]
+        self._normalizers: List[Dict[str, Any]] = []
         self._positions: List[Any] = []
 
     @torch.no_grad()
@@ -166,7 +160,7 @@ class RunningStatistics:
         """Copies the statistics of now."""
         if self._live:
             torch._foreach_copy_(self._copies, self._live)
-        self._normalizers = running_normalizers(self._model)
+        self._normalizers = [{a: vars(m)[a] for a in RUNNING_ATTRIBUTES if a in vars(m)} for m in self._normalizing]
         self._positions = [m.get_extra_state() if _has_position(m) else None for m in self._distillers]
 
     @torch.no_grad()
@@ -174,7 +168,8 @@ class RunningStatistics:
         """Puts the remembered statistics back."""
         if self._live:
             torch._foreach_copy_(self._live, self._copies)
-        load_running_normalizers(self._model, self._normalizers)
+        for module, normalizers in zip(self._normalizing, self._normalizers):
+            vars(module).update(normalizers)
         for distiller, position in zip(self._distillers, self._positions):
             if position is not None:
                 distiller.set_extra_state(position)

@@ -313,8 +313,7 @@ def check_test_augmentation(cfg: CfgNode) -> None:
 
 
 def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, suffix: str) -> Dict[str, Any]:
-    """`trainer.test` of a variant of the student: results are "<name>_<suffix>", predictions in `inference_<suffix>`.
-    """
+    """`trainer.test` of a variant of the student: results "<name>_<suffix>", predictions in `inference_<suffix>`."""
     logger.info("Evaluating the variant %s", suffix)
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
     evaluators = [trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]

@@ -36,8 +36,7 @@ def build_aligner(student: TapShape, teacher: TapShape) -> nn.Module:
 
 
 def check_alignable(where: str, student: TapShape, teacher: TapShape) -> None:
-    """Raises AlignmentError, with both shapes and `where` (tap and configuration key), for maps that are too far apart.
-    """
+    """Raises AlignmentError, with both shapes and `where` (tap and configuration key), for maps too far apart."""
     if student.is_vector or teacher.is_vector:
         raise AlignmentError(
             f"{where}: this method compares maps (N, C, H, W), and one of these is a vector (R, C) a region or image."
