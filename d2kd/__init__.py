@@ -1,7 +1,24 @@
-"""d2kd: knowledge distillation for dense prediction on Detectron2."""
+"""d2kd: knowledge distillation for dense prediction on Detectron2.
+
+Importing it makes the name `detectron2` resolve, and registers d2kd's backbones, architectures and methods.
+"""
 
 from d2kd.runtime import RUNTIME, Runtime
 
+# isort: split
+from d2kd.config import add_distill_config
+from d2kd.distillers import DISTILLERS, Distiller
+from d2kd.modeling import DistilledModel, build_distilled_model
+
 __version__ = "0.1.0"
 
-__all__ = ["RUNTIME", "Runtime", "__version__"]
+__all__ = [
+    "DISTILLERS",
+    "RUNTIME",
+    "DistilledModel",
+    "Distiller",
+    "Runtime",
+    "__version__",
+    "add_distill_config",
+    "build_distilled_model",
+]

@@ -1,9 +1,13 @@
 """FCOS and ViTDet from YAML: parameter names, numbers, taps, distillation, learning rates by layer, errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from models import FASTER_RCNN, NARROW, batch, config, model, write_teacher
+from runs import ROOT
 
 import d2kd.modeling as d2kd_modeling
 from d2kd.engine.optimizer import build_optimizer
@@ -117,6 +121,19 @@ def test_fcos_reads_its_keys():
 def test_fcos_level_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="MODEL.FCOS.IN_FEATURES names p2.*p3, p4, p5, p6, p7"):
         model(config(FCOS_R50, MODEL__FCOS__IN_FEATURES=["p2", "p3"]))
+
+
+def test_importing_d2kd_is_enough_to_build_from_yaml():
+    program = """
+import d2kd
+from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+cfg = get_cfg()
+d2kd.add_distill_config(cfg)
+assert "FCOS" in META_ARCH_REGISTRY and "FeatureMimic" in d2kd.DISTILLERS
+assert "build_vit_sfp_backbone" in BACKBONE_REGISTRY
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_importing_again_registers_nothing_twice():
