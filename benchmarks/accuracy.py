@@ -37,9 +37,6 @@ class Length(NamedTuple):
 
 LENGTHS = {"short": Length(1000, 700), "long": Length(4000, 4000)}
 
-FEATURES = ["DISTILL.METHODS", "['FeatureMimic']"]
-MASKED = ["DISTILL.METHODS", "['MaskedGenerative']"]
-
 
 class Entry(NamedTuple):
     """A row of the table: its configuration and options, and whether it distils."""
@@ -53,31 +50,32 @@ class Entry(NamedTuple):
 ENTRIES: Dict[str, Entry] = {
     "baseline": Entry("retinanet_student", distils=False),
     "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
-    "FeatureMimic": Entry("retinanet_student", FEATURES),
-    "MaskedGenerative": Entry("retinanet_student", MASKED),
+    "FeatureMimic": Entry("retinanet_student_FeatureMimic"),
+    "MaskedGenerative": Entry("retinanet_student_MaskedGenerative"),
     "ReceptiveTokens": Entry("retinanet_student_ReceptiveTokens"),
     "ChannelMatching": Entry("retinanet_student_ChannelMatching"),
     "LogitKD": Entry("retinanet_student_LogitKD"),
-    "FeatureMimic + LogitKD": Entry("retinanet_student_LogitKD", ["DISTILL.METHODS", "['FeatureMimic', 'LogitKD']"]),
+    "HeadRegression": Entry("retinanet_student_HeadRegression"),
+    "FeatureMimic + LogitKD": Entry("retinanet_student_FeatureMimic_LogitKD"),
     "combined, balanced": Entry("retinanet_student_combined"),
     "FeatureMimic, not inherited": Entry(
-        "retinanet_student", [*FEATURES, "DISTILL.INHERIT.ENABLED", False], ablation=True
+        "retinanet_student_FeatureMimic", ["DISTILL.INHERIT.ENABLED", False], ablation=True
     ),
     "FeatureMimic, weight halved": Entry(
-        "retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True
+        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True
     ),
     "FeatureMimic, weight doubled": Entry(
-        "retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True
+        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True
     ),
     "FeatureMimic, all five levels": Entry(
-        "retinanet_student", [*FEATURES, "DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True
+        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True
     ),
     "MaskedGenerative, mask ratio 0": Entry(
-        "retinanet_student", [*MASKED, "DISTILL.MASKED_GENERATIVE.MASK_RATIO", 0.0], ablation=True
+        "retinanet_student_MaskedGenerative", ["DISTILL.MASKED_GENERATIVE.MASK_RATIO", 0.0], ablation=True
     ),
     "MaskedGenerative, loss of the paper": Entry(
-        "retinanet_student",
-        [*MASKED, "DISTILL.MASKED_GENERATIVE.NORMALIZE", "none", "DISTILL.MASKED_GENERATIVE.REDUCTION", "paper"]
+        "retinanet_student_MaskedGenerative",
+        ["DISTILL.MASKED_GENERATIVE.NORMALIZE", "none", "DISTILL.MASKED_GENERATIVE.REDUCTION", "paper"]
         + ["DISTILL.MASKED_GENERATIVE.WEIGHT", 2.0e-5],
         ablation=True,
     ),

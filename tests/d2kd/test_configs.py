@@ -9,6 +9,7 @@ import torch
 from runs import ROOT
 from torch import nn
 
+from d2kd.distillers import DISTILLERS
 from d2kd.distillers.token_file import LearnedLevel, TokenFile, weights_checksum
 from d2kd.engine import DistillTrainer, load_config, trainer
 from d2kd.layers.tokens import Tokens
@@ -113,6 +114,13 @@ def test_loads_with_all_its_keys(path):
     assert cfg.MODEL.META_ARCHITECTURE and cfg.DATASETS.TRAIN
     if is_distillation(cfg):
         assert teacher_config(cfg).MODEL.META_ARCHITECTURE
+
+
+def test_every_method_has_a_recipe_of_its_own_for_photo_digits():
+    configs = [load_config(str(path)) for path in (ROOT / "configs/PhotoDigits").glob("*.yaml")]
+    alone = {cfg.DISTILL.METHODS[0] for cfg in configs if is_distillation(cfg) and len(cfg.DISTILL.METHODS) == 1}
+    together = [cfg for cfg in configs if is_distillation(cfg) and len(cfg.DISTILL.METHODS) > 1]
+    assert alone == {name for name, _ in DISTILLERS} and len(together) >= 2
 
 
 @pytest.mark.parametrize("paths", groups().values(), ids=lambda paths: "=".join(map(name, paths)))
