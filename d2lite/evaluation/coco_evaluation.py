@@ -180,8 +180,11 @@ class COCOEvaluator(DatasetEvaluator):
         # A result with a box would be counted as small, medium or large by its box and not by its mask
         left_out = {"bbox"} if task == "segm" else {"segmentation"}
         results = [{k: v for k, v in r.items() if k not in left_out} for r in coco_results]
+        # faster-coco-eval knows images by numbers only; those of Cityscapes have file names
+        numbered = all(isinstance(image_id, int) for image_id in self._coco_api.imgs)
         with contextlib.redirect_stdout(io.StringIO()):
-            coco_eval = self._cocoeval(self._coco_api, self._coco_api.loadRes(results), task)
+            implementation = self._cocoeval if numbered else COCOeval
+            coco_eval = implementation(self._coco_api, self._coco_api.loadRes(results), task)
             coco_eval.params.maxDets = self._max_dets_per_image
             if img_ids is not None:
                 coco_eval.params.imgIds = img_ids

@@ -1,0 +1,82 @@
+"""Evaluators are chosen by the type of the dataset, and Cityscapes gets those of COCO and of label maps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.config import add_distill_config
+from d2kd.evaluation.build import build_evaluator
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin import register_all_cityscapes
+from detectron2.structures import Boxes, Instances
+
+TASKS = ("instance_seg", "sem_seg")
+INSTANCES, LABELS = (f"cityscapes_fine_{task}_val" for task in TASKS)
+BUILTIN = [f"cityscapes_fine_{task}_{split}" for task in TASKS for split in ("train", "val", "test")]
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    """One image of 20 x 40 pixels with a car, registered under the built-in names."""
+    images, labels = (tmp_path / f"cityscapes/{folder}/val/aachen" for folder in ("leftImg8bit", "gtFine"))
+    for folder in (images, labels):
+        folder.mkdir(parents=True)
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(images / "aachen_0_leftImg8bit.png")
+    car = {"label": "car", "polygon": [[2, 2], [12, 2], [12, 12], [2, 12]]}
+    polygons = {"imgHeight": 20, "imgWidth": 40, "objects": [car]}
+    (labels / "aachen_0_gtFine_polygons.json").write_text(json.dumps(polygons))
+    classes = np.zeros((20, 40), np.uint8)
+    classes[2:12, 2:12] = 13
+    Image.fromarray(classes).save(labels / "aachen_0_gtFine_labelTrainIds.png")
+    kept = {name: (DatasetCatalog[name], MetadataCatalog.pop(name)) for name in BUILTIN}
+    for name in BUILTIN:
+        DatasetCatalog.remove(name)
+    register_all_cityscapes(str(tmp_path))
+    yield
+    for name, (load, metadata) in kept.items():
+        DatasetCatalog.remove(name)
+        DatasetCatalog.register(name, load)
+        MetadataCatalog[name] = metadata
+
+
+def config(tmp_path):
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    return cfg
+
+
+def scores(cfg, name, prediction):
+    (record,) = DatasetCatalog.get(name)
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    evaluator.process([record], [prediction])
+    return evaluator.evaluate()
+
+
+def test_instances_of_cityscapes_are_evaluated_as_coco(cityscapes, tmp_path):
+    found = Instances((20, 40), pred_boxes=Boxes(torch.tensor([[2.0, 2.0, 12.0, 12.0]])))
+    found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([2])
+    assert scores(config(tmp_path), INSTANCES, {"instances": found})["bbox"]["AP-car"] == pytest.approx(100)
+
+
+def test_label_maps_of_cityscapes_are_evaluated(cityscapes, tmp_path):
+    logits = torch.zeros(19, 20, 40)
+    logits[0] = 1
+    logits[13, 2:12, 2:7] = 2  # half of the car
+    result = scores(config(tmp_path), LABELS, {"sem_seg": logits})["sem_seg"]
+    assert result["IoU-car"] == pytest.approx(50) and result["IoU-road"] == pytest.approx(100 * 700 / 750)
+
+
+def test_other_types_are_named(tmp_path):
+    MetadataCatalog.get("of_no_known_type").evaluator_type = "lvis"
+    try:
+        with pytest.raises(ValueError, match="of_no_known_type.*'lvis'.*cityscapes_instance"):
+            build_evaluator(config(tmp_path), "of_no_known_type")
+    finally:
+        MetadataCatalog.pop("of_no_known_type")
