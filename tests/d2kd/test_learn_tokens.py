@@ -22,6 +22,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
+#: Trained by two processes here; tests of the other methods do the same.
+TOGETHER = ["ReceptiveTokens", "ChannelMatching"]
 
 
 # --- replacing taps ---
@@ -226,6 +228,30 @@ def _two_processes(path, output):
 def test_two_processes_agree(teacher_yaml, tmp_path):
     launch(_two_processes, 2, dist_url="auto", args=(str(teacher_yaml), str(tmp_path / "two")))
     assert list(TokenFile.load(str(tmp_path / "two/tokens.pth")).levels) == LEVELS
+
+
+def _students_in_step(path, output):
+    trainer = run(path, kind=DistillTrainer, OUTPUT_DIR=output)
+    assert not trainer.model.find_unused_parameters
+    assert list(trainer.distilled.distillers) == TOGETHER
+    first, second = comm.all_gather([p.detach() for p in trainer.distilled.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_two_processes_of_a_student_of_the_tokens_stay_in_step(teacher_yaml, write_config, tmp_path):
+    run(teacher_yaml, DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
+    student = write_config(
+        "student",
+        DISTILL__TEACHER__CONFIG_FILE=str(teacher_yaml),
+        DISTILL__TEACHER__EVAL_FIRST=False,
+        DISTILL__METHODS=TOGETHER,
+        DISTILL__RECEPTIVE_TOKENS__FILE=str(tmp_path / "teacher/tokens.pth"),
+        DISTILL__RECEPTIVE_TOKENS__WARMUP_ITERS=2,
+        DISTILL__CHANNEL_MATCHING__REFRESH_ITERS=[0, 2],
+        DATASETS__TEST=[],
+        SOLVER__MAX_ITER=4,
+    )
+    launch(_students_in_step, 2, dist_url="auto", args=(str(student), str(tmp_path / "students")))
 
 
 def test_a_student_of_the_tokens_resumes_bit_equal(teacher_yaml, write_config, tmp_path):
