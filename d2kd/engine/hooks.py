@@ -3,6 +3,7 @@
 import logging
 import signal
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 from d2kd.files import write_json
@@ -95,7 +96,7 @@ class WallTime(HookBase):
 
 
 class ResultWriter(HookBase):
-    """Writes what a finished run came to as `result.json` into the output directory."""
+    """Writes what a finished run came to as `result.json` into the output directory; until then there is none."""
 
     def __init__(self, path: str, describe: Callable[[], Dict[str, Any]]) -> None:
         """
@@ -105,6 +106,11 @@ class ResultWriter(HookBase):
         """
         self.path = path
         self.describe = describe
+
+    def before_train(self) -> None:
+        """Removes the result of an earlier run in the same directory."""
+        if comm.is_main_process():
+            Path(self.path).unlink(missing_ok=True)
 
     def after_train(self) -> None:
         """Writes the file, on the main process, if training came to its end."""

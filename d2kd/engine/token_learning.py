@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from d2kd.files import replacing
+from d2kd.layers.tokens import dice
 from d2kd.modeling import TokenLearner, load_strictly
 from d2kd.visualization.tokens import MaskRow, mask_picture
 from detectron2.config import CfgNode
@@ -81,7 +82,7 @@ class TokenTrainer(DistillTrainer):
         return self.learner.teacher
 
     @property
-    def token_file(self) -> str:
+    def result_file(self) -> str:
         """Where the tokens go."""
         return os.path.join(self.cfg.OUTPUT_DIR, "tokens.pth")
 
@@ -140,8 +141,8 @@ class TokenTrainer(DistillTrainer):
     def _write_tokens(self) -> None:
         if not self.finished:
             return
-        overlaps = {n: float(self.storage.history(f"loss_dice/{n}").median(_DICE_WINDOW)) for n in self.learner.taps}
-        self.learner.learned(overlaps, self.max_iter).save(self.token_file)
+        overlaps = self._overlaps()
+        self.learner.learned(overlaps, self.max_iter).save(self.result_file)
         for name, overlap in overlaps.items():
             logger.info("Tokens of %s: Dice overlap %.3f", name, overlap)
         flat = self._pictures.flat_taps()
@@ -152,7 +153,14 @@ class TokenTrainer(DistillTrainer):
                 ", ".join(flat),
                 self._pictures.directory,
             )
-        logger.info("Wrote %s: the DISTILL.RECEPTIVE_TOKENS.FILE of students of this teacher", self.token_file)
+        logger.info("Wrote %s: the DISTILL.RECEPTIVE_TOKENS.FILE of students of this teacher", self.result_file)
+
+    def _overlaps(self) -> Dict[str, float]:
+        """Dice overlap by tap, over the last steps; over one batch where an interrupted run has made all steps."""
+        if self.start_iter < self.max_iter:
+            return {n: float(self.storage.history(f"loss_dice/{n}").median(_DICE_WINDOW)) for n in self.learner.taps}
+        seen = self.learner.look(next(iter(self.data_loader)))
+        return {n: float(dice(level.masks)) for n, level in seen.items()}
 
 
 class _CheckTaps(HookBase):

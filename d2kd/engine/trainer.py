@@ -133,7 +133,7 @@ class DistillTrainer(DefaultTrainer):
             ret.append(self._best)
             if cfg.TEST.AUG.ENABLED:
                 ret.append(hooks.CallbackHook(after_train=lambda _: self._evaluate_with_tta()))
-        ret.append(ResultWriter(os.path.join(cfg.OUTPUT_DIR, "result.json"), self._result))
+        ret.append(ResultWriter(self.result_file, self._result))
         if comm.is_main_process():
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
@@ -165,13 +165,17 @@ class DistillTrainer(DefaultTrainer):
             self.average.restart()
 
     def train(self) -> Any:
-        """Evaluates the teacher (`DISTILL.TEACHER.EVAL_FIRST`), then trains. Returns the last evaluation's results."""
-        if self.start_iter >= self.max_iter:
-            logger.info("Nothing to do: %d of %d iterations are done.", self.start_iter, self.max_iter)
-            return None
-        if self._best is not None and self._best.exhausted:
-            logger.info("Nothing to do: TEST.EARLY_STOP has ended this training after %d iterations.", self.start_iter)
-            return None
+        """Evaluates the teacher (`DISTILL.TEACHER.EVAL_FIRST`), then trains. Returns the last evaluation's results.
+
+        A run that was interrupted between its last iteration and its result is evaluated only.
+        """
+        if self.start_iter >= self.max_iter or (self._best is not None and self._best.exhausted):
+            logger.info("%d of %d iterations are done, and no more are to come.", self.start_iter, self.max_iter)
+            if comm.all_gather(os.path.isfile(self.result_file))[0]:
+                logger.info("Nothing to do: the result is in %s", self.result_file)
+                return None
+            self.stopped_early = self.start_iter < self.max_iter
+            self.max_iter = self.start_iter
         if self.distilled is not None and self.cfg.DISTILL.TEACHER.EVAL_FIRST and self.start_iter == 0:
             with _untouched_random_state():
                 evaluate_teacher(self.cfg, self.distilled.teacher.model)
@@ -209,6 +213,11 @@ class DistillTrainer(DefaultTrainer):
     def running_model(self) -> nn.Module:
         """The model whose running normalisers belong to the state of the run."""
         return self.student
+
+    @property
+    def result_file(self) -> str:
+        """What a run writes last, when all is done."""
+        return os.path.join(self.cfg.OUTPUT_DIR, "result.json")
 
     @property
     def finished(self) -> bool:
@@ -290,7 +299,7 @@ class DistillTrainer(DefaultTrainer):
         return {
             "metrics": getattr(self, "_last_eval_results", {}),
             "wall_time_s": round(self._wall_time.seconds, 2),
-            "iterations": self.iter + 1 if self.stopped_early else self.max_iter,
+            "iterations": min(self.iter + 1, self.max_iter),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE,
             "params": _size(self.student),
             "seed": self.data_loader.seed,

@@ -109,6 +109,10 @@ def test_training_stops_keeps_the_best_and_leaves_complete_results(write_config,
     result = json.loads((out / "result.json").read_text())
     assert result["stopped_early"] and result["iterations"] == 8 and result["metrics"]["bbox"]["AP"] == 3.1
     assert [json.loads(x)["iteration"] for x in (out / "metrics.json").read_text().splitlines()][-1] == 7
+    (out / "result.json").unlink()  # killed before it wrote that: what is missing is made up for
+    run(path, resume=True)
+    assert json.loads((out / "result.json").read_text()) == {**result, "metrics": {"bbox": {"AP": 2.5}}}
+    assert scripted.pop() == 8
     # a stopped run stays stopped, and with more patience goes on
     assert run(path, resume=True).iter == 7 and scripted == [1, 3, 5, 7]
     assert run(path, resume=True, TEST__EARLY_STOP__PATIENCE=4).start_iter == 8

@@ -203,6 +203,12 @@ def test_interrupted_and_resumed_is_bit_equal(teacher_yaml, tmp_path):
     parts = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
     assert parts.start_iter == 3 and same(whole.learner.state_dict(), parts.learner.state_dict())
     assert whole.learner.teacher.loss_normalizer == parts.learner.teacher.loss_normalizer
+    learned = TokenFile.load(str(tmp_path / "whole/tokens.pth"))
+    (tmp_path / "whole/tokens.pth").unlink()  # killed before it wrote that: what is missing is made up for
+    run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "whole"), resume=True)
+    again = TokenFile.load(str(tmp_path / "whole/tokens.pth"))
+    assert torch.equal(again.levels["p3"].tokens.tokens, learned.levels["p3"].tokens.tokens)
+    assert 0 < again.levels["p3"].dice <= 1 and again.iterations == learned.iterations
     first = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "one"), DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
     assert not same(whole.learner.state_dict(), first.learner.state_dict())
 

@@ -201,6 +201,21 @@ def test_evaluation_in_between_changes_nothing(write_config, teacher, tmp_path):
     assert same(weights(tmp_path / "a")["model"], weights(tmp_path / "b")["model"])
 
 
+def test_a_run_that_was_stopped_before_its_result_is_completed(write_config, teacher, tmp_path):
+    path = write_config(SOLVER__EMA__ENABLED=True, **teacher)
+    run(path)
+    result = tmp_path / "student/result.json"
+    before, trained = json.loads(result.read_text()), (tmp_path / "student/model_final.pth").stat().st_mtime_ns
+    result.unlink()
+    run(path, resume=True)
+    assert json.loads(result.read_text()) == before
+    assert run(path, resume=True).train() is None
+    assert (tmp_path / "student/model_final.pth").stat().st_mtime_ns == trained
+    with pytest.raises(NonFiniteLossError):
+        run(path, SOLVER__BASE_LR=1e30, SOLVER__WARMUP_ITERS=0)
+    assert not result.exists()  # what stood there was that of another run
+
+
 def test_losses_of_every_level_are_in_the_log(write_config, teacher, tmp_path):
     run(write_config(DISTILL__METHODS=METHODS, SOLVER__MAX_ITER=20, DATASETS__TEST=[], **teacher))
     lines = [json.loads(line) for line in (tmp_path / "student/metrics.json").read_text().splitlines()]
