@@ -114,6 +114,13 @@ class Bench:
         steps = ["SOLVER.MAX_ITER", self.length.teacher, "TEST.EVAL_PERIOD", 0]
         return self.run("teacher", ["tools/train_net.py", "--resume", "--config-file", config, *steps])
 
+    def prepare(self, tokens: bool) -> Optional[Dict[str, Any]]:
+        """Trains the teacher, and learns its tokens where they are needed."""
+        result = self.teacher()
+        if result is not None and tokens:
+            self.tokens()
+        return result
+
     def tokens(self) -> Path:
         """Learns the teacher's tokens; returns their file."""
         target = self.root / "tokens"
@@ -207,14 +214,20 @@ def main() -> None:
     subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
     bench = Bench(args.length, args.output, args.threads, args.opts)
     names = [n for n in args.only if not (args.no_ablations and ENTRIES[n].ablation)]
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        # in the pool all of them: Ctrl-C in the main thread would kill a run that is about to save
+        teacher = pool.submit(bench.prepare, "ReceptiveTokens" in names)
         alone = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if not ENTRIES[n].distils]
-        if bench.teacher() is None:
-            sys.exit(1)
-        if "ReceptiveTokens" in names:
-            bench.tokens()
-        rest = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if ENTRIES[n].distils]
-        failed = sum(job.result() is None for job in [*alone, *rest])
+        distilled = [(n, s) for s in args.seeds for n in names if ENTRIES[n].distils] if teacher.result() else []
+        rest = [pool.submit(bench.student, n, s) for n, s in distilled]
+        failed = sum(job.result() is None for job in [teacher, *alone, *rest])
+    except KeyboardInterrupt:
+        logger.warning("Stopped: the runs of now are saving, no others start.")
+        pool.shutdown(cancel_futures=True)
+        sys.exit(130)
+    if teacher.result() is None:
+        sys.exit(1)
     text = table(bench)
     logger.info("\n%s", text)
     if DOCUMENT.is_file():

@@ -1,6 +1,7 @@
 """What the speed benchmarks share: random training batches, timing, peak memory."""
 
 import resource
+import sys
 import time
 from typing import Any, Callable, Dict, List
 
@@ -45,4 +46,4 @@ def peak_memory_mib(device: str) -> float:
     """Peak memory of this process in MiB: allocated on the GPU, or resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

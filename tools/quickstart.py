@@ -21,6 +21,7 @@ import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import load_config
 from d2kd.evaluation.report import load_result, write_report
+from d2kd.files import write_json
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.tools.quickstart")
@@ -86,8 +87,7 @@ def perform(run: Run, output: Path, environment: Dict[str, str]) -> None:
         stale = directory.with_name(f"{directory.name}.old-{int(time.time())}")
         logger.info("%s: %s comes from other settings; it is kept as %s", run.label, directory, stale)
         directory.rename(stale)
-    directory.mkdir(parents=True, exist_ok=True)
-    fingerprint.write_text(json.dumps(wanted))
+    write_json(fingerprint, wanted)
     logger.info("%s: python %s", run.label, shlex.join(command))
     status = _wait(subprocess.Popen([sys.executable, *command], env=environment))
     if status:
