@@ -98,7 +98,9 @@ class DistillTrainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The student, wrapped with its teacher and distillers where one is configured."""
         model = build_distilled_model(cfg) if is_distillation(cfg) else build_model(cfg)
-        logger.info("Student: %s, %s parameters", type(getattr(model, "student", model)).__name__, f"{_size(model):,}")
+        student = getattr(model, "student", model)
+        role = "Model" if student is model else "Student"
+        logger.info("%s: %s, %s parameters", role, type(student).__name__, f"{_size(model):,}")
         return model
 
     @classmethod

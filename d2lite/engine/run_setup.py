@@ -93,7 +93,6 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
     if config_file:
         logger.info("Contents of args.config_file=%s:\n%s", config_file, _read_text(config_file))
     if comm.is_main_process() and output_dir:
-        logger.info("Running with full config:\n%s", cfg.dump())
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
     seed_all_rng(seed)
     # Choosing the fastest convolution for each image size pays off only if it is seen often.
