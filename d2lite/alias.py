@@ -22,9 +22,11 @@ LEFT_OUT_NAMES = {
         "build_keypoint_head", "ROI_KEYPOINT_HEAD_REGISTRY",
     ),
     "lazy configs": ("LazyConfig", "LazyCall", "instantiate"),
-    "LVIS": ("LVISEvaluator",),
+    "LVIS": ("LVISEvaluator", "register_lvis_instances", "load_lvis_json", "get_lvis_instances_meta"),
     "panoptic data": ("COCOPanopticEvaluator", "register_coco_panoptic", "register_coco_panoptic_separated"),
     "Cityscapes' own evaluation": ("CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator"),
+    "a crop by overlap": ("MinIoURandomCrop",),
+    "layers of other models": ("DepthwiseSeparableConv2d", "ASPP"),
     "stored proposals": ("load_proposals_into_dataset",),
     "other backbones": ("MViT", "SwinTransformer", "RegNet", "build_regnet_backbone", "build_regnet_fpn_backbone"),
 }
