@@ -31,7 +31,11 @@ def _with_faster_index(data: Optional[COCO]) -> Any:
     if data is None or isinstance(data, faster_coco_eval.COCO):
         return data
     converted = faster_coco_eval.COCO()
-    converted.dataset = copy.deepcopy(data.dataset)
+    # the index and the evaluation set entries of annotations anew, and change none in place
+    converted.dataset = {
+        key: [copy.copy(entry) for entry in section] if isinstance(section, list) else section
+        for key, section in data.dataset.items()
+    }
     converted.createIndex()
     return converted
 

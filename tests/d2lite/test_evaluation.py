@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
@@ -220,6 +221,21 @@ def test_both_implementations_agree(tmp_path, catalogs, task):
         )
         assert slow == pytest.approx(fast, abs=1e-9, rel=0, nan_ok=True)
         assert 0 < slow["AP50"] < 100
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_evaluation_leaves_the_data_sets_alone(tmp_path, task):
+    (tmp_path / "gt.json").write_text(json.dumps(ground_truth() | {"annotations": ground_truth()["annotations"][:3]}))
+    truth = COCO(str(tmp_path / "gt.json"))
+    results = [r for i in (10, 20) for r in instances_to_coco_json(perfect(i), i)]
+    to_dataset = {0: 3, 1: 7}
+    kept = ("image_id", "score", "bbox" if task == "bbox" else "segmentation")
+    found = truth.loadRes([{k: r[k] for k in kept} | {"category_id": to_dataset[r["category_id"]]} for r in results])
+    before = str(truth.dataset), str(found.dataset)
+    evaluation = COCOeval_opt(truth, found, task)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    assert (str(truth.dataset), str(found.dataset)) == before
 
 
 def test_instances_to_coco_json_keeps_order_and_input():
