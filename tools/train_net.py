@@ -12,6 +12,7 @@ from typing import Any, Dict
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import check_class_counts, check_datasets
 from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, run_tool, setup
+from d2kd.evaluation.build import check_evaluators
 from d2kd.modeling import is_distillation, load_strictly
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> Any:
     if args.eval_only or args.eval_teacher:
         check_datasets(cfg)
         check_class_counts(cfg)
+    check_evaluators(cfg)
     if args.eval_teacher:
         if not is_distillation(cfg):
             raise ConfigError("--eval-teacher needs a teacher: --teacher-config and --teacher-weights.")

@@ -13,6 +13,7 @@ import torch
 from d2kd.config import add_distill_config
 from d2kd.data.datasets import DatasetError, register_datasets
 from d2kd.distillers import TokenFileError
+from d2kd.evaluation.build import EvaluatorError
 from d2kd.layers import AlignmentError
 from d2kd.layers.assignment import AssignmentError
 from d2kd.modeling import BalanceError, MethodError, TapError, TeacherError
@@ -41,6 +42,7 @@ USER_ERRORS = (
     CheckpointError,
     ConfigError,
     DatasetError,
+    EvaluatorError,
     InheritError,
     MethodError,
     NonFiniteLossError,

@@ -5,10 +5,24 @@ import os
 from typing import Optional
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, SemSegEvaluator
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
 
 logger = logging.getLogger(__name__)
+
+#: Values of `evaluator_type` in a dataset's metadata that `build_evaluator` knows.
+TYPES = ("coco", "sem_seg", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg")
+
+
+class EvaluatorError(ValueError):
+    """A dataset that d2kd has no evaluator for."""
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Raises EvaluatorError if `build_evaluator` has none for a registered dataset of `DATASETS.TEST`."""
+    for name in cfg.DATASETS.TEST:
+        if name in DatasetCatalog:
+            _type_of(name)
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> DatasetEvaluator:
@@ -22,21 +36,25 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: Optional[str
         output_folder: for predictions; `OUTPUT_DIR/inference` by default.
 
     Raises:
-        ValueError: d2kd has no evaluator for that type.
+        EvaluatorError: d2kd has no evaluator for that type.
     """
     output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    kind = _type_of(dataset_name)
     if kind == "cityscapes_instance":
         logger.warning("%s: AP is COCO's, not that of the Cityscapes benchmark.", dataset_name)
     if kind in ("coco", "cityscapes_instance"):
         return COCOEvaluator(dataset_name, output_dir=output_folder, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
     if kind in ("sem_seg", "cityscapes_sem_seg"):
         return SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder)
-    if kind == "pascal_voc":
-        from detectron2.evaluation import PascalVOCDetectionEvaluator
+    return PascalVOCDetectionEvaluator(dataset_name)
 
-        return PascalVOCDetectionEvaluator(dataset_name)
-    raise ValueError(
-        f"Dataset {dataset_name!r} has the evaluator type {kind!r}; d2kd evaluates coco, sem_seg, pascal_voc, "
-        "cityscapes_instance and cityscapes_sem_seg."
-    )
+
+def _type_of(dataset_name: str) -> str:
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in TYPES:
+        raise EvaluatorError(
+            f"Dataset {dataset_name!r} of DATASETS.TEST has the evaluator type {kind!r}, and d2kd evaluates "
+            f"{', '.join(TYPES)}. Set evaluator_type in its metadata, override DistillTrainer.build_evaluator, or "
+            "leave it out of DATASETS.TEST."
+        )
+    return kind

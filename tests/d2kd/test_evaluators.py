@@ -1,17 +1,21 @@
 """Evaluators are chosen by the type of the dataset, and Cityscapes gets those of COCO and of label maps."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import add_distill_config
-from d2kd.evaluation.build import build_evaluator
+from d2kd.engine import argument_parser
+from d2kd.evaluation.build import EvaluatorError, build_evaluator
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import register_all_cityscapes
 from detectron2.structures import Boxes, Instances
 
@@ -73,10 +77,17 @@ def test_label_maps_of_cityscapes_are_evaluated(cityscapes, tmp_path):
     assert result["IoU-car"] == pytest.approx(50) and result["IoU-road"] == pytest.approx(100 * 700 / 750)
 
 
-def test_other_types_are_named(tmp_path):
-    MetadataCatalog.get("of_no_known_type").evaluator_type = "lvis"
+def test_other_types_are_an_error_before_training(write_config, digits, tmp_path):
+    json_file = str(digits / "annotations/instances_val.json")
+    register_coco_instances("of_no_known_type", {}, json_file, str(digits / "val"))
+    MetadataCatalog.pop("of_no_known_type")
+    MetadataCatalog.get("of_no_known_type").set(json_file=json_file, evaluator_type="lvis")
+    path = write_config(DATASETS__TEST=["of_no_known_type"])
+    train_net = runpy.run_path(str(ROOT / "tools/train_net.py"))
     try:
-        with pytest.raises(ValueError, match="of_no_known_type.*'lvis'.*cityscapes_instance"):
-            build_evaluator(config(tmp_path), "of_no_known_type")
+        with pytest.raises(EvaluatorError, match="'of_no_known_type' of DATASETS.TEST.*'lvis'.*cityscapes_instance"):
+            train_net["main"](argument_parser().parse_args(["--config-file", str(path)]))
     finally:
+        DatasetCatalog.pop("of_no_known_type")
         MetadataCatalog.pop("of_no_known_type")
+    assert not (tmp_path / "student/metrics.json").exists()
