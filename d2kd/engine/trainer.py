@@ -340,15 +340,15 @@ def _precision(cfg: CfgNode) -> Optional[torch.dtype]:
     """The type of mixed precision, None for float32.
 
     Raises:
-        ValueError: unknown, or float16 on a CPU.
+        ConfigError: unknown, or float16 on a CPU.
     """
     if not cfg.SOLVER.AMP.ENABLED:
         return None
     name = cfg.SOLVER.AMP.PRECISION
     if name not in _PRECISIONS:
-        raise ValueError(f"SOLVER.AMP.PRECISION is {name!r}; it must be one of {', '.join(_PRECISIONS)}.")
+        raise ConfigError(f"SOLVER.AMP.PRECISION is {name!r}; it must be one of {', '.join(_PRECISIONS)}.")
     if name == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError(
+        raise ConfigError(
             f"SOLVER.AMP.PRECISION float16 needs CUDA, and MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to bfloat16."
         )
     return _PRECISIONS[name]

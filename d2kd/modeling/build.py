@@ -5,7 +5,7 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 
-from d2kd.distillers import DISTILLERS
+from d2kd.distillers import DISTILLERS, Distiller, TapPair
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
@@ -18,7 +18,7 @@ from .teacher import Teacher, load_teacher, teacher_config
 
 
 class MethodError(ValueError):
-    """`DISTILL.METHODS` names a method that is not there, or none where one is needed."""
+    """`DISTILL.METHODS` names a method that is not there or none where one is needed, or a method's key is wrong."""
 
 
 def is_distillation(cfg: CfgNode) -> bool:
@@ -44,7 +44,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
             plan_inheritance(student, teacher, cfg.DISTILL.INHERIT.EXCLUDE, _class_counts(cfg, teacher_cfg))
         _check_classes(cfg, teacher_cfg, methods)
         pairs = pairs_of_methods(cfg, methods, student, teacher)
-        distillers = {name: DISTILLERS.get(name).build(cfg, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
+        distillers = {name: _distiller(cfg, name, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
         for distiller in distillers.values():
             distiller.check_teacher(teacher)
     plain, region_taps = split_teacher_taps(student, [pair for method in pairs.values() for pair in method])
@@ -68,6 +68,15 @@ def inherit_from_teacher(cfg: CfgNode, model: DistilledModel) -> Optional[Inheri
         return None
     classes = _class_counts(cfg, teacher_config(cfg))
     return inherit(model.student, model.teacher.model, cfg.DISTILL.INHERIT.EXCLUDE, classes)
+
+
+def _distiller(cfg: CfgNode, name: str, pairs: Sequence[TapPair]) -> Distiller:
+    try:
+        return DISTILLERS.get(name).build(cfg, pairs)
+    except ValueError as error:
+        if type(error) is not ValueError:  # the others are told from each other
+            raise
+        raise MethodError(f"{name}: {error}") from error
 
 
 def _class_counts(cfg: CfgNode, teacher_cfg: CfgNode) -> Optional[Tuple[int, int]]:

@@ -98,6 +98,18 @@ def test_unknown_method_names_near_matches(distil):
     assert "FeatureMimik" in message and "Did you mean FeatureMimic" in message
 
 
+def test_values_of_a_method_that_are_out_of_range(distil):
+    message = distil(DISTILL__FEATURE_MIMIC__NORMALIZE="wide")
+    assert "FeatureMimic: NORMALIZE is 'wide'" in message and "standardize" in message
+    assert "DISTILL.FEATURE_MIMIC.WEIGHT is -1.0" in distil(DISTILL__FEATURE_MIMIC__WEIGHT=-1.0)
+
+
+@pytest.mark.parametrize("precision", ["float16", "half"])
+def test_impossible_precision(distil, precision):
+    message = distil(SOLVER__AMP__ENABLED=True, SOLVER__AMP__PRECISION=precision)
+    assert "SOLVER.AMP.PRECISION" in message and "bfloat16" in message
+
+
 def test_nothing_to_do_with_a_teacher(distil):
     assert "DISTILL.METHODS" in distil(DISTILL__METHODS=[], DISTILL__INHERIT__ENABLED=False)
 
