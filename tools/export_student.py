@@ -13,8 +13,7 @@ import torch
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.engine import CheckpointError, load_config, run_tool
 from d2kd.files import replacing
-from d2kd.modeling import load_strictly
-from detectron2.modeling import build_model
+from d2kd.modeling import build_network, load_strictly
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.tools.export_student")
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     if args.config_file:
         cfg = load_config(args.config_file, args.opts)
         cfg.MODEL.DEVICE = "cpu"
-        load_strictly(build_model(cfg), args.target, "student", "--config-file")
+        load_strictly(build_network(cfg, "--config-file"), args.target, "student", "--config-file")
 
 
 if __name__ == "__main__":

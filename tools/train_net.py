@@ -13,12 +13,11 @@ import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import check_class_counts, check_datasets
 from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, run_tool, setup
 from d2kd.evaluation.build import check_evaluators
-from d2kd.modeling import is_distillation, load_strictly
+from d2kd.modeling import build_network, is_distillation, load_strictly
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 logger = logging.getLogger("d2kd.tools.train_net")
@@ -33,7 +32,7 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
             "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of "
             "OUTPUT_DIR."
         )
-    model = build_model(cfg)
+    model = build_network(cfg, "--config-file")
     load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
     results = dict(DistillTrainer.test(cfg, model))
     if cfg.TEST.AUG.ENABLED:

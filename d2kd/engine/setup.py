@@ -16,7 +16,7 @@ from d2kd.distillers import TokenFileError
 from d2kd.evaluation.build import EvaluatorError
 from d2kd.layers import AlignmentError
 from d2kd.layers.assignment import AssignmentError
-from d2kd.modeling import BalanceError, MethodError, TapError, TeacherError
+from d2kd.modeling import ArchitectureError, BalanceError, MethodError, TapError, TeacherError
 from d2kd.modeling.inherit import InheritError
 from d2kd.runtime import RUNTIME
 from detectron2.config import CfgNode, get_cfg
@@ -37,6 +37,7 @@ class ConfigError(ValueError):
 #: Errors whose message says everything; a traceback would only hide it.
 USER_ERRORS = (
     AlignmentError,
+    ArchitectureError,
     AssignmentError,
     BalanceError,
     CheckpointError,

@@ -10,13 +10,12 @@ from torch import nn
 
 from d2kd.files import replacing
 from d2kd.layers.tokens import dice
-from d2kd.modeling import TokenLearner, load_strictly
+from d2kd.modeling import TokenLearner, build_network, load_strictly
 from d2kd.visualization.tokens import MaskRow, mask_picture
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.engine import hooks
 from detectron2.engine.train_loop import HookBase
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from .hooks import CheckpointHook, InterruptHook
@@ -90,7 +89,7 @@ class TokenTrainer(DistillTrainer):
     def build_model(cls, cfg: CfgNode) -> TokenLearner:
         """The teacher with all of its weights, and new tokens."""
         with torch.random.fork_rng(devices=[]):
-            teacher = build_model(cfg)
+            teacher = build_network(cfg, "--config-file")
         load_strictly(teacher, cfg.MODEL.WEIGHTS, "teacher", "--config-file and MODEL.WEIGHTS")
         node = cfg.DISTILL.RECEPTIVE_TOKENS
         learner = TokenLearner(

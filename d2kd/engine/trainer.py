@@ -13,13 +13,19 @@ from torch.optim import Optimizer
 from d2kd.data.datasets import check_class_counts, check_datasets
 from d2kd.data.loader import ResumableLoader, build_train_loader
 from d2kd.evaluation.build import build_evaluator
-from d2kd.modeling import DistilledModel, build_distilled_model, inherit_from_teacher, is_distillation
+from d2kd.modeling import (
+    DistilledModel,
+    build_distilled_model,
+    build_network,
+    inherit_from_teacher,
+    is_distillation,
+)
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
@@ -97,7 +103,7 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The student, wrapped with its teacher and distillers where one is configured."""
-        model = build_distilled_model(cfg) if is_distillation(cfg) else build_model(cfg)
+        model = build_distilled_model(cfg) if is_distillation(cfg) else build_network(cfg, "--config-file")
         student = getattr(model, "student", model)
         role = "Model" if student is model else "Student"
         logger.info("%s: %s, %s parameters", role, type(student).__name__, f"{_size(model):,}")

@@ -1,6 +1,7 @@
 """Taps, teacher, inheriting and the distilled model."""
 
 from . import backbone, meta_arch  # registers them
+from .architecture import ArchitectureError, build_network
 from .balance import BalanceError, GradientBalance
 from .build import MethodError, build_distilled_model, inherit_from_teacher, is_distillation
 from .distilled_model import DistilledModel
@@ -11,6 +12,7 @@ from .teacher import Teacher, TeacherError, load_strictly, load_teacher, teacher
 from .token_learner import LevelMasks, TokenLearner
 
 __all__ = [
+    "ArchitectureError",
     "BalanceError",
     "DistilledModel",
     "FeatureTaps",
@@ -24,6 +26,7 @@ __all__ = [
     "TokenLearner",
     "backbone",
     "build_distilled_model",
+    "build_network",
     "inherit",
     "inherit_from_teacher",
     "is_distillation",

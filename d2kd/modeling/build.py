@@ -7,8 +7,8 @@ import torch
 
 from d2kd.distillers import DISTILLERS, Distiller, TapPair
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
+from .architecture import build_network
 from .balance import GradientBalance
 from .distilled_model import DistilledModel
 from .inherit import InheritReport, inherit, plan_inheritance
@@ -36,7 +36,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         TeacherError, TapError, AlignmentError, ValueError: what does not fit, with the configuration key to change.
     """
     methods = _methods(cfg)
-    student = build_model(cfg)
+    student = build_network(cfg, "--config-file")
     with torch.random.fork_rng(devices=[]):
         teacher_cfg = teacher_config(cfg)
         teacher = load_teacher(teacher_cfg)

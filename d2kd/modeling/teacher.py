@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from d2kd.config import add_distill_config
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from .architecture import build_network
 from .roi_outputs import RegionOutputs, Regions
 from .taps import FeatureTaps
 
@@ -130,6 +130,7 @@ def load_teacher(teacher_cfg: CfgNode) -> nn.Module:
 
     Raises:
         TeacherError: the file is missing or broken, or keys are missing, unexpected or of another shape.
+        ArchitectureError: its configuration names an architecture that is not there.
     """
     path = teacher_cfg.MODEL.WEIGHTS
     if not path:
@@ -142,7 +143,7 @@ def load_teacher(teacher_cfg: CfgNode) -> nn.Module:
         raise TeacherError(f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {path!r}: {error}") from error
     if not found:
         raise TeacherError(f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {path!r}: there is no such file.")
-    model = build_model(teacher_cfg)
+    model = build_network(teacher_cfg, "DISTILL.TEACHER.CONFIG_FILE (--teacher-config)")
     load_strictly(model, path, "teacher", "DISTILL.TEACHER.CONFIG_FILE and DISTILL.TEACHER.WEIGHTS")
     return model
 

@@ -98,6 +98,20 @@ def test_unknown_method_names_near_matches(distil):
     assert "FeatureMimik" in message and "Did you mean FeatureMimic" in message
 
 
+@pytest.mark.parametrize("key", ["META_ARCHITECTURE", "BACKBONE__NAME"])
+def test_unknown_architecture_names_near_matches(distil, write_config, tmp_path, key):
+    wrong, right = {
+        "META_ARCHITECTURE": ("Retinanet", "RetinaNet"),
+        "BACKBONE__NAME": ("build_retinanet_resnet_fpn", "build_retinanet_resnet_fpn_backbone"),
+    }[key]
+    alone = error_of(write_config(**{f"MODEL__{key}": wrong}), tmp_path / "alone")
+    for message in (distil(**{f"MODEL__{key}": wrong}), alone):
+        assert "--config-file" in message and f"'{wrong}'" in message and right in message
+    teacher_yaml = write_config("other_teacher", **{f"MODEL__{key}": wrong})
+    message = distil(DISTILL__TEACHER__CONFIG_FILE=str(teacher_yaml))
+    assert "--teacher-config" in message and right in message
+
+
 def test_values_of_a_method_that_are_out_of_range(distil):
     message = distil(DISTILL__FEATURE_MIMIC__NORMALIZE="wide")
     assert "FeatureMimic: NORMALIZE is 'wide'" in message and "standardize" in message
@@ -163,6 +177,23 @@ def test_annotations_that_are_not_coco(write_config, tmp_path, digits, damage, w
     keys = {"DATASETS__REGISTER": register, "DATASETS__TRAIN": [name], "DATASETS__TEST": []}
     message = error_of(write_config(**keys), tmp_path / "out")
     assert "bad.json" in message and all(word in message for word in words)
+
+
+def test_no_image_with_annotations(write_config, tmp_path, digits):
+    content = json.loads((digits / "annotations/instances_train.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    name = f"empty_{tmp_path.name}"
+    register = [{"NAME": name, "JSON": str(tmp_path / "empty.json"), "IMAGES": str(digits / "train")}]
+    keys = {"DATASETS__REGISTER": register, "DATASETS__TRAIN": [name], "DATASETS__TEST": []}
+    message = error_of(write_config(**keys), tmp_path / "out")
+    assert name in message and "DATALOADER.FILTER_EMPTY_ANNOTATIONS" in message
+
+
+@pytest.mark.parametrize("content", [None, b"no checkpoint"])
+def test_student_weights_that_cannot_be_read(write_config, tmp_path, content):
+    if content is not None:
+        (tmp_path / "start.pth").write_bytes(content)
+    assert "start.pth" in error_of(write_config(), tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "start.pth")
 
 
 def test_eval_only_demands_every_key(write_config, tmp_path):
