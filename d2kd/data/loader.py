@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 import random
+import signal
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class ResumableLoader:
             build_sampler: makes the endless sampler of this process, given the seed.
             batch_size: images a batch, on this process.
             num_workers: processes that read images; 0 reads in this one.
-            aspect_ratio_grouping: put only wide, or only tall, images into a batch.
+            aspect_ratio_grouping: put only wide, or only tall, images into a batch, where records tell their sizes.
             seed: decides order and augmentations.
         """
         self.dicts = dicts
@@ -60,7 +61,7 @@ class ResumableLoader:
         self.build_sampler = build_sampler
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.wide = [d["width"] > d["height"] for d in dicts] if aspect_ratio_grouping else None
+        self.wide = _wide(dicts) if aspect_ratio_grouping else None
         self.seed = seed
         self.start = 0
 
@@ -78,6 +79,14 @@ class ResumableLoader:
             generator=torch.Generator().manual_seed(self.seed),
         )
         return iter(loader)
+
+
+def _wide(dicts: List[Dict[str, Any]]) -> Optional[List[bool]]:
+    """Whether each image is wider than tall; None where that is not listed, as in folders of label maps."""
+    if all("width" in d and "height" in d for d in dicts):
+        return [d["width"] > d["height"] for d in dicts]
+    logger.info("The data set does not list the sizes of its images: batches are not grouped by aspect ratio.")
+    return None
 
 
 class _Batches(Sampler):
@@ -145,6 +154,8 @@ def _init_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # the workers are the parallelism
+    # a terminal sends Ctrl-C to all processes, and the main one needs its images until it has saved
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> ResumableLoader:
@@ -154,18 +165,18 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> Resum
         DatasetError: nothing is left to train on.
         ValueError: `DATALOADER.SAMPLER_TRAIN` or the batch size is not possible.
     """
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
-    if not dicts:
-        raise DatasetError(
-            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image with usable annotations. Check the annotation "
-            "files, or set "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images too."
+    try:
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+    except AssertionError as error:
+        raise DatasetError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} cannot be trained on: {error}. Check the annotation files, or "
+            "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images too."
+        ) from error
     return ResumableLoader(
         dicts,
         wrap_mapper(mapper or DatasetMapper(cfg, True), cfg.DATASETS.ON_BAD_IMAGE),

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Attributes in which dense detectors keep their running loss normaliser; it is in no state_dict of theirs.
 RUNNING_ATTRIBUTES = ("loss_normalizer",)
+#: What reading a checkpoint that is missing, broken or of another model raises.
+_READ_ERRORS = (AssertionError, KeyError, OSError, RuntimeError, ValueError)
 
 
 class CheckpointError(ValueError):
@@ -58,14 +60,17 @@ class DistillCheckpointer(DetectionCheckpointer):
         `path`.
 
         Raises:
-            CheckpointError: the last checkpoint has other distillers than this run.
+            CheckpointError: the last checkpoint has other distillers than this run, or a file cannot be read.
         """
         if not (resume and self.has_checkpoint()):
-            return super().resume_or_load(path, resume=False)
+            try:
+                return super().resume_or_load(path, resume=False)
+            except _READ_ERRORS as error:
+                raise CheckpointError(f"MODEL.WEIGHTS {path} cannot be loaded: {error}") from error
         last = self.get_checkpoint_file()
         try:
             rest = super().resume_or_load(path, resume=True)
-        except (RuntimeError, KeyError, ValueError) as error:
+        except _READ_ERRORS as error:
             raise CheckpointError(
                 f"Cannot resume from {last}: {error}. A run must be resumed with the model, methods and taps that it "
                 "was started with; "

@@ -9,7 +9,7 @@ import torch
 from models import config, model
 from runs import ROOT, tool
 
-from d2kd.engine import argument_parser
+from d2kd.engine import CheckpointError, argument_parser
 from d2kd.engine.setup import USER_ERRORS
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -193,7 +193,9 @@ def test_no_image_with_annotations(write_config, tmp_path, digits):
 def test_student_weights_that_cannot_be_read(write_config, tmp_path, content):
     if content is not None:
         (tmp_path / "start.pth").write_bytes(content)
-    assert "start.pth" in error_of(write_config(), tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "start.pth")
+    options = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.WEIGHTS", str(tmp_path / "start.pth")]
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS.*start.pth"):
+        train_net.main(argument_parser().parse_args(["--config-file", str(write_config()), *options]))
 
 
 def test_eval_only_demands_every_key(write_config, tmp_path):

@@ -18,8 +18,10 @@ from d2kd.data.datasets import (
     validate_coco_json,
     wrap_mapper,
 )
+from d2kd.data.loader import ResumableLoader
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MapDataset, MetadataCatalog
+from detectron2.data.samplers import TrainingSampler
 
 COCO = {
     "images": [{"id": 3, "file_name": "a.png", "height": 20, "width": 30}],
@@ -382,3 +384,9 @@ def test_policy_and_pickling():
     with pytest.raises(ValueError, match="ON_BAD_IMAGE is 'ignore'.*error, skip"):
         wrap_mapper(plain_mapper(), "ignore")
     assert pickle.loads(pickle.dumps(wrap_mapper(plain_mapper(), "skip"))).skip
+
+
+@pytest.mark.parametrize("record", [{}, {"width": 3, "height": 2}], ids=["without sizes", "one image"])
+def test_batches_of_one_image_that_may_not_tell_its_size(record):
+    loader = ResumableLoader([record], dict, lambda seed: TrainingSampler(1, seed=seed), batch_size=3)
+    assert next(iter(loader)) == [record] * 3

@@ -1,6 +1,7 @@
 """Whole training runs: plain student checkpoints, exact resuming, several processes, failures."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -104,8 +105,10 @@ def test_killed_and_resumed_is_bit_equal(write_config, teacher, tmp_path):
     assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "killed")["model"])
 
 
-def test_ctrl_c_saves_and_resumes_bit_equal(write_config, teacher, tmp_path):
-    path = write_config(SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=1000, DATASETS__TEST=[], **teacher)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, number):
+    keys = {"SOLVER__MAX_ITER": 60, "SOLVER__CHECKPOINT_PERIOD": 1000, "DATASETS__TEST": []}
+    path = write_config(DATALOADER__NUM_WORKERS=2, **keys, **teacher)
     arguments = ["--config-file", path, "OUTPUT_DIR"]
     tool("train_net", *arguments, tmp_path / "whole")
     process = subprocess.Popen(
@@ -115,13 +118,16 @@ def test_ctrl_c_saves_and_resumes_bit_equal(write_config, teacher, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     for line in process.stdout:
         if "iter: 19" in line:
-            process.send_signal(signal.SIGINT)
+            # a terminal tells the loading processes too
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
             break
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "continue with --resume" in output
+    assert process.returncode == 130 and output.count("finishing this iteration") == 1
+    assert "continue with --resume" in output
     tool("train_net", "--resume", *arguments, tmp_path / "stopped")
     assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "stopped")["model"])
 
