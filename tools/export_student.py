@@ -11,7 +11,7 @@ import os
 import torch
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-from d2kd.engine import CheckpointError, load_config, run_tool
+from d2kd.engine import CheckpointError, load_config, log_runtime, run_tool
 from d2kd.files import replacing
 from d2kd.modeling import build_network, load_strictly
 from detectron2.utils.logger import setup_logger
@@ -48,6 +48,7 @@ def export(source: str, target: str, average: bool = False) -> int:
 def main(args: argparse.Namespace) -> None:
     """Exports, and checks the result against a configuration where one is given."""
     setup_logger(name="d2kd")
+    log_runtime()
     count = export(args.source, args.target, args.ema)
     logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
     if args.config_file:

@@ -13,7 +13,7 @@ from typing import List, Optional, Tuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
-from d2kd.engine.setup import USER_ERRORS, load_config
+from d2kd.engine.setup import USER_ERRORS, load_config, log_runtime
 from d2kd.evaluation.report import ModelResult, load_result, write_report
 from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger
@@ -76,6 +76,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     """Returns the exit status."""
     args = argument_parser().parse_args(arguments)
     setup_logger(name="d2kd")
+    log_runtime()
     labels = dict(args.label)
     try:
         models = {

@@ -1,7 +1,7 @@
 """Trainer, checkpoints, hooks and what the tools share."""
 
 from .checkpoint import CheckpointError, DistillCheckpointer
-from .setup import ConfigError, argument_parser, load_config, run_tool, setup
+from .setup import ConfigError, argument_parser, load_config, log_runtime, run_tool, setup
 from .teacher_eval import evaluate_teacher
 from .token_learning import TokenTrainer
 from .train_step import NonFiniteLossError
@@ -17,6 +17,7 @@ __all__ = [
     "argument_parser",
     "evaluate_teacher",
     "load_config",
+    "log_runtime",
     "run_tool",
     "setup",
 ]

@@ -76,16 +76,21 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg)
     cfg.freeze()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
+    log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
+    default_setup(cfg, args)
+    return cfg
+
+
+def log_runtime(device: str = "cpu", seed: str = "none") -> None:
+    """The first line of every log: what this runs on."""
     logger.info(
         "Runtime %s, torch %s, device %s, seed %s, %d process(es)",
         RUNTIME,
         torch.__version__,
-        _device_name(cfg.MODEL.DEVICE),
-        cfg.SEED if cfg.SEED >= 0 else "random",
+        _device_name(device),
+        seed,
         comm.get_world_size(),
     )
-    default_setup(cfg, args)
-    return cfg
 
 
 def load_config(config_file: str, options: Optional[List[str]] = None) -> CfgNode:

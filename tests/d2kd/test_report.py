@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from runs import tool as run_as_process
 
 import d2kd  # noqa: F401
 from d2kd.evaluation.report import ModelResult, compare, load_result, write_report
@@ -224,6 +225,16 @@ def test_grid_colours_right_and_wrong_and_hides_low_scores(tmp_path, dataset):
     assert shows(WRONG, right) and not shows(RIGHT, right)
     everything = detection_grid(dataset[:1], metadata.thing_classes, {"m": found}, score_threshold=0.0)
     assert shows(WRONG, everything[HEADER:, TILE + GAP :][:, : 65 * 3])
+
+
+@pytest.mark.parametrize(
+    "name, arguments", [("report", ["--run", "a=nothing", "--output", "x"]), ("export_student", ["no.pth", "x.pth"])]
+)
+def test_first_line_of_a_log_tells_what_the_tool_runs_on(name, arguments):
+    run = run_as_process(name, *arguments, check=False)
+    first, *_, last = run.stdout.splitlines()
+    assert run.returncode == 2 and "Runtime" in first and "torch" in first and "device cpu" in first
+    assert "no.pth" in last or "nothing" in last
 
 
 @pytest.fixture(scope="module")
