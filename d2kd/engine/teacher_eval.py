@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional
 
 from torch import nn
 
-from d2kd.evaluation.build import build_evaluator
+from d2kd.evaluation.build import build_evaluator, folder_of
 from d2kd.files import write_json
 from d2kd.modeling import load_teacher, teacher_config
 from detectron2.config import CfgNode
@@ -36,7 +36,7 @@ def evaluate_teacher(cfg: CfgNode, model: Optional[nn.Module] = None) -> Dict[st
     for name in cfg.DATASETS.TEST:
         logger.info("Evaluating the teacher on %s", name)
         loader = build_detection_test_loader(teacher_cfg, name)
-        folder = os.path.join(teacher_cfg.OUTPUT_DIR, "inference", *([name] if len(cfg.DATASETS.TEST) > 1 else []))
+        folder = folder_of(cfg, name, os.path.join(teacher_cfg.OUTPUT_DIR, "inference"))
         results[name] = inference_on_dataset(model, loader, build_evaluator(teacher_cfg, name, folder))
         if comm.is_main_process():
             print_csv_format(results[name])

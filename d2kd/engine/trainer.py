@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from d2kd.data.datasets import check_class_counts, check_datasets
 from d2kd.data.loader import ResumableLoader, build_train_loader
-from d2kd.evaluation.build import build_evaluator
+from d2kd.evaluation.build import build_evaluator, folder_of
 from d2kd.modeling import (
     DistilledModel,
     build_distilled_model,
@@ -333,7 +333,7 @@ def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, s
     """`trainer.test` of a variant of the student: results "<name>_<suffix>", predictions in `inference_<suffix>`."""
     logger.info("Evaluating the variant %s", suffix)
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
-    evaluators = [trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+    evaluators = [trainer.build_evaluator(cfg, name, folder_of(cfg, name, folder)) for name in cfg.DATASETS.TEST]
     return {f"{name}_{suffix}": value for name, value in trainer.test(cfg, model, evaluators).items()}
 
 

@@ -33,12 +33,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: Optional[str
     Args:
         cfg: gives the output directory and the number of detections an image.
         dataset_name: a registered dataset with `evaluator_type` in its metadata.
-        output_folder: for predictions; `OUTPUT_DIR/inference` by default.
+        output_folder: for predictions; `OUTPUT_DIR/inference` by default, a folder in it for each of several test sets.
 
     Raises:
         EvaluatorError: d2kd has no evaluator for that type.
     """
-    output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    output_folder = output_folder or folder_of(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
     kind = _type_of(dataset_name)
     if kind == "cityscapes_instance":
         logger.warning("%s: AP is COCO's, not that of the Cityscapes benchmark.", dataset_name)
@@ -47,6 +47,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: Optional[str
     if kind in ("sem_seg", "cityscapes_sem_seg"):
         return SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder)
     return PascalVOCDetectionEvaluator(dataset_name)
+
+
+def folder_of(cfg: CfgNode, dataset_name: str, folder: str) -> str:
+    """Where in a folder the predictions on a dataset go: several test sets would overwrite each other's files."""
+    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
 
 
 def _type_of(dataset_name: str) -> str:

@@ -1,6 +1,7 @@
 """Evaluators are chosen by the type of the dataset, and Cityscapes gets those of COCO and of label maps."""
 
 import json
+import os
 import runpy
 
 import numpy as np
@@ -12,7 +13,7 @@ from runs import ROOT
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import add_distill_config
 from d2kd.engine import argument_parser
-from d2kd.evaluation.build import EvaluatorError, build_evaluator
+from d2kd.evaluation.build import EvaluatorError, build_evaluator, folder_of
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -91,3 +92,13 @@ def test_other_types_are_an_error_before_training(write_config, digits, tmp_path
         DatasetCatalog.pop("of_no_known_type")
         MetadataCatalog.pop("of_no_known_type")
     assert not (tmp_path / "student/metrics.json").exists()
+
+
+def test_several_test_sets_do_not_overwrite_each_other(cityscapes, tmp_path):
+    cfg = config(tmp_path)
+    cfg.DATASETS.TEST = ("one",)
+    assert folder_of(cfg, "one", "inference") == "inference"
+    cfg.DATASETS.TEST = (INSTANCES, LABELS)
+    assert folder_of(cfg, LABELS, "inference") == os.path.join("inference", LABELS)
+    scores(cfg, LABELS, {"sem_seg": torch.zeros(19, 20, 40)})
+    assert list((tmp_path / "output/inference" / LABELS).iterdir())
