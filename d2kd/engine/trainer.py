@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import weakref
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from d2kd.modeling import (
     inherit_from_teacher,
     is_distillation,
 )
+from d2kd.modeling.random_state import untouched_random_state
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
@@ -185,7 +186,7 @@ class DistillTrainer(DefaultTrainer):
             self.stopped_early = self.start_iter < self.max_iter
             self.max_iter = self.start_iter
         if self.distilled is not None and self.cfg.DISTILL.TEACHER.EVAL_FIRST and self.start_iter == 0:
-            with _untouched_random_state():
+            with untouched_random_state(self._trainer.device):
                 evaluate_teacher(self.cfg, self.distilled.teacher.model)
         with contextlib.suppress(EarlyStop):
             TrainerBase.train(self, self.start_iter, self.max_iter)
@@ -273,7 +274,8 @@ class DistillTrainer(DefaultTrainer):
         return f" The state before this iteration is kept in {path}; --resume continues there."
 
     def _evaluate(self) -> Dict[str, Any]:
-        with _untouched_random_state():
+        # evaluation draws random numbers (a loader's base seed); a run that is resumed after it must not notice
+        with untouched_random_state(self._trainer.device):
             results = self._results_of_now()
         self._last_eval_results = results
         if self._best is not None:
@@ -362,10 +364,3 @@ def _precision(cfg: CfgNode) -> Optional[torch.dtype]:
 
 def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in getattr(model, "student", model).parameters())
-
-
-@contextlib.contextmanager
-def _untouched_random_state() -> Iterator[None]:
-    """Evaluation draws random numbers (a loader's base seed); a run that is resumed after it must not notice."""
-    with torch.random.fork_rng():
-        yield

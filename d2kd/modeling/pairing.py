@@ -11,6 +11,7 @@ from d2kd.layers import TapShape
 from detectron2.config import CfgNode
 
 from .prediction_taps import check_same_meaning, shared_predictions, what_taps_hold
+from .random_state import untouched_random_state
 from .roi_outputs import is_region_tap, student_stage
 from .taps import FeatureTaps, TapError, is_in_backbone, last_norm, tap_names
 
@@ -147,7 +148,7 @@ def tap_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, TapShape]:
     in_backbone = all(is_in_backbone(model, tap.name) for tap in taps.taps)
     model.eval()
     try:
-        with torch.random.fork_rng(), taps.recording(stop_when_done=in_backbone) as features:
+        with untouched_random_state(device), taps.recording(stop_when_done=in_backbone) as features:
             model([{"image": blank, "height": _PROBE_SIZE, "width": _PROBE_SIZE}])
     finally:
         handle.remove()

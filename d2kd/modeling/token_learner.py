@@ -11,6 +11,7 @@ from d2kd.distillers.token_file import LearnedLevel, TokenFile, weights_checksum
 from d2kd.layers.tokens import TokenMasks, dice
 
 from .pairing import tap_shapes
+from .random_state import untouched_random_state
 from .taps import FeatureTaps, TapError
 
 
@@ -111,10 +112,10 @@ class TokenLearner(nn.Module):
             seen[name] = LevelMasks(masks, level.gate(feature, masks), self.strides[name])
             return masked
 
-        was_training = self.training
+        was_training, device = self.training, next(self.levels.parameters()).device
         self.eval()
         try:
-            with torch.random.fork_rng(), self._hooks.replacing(mask):
+            with untouched_random_state(device), self._hooks.replacing(mask):
                 self.teacher(batched_inputs)
         finally:
             self.train(was_training)
