@@ -1,7 +1,6 @@
 """What the speed benchmarks share: random training batches, timing, peak memory."""
 
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
