@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.engine import log_runtime
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.benchmarks.accuracy")
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
     setup_logger(name="d2kd")
+    log_runtime()
     subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
     bench = Bench(args.length, args.output, args.threads, args.opts)
     names = [n for n in args.only if not (args.no_ablations and ENTRIES[n].ablation)]

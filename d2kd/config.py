@@ -3,6 +3,10 @@
 from detectron2.config import CfgNode as CN
 
 
+class ConfigError(ValueError):
+    """A configuration file or option that cannot be used."""
+
+
 def add_distill_config(cfg: CN) -> None:
     """Adds d2kd's keys, with their defaults, to a Detectron2 configuration."""
     _add_distill(cfg)

@@ -19,7 +19,7 @@ from typing import Dict, List, NamedTuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
-from d2kd.engine import load_config
+from d2kd.engine import load_config, log_runtime
 from d2kd.evaluation.report import load_result, write_report
 from d2kd.files import write_json
 from detectron2.utils.logger import setup_logger
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
     setup_logger(name="d2kd")
+    log_runtime()
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
     all_runs = runs(args.output, args.opts)

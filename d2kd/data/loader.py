@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from d2kd.config import ConfigError
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
@@ -163,7 +164,7 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> Resum
 
     Raises:
         DatasetError: nothing is left to train on.
-        ValueError: `DATALOADER.SAMPLER_TRAIN` or the batch size is not possible.
+        ConfigError: `DATALOADER.SAMPLER_TRAIN` or the batch size is not possible.
     """
     try:
         dicts = get_detection_dataset_dicts(
@@ -191,7 +192,7 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> Resum
 def _batch_size(cfg: CfgNode) -> int:
     total, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if total <= 0 or total % world:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH is {total}; it must be a positive multiple of the {world} processes.")
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {total}; it must be a positive multiple of the {world} processes.")
     return total // world
 
 
@@ -208,7 +209,7 @@ def _build_sampler(cfg: CfgNode, dicts: List[Dict[str, Any]], seed: int) -> Samp
         return RandomSubsetTrainingSampler(
             len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
         )
-    raise ValueError(
+    raise ConfigError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or "
         "RandomSubsetTrainingSampler."
     )

@@ -5,12 +5,11 @@ import logging
 import math
 from typing import Any, Dict, Mapping, Optional
 
+from d2kd.config import ConfigError
 from detectron2.config import CfgNode
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-
-from .setup import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor, nn
 
+from d2kd.config import ConfigError
 from detectron2.engine.train_loop import HookBase
 
 
@@ -27,12 +28,12 @@ class WeightAverage:
             warmup: at step t, d is at most (1 + t) / (warmup + t).
 
         Raises:
-            ValueError: an argument is out of range.
+            ConfigError: an argument is out of range.
         """
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"SOLVER.EMA.DECAY is {decay}; it must be at least 0 and less than 1.")
+            raise ConfigError(f"SOLVER.EMA.DECAY is {decay}; it must be at least 0 and less than 1.")
         if warmup < 0:
-            raise ValueError(f"SOLVER.EMA.WARMUP is {warmup}; it must not be negative.")
+            raise ConfigError(f"SOLVER.EMA.WARMUP is {warmup}; it must not be negative.")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0

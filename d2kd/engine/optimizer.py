@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from d2kd.config import ConfigError
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_optimizer as build_sgd
@@ -22,7 +23,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """The optimizer of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
 
     Raises:
-        ValueError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimizer or model.
+        ConfigError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimizer or model.
     """
     full_model = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
     if full_model:
@@ -39,7 +40,7 @@ def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
     name = cfg.SOLVER.OPTIMIZER
     if name == "SGD":
         if cfg.SOLVER.LAYER_DECAY != 1.0:
-            raise ValueError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}; it needs SOLVER.OPTIMIZER AdamW.")
+            raise ConfigError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}; it needs SOLVER.OPTIMIZER AdamW.")
         return build_sgd(cfg, model)
     if name in _ADAPTIVE:
         params = get_default_optimizer_params(
@@ -54,7 +55,7 @@ def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
         )
         kind: Type[Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
         return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-    raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; it must be SGD, {' or '.join(_ADAPTIVE)}.")
+    raise ConfigError(f"SOLVER.OPTIMIZER is {name!r}; it must be SGD, {' or '.join(_ADAPTIVE)}.")
 
 
 def _layer_decay(cfg: CfgNode, model: nn.Module) -> Optional[Callable[[str], float]]:
@@ -63,13 +64,13 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Optional[Callable[[str], flo
     if decay == 1.0:
         return None
     if not 0.0 < decay < 1.0:
-        raise ValueError(f"SOLVER.LAYER_DECAY is {decay}; it must be above 0 and at most 1.")
+        raise ConfigError(f"SOLVER.LAYER_DECAY is {decay}; it must be above 0 and at most 1.")
 
     def factor(name: str) -> float:
         return get_vit_lr_decay_rate(name.removeprefix("student."), decay, cfg.MODEL.VIT.DEPTH)
 
     if all(factor(name) == 1.0 for name, _ in model.named_parameters()):
-        raise ValueError("SOLVER.LAYER_DECAY is set, but the backbone is no vision transformer: set it to 1.0.")
+        raise ConfigError("SOLVER.LAYER_DECAY is set, but the backbone is no vision transformer: set it to 1.0.")
     return factor
 
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 
-from d2kd.config import add_distill_config
+from d2kd.config import ConfigError, add_distill_config
 from d2kd.data.datasets import DatasetError, register_datasets
 from d2kd.distillers import TokenFileError
 from d2kd.evaluation.build import EvaluatorError
@@ -28,10 +28,6 @@ from .checkpoint import CheckpointError
 from .train_step import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """A configuration file or option that cannot be used."""
 
 
 #: Errors whose message says everything; a traceback would only hide it.

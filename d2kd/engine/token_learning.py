@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from d2kd.config import ConfigError
 from d2kd.files import replacing
 from d2kd.layers.tokens import dice
 from d2kd.modeling import TokenLearner, build_network, load_strictly
@@ -19,7 +20,6 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
 from .hooks import CheckpointHook, InterruptHook
-from .setup import ConfigError
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from d2kd.config import ConfigError
 from d2kd.distillers import Distiller
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
@@ -48,7 +49,7 @@ class TrainStep(SimpleTrainer):
         """
         super().__init__(model, data_loader, optimizer)
         if accumulate < 1:
-            raise ValueError(f"SOLVER.ACCUMULATE is {accumulate}; it must be at least 1.")
+            raise ConfigError(f"SOLVER.ACCUMULATE is {accumulate}; it must be at least 1.")
         self.precision = precision
         self.accumulate = accumulate
         self.before_raising = before_raising

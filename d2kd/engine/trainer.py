@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from d2kd.config import ConfigError
 from d2kd.data.datasets import check_class_counts, check_datasets
 from d2kd.data.loader import ResumableLoader, build_train_loader
 from d2kd.evaluation.build import build_evaluator, folder_of
@@ -36,7 +37,6 @@ from .ema import EMAHook, WeightAverage
 from .hooks import CheckpointHook, InterruptHook, ResultWriter, WallTime
 from .matching_pass import MatchingPass
 from .optimizer import build_optimizer
-from .setup import ConfigError
 from .teacher_eval import evaluate_teacher
 from .train_step import TrainStep
 from .wandb_writer import WandbWriter, check_wandb

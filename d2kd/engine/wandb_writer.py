@@ -7,11 +7,10 @@ from typing import Any, Callable, Dict, Optional
 
 import yaml
 
+from d2kd.config import ConfigError
 from d2kd.files import replacing
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
-
-from .setup import ConfigError
 
 logger = logging.getLogger(__name__)
 
