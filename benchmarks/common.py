@@ -1,6 +1,7 @@
 """What the speed benchmarks share: random training batches, timing, peak memory."""
 
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -50,4 +51,5 @@ def peak_memory_mib(device: str) -> float:
     if status.is_file():  # getrusage would count the process that started this one too
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -34,7 +34,7 @@ MODELS = {
         ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True],
     ),
     "fcos_R50": ("configs/COCO/fcos_R50_1x.yaml", []),
-    "mask_rcnn_ViTS": ("configs/COCO/mask_rcnn_ViTS.yaml", []),
+    "mask_rcnn_ViTS": ("configs/COCO/mask_rcnn_ViTS.yaml", ["MODEL.VIT.SQUARE_PAD", 0]),
 }
 
 
@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="show the operators that take most time (stderr)")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.in_this_process:
+        sys.stdout.write(json.dumps(measure(args.only, args)) + "\n")
+        return
     for name in (n for n in MODELS if args.only in n):
-        if args.in_this_process:
-            sys.stdout.write(json.dumps(measure(name, args)) + "\n")
-        else:
-            subprocess.run([sys.executable, *sys.argv, "--only", name, "--in-this-process"], check=True)
+        subprocess.run([sys.executable, *sys.argv, "--only", name, "--in-this-process"], check=True)
 
 
 if __name__ == "__main__":
