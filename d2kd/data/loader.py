@@ -20,7 +20,7 @@ from d2kd.config import ConfigError
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
-from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
 from .datasets import DatasetError, wrap_mapper
@@ -57,7 +57,8 @@ class ResumableLoader:
             aspect_ratio_grouping: put only wide, or only tall, images into a batch, where records tell their sizes.
             seed: decides order and augmentations.
         """
-        self.dicts = dicts
+        # serialised once: as Python objects the records of COCO take gigabytes, and every worker would touch them
+        self.records = DatasetFromList(dicts, copy=False, serialize=True)
         self.mapper = mapper
         self.build_sampler = build_sampler
         self.batch_size = batch_size
@@ -69,7 +70,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
         """Batches from number `start` on."""
         batches = _Batches(self.build_sampler(self.seed), self.batch_size, self.wide, self.start)
-        dataset = _SeededDataset(self.dicts, self.mapper, (self.seed, comm.get_rank()))
+        dataset = _SeededDataset(self.records, self.mapper, (self.seed, comm.get_rank()))
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -112,8 +113,8 @@ class _Batches(Sampler):
 class _SeededDataset(Dataset):
     """Maps a draw to a model input, with random numbers that depend on the draw alone."""
 
-    def __init__(self, dicts: List[Dict[str, Any]], mapper: Callable, seed: Tuple[int, int]) -> None:
-        self.records = DatasetFromList(dicts, copy=False, serialize=True)
+    def __init__(self, records: DatasetFromList, mapper: Callable, seed: Tuple[int, int]) -> None:
+        self.records = records
         self.mapper = mapper
         self.seed = seed
 
@@ -181,7 +182,7 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> Resum
     return ResumableLoader(
         dicts,
         wrap_mapper(mapper or DatasetMapper(cfg, True), cfg.DATASETS.ON_BAD_IMAGE),
-        lambda seed: _build_sampler(cfg, dicts, seed),
+        _sampler_builder(cfg, dicts),
         batch_size=_batch_size(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
@@ -196,20 +197,16 @@ def _batch_size(cfg: CfgNode) -> int:
     return total // world
 
 
-def _build_sampler(cfg: CfgNode, dicts: List[Dict[str, Any]], seed: int) -> Sampler:
-    name = cfg.DATALOADER.SAMPLER_TRAIN
+def _sampler_builder(cfg: CfgNode, dicts: List[Dict[str, Any]]) -> Callable[[int], Sampler]:
+    """Makes the sampler that the configuration names, given a seed; keeps no record."""
+    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)
     if name == "TrainingSampler":
-        return TrainingSampler(len(dicts), seed=seed)
+        return lambda seed: TrainingSampler(size, seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
-        return RepeatFactorTrainingSampler(factors, seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        return RandomSubsetTrainingSampler(
-            len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
-        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
     raise ConfigError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or "
-        "RandomSubsetTrainingSampler."
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler or RepeatFactorTrainingSampler."
     )

@@ -1,5 +1,6 @@
 """Learning receptive tokens: the first stage of the method, on the teacher alone."""
 
+import itertools
 import logging
 import os
 from typing import Any, Dict, List, Optional
@@ -110,7 +111,8 @@ class TokenTrainer(DistillTrainer):
         ]
         if comm.is_main_process():
             node = self.cfg.DISTILL.RECEPTIVE_TOKENS.LEARN
-            self._pictures = MaskPictures(self.cfg, node.PERIOD, self.data_loader.dicts[: node.PICTURES])
+            shown = list(itertools.islice(self.data_loader.records, node.PICTURES))
+            self._pictures = MaskPictures(self.cfg, node.PERIOD, shown)
             ret.append(self._pictures)
             ret.append(hooks.CallbackHook(after_train=lambda _: self._write_tokens()))
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
