@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from d2lite.layers import batched_nms
 from d2lite.modeling.backbone import Backbone
 from d2lite.modeling.meta_arch.inputs import batch_images, ground_truth, output_size
 from d2lite.modeling.postprocessing import detector_postprocess
@@ -172,6 +173,31 @@ class DenseDetector(nn.Module):
         return Instances(
             image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=candidates % num_classes
         )
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        box_cls: list[torch.Tensor],
+        box_delta: list[torch.Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """
+        Decode the candidates of all levels and keep the best that do not overlap within a class, by the subclass's
+        `test_score_thresh`, `test_topk_candidates`, `test_nms_thresh` and `max_detections_per_image`.
+
+        Args:
+            anchors: R_i boxes on each level.
+            box_cls: scores (R_i, K) on each level.
+            box_delta: deltas (R_i, 4) on each level.
+            image_size: (height, width).
+        """
+        candidates = self._decode_multi_level_predictions(
+            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
+        )
+        keep = batched_nms(
+            candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, self.test_nms_thresh
+        )
+        return candidates[keep[: self.max_detections_per_image]]
 
     def _decode_multi_level_predictions(
         self,

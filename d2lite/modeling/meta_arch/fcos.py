@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from d2lite.layers import ShapeSpec, batched_nms
+from d2lite.layers import ShapeSpec
 from d2lite.modeling.anchor_generator import DefaultAnchorGenerator
 from d2lite.modeling.backbone import Backbone
 from d2lite.modeling.box_regression import Box2BoxTransformLinear, _dense_box_regression_loss
@@ -208,30 +208,6 @@ class FCOS(DenseDetector):
             scores = [(x[i].sigmoid() * c[i].sigmoid()).sqrt() for x, c in zip(logits, centerness)]
             results.append(self.inference_single_image(anchors, scores, [x[i] for x in deltas], image_size))
         return results
-
-    def inference_single_image(
-        self,
-        anchors: list[Boxes],
-        box_cls: list[torch.Tensor],
-        box_delta: list[torch.Tensor],
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """
-        Decode the candidates of all levels and keep the best that do not overlap within a class.
-
-        Args:
-            anchors: R_i boxes on each level.
-            box_cls: scores (R_i, K) on each level.
-            box_delta: deltas (R_i, 4) on each level.
-            image_size: (height, width).
-        """
-        candidates = self._decode_multi_level_predictions(
-            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
-        )
-        keep = batched_nms(
-            candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, self.test_nms_thresh
-        )
-        return candidates[keep[: self.max_detections_per_image]]
 
 
 class FCOSHead(RetinaNetHead):

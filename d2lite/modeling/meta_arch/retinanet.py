@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from d2lite.config import CfgNode, configurable
-from d2lite.layers import CycleBatchNormList, ShapeSpec, batched_nms, get_norm
+from d2lite.layers import CycleBatchNormList, ShapeSpec, get_norm
 from d2lite.modeling.anchor_generator import build_anchor_generator
 from d2lite.modeling.backbone import Backbone, build_backbone
 from d2lite.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
@@ -215,30 +215,6 @@ class RetinaNet(DenseDetector):
             )
             for i, image_size in enumerate(images.image_sizes)
         ]
-
-    def inference_single_image(
-        self,
-        anchors: list[Boxes],
-        box_cls: list[torch.Tensor],
-        box_delta: list[torch.Tensor],
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """
-        Decode the candidates of all levels and keep the best that do not overlap within a class.
-
-        Args:
-            anchors: R_i boxes on each level.
-            box_cls: scores (R_i, K) on each level.
-            box_delta: deltas (R_i, 4) on each level.
-            image_size: (height, width).
-        """
-        candidates = self._decode_multi_level_predictions(
-            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
-        )
-        keep = batched_nms(
-            candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, self.test_nms_thresh
-        )
-        return candidates[keep[: self.max_detections_per_image]]
 
 
 class RetinaNetHead(nn.Module):
