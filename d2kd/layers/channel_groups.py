@@ -6,7 +6,7 @@ from typing import Callable, Dict, NamedTuple
 import torch
 from torch import Tensor
 
-from .losses import at_least_float32, check_reduction
+from .losses import at_least_float32, squared_error
 
 #: Below this probability of a negative value its expectation is not computed; margin = -3 sigma there.
 _LEAST_PROBABILITY = 1e-3
@@ -125,12 +125,12 @@ def one_sided_error(student: Tensor, reduced: Reduced, reduction: str) -> Tensor
     Returns:
         A scalar in float32 or more.
     """
-    check_reduction(reduction)
-    target = at_least_float32(reduced.map)
-    target = torch.maximum(target, reduced.margin.to(target.dtype)[:, None, None])
-    error = at_least_float32(student) - target
-    error = torch.where((target > 0) | (error > 0), error, 0.0)
-    return error.square().sum() / (student.shape[0] if reduction == "paper" else student.numel())
+    with torch.no_grad():
+        target = at_least_float32(reduced.map)
+        target = torch.maximum(target, reduced.margin.to(target.dtype)[:, None, None])
+        # where nothing is to be learned the student is its own target
+        target = torch.where((target > 0) | (student > target), target, student)
+    return squared_error(student, target, reduction)
 
 
 def check_reducer(reducer: str) -> None:
