@@ -2,13 +2,17 @@
 """Accuracy of every method on PhotoDigits: many runs of tools/train_net.py, and a table for docs/benchmarks.md.
 
     python benchmarks/accuracy.py --length short --seeds 1 2 3 --jobs 2
-    python benchmarks/accuracy.py --length long --seeds 1 --only baseline inherit FeatureMimic
+    python benchmarks/accuracy.py --length long --seeds 1 --only baseline "inherit only" FeatureMimic
+    python benchmarks/accuracy.py --tune --jobs 2
 
-Teacher and baseline are shared by all methods. What is finished is not repeated, so the program can be stopped and
-started, and seeds or methods added later. The table is made of all finished runs.
+Teacher and baseline are shared by all methods. `--tune` tries the same number of weights for each of them, at the short
+length and with a seed that the tables do not use; what came out best is what configs/PhotoDigits says. What is finished
+is not repeated, so the program can be stopped and started, and seeds or methods added later. The tables are made of all
+finished runs.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -17,10 +21,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.config import add_distill_config
 from d2kd.engine import log_runtime
+from detectron2.config import get_cfg
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.benchmarks.accuracy")
@@ -83,6 +89,20 @@ ENTRIES: Dict[str, Entry] = {
 }
 
 
+#: What `--tune` varies for a row, by the factors below from the default.
+TUNED = {
+    "FeatureMimic": "DISTILL.FEATURE_MIMIC.WEIGHT",
+    "MaskedGenerative": "DISTILL.MASKED_GENERATIVE.WEIGHT",
+    "ReceptiveTokens": "DISTILL.RECEPTIVE_TOKENS.WEIGHT",
+    "ChannelMatching": "DISTILL.CHANNEL_MATCHING.WEIGHT",
+    "LogitKD": "DISTILL.LOGIT_KD.WEIGHT",
+    "HeadRegression": "DISTILL.HEAD_REGRESSION.WEIGHT",
+    "combined, balanced": "DISTILL.BALANCE_RATIO",
+}
+FACTORS = (0.25, 1.0, 4.0, 16.0)
+TUNING_SEED = 0
+
+
 class Bench:
     """The runs of one length, in one directory."""
 
@@ -140,8 +160,10 @@ class Bench:
             subprocess.run([str(x) for x in line], env=self.environment, check=True, stdout=subprocess.DEVNULL)
         return target / "tokens.pth"
 
-    def student(self, name: str, seed: int) -> Optional[Dict[str, Any]]:
-        """Trains one student."""
+    def student(
+        self, name: str, seed: int, directory: str = "", changes: Sequence[Any] = ()
+    ) -> Optional[Dict[str, Any]]:
+        """Trains one student, in `directory` or that of its row and seed, with changes to the row's configuration."""
         entry = ENTRIES[name]
         command: List[Any] = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/{entry.config}.yaml"]
         options = ["SEED", seed, "SOLVER.MAX_ITER", self.length.student, "TEST.EVAL_PERIOD", 0, *entry.options]
@@ -151,7 +173,12 @@ class Bench:
             options += ["DISTILL.TEACHER.EVAL_FIRST", False]
         if name == "ReceptiveTokens":
             options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.root / "tokens/tokens.pth"]
-        return self.run(f"{slug(name)}/seed{seed}", [*command, *options])
+        return self.run(directory or f"{slug(name)}/seed{seed}", [*command, *options, *changes])
+
+    def trial(self, name: str, factor: float) -> Optional[Dict[str, Any]]:
+        """Trains one student with what `TUNED` names at `factor` times its default."""
+        value = default(TUNED[name]) * factor
+        return self.student(name, TUNING_SEED, trial_directory(name, value), [TUNED[name], value])
 
     def finished(self, name: str) -> List[float]:
         """AP of every finished seed of a row."""
@@ -162,6 +189,34 @@ class Bench:
 def slug(name: str) -> str:
     """A row's name as a directory's name."""
     return name.replace(" ", "_").replace(",", "").replace("+", "and")
+
+
+def default(key: str) -> float:
+    """The default of a configuration key."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+def trial_directory(name: str, value: float) -> str:
+    """Where a trial of a row lies."""
+    return f"tuning/{slug(name)}/{value:g}"
+
+
+def tuning_table(bench: Bench) -> str:
+    """Markdown table of all finished trials."""
+    lines = [
+        "| method | tried | " + " | ".join(f"x {factor:g}" for factor in FACTORS) + " |",
+        "| --- | --- |" + " ---: |" * len(FACTORS),
+    ]
+    for name, key in TUNED.items():
+        values = [default(key) * factor for factor in FACTORS]
+        paths = [bench.root / trial_directory(name, value) / "result.json" for value in values]
+        scores = [json.loads(p.read_text())["metrics"]["bbox"]["AP"] if p.is_file() else None for p in paths]
+        best = max((score for score in scores if score is not None), default=None)
+        cells = ["-" if x is None else f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in scores]
+        lines.append(f"| {name} | `{key}`, default {default(key):g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(bench: Bench) -> str:
@@ -209,20 +264,24 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"))
+    parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
+    if args.tune and args.length != "short":
+        parser.error("--tune is for --length short")
     setup_logger(name="d2kd")
     log_runtime()
     subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
     bench = Bench(args.length, args.output, args.threads, args.opts)
     names = [n for n in args.only if not (args.no_ablations and ENTRIES[n].ablation)]
+    if args.tune:
+        names = [n for n in names if n in TUNED]
     pool = ThreadPoolExecutor(args.jobs)
     try:
         # in the pool all of them: Ctrl-C in the main thread would kill a run that is about to save
         teacher = pool.submit(bench.prepare, "ReceptiveTokens" in names)
         alone = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if not ENTRIES[n].distils]
-        distilled = [(n, s) for s in args.seeds for n in names if ENTRIES[n].distils] if teacher.result() else []
-        rest = [pool.submit(bench.student, n, s) for n, s in distilled]
+        rest = [pool.submit(*call) for call in distilled_runs(bench, names, args)] if teacher.result() else []
         failed = sum(job.result() is None for job in [teacher, *alone, *rest])
     except KeyboardInterrupt:
         logger.warning("Stopped: the runs of now are saving, no others start.")
@@ -230,11 +289,18 @@ def main() -> None:
         sys.exit(130)
     if teacher.result() is None:
         sys.exit(1)
-    text = table(bench)
+    text = tuning_table(bench) if args.tune else table(bench)
     logger.info("\n%s", text)
     if DOCUMENT.is_file():
-        insert(text, f"accuracy {args.length}")
+        insert(text, "accuracy tuning" if args.tune else f"accuracy {args.length}")
     sys.exit(1 if failed else 0)
+
+
+def distilled_runs(bench: Bench, names: Sequence[str], args: argparse.Namespace) -> List[Tuple[Any, ...]]:
+    """The runs that need the teacher, as functions with their arguments."""
+    if args.tune:
+        return [(bench.trial, n, factor) for factor in FACTORS for n in names]
+    return [(bench.student, n, s) for s in args.seeds for n in names if ENTRIES[n].distils]
 
 
 if __name__ == "__main__":
