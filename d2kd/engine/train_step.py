@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from d2kd.config import ConfigError
 from d2kd.distillers import Distiller
+from d2kd.modeling import DistilledModel
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -55,7 +56,7 @@ class TrainStep(SimpleTrainer):
         self.before_raising = before_raising
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self._statistics = RunningStatistics(model)
+        self._before = StateBeforeStep(model)
 
     def run_step(self) -> None:
         """Trains on `accumulate` batches.
@@ -64,7 +65,7 @@ class TrainStep(SimpleTrainer):
             NonFiniteLossError: on every process, before weights or statistics have changed.
         """
         assert self.model.training, "The model was left in evaluation mode."
-        self._statistics.remember()
+        self._before.remember()
         self.optimizer.zero_grad()
         sums: Dict[str, Tensor] = {}
         waited = 0.0
@@ -115,7 +116,7 @@ class TrainStep(SimpleTrainer):
                 storage.put_scalars(**numbers)
 
     def _fail(self, bad: Dict[str, float]) -> None:
-        self._statistics.restore()
+        self._before.restore()
         kept = self.before_raising()
         which = ", ".join(f"{name} = {value}" for name, value in sorted(bad.items()))
         raise NonFiniteLossError(
@@ -137,10 +138,11 @@ class TrainStep(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-class RunningStatistics:
+class StateBeforeStep:
     """Copies of all that a forward pass changes, so that a failed one can be undone.
 
-    These are batch-norm statistics, running loss normalisers, and the distillers' buffers and positions.
+    These are batch-norm statistics, running loss normalisers, the distillers' buffers and positions, the measured
+    gradient norms of the methods, and PyTorch's random states.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -155,18 +157,25 @@ class RunningStatistics:
         self._normalizing = [m for m in model.modules() if hasattr(m, "_ema_update")]
         self._normalizers: List[Dict[str, Any]] = []
         self._positions: List[Any] = []
+        self._balances = [m.balance for m in model.modules() if isinstance(m, DistilledModel) and m.balance is not None]
+        self._balance_states: List[Dict[str, Any]] = []
+        self._cuda = next(model.parameters()).is_cuda
+        self._random: List[Tensor] = []
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Copies the statistics of now."""
+        """Copies the state of now."""
         if self._live:
             torch._foreach_copy_(self._copies, self._live)
         self._normalizers = [{a: vars(m)[a] for a in RUNNING_ATTRIBUTES if a in vars(m)} for m in self._normalizing]
         self._positions = [m.get_extra_state() if _has_position(m) else None for m in self._distillers]
+        # shallow: a balance replaces its tensors and never writes into them
+        self._balance_states = [dict(vars(balance)) for balance in self._balances]
+        self._random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self._cuda else [])
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the remembered statistics back."""
+        """Puts the remembered state back."""
         if self._live:
             torch._foreach_copy_(self._live, self._copies)
         for module, normalizers in zip(self._normalizing, self._normalizers):
@@ -174,6 +183,11 @@ class RunningStatistics:
         for distiller, position in zip(self._distillers, self._positions):
             if position is not None:
                 distiller.set_extra_state(position)
+        for balance, state in zip(self._balances, self._balance_states):
+            vars(balance).update(state)
+        torch.set_rng_state(self._random[0])
+        if self._cuda:
+            torch.cuda.set_rng_state(self._random[1])
 
 
 def _has_position(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from runs import ROOT
 from test_training import run, same, weights
 
 from d2kd.data.datasets import register_datasets
-from d2kd.engine import CheckpointError, DistillTrainer, load_config
+from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
 from d2kd.modeling import BalanceError, GradientBalance, build_distilled_model
 from detectron2.engine import launch
 from detectron2.utils import comm
@@ -215,6 +215,34 @@ def test_balanced_run_resumes_bit_equal_and_logs_shares(write_config, teacher, t
     assert {f"gradient_share/{name}" for name in ["task", *THREE]} <= logged
     with pytest.raises(CheckpointError, match="DISTILL.METHODS|state dict|state_dict"):
         run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DISTILL__METHODS=["LogitKD"], SOLVER__MAX_ITER=8)
+
+
+def test_a_failed_step_leaves_neither_norms_nor_random_numbers_behind(write_config, teacher, tmp_path):
+    path = write_config(**BALANCED, **teacher)
+    cfg = load_config(str(path))
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    distiller, before = trainer.distilled.distillers["MaskedGenerative"], []
+    plain = distiller.level_loss
+
+    def level_loss(level, student, teacher_map):
+        loss = plain(level, student, teacher_map)
+        if trainer.iter != 4:
+            return loss
+        before.append(torch.get_rng_state())
+        return loss + (1 + torch.rand(())) * float("inf")  # the gradient stays finite: the norms are updated
+
+    distiller.level_loss = level_loss
+    with pytest.raises(NonFiniteLossError, match="iteration 4"):
+        trainer.train()
+    kept = weights(tmp_path / "student", "model_before_failure_0000004")
+    assert torch.equal(kept["trainer"]["process_states"][0]["torch"], before[0])
+    run(path, resume=True)
+    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "student")
+    assert same(a["model"], b["model"]) and a["balance"] == b["balance"]
 
 
 def _two_processes(path, output):
