@@ -196,7 +196,7 @@ def configurable(
 
 def _configurable_init(init: Callable) -> Callable:
     @functools.wraps(init)
-    def wrapped(self, *args: Any, **kwargs: Any) -> None:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
         translate = getattr(type(self), "from_config", None)
         if translate is None:
             raise AttributeError(f"{type(self).__name__} is @configurable but has no from_config.")

@@ -76,6 +76,7 @@ class DefaultAnchorGenerator(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
+        """Constructor arguments from MODEL.ANCHOR_GENERATOR, and the strides of `input_shape`."""
         return {
             "sizes": cfg.MODEL.ANCHOR_GENERATOR.SIZES,
             "aspect_ratios": cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,

@@ -151,6 +151,7 @@ class DatasetMapperTTA:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        """Constructor arguments from TEST.AUG."""
         return {
             "min_sizes": cfg.TEST.AUG.MIN_SIZES,
             "max_size": cfg.TEST.AUG.MAX_SIZE,

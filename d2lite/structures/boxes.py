@@ -184,6 +184,7 @@ class Boxes:
     def __len__(self) -> int:
         return self.tensor.shape[0]
 
+    # Without annotation: TorchScript knows no iterators, and reads those of unused methods too.
     @torch.jit.unused
     def __iter__(self):  # type: ignore[no-untyped-def]
         """Iterate over the rows of the tensor, each of shape (4,)."""

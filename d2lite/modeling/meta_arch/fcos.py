@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,9 +127,8 @@ class FCOS(DenseDetector):
         The ground truth (M boxes) of each of R cells, or -1: (R,) int64.
 
         A cell belongs to a box if its centre is inside it and near its centre, and if the box is of the scale
-        of the
-        level: its farthest side is 4 to 8 strides away, where the first level also takes smaller and the last
-        level larger boxes. Among several, the smallest box wins.
+        of the level: its farthest side is 4 to 8 strides away, where the first level also takes smaller and
+        the last level larger boxes. Among several, the smallest box wins.
         """
         cells = Boxes.cat(anchors)
         centers, strides = cells.get_centers(), cells.tensor[:, 2] - cells.tensor[:, 0]
@@ -213,7 +213,7 @@ class FCOS(DenseDetector):
 class FCOSHead(RetinaNetHead):
     """The head of RetinaNet with one prediction per cell, and a centreness branch on the box subnet."""
 
-    def __init__(self, *, input_shape: list[ShapeSpec], conv_dims: list[int], **kwargs) -> None:
+    def __init__(self, *, input_shape: list[ShapeSpec], conv_dims: list[int], **kwargs: Any) -> None:
         """
         Args:
             input_shape, conv_dims: as in :class:`RetinaNetHead`.

@@ -1,6 +1,7 @@
 """Panoptic FPN (arXiv 1901.02446): an R-CNN for things and a semantic branch for stuff on one backbone."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ class PanopticFPN(GeneralizedRCNN):
         combine_overlap_thresh: float = 0.5,
         combine_stuff_area_thresh: float = 4096,
         combine_instances_score_thresh: float = 0.5,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
@@ -111,8 +112,7 @@ class PanopticFPN(GeneralizedRCNN):
         ]
 
     def _merge(
-        self, sem_seg: torch.Tensor, instances: Instances, image_size: tuple[int, int], height: int, width:
-            int
+        self, sem_seg: torch.Tensor, instances: Instances, image_size: tuple[int, int], height: int, width: int
     ) -> dict:
         sem_seg = sem_seg_postprocess(sem_seg, image_size, height, width)
         instances = detector_postprocess(instances, height, width)

@@ -60,6 +60,7 @@ class GeneralizedRCNN(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        """Constructor arguments from the configuration, with the parts of the model built."""
         backbone = build_backbone(cfg)
         return {
             "backbone": backbone,
@@ -208,6 +209,7 @@ class ProposalNetwork(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        """Constructor arguments from the configuration, with both parts of the model built."""
         backbone = build_backbone(cfg)
         return {
             "backbone": backbone,

@@ -95,6 +95,7 @@ class RetinaNet(DenseDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        """Constructor arguments from MODEL.RETINANET, with the parts of the model built."""
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         feature_shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
@@ -257,6 +258,12 @@ class RetinaNetHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
+        """
+        Constructor arguments from MODEL.RETINANET.
+
+        Raises:
+            AssertionError: MODEL.ANCHOR_GENERATOR gives the levels different numbers of anchors.
+        """
         num_anchors = build_anchor_generator(cfg, input_shape).num_cell_anchors
         assert len(set(num_anchors)) == 1, (
             f"RetinaNet shares its head between levels, so all need as many anchors per cell; got "
@@ -274,8 +281,7 @@ class RetinaNetHead(nn.Module):
     def _norm_per_level(self, norm: str | Callable) -> str | Callable:
         if norm in ("BN", "SyncBN"):
             bn_class = nn.BatchNorm2d if norm == "BN" else nn.SyncBatchNorm
-            logger.info("RetinaNetHead keeps separate %s statistics for each of %d levels.", norm,
-            self._num_features)
+            logger.info("RetinaNetHead keeps separate %s statistics for each of %d levels.", norm, self._num_features)
             return lambda channels: CycleBatchNormList(
                 self._num_features, bn_class=bn_class, num_features=channels
             )

@@ -57,6 +57,7 @@ class SemanticSegmentor(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        """Constructor arguments from the configuration, with both parts of the model built."""
         backbone = build_backbone(cfg)
         return {
             "backbone": backbone,
@@ -144,6 +145,7 @@ class SemSegFPNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Constructor arguments from MODEL.SEM_SEG_HEAD."""
         return {
             "input_shape": {k: v for k, v in input_shape.items() if k in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES},
             "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,

@@ -97,6 +97,7 @@ class RPN(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Constructor arguments from MODEL.RPN, with the head and the anchor generator built."""
         rpn = cfg.MODEL.RPN
         shapes = [input_shape[name] for name in rpn.IN_FEATURES]
         return {
@@ -317,6 +318,12 @@ class StandardRPNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
+        """
+        Constructor arguments from MODEL.RPN and MODEL.ANCHOR_GENERATOR.
+
+        Raises:
+            ValueError: the levels differ in channels, or in anchors per cell.
+        """
         channels = {shape.channels for shape in input_shape}
         if len(channels) != 1:
             raise ValueError(

@@ -67,6 +67,7 @@ class FastRCNNConvFCHead(nn.Sequential):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        """Constructor arguments from MODEL.ROI_BOX_HEAD."""
         head = cfg.MODEL.ROI_BOX_HEAD
         return {
             "input_shape": input_shape,
@@ -81,6 +82,7 @@ class FastRCNNConvFCHead(nn.Sequential):
             x = layer(x)
         return x
 
+    # TorchScript reads the annotations even of what it does not use, and cannot compile ShapeSpec.
     @property
     @torch.jit.unused
     def output_shape(self):  # type: ignore[no-untyped-def]

@@ -100,6 +100,7 @@ class FastRCNNOutputLayers(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        """Constructor arguments from MODEL.ROI_BOX_HEAD and MODEL.ROI_HEADS."""
         head, heads = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS
         return {
             "input_shape": input_shape,

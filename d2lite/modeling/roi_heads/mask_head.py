@@ -113,6 +113,7 @@ class BaseMaskRCNNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        """Constructor arguments from the configuration; `input_shape` is for subclasses."""
         return {"vis_period": cfg.VIS_PERIOD}
 
     def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:

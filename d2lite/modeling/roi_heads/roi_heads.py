@@ -65,6 +65,12 @@ class ROIHeads(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        """
+        Constructor arguments from MODEL.ROI_HEADS; subclasses add their own.
+
+        Raises:
+            NotImplementedError: MODEL.KEYPOINT_ON is set.
+        """
         if cfg.MODEL.KEYPOINT_ON:
             raise NotImplementedError(
                 "MODEL.KEYPOINT_ON is True: d2lite leaves out keypoints; install Detectron2 to use them."
