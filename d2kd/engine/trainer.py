@@ -37,6 +37,7 @@ from .ema import EMAHook, WeightAverage
 from .hooks import CheckpointHook, InterruptHook, ResultWriter, WallTime
 from .matching_pass import MatchingPass
 from .optimizer import build_optimizer
+from .scaling import scale_to_processes
 from .teacher_eval import evaluate_teacher
 from .train_step import TrainStep
 from .wandb_writer import WandbWriter, check_wandb
@@ -67,7 +68,7 @@ class DistillTrainer(DefaultTrainer):
         check_class_counts(cfg)
         check_test_augmentation(cfg)
         check_wandb(cfg)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_processes(cfg, comm.get_world_size())
         self.cfg = cfg
         model = self.build_model(cfg)
         self.distilled: Optional[DistilledModel] = model if isinstance(model, DistilledModel) else None
