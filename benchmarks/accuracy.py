@@ -21,7 +21,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import add_distill_config
@@ -36,26 +36,29 @@ DOCUMENT = Path("docs/benchmarks.md")
 
 
 class Length(NamedTuple):
-    """How long teacher and students are trained, in iterations."""
+    """How long teacher and students are trained, in iterations, and the teacher's images an iteration."""
 
     teacher: int
     student: int
+    teacher_images: int
 
 
-LENGTHS = {"short": Length(1000, 700), "long": Length(4000, 4000)}
+LENGTHS = {"short": Length(1000, 700, 16), "long": Length(16000, 8000, 8)}
 
 
 class Entry(NamedTuple):
-    """A row of the table: its configuration and options, and whether it distils."""
+    """A row of the table: its configuration and options, whether it distils, and how many times the length it takes."""
 
     config: str
     options: List[Any] = []
     distils: bool = True
     ablation: bool = False
+    times: int = 1
 
 
 ENTRIES: Dict[str, Entry] = {
     "baseline": Entry("retinanet_student", distils=False),
+    "baseline, twice as long": Entry("retinanet_student", distils=False, ablation=True, times=2),
     "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
     "FeatureMimic": Entry("retinanet_student_FeatureMimic"),
     "MaskedGenerative": Entry("retinanet_student_MaskedGenerative"),
@@ -112,61 +115,43 @@ class Bench:
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         self.options = options
 
-    def run(self, name: str, command: List[Any]) -> Optional[Dict[str, Any]]:
-        """Runs a tool with `name` as its output directory unless it is finished; returns result.json's content."""
+    def run(self, name: str, command: Sequence[Any], result: str = "result.json") -> bool:
+        """Runs a tool with `name` as its output directory unless `result` is there; returns whether it is now."""
         directory = self.root / name
-        result = directory / "result.json"
-        if not result.is_file():
+        line = [*map(str, command), *self.options, "OUTPUT_DIR", str(directory)]
+        record = directory / "command.json"
+        if record.is_file() and json.loads(record.read_text()) != line:
+            logger.error("%s was made by another command: see %s; remove the directory to repeat it", name, record)
+            return False
+        if not (directory / result).is_file():
             directory.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(line))
             logger.info("start %s", directory)
-            line = [sys.executable, *map(str, command), *self.options, "OUTPUT_DIR", str(directory)]
             with open(directory / "console.txt", "a", encoding="utf-8") as console:
-                subprocess.run(line, env=self.environment, stdout=console, stderr=subprocess.STDOUT)
-        if not result.is_file():
+                subprocess.run([sys.executable, *line], env=self.environment, stdout=console, stderr=subprocess.STDOUT)
+        if not (directory / result).is_file():
             logger.error("%s failed: see %s", name, directory / "console.txt")
-            return None
-        content = json.loads(result.read_text())
-        logger.info("%s: %.1f AP", directory, content["metrics"]["bbox"]["AP"])
-        return content
+            return False
+        if result == "result.json":
+            logger.info("%s: %.1f AP", directory, average_precision(directory))
+        return True
 
-    def teacher(self) -> Optional[Dict[str, Any]]:
-        """Trains the teacher."""
-        config = f"{CONFIGS}/retinanet_teacher.yaml"
-        steps = ["SOLVER.MAX_ITER", self.length.teacher, "TEST.EVAL_PERIOD", 0]
-        return self.run("teacher", ["tools/train_net.py", "--resume", "--config-file", config, *steps])
-
-    def prepare(self, tokens: bool) -> Optional[Dict[str, Any]]:
+    def teacher(self, tokens: bool) -> bool:
         """Trains the teacher, and learns its tokens where they are needed."""
-        result = self.teacher()
-        if result is not None and tokens:
-            self.tokens()
-        return result
+        steps = ["SOLVER.MAX_ITER", self.length.teacher, "SOLVER.IMS_PER_BATCH", self.length.teacher_images]
+        command = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/retinanet_teacher.yaml"]
+        if not self.run("teacher", [*command, *steps, "TEST.EVAL_PERIOD", 0]):
+            return False
+        command = ["tools/learn_tokens.py", "--resume", "--config-file", f"{CONFIGS}/retinanet_teacher_tokens.yaml"]
+        weights = ["MODEL.WEIGHTS", self.root / "teacher/model_final.pth"]
+        return not tokens or self.run("tokens", [*command, *weights], result="tokens.pth")
 
-    def tokens(self) -> Path:
-        """Learns the teacher's tokens; returns their file."""
-        target = self.root / "tokens"
-        if not (target / "tokens.pth").is_file():
-            config = f"{CONFIGS}/retinanet_teacher_tokens.yaml"
-            options = ["MODEL.WEIGHTS", self.root / "teacher/model_final.pth", "OUTPUT_DIR", target]
-            line = [
-                sys.executable,
-                "tools/learn_tokens.py",
-                "--resume",
-                "--config-file",
-                config,
-                *options,
-                *self.options,
-            ]
-            subprocess.run([str(x) for x in line], env=self.environment, check=True, stdout=subprocess.DEVNULL)
-        return target / "tokens.pth"
-
-    def student(
-        self, name: str, seed: int, directory: str = "", changes: Sequence[Any] = ()
-    ) -> Optional[Dict[str, Any]]:
+    def student(self, name: str, seed: int, directory: str = "", changes: Sequence[Any] = ()) -> bool:
         """Trains one student, in `directory` or that of its row and seed, with changes to the row's configuration."""
         entry = ENTRIES[name]
         command: List[Any] = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/{entry.config}.yaml"]
-        options = ["SEED", seed, "SOLVER.MAX_ITER", self.length.student, "TEST.EVAL_PERIOD", 0, *entry.options]
+        iterations = self.length.student * entry.times
+        options = ["SEED", seed, "SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0, *entry.options]
         if entry.distils:
             command += ["--teacher-config", f"{CONFIGS}/retinanet_teacher.yaml"]
             command += ["--teacher-weights", self.root / "teacher/model_final.pth"]
@@ -175,15 +160,19 @@ class Bench:
             options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.root / "tokens/tokens.pth"]
         return self.run(directory or f"{slug(name)}/seed{seed}", [*command, *options, *changes])
 
-    def trial(self, name: str, factor: float) -> Optional[Dict[str, Any]]:
+    def trial(self, name: str, factor: float) -> bool:
         """Trains one student with what `TUNED` names at `factor` times its default."""
         value = default(TUNED[name]) * factor
         return self.student(name, TUNING_SEED, trial_directory(name, value), [TUNED[name], value])
 
     def finished(self, name: str) -> List[float]:
         """AP of every finished seed of a row."""
-        paths = sorted((self.root / slug(name)).glob("seed*/result.json"))
-        return [json.loads(path.read_text())["metrics"]["bbox"]["AP"] for path in paths]
+        return [average_precision(path.parent) for path in sorted((self.root / slug(name)).glob("seed*/result.json"))]
+
+
+def average_precision(directory: Path) -> float:
+    """AP of a finished run, in percent."""
+    return json.loads((directory / "result.json").read_text())["metrics"]["bbox"]["AP"]
 
 
 def slug(name: str) -> str:
@@ -210,9 +199,8 @@ def tuning_table(bench: Bench) -> str:
         "| --- | --- |" + " ---: |" * len(FACTORS),
     ]
     for name, key in TUNED.items():
-        values = [default(key) * factor for factor in FACTORS]
-        paths = [bench.root / trial_directory(name, value) / "result.json" for value in values]
-        scores = [json.loads(p.read_text())["metrics"]["bbox"]["AP"] if p.is_file() else None for p in paths]
+        paths = [bench.root / trial_directory(name, default(key) * factor) for factor in FACTORS]
+        scores = [average_precision(p) if (p / "result.json").is_file() else None for p in paths]
         best = max((score for score in scores if score is not None), default=None)
         cells = ["-" if x is None else f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in scores]
         lines.append(f"| {name} | `{key}`, default {default(key):g} | {' | '.join(cells)} |")
@@ -221,11 +209,12 @@ def tuning_table(bench: Bench) -> str:
 
 def table(bench: Bench) -> str:
     """Markdown table of all finished runs."""
-    teacher = json.loads((bench.root / "teacher/result.json").read_text())["metrics"]["bbox"]["AP"]
+    teacher = average_precision(bench.root / "teacher")
     base = bench.finished("baseline")
+    length = bench.length
     lines = [
-        f"Teacher: {teacher:.1f} AP after {bench.length.teacher:,} iterations of 16; students: "
-        f"{bench.length.student:,} iterations of 8.",
+        f"Teacher: {teacher:.1f} AP after {length.teacher:,} iterations of {length.teacher_images} images; students: "
+        f"{length.student:,} iterations of 8.",
         "",
         "| run | seeds | AP (mean) | lowest to highest | over baseline | gap closure |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -279,15 +268,15 @@ def main() -> None:
     pool = ThreadPoolExecutor(args.jobs)
     try:
         # in the pool all of them: Ctrl-C in the main thread would kill a run that is about to save
-        teacher = pool.submit(bench.prepare, "ReceptiveTokens" in names)
+        teacher = pool.submit(bench.teacher, "ReceptiveTokens" in names)
         alone = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if not ENTRIES[n].distils]
         rest = [pool.submit(*call) for call in distilled_runs(bench, names, args)] if teacher.result() else []
-        failed = sum(job.result() is None for job in [teacher, *alone, *rest])
+        failed = sum(not job.result() for job in [teacher, *alone, *rest])
     except KeyboardInterrupt:
         logger.warning("Stopped: the runs of now are saving, no others start.")
         pool.shutdown(cancel_futures=True)
         sys.exit(130)
-    if teacher.result() is None:
+    if not teacher.result():
         sys.exit(1)
     text = tuning_table(bench) if args.tune else table(bench)
     logger.info("\n%s", text)

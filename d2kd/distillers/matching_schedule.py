@@ -115,16 +115,16 @@ class MatchingSchedule:
         return iteration % self.periods[bisect_right(self.steps, iteration)] == 0
 
     def tracks(self, batch: int) -> bool:
-        """Whether this training batch lies in a window, counted from 0."""
-        iteration = batch // self.batches_per_iteration
-        starting = iteration < self.window and self.due(0)
-        return starting or any(self.due(i) for i in range(max(1, iteration), iteration + self.window))
+        """Whether this training batch lies in a window, counted from 0: the last batch of a window is its refresh."""
+        starting = batch < self.batches_per_window and self.due(0)
+        # refreshes are at first batches of iterations, and nothing after them may be left over for the next one
+        first = max(1, -(-batch // self.batches_per_iteration))
+        last = (batch + self.batches_per_window - 1) // self.batches_per_iteration
+        return starting or any(self.due(i) for i in range(first, last + 1))
 
     def refreshes(self, batch: int) -> bool:
         """Whether channels are assigned anew at this training batch, counted from 0."""
-        iteration, rest = divmod(batch, self.batches_per_iteration)
-        if rest:
-            return False
-        if self.online and iteration == self.window - 1 and self.due(0):
+        if self.online and batch == self.batches_per_window - 1 and self.due(0):
             return True
-        return self.due(iteration) and (iteration > 0 or not self.online)
+        iteration, rest = divmod(batch, self.batches_per_iteration)
+        return not rest and self.due(iteration) and (iteration > 0 or not self.online)

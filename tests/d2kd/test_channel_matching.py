@@ -215,7 +215,17 @@ def test_rule_of_the_published_detection_run():
 def test_schedule_counts_iterations_not_accumulated_batches():
     schedule = MatchingSchedule(iterations=(3,), images=8, images_per_iteration=4, batches_per_iteration=2)
     assert [b for b in range(10) if schedule.refreshes(b)] == [6]
-    assert [b for b in range(10) if schedule.tracks(b)] == [4, 5, 6, 7]
+    assert [b for b in range(10) if schedule.tracks(b)] == [3, 4, 5, 6]
+
+
+def test_an_assignment_rests_on_its_own_window_with_accumulation_too():
+    schedule = MatchingSchedule(iterations=(0, 5), images=8, images_per_iteration=8, batches_per_iteration=4)
+    distiller = ChannelMatching(pairs=[pair(4, 8)], weight=1.0, schedule=schedule, adapter="none")
+    seen = []
+    for step in range(24):
+        distiller(*maps(seed=step))
+        seen.append(distiller.statistics.images)
+    assert seen == [2, 4, 6, *[0] * 14, 2, 4, 6, *[0] * 4]
 
 
 def test_online_assigns_from_the_first_batch_then_from_whole_windows():
