@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
 from d2lite.layers import batched_nms
 from d2lite.modeling.backbone import Backbone
-from d2lite.modeling.meta_arch.inputs import batch_images, ground_truth, output_size
+from d2lite.modeling.meta_arch.image_model import MAX_PICTURED_BOXES, ImageModel, picture_boxes
+from d2lite.modeling.meta_arch.inputs import ground_truth, output_size
 from d2lite.modeling.postprocessing import detector_postprocess
 from d2lite.structures import Boxes, ImageList, Instances
 from d2lite.utils.events import get_event_storage
@@ -21,12 +21,19 @@ def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
     return tensor.view(n, -1, K, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, K)
 
 
-class DenseDetector(nn.Module):
+class DenseDetector(ImageModel):
     """
     Base of one-stage detectors: backbone, a head that is applied to several of its features, and box
     decoding.
 
     A subclass defines `forward_training` and `forward_inference`, and `num_classes` where it is trained.
+    The attributes are what `inference_single_image` needs of it.
+
+    Attributes:
+        test_score_thresh: detections need a higher score.
+        test_topk_candidates: candidates of each level that enter non-maximum suppression.
+        test_nms_thresh: overlap above which the lower score is suppressed.
+        max_detections_per_image: detections kept in the end.
     """
 
     num_classes_key: str = "num_classes"
@@ -46,26 +53,17 @@ class DenseDetector(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: maps a batch of images to a dict of features.
+            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
             head: maps a list of features to a tuple of predictions, each a list with one (N, C, Hi, Wi) per
                 feature.
             head_in_features: names of the features that the head takes; by default all, by increasing stride.
-            pixel_mean, pixel_std: per channel, to normalise the input image.
         """
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, pixel_mean, pixel_std)
         self.head = head
         if head_in_features is None:
             shapes = backbone.output_shape()
             head_in_features = sorted(shapes, key=lambda name: shapes[name].stride)
         self.head_in_features = list(head_in_features)
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives; inputs are moved there."""
-        return self.pixel_mean.device
 
     def forward(
         self, batched_inputs: list[dict], do_postprocess: bool = True
@@ -120,10 +118,6 @@ class DenseDetector(nn.Module):
     ) -> list[Instances]:
         """The detections of each image, at the network's resolution."""
         raise NotImplementedError(f"{type(self).__name__} must define forward_inference")
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the input images."""
-        return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
 
     def _transpose_dense_predictions(
         self, predictions: Sequence[list[torch.Tensor]], dims_per_anchor: Sequence[int]
@@ -220,25 +214,19 @@ class DenseDetector(nn.Module):
 
     def visualize_training(self, batched_inputs: list[dict], results: list[Instances]) -> None:
         """
-        Put a picture of the first image into the event storage: its annotations left, the 20 best detections
-            right.
+        Put a picture of the first image into the event storage, see `picture_boxes`.
 
         Args:
             batched_inputs: the input of a training step.
             results: detections at the network's resolution, for each image.
         """
         from d2lite.data.detection_utils import convert_image_to_rgb
-        from d2lite.utils.visualizer import Visualizer
 
         assert len(batched_inputs) == len(results), "one result is needed for each image"
-        max_boxes = 20
         x, result = batched_inputs[0], results[0]
         image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
         result = detector_postprocess(result, image.shape[0], image.shape[1])
-        truth = Visualizer(image, None).overlay_instances(boxes=x["instances"].gt_boxes.to("cpu"))
-        boxes = result.pred_boxes.tensor[:max_boxes].detach().cpu().numpy()
-        found = Visualizer(image, None).overlay_instances(boxes=boxes)
-        picture = np.hstack([truth.get_image(), found.get_image()]).transpose(2, 0, 1)
+        picture = picture_boxes(image, x["instances"].gt_boxes, result.pred_boxes)
         get_event_storage().put_image(
-            f"Left: ground truth; right: {max_boxes} highest scoring results", picture
+            f"Left: ground truth; right: {MAX_PICTURED_BOXES} highest scoring results", picture
         )

@@ -50,20 +50,16 @@ class FCOS(DenseDetector):
     ) -> None:
         """
         Args:
-            backbone: maps a batch of images to a dict of features.
+            backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
             head: maps a list of features to per-level logits (N, K, Hi, Wi), deltas (N, 4, Hi, Wi) and
                 centreness (N, 1, Hi, Wi).
-            head_in_features: names of the features that the head takes; by default all, by increasing stride.
             box2box_transform: how the deltas encode boxes; by default distances in units of the stride.
             num_classes: K, the classes without background.
             center_sampling_radius: only cells so close to the centre of an object, in strides, are positive;
                 0 admits all cells inside its box.
             focal_loss_alpha, focal_loss_gamma: parameters of the focal loss.
-            test_score_thresh: detections need a higher score.
-            test_topk_candidates: candidates of each level that enter non-maximum suppression.
-            test_nms_thresh: overlap above which the lower score is suppressed.
-            max_detections_per_image: detections kept in the end.
-            pixel_mean, pixel_std: per channel, to normalise the input image.
+            test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
+                :class:`DenseDetector`.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes

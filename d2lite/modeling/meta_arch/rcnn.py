@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
 from d2lite.config import CfgNode, configurable
 from d2lite.modeling.backbone import Backbone, build_backbone
 from d2lite.modeling.meta_arch.build import META_ARCH_REGISTRY
-from d2lite.modeling.meta_arch.inputs import batch_images, ground_truth, output_size
+from d2lite.modeling.meta_arch.image_model import ImageModel, picture_boxes
+from d2lite.modeling.meta_arch.inputs import ground_truth, output_size
 from d2lite.modeling.postprocessing import detector_postprocess
 from d2lite.modeling.proposal_generator import build_proposal_generator
 from d2lite.modeling.roi_heads import build_roi_heads
@@ -20,7 +20,7 @@ __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
 
 
 @META_ARCH_REGISTRY.register()
-class GeneralizedRCNN(nn.Module):
+class GeneralizedRCNN(ImageModel):
     """
     Any model made of a backbone, a proposal generator and heads on the regions that it proposes: Faster, Mask
     and Cascade R-CNN, and, with proposals from the input, Fast R-CNN.
@@ -40,23 +40,19 @@ class GeneralizedRCNN(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: maps a batch of images to a dict of features.
+            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
             proposal_generator: maps images and features to proposals; None to read them from the input.
             roi_heads: turns features and proposals into detections or losses.
-            pixel_mean, pixel_std: per channel, to normalise the input image.
             input_format: channel order of the input image, for the pictures of `vis_period`.
             vis_period: iterations between two pictures of training proposals; 0 for none.
         """
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, pixel_mean, pixel_std)
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.input_format = input_format
         self.vis_period = vis_period
         assert vis_period == 0 or input_format is not None, "pictures of the training need input_format"
         assert len(pixel_mean) == len(pixel_std), "pixel_mean and pixel_std have different lengths"
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -71,11 +67,6 @@ class GeneralizedRCNN(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives; inputs are moved there."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
         """
@@ -147,10 +138,6 @@ class GeneralizedRCNN(nn.Module):
         )
         return [x["proposals"].to(self.device) for x in batched_inputs], {}
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the input images."""
-        return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
-
     @staticmethod
     def _postprocess(
         instances: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
@@ -163,27 +150,22 @@ class GeneralizedRCNN(nn.Module):
 
     def visualize_training(self, batched_inputs: list[dict], proposals: list[Instances]) -> None:
         """
-        Put a picture of each image into the event storage: its annotations left, the 20 best proposals right.
+        Put a picture of each image into the event storage, see `picture_boxes`.
 
         Args:
             batched_inputs: the input of a training step.
             proposals: with `proposal_boxes`, best first, for each image.
         """
         from d2lite.data.detection_utils import convert_image_to_rgb
-        from d2lite.utils.visualizer import Visualizer
 
-        max_boxes = 20
         for x, found in zip(batched_inputs, proposals):
             image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
-            truth = Visualizer(image, None).overlay_instances(boxes=x["instances"].gt_boxes.to("cpu"))
-            boxes = found.proposal_boxes.tensor[:max_boxes].detach().cpu().numpy()
-            guess = Visualizer(image, None).overlay_instances(boxes=boxes)
-            picture = np.hstack([truth.get_image(), guess.get_image()]).transpose(2, 0, 1)
+            picture = picture_boxes(image, x["instances"].gt_boxes, found.proposal_boxes)
             get_event_storage().put_image("Left: ground truth; right: proposals", picture)
 
 
 @META_ARCH_REGISTRY.register()
-class ProposalNetwork(nn.Module):
+class ProposalNetwork(ImageModel):
     """Backbone and proposal generator only: trains and evaluates region proposals."""
 
     @configurable
@@ -197,15 +179,11 @@ class ProposalNetwork(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: maps a batch of images to a dict of features.
+            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
             proposal_generator: maps images and features to proposals.
-            pixel_mean, pixel_std: per channel, to normalise the input image.
         """
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, pixel_mean, pixel_std)
         self.proposal_generator = proposal_generator
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -217,11 +195,6 @@ class ProposalNetwork(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives; inputs are moved there."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
         """
@@ -242,7 +215,3 @@ class ProposalNetwork(nn.Module):
             {"proposals": detector_postprocess(r, *output_size(x, size))}
             for r, x, size in zip(proposals, batched_inputs, images.image_sizes)
         ]
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the input images."""
-        return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)

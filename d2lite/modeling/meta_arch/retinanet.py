@@ -56,10 +56,9 @@ class RetinaNet(DenseDetector):
     ) -> None:
         """
         Args:
-            backbone: maps a batch of images to a dict of features.
+            backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
             head: maps a list of features to per-level logits (N, A * K, Hi, Wi) and deltas (N, A * 4, Hi,
                 Wi).
-            head_in_features: names of the features that the head takes.
             anchor_generator: makes the anchors of these features.
             box2box_transform: how the deltas encode boxes relative to anchors.
             anchor_matcher: labels anchors by their overlap with the ground truth.
@@ -67,11 +66,8 @@ class RetinaNet(DenseDetector):
             focal_loss_alpha, focal_loss_gamma: parameters of the focal loss.
             smooth_l1_beta: where smooth L1 turns from quadratic to linear.
             box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
-            test_score_thresh: detections need a higher score.
-            test_topk_candidates: candidates of each level that enter non-maximum suppression.
-            test_nms_thresh: overlap above which the lower score is suppressed.
-            max_detections_per_image: detections kept in the end.
-            pixel_mean, pixel_std: per channel, to normalise the input image.
+            test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
+                :class:`DenseDetector`.
             vis_period: iterations between two pictures of training detections; 0 for none.
             input_format: channel order of the input image, for these pictures.
         """

@@ -12,9 +12,9 @@ from d2lite.config import CfgNode, configurable
 from d2lite.layers import Conv2d, ShapeSpec, get_norm
 from d2lite.modeling.backbone import Backbone, build_backbone
 from d2lite.modeling.meta_arch.build import META_ARCH_REGISTRY
-from d2lite.modeling.meta_arch.inputs import batch_images, output_size, semantic_labels
+from d2lite.modeling.meta_arch.image_model import ImageModel
+from d2lite.modeling.meta_arch.inputs import output_size, semantic_labels
 from d2lite.modeling.postprocessing import sem_seg_postprocess
-from d2lite.structures import ImageList
 from d2lite.utils.registry import Registry
 
 __all__ = ["SEM_SEG_HEADS_REGISTRY", "SemSegFPNHead", "SemanticSegmentor", "build_sem_seg_head"]
@@ -31,7 +31,7 @@ def build_sem_seg_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Mo
 
 
 @META_ARCH_REGISTRY.register()
-class SemanticSegmentor(nn.Module):
+class SemanticSegmentor(ImageModel):
     """A backbone and a head that scores every pixel."""
 
     @configurable
@@ -45,15 +45,11 @@ class SemanticSegmentor(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: maps a batch of images to a dict of features.
+            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
             sem_seg_head: turns features (and, in training, labels) into (scores, losses).
-            pixel_mean, pixel_std: per channel, to normalise the input image.
         """
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, pixel_mean, pixel_std)
         self.sem_seg_head = sem_seg_head
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -65,11 +61,6 @@ class SemanticSegmentor(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives; inputs are moved there."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """
@@ -90,10 +81,6 @@ class SemanticSegmentor(nn.Module):
             {"sem_seg": sem_seg_postprocess(r, size, *output_size(x, size))}
             for r, x, size in zip(results, batched_inputs, images.image_sizes)
         ]
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the input images."""
-        return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
 
     def _targets(self, batched_inputs: list[dict]) -> torch.Tensor:
         return semantic_labels(batched_inputs, self.backbone, self.device, self.sem_seg_head)
