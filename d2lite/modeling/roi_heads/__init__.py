@@ -1,5 +1,11 @@
 """Heads that classify, refine and segment region proposals."""
 
+from d2lite.modeling.roi_heads.base import (
+    ROI_HEADS_REGISTRY,
+    ROIHeads,
+    build_roi_heads,
+    select_foreground_proposals,
+)
 from d2lite.modeling.roi_heads.box_head import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead, build_box_head
 from d2lite.modeling.roi_heads.cascade_rcnn import CascadeROIHeads
 from d2lite.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
@@ -9,14 +15,8 @@ from d2lite.modeling.roi_heads.mask_head import (
     MaskRCNNConvUpsampleHead,
     build_mask_head,
 )
-from d2lite.modeling.roi_heads.roi_heads import (
-    ROI_HEADS_REGISTRY,
-    Res5ROIHeads,
-    ROIHeads,
-    StandardROIHeads,
-    build_roi_heads,
-    select_foreground_proposals,
-)
+from d2lite.modeling.roi_heads.res5 import Res5ROIHeads
+from d2lite.modeling.roi_heads.roi_heads import StandardROIHeads
 
 __all__ = [
     "BaseMaskRCNNHead",

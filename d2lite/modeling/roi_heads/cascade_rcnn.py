@@ -1,5 +1,7 @@
 """Cascade R-CNN (arXiv 1712.00726): box heads in a row, each trained on the boxes of the one before."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,14 +10,10 @@ from d2lite.layers import ShapeSpec
 from d2lite.modeling.box_regression import Box2BoxTransform
 from d2lite.modeling.matcher import Matcher
 from d2lite.modeling.poolers import ROIPooler
+from d2lite.modeling.roi_heads.base import ROI_HEADS_REGISTRY, build_pooler, log_sample_counts
 from d2lite.modeling.roi_heads.box_head import build_box_head
 from d2lite.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
-from d2lite.modeling.roi_heads.roi_heads import (
-    ROI_HEADS_REGISTRY,
-    StandardROIHeads,
-    _build_pooler,
-    _log_sample_counts,
-)
+from d2lite.modeling.roi_heads.roi_heads import StandardROIHeads
 from d2lite.structures import Boxes, Instances, pairwise_iou
 from d2lite.utils.events import get_event_storage
 
@@ -33,7 +31,7 @@ class CascadeROIHeads(StandardROIHeads):
         box_heads: list[nn.Module],
         box_predictors: list[nn.Module],
         proposal_matchers: list[Matcher],
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
@@ -85,7 +83,7 @@ class CascadeROIHeads(StandardROIHeads):
                 f"The first of MODEL.ROI_BOX_CASCADE_HEAD.IOUS ({cascade.IOUS[0]}) must be"
                 f" MODEL.ROI_HEADS.IOU_THRESHOLDS ({heads.IOU_THRESHOLDS[0]})"
             )
-        pooler, pooled_shape = _build_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        pooler, pooled_shape = build_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
         box_heads, predictors, matchers = [], [], []
         for iou, weights in zip(cascade.IOUS, cascade.BBOX_REG_WEIGHTS):
             box_head = build_box_head(cfg, pooled_shape)
@@ -104,22 +102,10 @@ class CascadeROIHeads(StandardROIHeads):
             "proposal_matchers": matchers,
         }
 
-    def forward(
-        self,
-        images: object,
-        features: dict[str, Tensor],
-        proposals: list[Instances],
-        targets: list[Instances] | None = None,
-    ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """See :class:`ROIHeads`."""
-        if not self.training:
-            detections = self._forward_box(features, proposals)
-            return self.forward_with_given_boxes(features, detections), {}
-        assert targets is not None, "ROI heads need `targets` in training"
-        proposals = self.label_and_sample_proposals(proposals, targets)
-        losses = self._forward_box(features, proposals, targets)
-        losses.update(self._forward_mask(features, proposals))
-        return proposals, losses
+    def _box_losses(
+        self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        return self._forward_box(features, proposals, targets)
 
     def _forward_box(
         self,
@@ -180,7 +166,7 @@ class CascadeROIHeads(StandardROIHeads):
         if proposals:
             background = torch.stack([(x.gt_classes == self.num_classes).sum() for x in proposals]).tolist()
             with get_event_storage().name_scope(f"stage{stage}"):
-                _log_sample_counts([len(x) for x in proposals], background)
+                log_sample_counts([len(x) for x in proposals], background)
         return proposals
 
     def _run_stage(

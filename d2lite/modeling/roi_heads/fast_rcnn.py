@@ -1,4 +1,4 @@
-"""Classification and box regression of regions (Fast R-CNN, arXiv 1504.08083), and their inference."""
+"""Classification and box regression of regions (Fast R-CNN, arXiv 1504.08083)."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2lite.config import CfgNode, configurable
-from d2lite.layers import ShapeSpec, batched_nms, cross_entropy
+from d2lite.layers import ShapeSpec, cross_entropy
 from d2lite.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
-from d2lite.structures import Boxes, Instances
+from d2lite.modeling.roi_heads.box_inference import fast_rcnn_inference, fast_rcnn_inference_single_image
+from d2lite.structures import Instances
 from d2lite.utils.events import get_event_storage
 
-__all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference"]
+__all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference", "fast_rcnn_inference_single_image"]
 
 
 class FastRCNNOutputLayers(nn.Module):
@@ -43,12 +44,9 @@ class FastRCNNOutputLayers(nn.Module):
             input_shape: of the features, or their number.
             box2box_transform: how deltas encode boxes relative to proposals.
             num_classes: foreground classes, K.
-            test_score_thresh: detections need a higher score than this.
-            test_nms_thresh: IoU above which the lower score of the same class is suppressed.
-            test_topk_per_image: largest number of detections per image.
+            test_score_thresh, test_nms_thresh, test_topk_per_image: see :func:`fast_rcnn_inference`.
             cls_agnostic_bbox_reg: one box for all classes instead of one per class.
-            smooth_l1_beta: where smooth L1 turns from quadratic to linear; 0 is plain L1.
-            box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
+            box_reg_loss_type: "smooth_l1" (L1 for a `smooth_l1_beta` of 0), "giou", "diou" or "ciou".
             loss_weight: one factor for both losses, or one per name ("loss_cls", "loss_box_reg").
             use_fed_loss: count only a sample of the classes in the classification loss (federated loss,
                 arXiv 2103.07461); needs `use_sigmoid_ce`.
@@ -69,7 +67,6 @@ class FastRCNNOutputLayers(nn.Module):
         if use_sigmoid_ce:
             # every class starts at a probability of 1 %, as in RetinaNet (arXiv 1708.02002, section 3.3)
             nn.init.constant_(self.cls_score.bias, -math.log((1 - 0.01) / 0.01))
-
         self.box2box_transform = box2box_transform
         self.smooth_l1_beta = smooth_l1_beta
         self.test_score_thresh = test_score_thresh
@@ -276,65 +273,6 @@ class FastRCNNOutputLayers(nn.Module):
         scores = predictions[0]
         probs = scores.sigmoid() if self.use_sigmoid_ce else scores.softmax(dim=-1)
         return probs.split([len(p) for p in proposals])
-
-
-def fast_rcnn_inference(
-    boxes: list[Tensor],
-    scores: list[Tensor],
-    image_shapes: list[tuple[int, int]],
-    score_thresh: float,
-    nms_thresh: float,
-    topk_per_image: int,
-) -> tuple[list[Instances], list[Tensor]]:
-    """
-    Detections of each image: scores above a threshold, non-maximum suppression per class, the best ones.
-    Predictions that are not finite are dropped.
-
-    Args:
-        boxes: N tensors (R_i, 4 * K) or (R_i, 4), XYXY in pixels.
-        scores: N tensors (R_i, K + 1), the background last.
-        image_shapes: (height, width) of the N images.
-        score_thresh: detections need a higher score than this.
-        nms_thresh: IoU above which the lower score of the same class is suppressed.
-        topk_per_image: largest number of detections per image; negative: all.
-
-    Returns:
-        N `Instances` with `pred_boxes`, `scores` and `pred_classes`, by descending score; and for each the
-        index (D_i,) of the region, among those with finite predictions, that every detection came from.
-    """
-    results = [
-        fast_rcnn_inference_single_image(b, s, shape, score_thresh, nms_thresh, topk_per_image)
-        for b, s, shape in zip(boxes, scores, image_shapes)
-    ]
-    return [x[0] for x in results], [x[1] for x in results]
-
-
-def fast_rcnn_inference_single_image(
-    boxes: Tensor,
-    scores: Tensor,
-    image_shape: tuple[int, int],
-    score_thresh: float,
-    nms_thresh: float,
-    topk_per_image: int,
-) -> tuple[Instances, Tensor]:
-    """As :func:`fast_rcnn_inference`, for one image."""
-    finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
-    foreground = scores[:, :-1]
-    region, classes = (finite[:, None] & (foreground > score_thresh)).nonzero(as_tuple=True)
-    scores = foreground[region, classes]
-    if boxes.shape[1] == 4:
-        candidates = Boxes(boxes[region])
-    else:
-        candidates = Boxes(boxes.unflatten(1, (-1, 4))[region, classes])
-    candidates.clip(image_shape)
-
-    keep = batched_nms(candidates.tensor, scores, classes, nms_thresh)
-    if topk_per_image >= 0:
-        keep = keep[:topk_per_image]
-    result = Instances(
-        image_shape, pred_boxes=candidates[keep], scores=scores[keep], pred_classes=classes[keep]
-    )
-    return result, (finite.cumsum(0) - 1)[region[keep]]
 
 
 def _init_output_layer(layer: nn.Linear, std: float) -> None:

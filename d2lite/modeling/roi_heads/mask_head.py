@@ -1,5 +1,7 @@
 """Heads that segment the object in a region (Mask R-CNN, arXiv 1703.06870)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
@@ -148,7 +150,7 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
         num_classes: int,
         conv_dims: list[int],
         conv_norm: str = "",
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
