@@ -63,11 +63,7 @@ class FPN(Backbone):
         self._top_down_features = tuple(reversed(in_features))
         self.bottom_up = bottom_up
         levels = [int(math.log2(stride)) for stride in strides]
-        if top_block is not None:
-            levels += range(levels[-1] + 1, levels[-1] + 1 + top_block.num_levels)
-        self._out_feature_strides = {f"p{level}": 2**level for level in levels}
-        self._out_features = list(self._out_feature_strides)
-        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
+        _name_levels(self, levels, out_channels)
         self._size_divisibility = strides[-1]
         self._square_pad = square_pad
         self._fuse_type = fuse_type
@@ -98,6 +94,15 @@ class FPN(Backbone):
             results.extend(self.top_block(source))
         assert len(results) == len(self._out_features), "the top block gives another number of levels than it says"
         return {name: level for name, level in zip(self._out_features, results)}
+
+
+def _name_levels(pyramid: Backbone, levels: list[int], channels: int) -> None:
+    """Declare the outputs "p<level>" of a pyramid: its own `levels`, finest first, and those of its top block."""
+    if pyramid.top_block is not None:
+        levels = levels + [levels[-1] + 1 + i for i in range(pyramid.top_block.num_levels)]
+    pyramid._out_feature_strides = {f"p{level}": 2**level for level in levels}
+    pyramid._out_features = list(pyramid._out_feature_strides)
+    pyramid._out_feature_channels = dict.fromkeys(pyramid._out_features, channels)
 
 
 def _find_level(name: str, features: dict[str, Tensor], results: list[Tensor], names: list[str]) -> Tensor:

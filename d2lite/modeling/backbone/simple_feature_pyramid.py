@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from d2lite.layers import Conv2d, get_norm
 from d2lite.layers.batch_norm import Norm
 from d2lite.modeling.backbone.backbone import Backbone
-from d2lite.modeling.backbone.fpn import _check_strides, _find_level
+from d2lite.modeling.backbone.fpn import _check_strides, _find_level, _name_levels
 
 
 class SimpleFeaturePyramid(Backbone):
@@ -64,11 +64,7 @@ class SimpleFeaturePyramid(Backbone):
         self.net = net
         self.in_feature = in_feature
         self.top_block = top_block
-        if top_block is not None:
-            levels += range(levels[-1] + 1, levels[-1] + 1 + top_block.num_levels)
-        self._out_feature_strides = {f"p{level}": 2**level for level in levels}
-        self._out_features = list(self._out_feature_strides)
-        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
+        _name_levels(self, levels, out_channels)
         self._size_divisibility = strides[-1]
         self._square_pad = square_pad
 
