@@ -93,8 +93,45 @@ class LRMultiplier(LRScheduler):
         return [base_lr * factor for base_lr in self.base_lrs]
 
 
-class WarmupMultiStepLR(LRScheduler):
-    """Warm-up, then a decay by ``gamma`` at each milestone. Older interface; see :class:`LRMultiplier`."""
+class _WarmupLR(LRScheduler):
+    """Warm-up multiplied with a decay, which subclasses define. Older interface; see :class:`LRMultiplier`."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup_factor: float,
+        warmup_iters: int,
+        warmup_method: str,
+        last_epoch: int,
+    ) -> None:
+        """
+        Args:
+            optimizer: its groups' present learning rates are the base.
+            warmup_factor: factor at iteration 0.
+            warmup_iters: number of warm-up iterations.
+            warmup_method: "linear" or "constant".
+            last_epoch: the last iteration done, -1 for none.
+
+        Raises:
+            ValueError: if ``warmup_method`` is unknown.
+        """
+        self.warmup_factor = warmup_factor
+        self.warmup_iters = warmup_iters
+        self.warmup_method = warmup_method
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float]:
+        """Return the learning rate of each parameter group for the present iteration."""
+        factor = _warmup_at(self.last_epoch, self.warmup_iters, self.warmup_factor, self.warmup_method)
+        factor *= self._decay(self.last_epoch)
+        return [base_lr * factor for base_lr in self.base_lrs]
+
+    def _decay(self, iteration: int) -> float:
+        raise NotImplementedError
+
+
+class WarmupMultiStepLR(_WarmupLR):
+    """Warm-up, then a decay by ``gamma`` at each milestone."""
 
     def __init__(
         self,
@@ -108,35 +145,25 @@ class WarmupMultiStepLR(LRScheduler):
     ) -> None:
         """
         Args:
-            optimizer: its groups' present learning rates are the base.
+            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see :class:`_WarmupLR`.
             milestones: increasing iteration numbers.
             gamma: factor per milestone.
-            warmup_factor: factor at iteration 0.
-            warmup_iters: number of warm-up iterations.
-            warmup_method: "linear" or "constant".
-            last_epoch: the last iteration done, -1 for none.
 
         Raises:
-            ValueError: if the milestones do not increase or ``warmup_method`` is unknown.
+            ValueError: if the milestones do not increase.
         """
         if list(milestones) != sorted(milestones):
             raise ValueError(f"milestones must be increasing, got {list(milestones)}.")
         self.milestones = list(milestones)
         self.gamma = gamma
-        self.warmup_factor = warmup_factor
-        self.warmup_iters = warmup_iters
-        self.warmup_method = warmup_method
-        super().__init__(optimizer, last_epoch)
+        super().__init__(optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch)
 
-    def get_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group for the present iteration."""
-        factor = _warmup_at(self.last_epoch, self.warmup_iters, self.warmup_factor, self.warmup_method)
-        factor *= self.gamma ** bisect_right(self.milestones, self.last_epoch)
-        return [base_lr * factor for base_lr in self.base_lrs]
+    def _decay(self, iteration: int) -> float:
+        return self.gamma ** bisect_right(self.milestones, iteration)
 
 
-class WarmupCosineLR(LRScheduler):
-    """Warm-up multiplied with a half cosine down to 0. Older interface; see :class:`LRMultiplier`."""
+class WarmupCosineLR(_WarmupLR):
+    """Warm-up multiplied with a half cosine down to 0."""
 
     def __init__(
         self,
@@ -149,27 +176,14 @@ class WarmupCosineLR(LRScheduler):
     ) -> None:
         """
         Args:
-            optimizer: its groups' present learning rates are the base.
+            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see :class:`_WarmupLR`.
             max_iters: the iteration where the learning rate reaches 0.
-            warmup_factor: factor at iteration 0.
-            warmup_iters: number of warm-up iterations.
-            warmup_method: "linear" or "constant".
-            last_epoch: the last iteration done, -1 for none.
-
-        Raises:
-            ValueError: if ``warmup_method`` is unknown.
         """
         self.max_iters = max_iters
-        self.warmup_factor = warmup_factor
-        self.warmup_iters = warmup_iters
-        self.warmup_method = warmup_method
-        super().__init__(optimizer, last_epoch)
+        super().__init__(optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch)
 
-    def get_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group for the present iteration."""
-        factor = _warmup_at(self.last_epoch, self.warmup_iters, self.warmup_factor, self.warmup_method)
-        factor *= 0.5 * (1.0 + math.cos(math.pi * self.last_epoch / self.max_iters))
-        return [base_lr * factor for base_lr in self.base_lrs]
+    def _decay(self, iteration: int) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * iteration / self.max_iters))
 
 
 def _warmup_at(iteration: int, warmup_iters: int, warmup_factor: float, method: str) -> float:
