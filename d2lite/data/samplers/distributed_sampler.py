@@ -25,7 +25,23 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-class TrainingSampler(Sampler):
+class _EndlessSampler(Sampler):
+    """Gives this process its share of an endless stream of indices, the same stream in all processes."""
+
+    def _start(self, seed: Optional[int]) -> None:
+        self._seed = _agreed_seed(seed)
+        self._rank = comm.get_rank()
+        self._world_size = comm.get_world_size()
+
+    def __iter__(self) -> Iterator[int]:
+        yield from itertools.islice(self._infinite_indices(), self._rank, None, self._world_size)
+
+    def _infinite_indices(self) -> Iterator[int]:
+        """The whole stream, made from `self._seed`."""
+        raise NotImplementedError
+
+
+class TrainingSampler(_EndlessSampler):
     """One random permutation of the dataset after the other, without end."""
 
     def __init__(self, size: int, shuffle: bool = True, seed: Optional[int] = None) -> None:
@@ -44,12 +60,7 @@ class TrainingSampler(Sampler):
             raise ValueError(f"TrainingSampler(size=) must be positive, got {size}: is the dataset empty?")
         self._size = size
         self._shuffle = shuffle
-        self._seed = _agreed_seed(seed)
-        self._rank = comm.get_rank()
-        self._world_size = comm.get_world_size()
-
-    def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(self._infinite_indices(), self._rank, None, self._world_size)
+        self._start(seed)
 
     def _infinite_indices(self) -> Iterator[int]:
         g = torch.Generator()
@@ -98,7 +109,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
             yield from subset.tolist()
 
 
-class RepeatFactorTrainingSampler(Sampler):
+class RepeatFactorTrainingSampler(_EndlessSampler):
     """Repeats images of rare categories.
 
     Source: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation" (2019), section 5.2.
@@ -114,9 +125,7 @@ class RepeatFactorTrainingSampler(Sampler):
             seed: must be equal in all processes; when None the processes agree on a random one.
         """
         self._shuffle = shuffle
-        self._seed = _agreed_seed(seed)
-        self._rank = comm.get_rank()
-        self._world_size = comm.get_world_size()
+        self._start(seed)
         self._int_part = torch.trunc(repeat_factors)
         self._frac_part = repeat_factors - self._int_part
 
@@ -150,9 +159,6 @@ class RepeatFactorTrainingSampler(Sampler):
         rands = torch.rand(len(self._frac_part), generator=generator)
         counts = self._int_part + (rands < self._frac_part).float()
         return torch.repeat_interleave(torch.arange(len(counts)), counts.long())
-
-    def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(self._infinite_indices(), self._rank, None, self._world_size)
 
     def _infinite_indices(self) -> Iterator[int]:
         g = torch.Generator()

@@ -1,12 +1,9 @@
 """The augmentations: each draws from numpy's global generator and returns the transform it chose."""
 
-import sys
 from typing import Any, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import torch
 from fvcore.transforms.transform import (
-    BlendTransform,
     CropTransform,
     HFlipTransform,
     NoOpTransform,
@@ -17,7 +14,14 @@ from fvcore.transforms.transform import (
 )
 
 from d2lite.data.transforms.augmentation import AugInput, Augmentation, _transform_to_aug
-from d2lite.data.transforms.transform import BILINEAR, ExtentTransform, ResizeTransform, RotationTransform
+from d2lite.data.transforms.augmentation_color import (
+    RandomBrightness,
+    RandomContrast,
+    RandomLighting,
+    RandomSaturation,
+)
+from d2lite.data.transforms.augmentation_resize import RandomResize, Resize, ResizeScale, ResizeShortestEdge
+from d2lite.data.transforms.transform import ExtentTransform, RotationTransform
 
 __all__ = [
     "FixedSizeCrop",
@@ -36,124 +40,6 @@ __all__ = [
     "ResizeScale",
     "ResizeShortestEdge",
 ]
-
-
-class ResizeShortestEdge(Augmentation):
-    """Resizes the shorter edge to a drawn length, and less where the longer edge would pass `max_size`."""
-
-    @torch.jit.unused
-    def __init__(
-        self,
-        short_edge_length: Union[int, Sequence[int]],
-        max_size: int = sys.maxsize,
-        sample_style: str = "range",
-        interp: int = BILINEAR,
-    ) -> None:
-        """
-        Args:
-            short_edge_length: [min, max] for "range", the lengths to choose from for "choice"; or one length.
-            max_size: the longest that the longer edge may become, in pixels.
-            sample_style: "range" or "choice".
-            interp: a PIL resampling number.
-        """
-        super().__init__()
-        assert sample_style in ("range", "choice"), f"sample_style is range or choice, got {sample_style!r}"
-        self.is_range = sample_style == "range"
-        if isinstance(short_edge_length, int):
-            short_edge_length = (short_edge_length, short_edge_length)
-        if self.is_range:
-            assert len(short_edge_length) == 2, f'"range" needs [min, max], got {short_edge_length}'
-        self._init(locals())
-
-    # TorchScript compiles get_output_shape with its class and would follow annotations even of unused methods.
-    @torch.jit.unused
-    def get_transform(self, image):  # type: ignore[no-untyped-def]
-        """Draws a length; a length of 0 leaves the image as it is."""
-        if self.is_range:
-            length = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
-        else:
-            length = np.random.choice(self.short_edge_length)
-        if length == 0:
-            return NoOpTransform()
-        h, w = image.shape[:2]
-        return ResizeTransform(h, w, *self.get_output_shape(h, w, int(length), self.max_size), self.interp)
-
-    @staticmethod
-    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> Tuple[int, int]:
-        """Size (height, width) of the output. TorchScript can compile this function."""
-        scale = float(short_edge_length) / min(oldh, oldw)
-        newh, neww = oldh * scale, oldw * scale
-        if oldh < oldw:
-            newh = float(short_edge_length)
-        else:
-            neww = float(short_edge_length)
-        longer = max(newh, neww)
-        if longer > max_size:
-            newh, neww = newh * (float(max_size) / longer), neww * (float(max_size) / longer)
-        return int(newh + 0.5), int(neww + 0.5)
-
-
-class Resize(Augmentation):
-    """Resizes to a fixed size."""
-
-    def __init__(self, shape: Union[int, Tuple[int, int]], interp: int = BILINEAR) -> None:
-        """
-        Args:
-            shape: (height, width), or one number for both.
-            interp: a PIL resampling number.
-        """
-        shape = (shape, shape) if isinstance(shape, int) else tuple(shape)
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """The resize from the image's size."""
-        return ResizeTransform(*image.shape[:2], *self.shape, self.interp)
-
-
-class RandomResize(Augmentation):
-    """Resizes to one of several sizes."""
-
-    def __init__(self, shape_list: Sequence[Tuple[int, int]], interp: int = BILINEAR) -> None:
-        """
-        Args:
-            shape_list: sizes (height, width) to choose from.
-            interp: a PIL resampling number.
-        """
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a size."""
-        h, w = self.shape_list[np.random.choice(len(self.shape_list))]
-        return ResizeTransform(*image.shape[:2], h, w, self.interp)
-
-
-class ResizeScale(Augmentation):
-    """Scale jitter: fits the image into a drawn multiple of the target size, keeping its aspect ratio."""
-
-    def __init__(
-        self,
-        min_scale: float,
-        max_scale: float,
-        target_height: int,
-        target_width: int,
-        interp: int = BILINEAR,
-    ) -> None:
-        """
-        Args:
-            min_scale, max_scale: range of the multiple.
-            target_height, target_width: the target size, in pixels.
-            interp: a PIL resampling number.
-        """
-        super().__init__()
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a multiple."""
-        scale = np.random.uniform(self.min_scale, self.max_scale)
-        size = np.array(image.shape[:2])
-        ratio = (scale * np.array([self.target_height, self.target_width]) / size).min()
-        h, w = np.round(size * ratio).astype(int).tolist()
-        return ResizeTransform(*image.shape[:2], h, w, self.interp)
 
 
 class RandomFlip(Augmentation):
@@ -352,74 +238,6 @@ class RandomRotation(Augmentation):
             return NoOpTransform()
         center = None if center is None else (w * center[0], h * center[1])
         return RotationTransform(h, w, angle, expand=self.expand, center=center, interp=self.interp)
-
-
-class _RandomBlend(Augmentation):
-    """Blends the image with something plainer; a drawn weight of 1 keeps it, above 1 exaggerates it."""
-
-    def __init__(self, intensity_min: float, intensity_max: float) -> None:
-        """
-        Args:
-            intensity_min, intensity_max: range of the image's weight.
-        """
-        super().__init__()
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws the weight."""
-        weight = np.random.uniform(self.intensity_min, self.intensity_max)
-        return BlendTransform(src_image=self._plain(image), src_weight=1 - weight, dst_weight=weight)
-
-    def _plain(self, image: np.ndarray) -> Any:
-        raise NotImplementedError
-
-
-class RandomContrast(_RandomBlend):
-    """Blends with the image's mean value."""
-
-    def _plain(self, image: np.ndarray) -> float:
-        return image.mean()
-
-
-class RandomBrightness(_RandomBlend):
-    """Blends with black."""
-
-    def _plain(self, image: np.ndarray) -> float:
-        return 0
-
-
-class RandomSaturation(_RandomBlend):
-    """Blends with the grey image (ITU-R BT.601 weights); expects RGB."""
-
-    def _plain(self, image: np.ndarray) -> np.ndarray:
-        assert image.shape[-1] == 3, f"RandomSaturation needs RGB images, got shape {image.shape}"
-        return image.dot([0.299, 0.587, 0.114])[:, :, np.newaxis]
-
-
-class RandomLighting(Augmentation):
-    """Shifts the colour along ImageNet's principal components; expects RGB.
-
-    Source: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks", section 4.1.
-    """
-
-    def __init__(self, scale: float) -> None:
-        """
-        Args:
-            scale: standard deviation of the weight of each component.
-        """
-        super().__init__()
-        self._init(locals())
-        self.eigen_vecs = np.array(
-            [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
-        )
-        self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws three weights."""
-        assert image.shape[-1] == 3, f"RandomLighting needs RGB images, got shape {image.shape}"
-        weights = np.random.normal(scale=self.scale, size=3)
-        shift = self.eigen_vecs.dot(weights * self.eigen_vals)
-        return BlendTransform(src_image=shift, src_weight=1.0, dst_weight=1.0)
 
 
 class RandomApply(Augmentation):

@@ -1,0 +1,99 @@
+"""From dataset names to the list of their images and annotations."""
+
+import itertools
+import logging
+from collections import Counter
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import torch.utils.data as torchdata
+from tabulate import tabulate
+
+from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
+from d2lite.data.detection_utils import check_metadata_consistency
+
+__all__ = [
+    "filter_images_with_only_crowd_annotations",
+    "get_detection_dataset_dicts",
+    "print_instances_class_histogram",
+]
+
+logger = logging.getLogger(__name__)
+
+Dicts = List[Dict[str, Any]]
+
+
+def get_detection_dataset_dicts(
+    names: Union[str, Sequence[str]],
+    filter_empty: bool = True,
+    min_keypoints: int = 0,
+    proposal_files: Optional[Sequence[str]] = None,
+    check_consistency: bool = True,
+) -> Union[Dicts, torchdata.Dataset]:
+    """Loads registered datasets and puts them together.
+
+    Args:
+        names: name or names.
+        filter_empty: leave out images that have only crowd annotations, or none.
+        min_keypoints, proposal_files: left out of d2lite.
+        check_consistency: require that all datasets name the same classes, and log the instances per class.
+
+    Raises:
+        NotImplementedError: for key points or precomputed proposals.
+    """
+    if min_keypoints > 0:
+        raise NotImplementedError("min_keypoints: d2lite has no key points; Detectron2 has them")
+    if proposal_files is not None:
+        raise NotImplementedError("proposal_files: d2lite has no precomputed proposals; Detectron2 has them")
+    names = [names] if isinstance(names, str) else list(names)
+    assert names, "no dataset names given: set DATASETS.TRAIN or DATASETS.TEST"
+    datasets = [DatasetCatalog.get(name) for name in names]
+    if isinstance(datasets[0], torchdata.Dataset):
+        return _join_torch_datasets(datasets)
+    for name, dicts in zip(names, datasets):
+        assert len(dicts), f"dataset {name!r} is empty"
+    dicts = list(itertools.chain.from_iterable(datasets))
+    has_instances = "annotations" in dicts[0]
+    if filter_empty and has_instances:
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    if check_consistency and has_instances and MetadataCatalog.get(names[0]).get("thing_classes") is not None:
+        check_metadata_consistency("thing_classes", names)
+        print_instances_class_histogram(dicts, MetadataCatalog.get(names[0]).thing_classes)
+    assert dicts, f"no image with an annotation is left in {', '.join(names)}"
+    return dicts
+
+
+def _join_torch_datasets(datasets: List[torchdata.Dataset]) -> torchdata.Dataset:
+    """One dataset from several torch datasets, which must be of one kind."""
+    if len(datasets) == 1:
+        return datasets[0]
+    if all(isinstance(d, torchdata.IterableDataset) for d in datasets):
+        return torchdata.ChainDataset(datasets)
+    return torchdata.ConcatDataset(datasets)
+
+
+def filter_images_with_only_crowd_annotations(dataset_dicts: Dicts) -> Dicts:
+    """The images that have at least one annotation that is no crowd."""
+    kept = [d for d in dataset_dicts if any(a.get("iscrowd", 0) == 0 for a in d["annotations"])]
+    removed = len(dataset_dicts) - len(kept)
+    logger.info(f"Removed {removed} images without usable annotations; {len(kept)} images are left")
+    return kept
+
+
+def print_instances_class_histogram(dataset_dicts: Dicts, class_names: Sequence[str]) -> None:
+    """Logs the number of instances of each class; crowd annotations do not count.
+
+    Raises:
+        AssertionError: if a category_id is out of the range of the class names.
+    """
+    counts = Counter(
+        a["category_id"] for d in dataset_dicts for a in d["annotations"] if not a.get("iscrowd", 0)
+    )
+    n = len(class_names)
+    wrong = [c for c in counts if not 0 <= c < n]
+    assert not wrong, f"category_id {wrong[0]} is out of range for {n} classes (0 to {n - 1})"
+    rows = [(name, counts[k]) for k, name in enumerate(class_names)]
+    columns = min(3, max(1, n))
+    cells = [value for row in rows for value in row]
+    table = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
+    text = tabulate(table, headers=["category", "#instances"] * columns, tablefmt="pipe", stralign="center")
+    logger.info(f"{sum(counts.values())} instances in {len(dataset_dicts)} images:\n{text}")
