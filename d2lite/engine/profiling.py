@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-from d2lite.engine.train_loop import HookBase, TrainerBase
+from d2lite.engine.trainer_base import HookBase, TrainerBase
 from d2lite.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
