@@ -64,32 +64,24 @@ def write_report(
     """
     if not models:
         raise ValueError("write_report: no model to report on; give at least one")
-    environment = describe_environment() if environment is None else environment
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     pictures = {
         "curves.png": _curves(models, f"{task}/{metrics[0]}", metrics[0]),
         "detections.png": _detections(models, dataset_name, metrics[0], num_images, score_threshold),
     }
-    for name, content in pictures.items():
-        if content is None:
-            (directory / name).unlink(missing_ok=True)
-        else:
-            with replacing(directory / name) as temporary:
-                temporary.write_bytes(content)
-    drawn = [name for name, content in pictures.items() if content is not None]
-    report = {
+    content = {
         "title": title,
         "dataset": dataset_name,
         "models": {name: _model_json(model) for name, model in models.items()},
         **compare(models, metrics[0]),
         "statement": statement,
         "commands": list(commands),
-        "environment": dict(environment),
+        "environment": dict(describe_environment() if environment is None else environment),
         "score_threshold": score_threshold,
-        "pictures": drawn,
+        "pictures": _write_pictures(directory, pictures),
     }
-    report = finite(report)
+    report = finite(content)
     write_json(directory / "report.json", report)
     with replacing(directory / "report.md") as temporary:
         temporary.write_text(markdown(models, report, metrics), encoding="utf-8")
@@ -204,6 +196,17 @@ def _detections(
     }
     grid = detection_grid(records, metadata.thing_classes, predictions, threshold)
     return cv2.imencode(".png", grid, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
+
+
+def _write_pictures(directory: Path, pictures: Mapping[str, bytes | None]) -> list[str]:
+    """Writes the PNG files that have a content, removes those that an earlier report left; returns the former."""
+    for name, content in pictures.items():
+        if content is None:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            with replacing(directory / name) as temporary:
+                temporary.write_bytes(content)
+    return [name for name, content in pictures.items() if content is not None]
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
