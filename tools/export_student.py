@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the student of a training checkpoint as a plain Detectron2 checkpoint, without optimizer and distillers.
+"""Writes the student of a training checkpoint as a plain Detectron2 checkpoint, without optimiser and distillers.
 
 python tools/export_student.py output/model_0004999.pth student.pth [--config-file student.yaml]
 """

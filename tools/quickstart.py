@@ -42,9 +42,7 @@ has seen more images ({teacher_images:,}) but is not converged either."""
 
 
 class Run(NamedTuple):
-    """One training run: its name in the report, what to call it, arguments of train_net.py, and its share of the whole
-    time.
-    """
+    """One training run: name in the report, what to call it, arguments of train_net.py, share of the whole time."""
 
     name: str
     label: str

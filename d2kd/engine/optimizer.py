@@ -20,10 +20,10 @@ _ADAPTIVE = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """The optimizer of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
+    """The optimiser of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
 
     Raises:
-        ConfigError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimizer or model.
+        ConfigError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimiser or model.
     """
     full_model = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
     if full_model:
@@ -75,7 +75,7 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Optional[Callable[[str], flo
 
 
 def clip_by_total_norm(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> None:
-    """Makes every step of an optimizer scale its gradients down to a total norm of at most `max_norm`."""
+    """Makes every step of an optimiser scale its gradients down to a total norm of at most `max_norm`."""
     parameters: List[nn.Parameter] = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
 
     def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> Optional[Callable]:

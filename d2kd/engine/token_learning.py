@@ -62,7 +62,7 @@ def learning_config(cfg: CfgNode) -> CfgNode:
 class TokenTrainer(DistillTrainer):
     """Trains the tokens of a teacher on its own task and writes `OUTPUT_DIR/tokens.pth` and pictures of the masks.
 
-    Its checkpoints hold tokens and optimizer only, and can be resumed.
+    Its checkpoints hold tokens and optimiser only, and can be resumed.
     """
 
     def __init__(self, cfg: CfgNode) -> None:

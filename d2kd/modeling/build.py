@@ -106,7 +106,6 @@ def _check_classes(cfg: CfgNode, teacher_cfg: CfgNode, methods: Sequence[str]) -
         if logits and ours is not None and theirs is not None and ours[1] != theirs[1]:
             raise MethodError(
                 f"{method} compares class scores: the student has {ours[1]} classes ({ours[0]}), the teacher "
-                f"{theirs[1]} "
-                f"({theirs[0]} of DISTILL.TEACHER.CONFIG_FILE). Give both the same classes, or take {method} out of "
-                "DISTILL.METHODS."
+                f"{theirs[1]} ({theirs[0]} of DISTILL.TEACHER.CONFIG_FILE). Give both the same classes, or take "
+                f"{method} out of DISTILL.METHODS."
             )

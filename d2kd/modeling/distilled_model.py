@@ -1,6 +1,4 @@
-"""DistilledModel: a student that learns from its task and from a teacher's features; its inference is the student
-alone.
-"""
+"""DistilledModel: a student that learns from its task and a teacher's features; at inference, the student alone."""
 
 import contextlib
 from typing import Any, ContextManager, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -109,9 +107,7 @@ class DistilledModel(nn.Module):
 
 
 def _shared_taps(student: nn.Module, taps: Sequence[str]) -> List[str]:
-    """Features that the gradients of task and methods have in common: the taps in the backbone, or all that it gives to
-    the heads.
-    """
+    """What the gradients of task and methods share: the taps in the backbone, or all that it gives to the heads."""
     in_backbone = [name for name in taps if is_in_backbone(student, name)]
     return list(dict.fromkeys(in_backbone)) or list(student.backbone.output_shape())
 

@@ -70,14 +70,14 @@ def _tap_names_of(
     if what and not ours:
         raise TapError(
             f"{key}.TAPS is empty, and a {type(student).__name__} and a {type(teacher).__name__} make no {what} at "
-            "the same places "
-            f"that d2kd knows. Name the modules in {key}.TAPS and {key}.TEACHER_TAPS, e.g. ['head.bbox_pred@0']."
+            f"the same places that d2kd knows. Name the modules in {key}.TAPS and {key}.TEACHER_TAPS, e.g. "
+            "['head.bbox_pred@0']."
         )
     if not ours:
         raise TapError(
             f"{key}.TAPS is empty, and the backbones share no output: the student's has "
-            f"{', '.join(tap_names(student))}, "
-            f"the teacher's {', '.join(tap_names(teacher))}. Name the features in {key}.TAPS and {key}.TEACHER_TAPS."
+            f"{', '.join(tap_names(student))}, the teacher's {', '.join(tap_names(teacher))}. Name the features in "
+            f"{key}.TAPS and {key}.TEACHER_TAPS."
         )
     if len(ours) != len(theirs):
         raise TapError(
@@ -123,9 +123,7 @@ def _norm_before(teacher: nn.Module, tap: str, shape: TapShape) -> Optional[Norm
 
 
 def split_teacher_taps(student: nn.Module, pairs: Sequence[TapPair]) -> Tuple[List[str], List[Tuple[int, str]]]:
-    """Taps of the teacher's own forward pass, and those of its box head with the stage of the student that gives the
-    regions.
-    """
+    """Taps of the teacher's own pass, and those of its box head with the student's stage that gives the regions."""
     regions = [pair for pair in pairs if is_region_tap(pair.teacher)]
     plain = [pair.teacher for pair in pairs if not is_region_tap(pair.teacher)]
     return plain, list(dict.fromkeys((student_stage(student, pair.student), pair.teacher) for pair in regions))

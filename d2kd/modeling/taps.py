@@ -62,9 +62,7 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
 
 
 def last_norm(model: nn.Module, name: str) -> Optional[nn.Module]:
-    """The batch norm (frozen or not, never that of a shortcut) that ends the block before a tap; None where there is
-    none.
-    """
+    """The batch norm, frozen or not, that ends the block before a tap (never a shortcut's); None if there is none."""
     tap = resolve_tap(model, name)
     if tap.key is not None:
         return None
@@ -105,8 +103,7 @@ def _find_stage(model: nn.Module, name: str, address: str, named: Dict[str, nn.M
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
     raise TapError(
         f"Tap {name!r} is not in the {type(model).__name__}.{hint} Features of its backbone: "
-        f"{', '.join(tap_names(model))}; "
-        "any module path (e.g. 'head.bbox_pred') is a tap too."
+        f"{', '.join(tap_names(model))}; any module path (e.g. 'head.bbox_pred') is a tap too."
     )
 
 
@@ -257,8 +254,7 @@ class _Recorder:
             if mode.result is not output:
                 raise TapError(
                     f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does "
-                    "not give "
-                    "the block's output. Use the tap of the stage itself."
+                    "not give the block's output. Use the tap of the stage itself."
                 )
             return torch.relu(self.replace(tap.name, mode.value))
 

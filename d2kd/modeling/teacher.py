@@ -28,7 +28,7 @@ class TeacherError(ValueError):
 class Teacher:
     """A frozen model that gives features of raw images.
 
-    It is a plain object, not a module: so it is in no `state_dict`, no optimizer and no data-parallel wrapper, and
+    It is a plain object, not a module: so it is in no `state_dict`, no optimiser and no data-parallel wrapper, and
     `train()` of what holds it does not reach it. It prepares images with its own mean, deviation, channel order and
     padding, and its forward pass ends at the deepest tap.
     """
@@ -86,8 +86,11 @@ class Teacher:
 
     @torch.no_grad()
     def region_features(self, features: Dict[str, Tensor], regions: Regions) -> Dict[str, Tensor]:
-        """The taps in the box head, (R, C) by name, for regions of the student; `features` is what `features` returned
-        for the images.
+        """The taps in the box head, (R, C) by name, for regions of the student.
+
+        Args:
+            features: what the method `features` returned for the images.
+            regions: of these images.
         """
         with self._autocast():
             return self._region_outputs(features, regions)
