@@ -52,12 +52,19 @@ class Distiller(nn.Module):
 
         Raises:
             AlignmentError: a pair that cannot be aligned.
-            ValueError: no pairs, or a negative weight.
+            ValueError: no pairs, a student's tap in two of them, or a negative weight.
         """
         super().__init__()
         if not pairs:
             raise ValueError(
                 f"{type(self).__name__} has no feature maps to compare: name them in DISTILL.{self.CONFIG_NODE}.TAPS."
+            )
+        taps = [pair.student for pair in pairs]
+        twice = sorted({tap for tap in taps if taps.count(tap) > 1})
+        if twice:
+            raise ValueError(
+                f"DISTILL.{self.CONFIG_NODE}.TAPS names {', '.join(twice)} more than once; a tap of the student has "
+                "one loss, so it can follow one of the teacher's only."
             )
         if weight < 0:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WEIGHT is {weight}; it must not be negative.")
@@ -90,6 +97,22 @@ class Distiller(nn.Module):
     def build_aligners(self) -> nn.ModuleList:
         """One aligner a pair, from student to teacher channels."""
         return nn.ModuleList([build_aligner(p.student_shape, p.teacher_shape) for p in self.pairs])
+
+    def factors_of_pairs(self, key: str, factors: Sequence[float]) -> List[float]:
+        """Further factors on the losses, one a pair; () is 1 for each. `key` is their key in the method's node.
+
+        Raises:
+            ValueError: another number of them, or a negative one.
+        """
+        factors = [float(f) for f in factors] or [1.0] * len(self.pairs)
+        if len(factors) != len(self.pairs):
+            raise ValueError(
+                f"DISTILL.{self.CONFIG_NODE}.{key} has {len(factors)} numbers for {len(self.pairs)} taps: "
+                f"{', '.join(pair.student for pair in self.pairs)}."
+            )
+        if min(factors) < 0:
+            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.{key} is {factors}; no number in it must be negative.")
+        return factors
 
     def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """

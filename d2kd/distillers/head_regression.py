@@ -35,13 +35,8 @@ class HeadRegression(PredictionDistiller):
         super().__init__(pairs=pairs, weight=weight)
         if beta < 0:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.BETA is {beta}; it must not be negative.")
-        if tap_weights and len(tap_weights) != len(self.pairs):
-            raise ValueError(
-                f"DISTILL.{self.CONFIG_NODE}.TAP_WEIGHTS has {len(tap_weights)} numbers for {len(self.pairs)} taps: "
-                f"{', '.join(pair.student for pair in self.pairs)}."
-            )
         self.beta = float(beta)
-        self.tap_weights = [float(w) for w in tap_weights] or [1.0] * len(self.pairs)
+        self.tap_weights = self.factors_of_pairs("TAP_WEIGHTS", tap_weights)
 
     @classmethod
     def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:

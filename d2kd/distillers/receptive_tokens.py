@@ -1,6 +1,6 @@
 """ReceptiveTokens: imitation where masks of learned tokens look ("MasKD", 2023, arXiv 2205.14589); the second stage."""
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class ReceptiveTokens(Distiller):
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.ALIGN is {align!r}; it must be auto or conv.")
         if warmup < 0:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WARMUP_ITERS is {warmup}; it must not be negative.")
-        self.level_weights = _one_for_each(level_weights, self.pairs, f"DISTILL.{self.CONFIG_NODE}.LEVEL_WEIGHTS")
+        self.level_weights = self.factors_of_pairs("LEVEL_WEIGHTS", level_weights)
         self.customize = customize
         self.warmup = warmup
         self.calls = 0
@@ -184,11 +184,3 @@ class _FixedTokens(nn.Module):
 
 def _convolutions(pairs: Sequence[TapPair]) -> nn.ModuleList:
     return nn.ModuleList(nn.Conv2d(p.student_shape.channels, p.teacher_shape.channels, kernel_size=1) for p in pairs)
-
-
-def _one_for_each(values: Sequence[float], pairs: Sequence[TapPair], key: str) -> List[float]:
-    if not values:
-        return [1.0] * len(pairs)
-    if len(values) != len(pairs):
-        raise ValueError(f"{key} has {len(values)} values, but {len(pairs)} maps are distilled: give one for each.")
-    return [float(value) for value in values]

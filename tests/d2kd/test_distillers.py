@@ -158,6 +158,7 @@ def test_mask_ratio_zero_generates_from_everything():
         (dict(normalize="l2"), "NORMALIZE"),
         (dict(reduction="sum"), "REDUCTION"),
         (dict(pairs=[]), "TAPS"),
+        (dict(pairs=[pair("p3", 4, 4), pair("p3", 4, 8)]), "MASKED_GENERATIVE.TAPS names p3 more than once"),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):

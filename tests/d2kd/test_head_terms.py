@@ -78,7 +78,12 @@ def test_no_regions_give_zero_connected_to_the_student():
 
 
 @pytest.mark.parametrize(
-    "change, message", [(dict(beta=-1.0), "BETA"), (dict(tap_weights=[1.0, 2.0]), "TAP_WEIGHTS has 2 numbers for 1")]
+    "change, message",
+    [
+        (dict(beta=-1.0), "BETA"),
+        (dict(tap_weights=[1.0, 2.0]), "TAP_WEIGHTS has 2 numbers for 1"),
+        (dict(tap_weights=[-1.0]), "TAP_WEIGHTS is .* negative"),
+    ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
     with pytest.raises(ValueError, match=message):

@@ -321,6 +321,7 @@ def test_a_checkpoint_with_other_tokens_is_an_error():
         (dict(normalize="l2"), "NORMALIZE"),
         (dict(reduction="sum"), "REDUCTION"),
         (dict(level_weights=[1.0, 2.0]), "LEVEL_WEIGHTS"),
+        (dict(level_weights=[-1.0]), "LEVEL_WEIGHTS is .* negative"),
         (dict(pairs=[pair(stride=64.0)]), "RECEPTIVE_TOKENS.TAPS"),
     ],
 )
