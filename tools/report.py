@@ -31,7 +31,8 @@ def argument_parser() -> argparse.ArgumentParser:
         required=True,
         type=named_value,
         metavar="NAME=DIR",
-        help="OUTPUT_DIR of a run of train_net.py; the names teacher, baseline, inherit and distilled are compared",
+        help="OUTPUT_DIR of a finished run of train_net.py, once for each run; gains and gap closure are computed from "
+        "the names teacher, baseline, inherit and distilled, and any other name gets its row and curve only",
     )
     parser.add_argument(
         "--label",

@@ -72,9 +72,9 @@ class DistillCheckpointer(DetectionCheckpointer):
             rest = super().resume_or_load(path, resume=True)
         except _READ_ERRORS as error:
             raise CheckpointError(
-                f"Cannot resume from {last}: {error}. A run must be resumed with the model, methods and taps that it "
-                "was started with; "
-                "else start anew in another OUTPUT_DIR."
+                f"Cannot resume from {last}: {str(error).rstrip('.')}. If the file is damaged, write the name of an "
+                "earlier checkpoint into the file last_checkpoint beside it. If model, methods or taps were changed, "
+                "change them back, or start anew in another OUTPUT_DIR."
             ) from error
         if rest.get("distillers") is not None or (
             "distillers" in self.checkpointables and "distillers" not in self._loaded

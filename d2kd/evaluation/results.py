@@ -71,7 +71,10 @@ def load_result(
         metrics = content["metrics"]
         metrics = metrics.get(dataset_name, metrics)[task]
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"Run {name!r}: {path} holds no metrics of the task {task!r} ({error!r})") from error
+        raise ValueError(
+            f"Run {name!r}: {path} holds no metrics of the task {task!r} ({error!r}). Was the run evaluated "
+            "(DATASETS.TEST), and on this task (--task)?"
+        ) from error
 
     def existing(relative: str) -> str | None:
         return str(directory / relative) if (directory / relative).is_file() else None

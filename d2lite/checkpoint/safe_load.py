@@ -66,7 +66,7 @@ def _explain(path: str, error: Exception) -> str:
             f"Refused to load {path}: besides data it asks for '{refused.group(1)}', and a file that calls "
             "code can do anything. If you trust it, convert it elsewhere to a dict of tensors or arrays."
         )
-    detail = next((line for line in text.splitlines() if line.strip()), "")[:200]
+    detail = next((line for line in text.splitlines() if line.strip()), "").split(". ")[0][:200]
     reason = _foreign_kind(path) or f"it is truncated or not a checkpoint ({type(error).__name__}: {detail})"
     return f"Cannot load {path}: {reason}. Download or copy the file again, and check the path."
 
