@@ -18,6 +18,7 @@ from d2lite.utils.env import seed_all_rng
 from d2lite.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 from d2lite.utils.file_io import PathManager
 from d2lite.utils.logger import setup_logger
+from d2lite.utils.output import complete_file
 
 __all__ = ["create_ddp_model", "default_argument_parser", "default_setup", "default_writers"]
 
@@ -130,10 +131,8 @@ def _read_text(path: str) -> str:
 
 
 def _save_config(cfg: CfgNode, path: str) -> None:
-    temporary = path + ".tmp"
-    with PathManager.open(temporary, "w") as f:
+    with complete_file(path) as temporary, open(temporary, "w") as f:
         f.write(cfg.dump())
-    os.replace(temporary, path)
     logging.getLogger(__name__).info("Full config saved to %s", path)
 
 

@@ -21,12 +21,12 @@ from d2lite.config import CfgNode
 from d2lite.data import MetadataCatalog
 from d2lite.evaluation.evaluator import DatasetEvaluator
 from d2lite.evaluation.fast_eval_api import COCOeval_opt
-from d2lite.evaluation.output import complete_file, write_json
 from d2lite.evaluation.proposal_evaluation import evaluate_box_proposals
 from d2lite.structures import BoxMode, Instances
 from d2lite.utils import comm
 from d2lite.utils.file_io import PathManager
 from d2lite.utils.logger import create_small_table
+from d2lite.utils.output import complete_file, write_json
 
 logger = logging.getLogger(__name__)
 

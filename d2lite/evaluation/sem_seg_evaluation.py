@@ -13,9 +13,9 @@ from PIL import Image
 
 from d2lite.data import DatasetCatalog, MetadataCatalog
 from d2lite.evaluation.evaluator import DatasetEvaluator
-from d2lite.evaluation.output import complete_file, write_json
 from d2lite.utils import comm
 from d2lite.utils.file_io import PathManager
+from d2lite.utils.output import complete_file, write_json
 
 try:
     import cv2

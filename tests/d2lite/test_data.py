@@ -682,6 +682,14 @@ def test_coco_round_trip(tmp_path, name):
     for anno in loaded[:2]:
         np.testing.assert_array_equal(mask_util.decode(anno["segmentation"]), mask)
     assert convert_to_coco_dict(name)["images"][0]["id"] == 3
+    with open(path, "w") as f:
+        f.write("old")
+    convert_to_coco_json(name, path)
+    with open(path) as f:
+        assert f.read() == "old"
+    convert_to_coco_json(name, path, allow_cached=False)
+    with open(path) as f:
+        assert json.load(f)["images"] == written["images"]
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["out.json"]
 
 

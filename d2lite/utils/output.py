@@ -1,4 +1,4 @@
-"""Writes files of results so that a file under its final name is always complete."""
+"""Writes files so that a file under its final name is always complete."""
 
 import json
 import os
