@@ -14,7 +14,7 @@ from d2lite.modeling.backbone import Backbone
 from d2lite.modeling.box_regression import Box2BoxTransformLinear, _dense_box_regression_loss
 from d2lite.modeling.meta_arch.dense_detector import DenseDetector
 from d2lite.modeling.meta_arch.focal_loss import dense_focal_loss
-from d2lite.modeling.meta_arch.retinanet import RetinaNetHead
+from d2lite.modeling.meta_arch.retinanet_head import RetinaNetHead
 from d2lite.structures import Boxes, ImageList, Instances
 from d2lite.structures.boxes import pairwise_point_box_distance
 from d2lite.utils.events import get_event_storage
