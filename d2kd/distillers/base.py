@@ -130,9 +130,7 @@ class Distiller(nn.Module):
         return losses
 
     def aligned(self, level: int, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Tuple[Tensor, Tensor]:
-        """The two maps of a pair with equal H and W; without gradient for the teacher, and for the student if the
-        weight is 0.
-        """
+        """Both maps of a pair at equal H and W; no gradient for the teacher, nor for a student of weight 0."""
         pair = self.pairs[level]
         s, t = student[pair.student], teacher[pair.teacher].detach()
         if self.weight == 0:

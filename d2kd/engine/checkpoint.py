@@ -81,8 +81,8 @@ class DistillCheckpointer(DetectionCheckpointer):
         ):
             raise CheckpointError(
                 f"Cannot resume from {last}: it was written {'with' if 'distillers' in rest else 'without'} "
-                "distillation, and this run is "
-                "the opposite. Start anew in another OUTPUT_DIR; MODEL.WEIGHTS may name the old checkpoint."
+                "distillation, and this run is the opposite. Start anew in another OUTPUT_DIR; MODEL.WEIGHTS may "
+                "name the old checkpoint."
             )
         if "ema" in self.checkpointables and "ema" not in self._loaded:
             logger.warning("%s has no average of the weights (SOLVER.EMA): it starts from the student of now.", last)
