@@ -6,7 +6,6 @@ python tools/train_net.py --config-file student.yaml --eval-only MODEL.WEIGHTS o
 """
 
 import argparse
-import logging
 from typing import Any, Dict
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
@@ -19,8 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-
-logger = logging.getLogger("d2kd.tools.train_net")
 
 
 def evaluate_student(cfg: CfgNode, resume: bool) -> Dict[str, Any]:

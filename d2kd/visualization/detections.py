@@ -1,7 +1,6 @@
 """Ground truth and the detections of several models, side by side on the same images."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,6 @@ import numpy as np
 
 from detectron2.data import detection_utils
 from detectron2.structures import BoxMode
-
-logger = logging.getLogger(__name__)
 
 TILE = 384  # side of a tile in pixels
 HEADER = 44

@@ -1,6 +1,5 @@
 """Turning the annotations of one image into training targets; and the names of what reads images."""
 
-import logging
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -35,8 +34,6 @@ __all__ = [
     "read_image",
     "transform_instance_annotations",
 ]
-
-logger = logging.getLogger(__name__)
 
 ImageSize = Tuple[int, int]
 
