@@ -31,6 +31,7 @@ def load(path: Path) -> CfgNode:
     cfg.DATASETS.TEST = ()
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 1, (), 0
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
+    cfg.SOLVER.IMS_PER_BATCH = 1024  # by this, a tracking pass has but a few of the loader's small batches
     cfg.SEED = 1
     return cfg
 
@@ -121,6 +122,15 @@ def test_every_method_has_a_recipe_of_its_own_for_photo_digits():
     alone = {cfg.DISTILL.METHODS[0] for cfg in configs if is_distillation(cfg) and len(cfg.DISTILL.METHODS) == 1}
     together = [cfg for cfg in configs if is_distillation(cfg) and len(cfg.DISTILL.METHODS) > 1]
     assert alone == {name for name, _ in DISTILLERS} and len(together) >= 2
+
+
+def test_recipes_of_released_settings_keep_to_them():
+    recipes = {path.stem: load_config(str(path)) for path in (ROOT / "configs/COCO").glob("*.yaml")}
+    for stem, cfg in recipes.items():
+        if "ReceptiveTokens" in stem:  # one scale; FCOS two
+            assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [*([640] if "fcos" in stem else []), 800]
+        if "ChannelMatching" in stem:  # channels are assigned before the first step, by networks in evaluation mode
+            assert cfg.DISTILL.CHANNEL_MATCHING.TRACKING == "pass"
 
 
 @pytest.mark.parametrize("paths", groups().values(), ids=lambda paths: "=".join(map(name, paths)))
