@@ -1,6 +1,7 @@
 """Files of learned receptive tokens: the tokens, and what identifies the teacher that they belong to."""
 
 import hashlib
+import pickle
 from typing import Any, Dict, Mapping, NamedTuple
 
 import torch
@@ -67,7 +68,9 @@ class TokenFile(NamedTuple):
         try:
             content = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
         except Exception as error:
-            raise TokenFileError(f"DISTILL.RECEPTIVE_TOKENS.FILE {path} cannot be read: {error}") from error
+            # torch's own words advise to read without this protection
+            reason = "it is no file of torch.save" if isinstance(error, pickle.UnpicklingError) else error
+            raise TokenFileError(f"DISTILL.RECEPTIVE_TOKENS.FILE {path} cannot be read: {reason}. {_LEARN}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise TokenFileError(f"DISTILL.RECEPTIVE_TOKENS.FILE {path} is not a token file. {_LEARN}")
         try:

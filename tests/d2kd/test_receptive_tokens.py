@@ -352,7 +352,13 @@ def test_a_token_file_keeps_everything(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "no such file"), (b"text", "cannot be read"), ({"model": {}}, "not a token file")]
+    "content, message",
+    [
+        (None, "no such file"),
+        (b"text", "cannot be read"),
+        (b"import torch", "cannot be read"),
+        ({"model": {}}, "not a token file"),
+    ],
 )
 def test_files_that_are_no_token_files(tmp_path, content, message):
     path = tmp_path / "tokens.pth"
@@ -360,8 +366,9 @@ def test_files_that_are_no_token_files(tmp_path, content, message):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(TokenFileError, match=message):
+    with pytest.raises(TokenFileError, match=message) as error:
         TokenFile.load(str(path))
+    assert "weights_only" not in str(error.value)  # torch's advice on such files is to run their code
 
 
 def test_a_damaged_token_file_is_an_error(tmp_path):
