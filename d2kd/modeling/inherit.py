@@ -94,9 +94,9 @@ def inherit(
 def _classes_differ(report: InheritReport, classes: Tuple[int, int]) -> str:
     layers = sorted({name.rpartition(".")[0] for name, *_ in report.other_shape})
     return (
-        f"The student has {classes[0]} classes, the teacher {classes[1]}, so these layers cannot be inherited: "
-        f"{', '.join(layers)}. Add them to DISTILL.INHERIT.EXCLUDE ({layers!r}), or set DISTILL.INHERIT.ENABLED "
-        "False, or give both models the same classes."
+        f"The student has {classes[0]} classes, the teacher {classes[1]}, and these layers outside its body have other "
+        f"shapes: {', '.join(layers)}. Add them to DISTILL.INHERIT.EXCLUDE ({layers!r}), or set "
+        "DISTILL.INHERIT.ENABLED False, or give both models the same classes."
     )
 
 

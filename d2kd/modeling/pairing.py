@@ -68,10 +68,11 @@ def _tap_names_of(
     ours = list(node.TAPS) or [s for s, _ in shared]
     theirs = list(node.TEACHER_TAPS) or (ours if node.TAPS else [t for _, t in shared])
     if what and not ours:
+        example = "head.cls_score@0" if what == "logits" else "head.bbox_pred@0"
         raise TapError(
             f"{key}.TAPS is empty, and a {type(student).__name__} and a {type(teacher).__name__} make no {what} at "
             f"the same places that d2kd knows. Name the modules in {key}.TAPS and {key}.TEACHER_TAPS, e.g. "
-            "['head.bbox_pred@0']."
+            f"['{example}'], or take the method out of DISTILL.METHODS."
         )
     if not ours:
         raise TapError(
