@@ -8,8 +8,11 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import os
 import random
 import signal
+import threading
+from multiprocessing import parent_process
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -156,8 +159,17 @@ def _init_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # the workers are the parallelism
-    # a terminal sends Ctrl-C to all processes, and the main one needs its images until it has saved
+    # a terminal sends Ctrl-C to all processes, a scheduler SIGTERM; the main one needs its images until it has saved
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_the_parent_says, args=(parent_process().pid,), daemon=True).start()
+
+
+def _end_when_the_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> ResumableLoader:

@@ -105,8 +105,10 @@ def test_killed_and_resumed_is_bit_equal(write_config, teacher, tmp_path):
     assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "killed")["model"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, number):
+@pytest.mark.parametrize(
+    "number, send", [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.killpg), (signal.SIGTERM, os.kill)]
+)
+def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, number, send):
     keys = {"SOLVER__MAX_ITER": 60, "SOLVER__CHECKPOINT_PERIOD": 1000, "DATASETS__TEST": []}
     path = write_config(DATALOADER__NUM_WORKERS=2, **keys, **teacher)
     arguments = ["--config-file", path, "OUTPUT_DIR"]
@@ -122,8 +124,7 @@ def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, n
     )
     for line in process.stdout:
         if "iter: 19" in line:
-            # a terminal tells the loading processes too
-            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            send(process.pid, number)  # a terminal or a scheduler tells the loading processes too
             break
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and output.count("finishing this iteration") == 1
