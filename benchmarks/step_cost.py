@@ -7,7 +7,7 @@
 All three are timed in turn in one process, so the ratio holds when the machine's speed drifts. Weights are random. Peak
 memory is that of a process of its own that runs nothing but one kind of step. The convolutions that MaskedGenerative
 trains to generate the teacher's maps are part of the method; they are timed on their own too (forward and backward),
-and the ratio is given without them.
+and the ratio is given without them. ChannelMatching is timed between refreshes, and in a tracking window too.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -23,6 +24,7 @@ import torch
 from common import peak_memory_mib, random_batch, timed
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.distillers import ChannelMatching
 from d2kd.engine import load_config
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.modeling import DistilledModel, TokenLearner, build_distilled_model, load_teacher, teacher_config
@@ -32,10 +34,12 @@ from detectron2.utils.events import EventStorage
 
 PAIRS = {
     "quickstart": ("configs/PhotoDigits/retinanet_student.yaml", "configs/PhotoDigits/retinanet_teacher.yaml", 128, 8),
+    "r50-r18": ("configs/COCO/retinanet_R18_1x.yaml", "configs/COCO/retinanet_R50_RGB_1x.yaml", 512, 2),
     "r101-r50": ("configs/COCO/retinanet_R50_1x.yaml", "configs/COCO/retinanet_R101.yaml", 512, 2),
 }
 KINDS = ("student", "teacher", "distillation")
 GENERATION = "generation"
+TRACKING = "tracking"
 
 
 def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
@@ -86,7 +90,19 @@ def steps(cfg: CfgNode, model: DistilledModel, batch: List[Dict[str, Any]]) -> D
     }
     if "MaskedGenerative" in model.distillers:
         calls[GENERATION] = generation(model, batch)
+    if "ChannelMatching" in model.distillers:
+        calls.update(in_and_out_of_window(model.distillers["ChannelMatching"], calls["distillation"]))
     return calls
+
+
+def in_and_out_of_window(method: ChannelMatching, step: Callable[[], None]) -> Dict[str, Callable[[], None]]:
+    """A step in the tracking window of the first refresh, and one after it."""
+
+    def at(batch: int) -> None:
+        method.batches = batch
+        step()
+
+    return {TRACKING: partial(at, 1), "distillation": partial(at, method.schedule.batches_per_window)}
 
 
 def generation(model: DistilledModel, batch: List[Dict[str, Any]]) -> Callable[[], None]:
@@ -129,6 +145,9 @@ def measure(args: argparse.Namespace, method: str, weights: str) -> Dict[str, An
     if GENERATION in calls:
         without = [(r["distillation"] - r[GENERATION]) / (r["student"] + r["teacher"]) for r in rounds]
         result["ratio_without_generation"] = round(statistics.median(without), 3)
+    if TRACKING in calls:
+        tracking = [r[TRACKING] / (r["student"] + r["teacher"]) for r in rounds]
+        result["ratio_while_tracking"] = round(statistics.median(tracking), 3)
     return result
 
 
