@@ -37,7 +37,7 @@ def learning_config(cfg: CfgNode) -> CfgNode:
     """The configuration of the first stage from a teacher's: its model and data, the schedule of `LEARN`.
 
     Raises:
-        ConfigError: `cfg` is a student's, or has no weights.
+        ConfigError: `cfg` is a student's, or has no weights, or a number of `LEARN` is out of range.
     """
     if cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
@@ -47,6 +47,7 @@ def learning_config(cfg: CfgNode) -> CfgNode:
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("The teacher has no weights: set MODEL.WEIGHTS to its checkpoint.")
     learn, cfg = cfg.DISTILL.RECEPTIVE_TOKENS.LEARN, cfg.clone()
+    _check_numbers(learn)
     cfg.defrost()
     solver = cfg.SOLVER
     solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY = learn.OPTIMIZER, learn.BASE_LR, learn.WEIGHT_DECAY
@@ -57,6 +58,18 @@ def learning_config(cfg: CfgNode) -> CfgNode:
     cfg.TEST.AUG.ENABLED, cfg.TEST.BEST_CHECKPOINT.METRIC, cfg.TEST.EARLY_STOP.PATIENCE = False, "", 0
     cfg.freeze()
     return cfg
+
+
+def _check_numbers(learn: CfgNode) -> None:
+    for key, fits, rule in (
+        ("NUM_TOKENS", learn.NUM_TOKENS >= 1, "at least 1"),
+        ("ITERATIONS", learn.ITERATIONS >= 1, "at least 1"),
+        ("BASE_LR", learn.BASE_LR > 0, "above 0"),
+        ("WEIGHT_DECAY", learn.WEIGHT_DECAY >= 0, "at least 0"),
+        ("PICTURES", learn.PICTURES >= 0, "at least 0"),
+    ):
+        if not fits:
+            raise ConfigError(f"DISTILL.RECEPTIVE_TOKENS.LEARN.{key} is {learn[key]}; it must be {rule}.")
 
 
 class TokenTrainer(DistillTrainer):

@@ -301,10 +301,18 @@ def test_wrong_input(teacher_yaml, tmp_path):
         (ConfigError, dict(DISTILL__TEACHER__CONFIG_FILE=str(teacher_yaml))),
         (TeacherError, dict(MODEL__WEIGHTS=str(tmp_path / "missing.pth"))),
         (TapError, dict(DISTILL__RECEPTIVE_TOKENS__TAPS="['p33']")),
-        (ValueError, dict(DISTILL__RECEPTIVE_TOKENS__LEARN__NUM_TOKENS=0)),
     ):
         with pytest.raises(error):
             run(teacher_yaml, **changes)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("NUM_TOKENS", 0), ("ITERATIONS", 0), ("BASE_LR", 0.0), ("WEIGHT_DECAY", -1.0), ("PICTURES", -1)]
+)
+def test_numbers_out_of_range_name_the_key(key, value):
+    cfg = config(MODEL__WEIGHTS="teacher.pth", **{f"DISTILL__RECEPTIVE_TOKENS__LEARN__{key}": value})
+    with pytest.raises(ConfigError, match=f"LEARN.{key} is {value}"):
+        token_learning.learning_config(cfg)
 
 
 # --- pictures ---
