@@ -49,12 +49,14 @@ def main(args: argparse.Namespace) -> None:
     """Exports, and checks the result against a configuration where one is given."""
     setup_logger(name="d2kd")
     log_runtime()
-    count = export(args.source, args.target, args.ema)
-    logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
-    if args.config_file:
+    if not os.path.isfile(args.source):
+        raise CheckpointError(f"There is no checkpoint {args.source}.")
+    if args.config_file:  # before anything is written: an earlier export must not give way to one that does not fit
         cfg = load_config(args.config_file, args.opts)
         cfg.MODEL.DEVICE = "cpu"
-        load_strictly(build_network(cfg, "--config-file"), args.target, "student", "--config-file")
+        load_strictly(build_network(cfg, "--config-file"), args.source, "student", "--config-file")
+    count = export(args.source, args.target, args.ema)
+    logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
 
 
 if __name__ == "__main__":

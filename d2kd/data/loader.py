@@ -179,6 +179,8 @@ def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> Resum
         DatasetError: nothing is left to train on.
         ConfigError: `DATALOADER.SAMPLER_TRAIN` or the batch size is not possible.
     """
+    if not cfg.DATASETS.TRAIN:
+        raise DatasetError("DATASETS.TRAIN is empty: name a registered dataset, or give a --config-file that does.")
     try:
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,

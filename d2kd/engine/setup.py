@@ -67,6 +67,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
     cfg = load_config(args.config_file, _options(args))
+    if args.method and not cfg.DISTILL.TEACHER.CONFIG_FILE:
+        raise ConfigError(
+            f"--method {args.method} needs a teacher: name its YAML (--teacher-config) and checkpoint "
+            "(--teacher-weights)."
+        )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
@@ -101,10 +106,18 @@ def load_config(config_file: str, options: Optional[List[str]] = None) -> CfgNod
         if not os.path.isfile(config_file):
             raise ConfigError(f"--config-file is {config_file!r}: there is no such file.")
         _merge(cfg, cfg.merge_from_file, config_file, f"--config-file {config_file}")
+    flags = [str(o) for o in options or [] if str(o).startswith("--")]
+    if flags:
+        raise ConfigError(f"{' '.join(flags)}: flags go before the first KEY VALUE.")
     if options and len(options) % 2:
         raise ConfigError(f"Options come in pairs, KEY VALUE; these are {len(options)}: {' '.join(options)}")
     _merge(cfg, cfg.merge_from_list, _whole_numbers_as_floats(cfg, options or []), "the command line")
     _resolve_teacher_config(cfg, config_file)
+    if cfg.DISTILL.TEACHER.WEIGHTS and not cfg.DISTILL.TEACHER.CONFIG_FILE:
+        raise ConfigError(
+            f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
+            "DISTILL.TEACHER.CONFIG_FILE (--teacher-config) says which network these are."
+        )
     return cfg
 
 

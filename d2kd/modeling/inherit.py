@@ -1,7 +1,7 @@
 """Inheriting: the student's neck and heads start from the teacher's, wherever names and shapes fit."""
 
 import logging
-from typing import Iterable, List, NamedTuple, Optional, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -66,8 +66,10 @@ def plan_inheritance(
             report.other_shape.append((name, tuple(ours[name].shape), tuple(theirs[name].shape)))
         else:
             report.copied.append(name)
-    if classes is not None and classes[0] != classes[1] and report.other_shape:
-        raise InheritError(_classes_differ(report, classes))
+    if classes is not None and classes[0] != classes[1]:
+        predictors = [name for name, a, b in report.other_shape if _counts_classes(a[0], b[0], classes)]
+        if predictors:
+            raise InheritError(_classes_differ(predictors, classes))
     return report
 
 
@@ -91,12 +93,16 @@ def inherit(
     return report
 
 
-def _classes_differ(report: InheritReport, classes: Tuple[int, int]) -> str:
-    layers = sorted({name.rpartition(".")[0] for name, *_ in report.other_shape})
+def _counts_classes(ours: int, theirs: int, classes: Tuple[int, int]) -> bool:
+    """Whether two numbers of channels are to each other as the numbers of classes, with or without a background."""
+    return any(ours * (classes[1] + extra) == theirs * (classes[0] + extra) for extra in (0, 1))
+
+
+def _classes_differ(predictors: Sequence[str], classes: Tuple[int, int]) -> str:
+    layers = sorted({name.rpartition(".")[0] for name in predictors})
     return (
-        f"The student has {classes[0]} classes, the teacher {classes[1]}, and these layers outside its body have other "
-        f"shapes: {', '.join(layers)}. Add them to DISTILL.INHERIT.EXCLUDE ({layers!r}), or set "
-        "DISTILL.INHERIT.ENABLED False, or give both models the same classes."
+        f"The student has {classes[0]} classes, the teacher {classes[1]}: {', '.join(layers)} cannot be inherited. Add "
+        f"them to DISTILL.INHERIT.EXCLUDE ({layers!r}), or give both models the same classes."
     )
 
 

@@ -39,6 +39,7 @@ def pairs_of_methods(
         )
         if what:
             check_same_meaning(f"DISTILL.{key}", names[method], student, teacher)
+        logger.info("%s at %s", method, ", ".join(s if s == t else f"{s} <- {t}" for s, t in names[method]))
     student_shapes = tap_shapes(student, [s for pairs in names.values() for s, _ in pairs])
     teacher_shapes = tap_shapes(teacher, [t for pairs in names.values() for _, t in pairs])
     holds = what_taps_hold(student)
@@ -61,9 +62,10 @@ def pairs_of_methods(
 def _tap_names_of(
     key: str, node: CfgNode, student: nn.Module, teacher: nn.Module, what: str = "", image_side: int = 0
 ) -> List[Tuple[str, str]]:
-    if what:
+    shared: List[Tuple[str, str]] = []
+    if what and not node.TAPS:
         shared = shared_predictions(student, teacher, what)
-    else:
+    elif not node.TAPS:
         shared = [(name, name) for name in shared_levels(student, teacher, image_side)]
     ours = list(node.TAPS) or [s for s, _ in shared]
     theirs = list(node.TEACHER_TAPS) or (ours if node.TAPS else [t for _, t in shared])

@@ -9,7 +9,7 @@ import torch
 from models import config, model
 from runs import ROOT, tool
 
-from d2kd.engine import CheckpointError, argument_parser
+from d2kd.engine import CheckpointError, ConfigError, argument_parser, load_config
 from d2kd.engine.setup import USER_ERRORS
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -42,6 +42,21 @@ def distil(write_config, teacher, tmp_path):
 def test_missing_teacher_weights(distil, tmp_path):
     message = distil(DISTILL__TEACHER__WEIGHTS=str(tmp_path / "no.pth"))
     assert "no.pth" in message and "--teacher-weights" in message and "no such file" in message
+
+
+@pytest.mark.parametrize("flags, named", [({"teacher_weights": "t.pth"}, "t.pth"), ({"method": "LogitKD"}, "LogitKD")])
+def test_distillation_without_a_teachers_config(write_config, tmp_path, flags, named):
+    message = error_of(write_config(), tmp_path / "out", **flags)
+    assert named in message and "--teacher-config" in message
+
+
+def test_flags_behind_options(write_config, tmp_path):
+    with pytest.raises(ConfigError, match="--resume: flags go before"):
+        load_config(str(write_config()), ["OUTPUT_DIR", str(tmp_path), "--resume"])
+
+
+def test_nothing_to_train_on(write_config, tmp_path):
+    assert "DATASETS.TRAIN is empty" in error_of(write_config(DATASETS__TRAIN=[]), tmp_path / "out")
 
 
 def test_teacher_without_weights(distil):

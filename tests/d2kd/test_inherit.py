@@ -52,6 +52,14 @@ def test_other_classes_are_an_error_that_names_layers_and_nothing_is_changed():
     assert "head.cls_score.weight" not in inherit(student, teacher, exclude=["head.cls_score"], classes=(3, 5)).copied
 
 
+def test_layers_of_another_width_are_no_predictors_of_other_classes():
+    narrow = model(config(MODEL__FPN__OUT_CHANNELS=4, MODEL__RETINANET__NUM_CLASSES=5), seed=2)
+    with pytest.raises(InheritError, match=r"3 classes, the teacher 5: head.cls_score cannot"):
+        inherit(model(seed=1), narrow, classes=(3, 5))
+    report = inherit(model(seed=1), narrow, exclude=["head.cls_score"], classes=(3, 5))
+    assert "backbone.fpn_output3.weight" in [name for name, *_ in report.other_shape]
+
+
 def test_another_architecture_shares_what_has_the_same_name():
     student, teacher = model(config(FASTER_RCNN), seed=1), model(seed=2)
     report = inherit(student, teacher)

@@ -243,6 +243,10 @@ def test_export_of_any_iteration(write_config, teacher, tmp_path):
     path = write_config(DATASETS__TEST=[], **teacher)
     run(path)
     source, target = tmp_path / "student/model_0000002.pth", tmp_path / "exported.pth"
+    target.write_text("an earlier export")
+    options = ["MODEL.RETINANET.NUM_CLASSES", 7]
+    done = tool("export_student", source, target, "--config-file", path, *options, check=False)
+    assert done.returncode == 2 and target.read_text() == "an earlier export"
     tool("export_student", source, target, "--config-file", path)
     exported = torch.load(target, weights_only=True)
     assert list(exported) == ["model"] and same(exported["model"], torch.load(source, weights_only=True)["model"])
