@@ -9,8 +9,8 @@ python tools/train_net.py --config-file student.yaml --teacher-config teacher.ya
 import argparse
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-from d2kd.engine import ConfigError, TokenTrainer, run_tool, setup
-from detectron2.engine import default_argument_parser, launch
+from d2kd.engine import ConfigError, TokenTrainer, launch_tool, setup
+from detectron2.engine import default_argument_parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -22,21 +22,8 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
 
 
-def main_process(args: argparse.Namespace) -> None:
-    """`main`, with errors of the user's in one line."""
-    run_tool(lambda: main(args))
-
-
 if __name__ == "__main__":
     parser = default_argument_parser()
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.set_defaults(teacher_config=None, teacher_weights=None, method=None)  # the teacher is --config-file here
-    arguments = parser.parse_args()
-    launch(
-        main_process,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    launch_tool(main, parser.parse_args())

@@ -10,12 +10,11 @@ from typing import Any, Dict
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import check_class_counts, check_datasets
-from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, run_tool, setup
+from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, launch_tool, setup
 from d2kd.evaluation.build import check_evaluators
 from d2kd.modeling import build_network, is_distillation, load_strictly
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
@@ -57,18 +56,5 @@ def main(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
-def main_process(args: argparse.Namespace) -> Any:
-    """`main`, with errors of the user's in one line."""
-    return run_tool(lambda: main(args))
-
-
 if __name__ == "__main__":
-    arguments = argument_parser().parse_args()
-    launch(
-        main_process,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    launch_tool(main, argument_parser().parse_args())

@@ -1,7 +1,7 @@
 """Trainer, checkpoints, hooks and what the tools share."""
 
 from .checkpoint import CheckpointError, DistillCheckpointer
-from .setup import ConfigError, argument_parser, load_config, log_runtime, run_tool, setup
+from .setup import ConfigError, argument_parser, launch_tool, load_config, log_runtime, run_tool, setup
 from .teacher_eval import evaluate_teacher
 from .token_learning import TokenTrainer
 from .train_step import NonFiniteLossError
@@ -16,6 +16,7 @@ __all__ = [
     "TokenTrainer",
     "argument_parser",
     "evaluate_teacher",
+    "launch_tool",
     "load_config",
     "log_runtime",
     "run_tool",

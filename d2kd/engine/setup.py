@@ -20,7 +20,7 @@ from d2kd.modeling import ArchitectureError, BalanceError, MethodError, TapError
 from d2kd.modeling.inherit import InheritError
 from d2kd.runtime import RUNTIME
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -132,6 +132,22 @@ def run_tool(main: Callable[[], Any]) -> Any:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Runs `main`, a function that can be pickled, by `run_tool` in as many processes as the arguments say."""
+    launch(
+        _tool_process,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(main, args),
+    )
+
+
+def _tool_process(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    return run_tool(lambda: main(args))
 
 
 def _options(args: argparse.Namespace) -> List[str]:
