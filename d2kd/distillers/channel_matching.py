@@ -230,7 +230,7 @@ class ChannelMatching(Distiller):
             try:
                 mean = cost / self.statistics.images
                 members.copy_(assign_channels(mean, members.shape[1], self.remainder, self.solver))
-            except AssignmentError as caught:  # raised when the others have been told, or they would wait forever
+            except Exception as caught:  # raised when the others have been told, or they would wait forever
                 error = caught
         if comm.get_world_size() > 1:
             dist.broadcast(members, src=0)

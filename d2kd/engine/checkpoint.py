@@ -2,7 +2,7 @@
 
 import logging
 import random
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ class CheckpointError(ValueError):
 
 
 class DistillCheckpointer(DetectionCheckpointer):
-    """Saves {"model": student, "distillers": ..., "balance": ..., "ema": ..., "trainer": ..., "iteration": ...}.
+    """Saves the student as "model", which is all that Detectron2 reads, and beside it what a resumed run needs.
 
-    Detectron2 reads "model" and ignores the rest.
+    That is "distillers", "balance", "ema" and "trainer" (states), "methods" (names) and "iteration".
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class DistillCheckpointer(DetectionCheckpointer):
         distillers: Optional[nn.Module] = None,
         balance: Optional[GradientBalance] = None,
         ema: Optional[WeightAverage] = None,
+        methods: Optional[Sequence[str]] = None,
     ) -> None:
         """
         Args:
@@ -51,7 +52,10 @@ class DistillCheckpointer(DetectionCheckpointer):
             distillers: the same, for runs with a teacher.
             balance: the same, for runs that balance the gradients of methods.
             ema: the same, for runs that average the student's weights.
+            methods: names of the methods of a run with a teacher; it is only resumed with the same.
         """
+        self.methods = None if methods is None else list(methods)
+        self._resuming = False
         extra = {"distillers": distillers, "balance": balance, "ema": ema}
         super().__init__(student, save_dir, trainer=trainer, **{n: x for n, x in extra.items() if x is not None})
 
@@ -68,6 +72,7 @@ class DistillCheckpointer(DetectionCheckpointer):
             except _READ_ERRORS as error:
                 raise CheckpointError(f"MODEL.WEIGHTS {path} cannot be loaded: {error}") from error
         last = self.get_checkpoint_file()
+        self._resuming = True
         try:
             rest = super().resume_or_load(path, resume=True)
         except _READ_ERRORS as error:
@@ -76,14 +81,6 @@ class DistillCheckpointer(DetectionCheckpointer):
                 "earlier checkpoint into the file last_checkpoint beside it. If model, methods or taps were changed, "
                 "change them back, or start anew in another OUTPUT_DIR."
             ) from error
-        if rest.get("distillers") is not None or (
-            "distillers" in self.checkpointables and "distillers" not in self._loaded
-        ):
-            raise CheckpointError(
-                f"Cannot resume from {last}: it was written {'with' if 'distillers' in rest else 'without'} "
-                "distillation, and this run is the opposite. Start anew in another OUTPUT_DIR; MODEL.WEIGHTS may "
-                "name the old checkpoint."
-            )
         if "ema" in self.checkpointables and "ema" not in self._loaded:
             logger.warning("%s has no average of the weights (SOLVER.EMA): it starts from the student of now.", last)
             self.checkpointables["ema"].restart()
@@ -91,7 +88,17 @@ class DistillCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         self._loaded = set(checkpoint)
+        if self._resuming and checkpoint.get("methods") != self.methods:
+            raise CheckpointError(
+                f"it was written {_with(checkpoint.get('methods'))}, and this run is one {_with(self.methods)}"
+            )
         return super()._load_model(checkpoint)
+
+
+def _with(methods: Optional[Sequence[str]]) -> str:
+    if methods is None:
+        return "without a teacher"
+    return f"with DISTILL.METHODS {list(methods)}"
 
 
 def write_weights(path: str, model: nn.Module, **extra: Any) -> None:

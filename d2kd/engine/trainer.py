@@ -95,6 +95,7 @@ class DistillTrainer(DefaultTrainer):
             distillers=None if self.distilled is None else self.distilled.distillers,
             balance=None if self.distilled is None else self.distilled.balance,
             ema=self.average,
+            methods=None if self.distilled is None else cfg.DISTILL.METHODS,
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -200,7 +201,7 @@ class DistillTrainer(DefaultTrainer):
         """Writes `name`.pth and marks it as the last checkpoint. All processes must call it."""
         self._process_states = gather_process_states(self.running_model)
         if comm.is_main_process():
-            self.checkpointer.save(name, iteration=self.iter)
+            self.checkpointer.save(name, iteration=self.iter, methods=self.checkpointer.methods)
             if name == "model_final" and self.average is not None:
                 write_weights(os.path.join(self.cfg.OUTPUT_DIR, "model_final_ema.pth"), self.average.model)
         self._saved = name, self.iter

@@ -222,8 +222,12 @@ def test_eval_only_demands_every_key(write_config, tmp_path):
 
 def test_resuming_with_other_methods(write_config, teacher, tmp_path):
     tool("train_net", "--config-file", write_config(DATASETS__TEST=[], **teacher))
-    for other in ({"DISTILL__METHODS": ["MaskedGenerative"], **teacher}, {}):
+    others = {"['MaskedGenerative']": {"DISTILL__METHODS": ["MaskedGenerative"], **teacher}, "without a teacher": {}}
+    others["['LogitKD']"] = {"DISTILL__METHODS": ["LogitKD"], **teacher}  # no state either: nothing else would fail
+    for named, other in others.items():
         path = write_config(DATASETS__TEST=[], **other)
         finished = tool("train_net", "--resume", "--config-file", path, "SOLVER.MAX_ITER", 9, check=False)
         assert finished.returncode == 2
         assert "Cannot resume from" in finished.stdout and "Traceback" not in finished.stdout
+        assert "with DISTILL.METHODS ['FeatureMimic'], and this run is one" in finished.stdout
+        assert named in finished.stdout
