@@ -10,7 +10,12 @@ from d2kd.files import write_json
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
+from .train_step import TrainStep
+
 logger = logging.getLogger(__name__)
+
+#: Seconds in which a signal counts as the one before: it reaches a process directly and from the one that started it.
+_SAME_SIGNAL = 1.0
 
 
 class CheckpointHook(HookBase):
@@ -35,11 +40,16 @@ class CheckpointHook(HookBase):
 class InterruptHook(HookBase):
     """Turns the first Ctrl-C or termination into: finish this iteration, save, stop. The second one stops at once.
 
-    Only for one process: several would stop at different iterations.
+    One process of many is enough: the steps carry its request to the others, so that all stop at the same iteration.
     """
 
-    def __init__(self) -> None:
-        self.received: Optional[int] = None
+    def __init__(self, step: TrainStep) -> None:
+        """
+        Args:
+            step: the steps of the training.
+        """
+        self.step = step
+        self._received: Optional[float] = None
         self._previous: Dict[int, Any] = {}
 
     def before_train(self) -> None:
@@ -59,17 +69,20 @@ class InterruptHook(HookBase):
         Raises:
             KeyboardInterrupt: after saving.
         """
-        if self.received is None or self.trainer.iter + 1 >= self.trainer.max_iter:
+        if not self.step.stop_agreed or self.trainer.iter + 1 >= self.trainer.max_iter:
             return
         self.trainer.save(f"model_{self.trainer.iter:07d}")
         logger.warning("Stopped after iteration %d and saved; continue with --resume.", self.trainer.iter)
         raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self.step.stop_requested = now, True
+            name = signal.Signals(number).name
+            logger.warning("%s: finishing this iteration, then saving. Again to stop at once.", name)
+        elif now - self._received > _SAME_SIGNAL:
             raise KeyboardInterrupt
-        self.received = number
-        logger.warning("%s: finishing this iteration, then saving. Again to stop at once.", signal.Signals(number).name)
 
 
 class WallTime(HookBase):

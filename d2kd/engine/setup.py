@@ -1,14 +1,18 @@
 """What every tool shares: arguments, the configuration they give, and the first lines of the log."""
 
 import argparse
+import contextlib
 import difflib
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 from d2kd.config import ConfigError, add_distill_config
 from d2kd.data.datasets import DatasetError, register_datasets
@@ -135,15 +139,37 @@ def run_tool(main: Callable[[], Any]) -> Any:
 
 
 def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Runs `main`, a function that can be pickled, by `run_tool` in as many processes as the arguments say."""
-    launch(
-        _tool_process,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(main, args),
-    )
+    """Runs `main`, a function that can be pickled, by `run_tool` in as many processes as the arguments say.
+
+    Ctrl-C and termination go to all of them, and their exit status becomes this process's.
+    """
+    starts_others = args.num_gpus * args.num_machines > 1 and not torch.distributed.is_torchelastic_launched()
+    try:
+        with _passing_signals_on() if starts_others else contextlib.nullcontext():
+            launch(
+                _tool_process,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
+    except ProcessExitedException as error:  # which has told why
+        sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
+
+
+@contextlib.contextmanager
+def _passing_signals_on() -> Iterator[None]:
+    def pass_on(number: int, frame: Any) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _tool_process(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:

@@ -120,7 +120,7 @@ class TokenTrainer(DistillTrainer):
             self._wall_time,
             _CheckTaps(),
             CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD),
-            InterruptHook() if comm.get_world_size() == 1 else None,
+            InterruptHook(self._trainer),
         ]
         if comm.is_main_process():
             node = self.cfg.DISTILL.RECEPTIVE_TOKENS.LEARN

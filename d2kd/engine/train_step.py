@@ -57,6 +57,10 @@ class TrainStep(SimpleTrainer):
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self._before = StateBeforeStep(model)
+        #: set by a process that is asked to stop
+        self.stop_requested = False
+        #: whether one of the processes was, as all of them know since the last step
+        self.stop_agreed = False
 
     def run_step(self) -> None:
         """Trains on `accumulate` batches.
@@ -95,12 +99,14 @@ class TrainStep(SimpleTrainer):
     def _record(self, losses: Dict[str, Tensor], data_time: float) -> None:
         """Averages over processes, checks, and logs; one transfer from the device for all losses."""
         names = sorted(losses)
-        values = torch.stack([losses[name] for name in names] + [torch.as_tensor(data_time, device=self.device)])
+        others = torch.tensor([data_time, float(self.stop_requested)], device=self.device)
+        values = torch.cat([torch.stack([losses[name] for name in names]), others])
         if comm.get_world_size() > 1:
             dist.all_reduce(values)
             values /= comm.get_world_size()
-        numbers = dict(zip([*names, "data_time"], values.tolist()))
-        data_time = numbers.pop("data_time")
+        *numbers, data_time, stop = values.tolist()
+        self.stop_agreed = stop > 0
+        numbers = dict(zip(names, numbers))
         bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
         if bad:
             self._fail(bad)

@@ -137,7 +137,7 @@ class DistillTrainer(DefaultTrainer):
             MatchingPass(self.distilled) if MatchingPass.needed_by(self.distilled) else None,
             EMAHook(self.average) if self.average is not None else None,
             CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
-            InterruptHook() if comm.get_world_size() == 1 else None,
+            InterruptHook(self._trainer),
         ]
         if cfg.DATASETS.TEST:
             ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))

@@ -220,6 +220,11 @@ def test_eval_only_demands_every_key(write_config, tmp_path):
     assert "nothing to evaluate" in error_of(write_config(), tmp_path / "out", eval_only=True)
 
 
+def test_an_error_in_two_processes_is_one_line(write_config, tmp_path):
+    done = tool("train_net", "--config-file", write_config(), "--num-gpus", 2, "SOLVER.BASE_LT", 1, check=False)
+    assert done.returncode == 2 and "SOLVER.BASE_LR" in done.stdout and "Traceback" not in done.stdout
+
+
 def test_resuming_with_other_methods(write_config, teacher, tmp_path):
     tool("train_net", "--config-file", write_config(DATASETS__TEST=[], **teacher))
     others = {"['MaskedGenerative']": {"DISTILL__METHODS": ["MaskedGenerative"], **teacher}, "without a teacher": {}}

@@ -106,12 +106,13 @@ def test_killed_and_resumed_is_bit_equal(write_config, teacher, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, send", [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.killpg), (signal.SIGTERM, os.kill)]
+    "number, send, processes",
+    [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 2), (signal.SIGINT, os.kill, 2)],
 )
-def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, number, send):
+def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, number, send, processes):
     keys = {"SOLVER__MAX_ITER": 60, "SOLVER__CHECKPOINT_PERIOD": 1000, "DATASETS__TEST": []}
     path = write_config(DATALOADER__NUM_WORKERS=2, **keys, **teacher)
-    arguments = ["--config-file", path, "OUTPUT_DIR"]
+    arguments = ["--config-file", path, "--num-gpus", processes, "OUTPUT_DIR"]
     tool("train_net", *arguments, tmp_path / "whole")
     process = subprocess.Popen(
         command("train_net", *arguments, tmp_path / "stopped"),
@@ -128,7 +129,7 @@ def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, n
             break
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and output.count("finishing this iteration") == 1
-    assert "continue with --resume" in output
+    assert "continue with --resume" in output and "Traceback" not in output
     tool("train_net", "--resume", *arguments, tmp_path / "stopped")
     assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "stopped")["model"])
 
