@@ -128,9 +128,7 @@ def _sections(path: str, content: Any, required: Sequence[str]) -> List[Entries]
     sections = [content.get(key, []) for key in _TYPES]
     for key, entries in zip(_TYPES, sections):
         if not isinstance(entries, list):
-            raise DatasetError(
-                f"{path} is not in COCO format: {key!r} is a {type(entries).__name__}, not a list."
-            )
+            raise DatasetError(f"{path} is not in COCO format: {key!r} is a {type(entries).__name__}, not a list.")
     if not sections[0]:
         raise DatasetError(f"{path} lists no images. Use a file that has some.")
     return sections
