@@ -37,6 +37,7 @@ class TrainStep(SimpleTrainer):
         precision: Optional[torch.dtype] = None,
         accumulate: int = 1,
         before_raising: Callable[[], str] = lambda: "",
+        running_model: Optional[nn.Module] = None,
     ) -> None:
         """
         Args:
@@ -47,6 +48,7 @@ class TrainStep(SimpleTrainer):
             accumulate: batches a step; their gradients are averaged.
             before_raising: called when a loss is not finite, before anything is updated; saves what is worth saving and
                 returns where to.
+            running_model: whose running loss normalisers a failed step must not change, if not the model's.
         """
         super().__init__(model, data_loader, optimizer)
         if accumulate < 1:
@@ -56,7 +58,7 @@ class TrainStep(SimpleTrainer):
         self.before_raising = before_raising
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self._before = StateBeforeStep(model)
+        self._before = StateBeforeStep(model, running_model or model)
         #: set by a process that is asked to stop
         self.stop_requested = False
         #: whether one of the processes was, as all of them know since the last step
@@ -151,7 +153,7 @@ class StateBeforeStep:
     gradient norms of the methods, and PyTorch's random states.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, running_model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
         self._distillers = [m for m in model.modules() if isinstance(m, Distiller)]
         changing = [b for m in norms for b in m.buffers(recurse=False)] + [
@@ -160,7 +162,7 @@ class StateBeforeStep:
         self._live = list({id(b): b for b in changing}.values())
         self._copies = [b.clone() for b in self._live]
         # Detectron2's dense detectors; the attribute itself may appear with the first batch only
-        self._normalizing = [m for m in model.modules() if hasattr(m, "_ema_update")]
+        self._normalizing = [m for m in running_model.modules() if hasattr(m, "_ema_update")]
         self._normalizers: List[Dict[str, Any]] = []
         self._positions: List[Any] = []
         self._balances = [m.balance for m in model.modules() if isinstance(m, DistilledModel) and m.balance is not None]

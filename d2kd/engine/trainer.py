@@ -82,6 +82,7 @@ class DistillTrainer(DefaultTrainer):
             precision=_precision(cfg),
             accumulate=cfg.SOLVER.ACCUMULATE,
             before_raising=self._save_before_failure,
+            running_model=self.running_model,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = _build_average(cfg, self.student)

@@ -14,7 +14,15 @@ import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes tha
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import TokenFile
 from d2kd.distillers.token_file import weights_checksum
-from d2kd.engine import CheckpointError, ConfigError, DistillTrainer, TokenTrainer, load_config, token_learning
+from d2kd.engine import (
+    CheckpointError,
+    ConfigError,
+    DistillTrainer,
+    NonFiniteLossError,
+    TokenTrainer,
+    load_config,
+    token_learning,
+)
 from d2kd.modeling import FeatureTaps, TapError, TeacherError, TokenLearner
 from d2kd.visualization.tokens import MaskRow, mask_picture
 from detectron2.engine import launch
@@ -211,6 +219,23 @@ def test_interrupted_and_resumed_is_bit_equal(teacher_yaml, tmp_path):
     assert 0 < again.levels["p3"].dice <= 1 and again.iterations == learned.iterations
     first = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "one"), DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
     assert not same(whole.learner.state_dict(), first.learner.state_dict())
+
+
+def test_a_failed_step_leaves_the_teachers_normaliser_alone(teacher_yaml):
+    cfg = load_config(str(teacher_yaml))
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED)
+    trainer, seen = TokenTrainer(cfg), []
+    plain = trainer.learner.forward
+
+    def forward(inputs):
+        seen.append(trainer.learner.teacher.loss_normalizer)
+        return {name: loss * (float("nan") if len(seen) == 3 else 1.0) for name, loss in plain(inputs).items()}
+
+    trainer.learner.forward = forward
+    with pytest.raises(NonFiniteLossError, match="iteration 2"):
+        trainer.train()
+    assert seen[2] != seen[1] and trainer.learner.teacher.loss_normalizer == seen[2]
 
 
 def test_another_teacher_or_other_taps_cannot_resume(teacher_yaml, tmp_path):
