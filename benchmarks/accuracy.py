@@ -68,6 +68,7 @@ ENTRIES: Dict[str, Entry] = {
     "HeadRegression": Entry("retinanet_student_HeadRegression"),
     "FeatureMimic + LogitKD": Entry("retinanet_student_FeatureMimic_LogitKD"),
     "combined, balanced": Entry("retinanet_student_combined"),
+    "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
     "FeatureMimic, not inherited": Entry(
         "retinanet_student_FeatureMimic", ["DISTILL.INHERIT.ENABLED", False], ablation=True
     ),
