@@ -13,7 +13,8 @@ from typing import List, Optional, Tuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
-from d2kd.engine.setup import USER_ERRORS, load_config, log_runtime
+from d2kd.engine import load_config, log_runtime
+from d2kd.engine.launching import USER_ERRORS
 from d2kd.evaluation.report import ModelResult, load_result, write_report
 from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -84,7 +84,9 @@ class ChannelMatching(Distiller):
         self.reduction = reduction
         self.solver = solver
         self.random = random or RandomMasks()
-        self.factors = self._check_factors(factors)
+        self.factors = self.factors_of_pairs("FACTORS", factors)
+        if 0.0 in self.factors:
+            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.FACTORS is {self.factors}; losses are divided by them: no 0.")
         self.adapters = nn.ModuleList([build_adapter(adapter, p.student_shape.channels) for p in self.pairs])
         self.statistics = MatchingStatistics(self.pairs)
         for level, pair in enumerate(self.pairs):
@@ -243,14 +245,6 @@ class ChannelMatching(Distiller):
     def _unassigned(self, pair: TapPair) -> Tensor:
         students, teachers = pair.student_shape.channels, pair.teacher_shape.channels
         return torch.full((students, 1 if self.reducer == "sm" else teachers // students), -1)
-
-    def _check_factors(self, factors: Sequence[float]) -> List[float]:
-        if factors and (len(factors) != len(self.pairs) or min(factors) <= 0):
-            raise ValueError(
-                f"DISTILL.{self.CONFIG_NODE}.FACTORS (or that of the PRESET) is {list(factors)}; it must have one "
-                f"positive number for each of the {len(self.pairs)} TAPS."
-            )
-        return [float(f) for f in factors] or [1.0] * len(self.pairs)
 
     @property
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 from typing import List, Sequence
 
+from d2kd.config import ConfigError
 from d2kd.distillers.matching_schedule import preset
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -10,16 +11,20 @@ from detectron2.engine import DefaultTrainer
 def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     """Detectron2's scaling by `SOLVER.REFERENCE_WORLD_SIZE`, and the same for what methods count in iterations.
 
-    Those are `DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS` and the refreshes of `DISTILL.CHANNEL_MATCHING`, also those of its
-    `PRESET`, whose settings are then written out in the copy.
+    Those are `DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS`, the refreshes of `DISTILL.CHANNEL_MATCHING`, also those of its
+    `PRESET`, whose settings are then written out in the copy, and the horizon of `SOLVER.EMA`.
 
     Returns:
         A scaled copy; the configuration itself if its reference is 0 or the same number.
 
     Raises:
-        ValueError: the batch size cannot be divided among the reference's processes.
+        ConfigError: the batch size cannot be divided among the reference's processes, or there is no such preset.
     """
-    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    try:
+        scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+        published = preset(cfg.DISTILL.CHANNEL_MATCHING.PRESET)
+    except (AssertionError, ValueError) as error:  # Detectron2 itself asserts
+        raise ConfigError(str(error)) from error
     if scaled is cfg:
         return cfg
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
@@ -27,11 +32,13 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     scaled.defrost()
     tokens, matching = scaled.DISTILL.RECEPTIVE_TOKENS, scaled.DISTILL.CHANNEL_MATCHING
     tokens.WARMUP_ITERS = round(tokens.WARMUP_ITERS * factor)
-    matching.update(preset(matching.PRESET))
+    matching.update(published)
     matching.PRESET = ""
     matching.REFRESH_ITERS = _scaled(matching.REFRESH_ITERS, factor)
     matching.REFRESH_STEPS = _scaled(matching.REFRESH_STEPS, factor)
     matching.REFRESH_PERIODS = [max(1, period) for period in _scaled(matching.REFRESH_PERIODS, factor)]
+    scaled.SOLVER.EMA.DECAY **= 1 / factor  # as much is forgotten in an epoch as before
+    scaled.SOLVER.EMA.WARMUP *= factor
     if frozen:
         scaled.freeze()
     return scaled

@@ -1,56 +1,23 @@
 """What every tool shares: arguments, the configuration they give, and the first lines of the log."""
 
 import argparse
-import contextlib
 import difflib
 import logging
-import multiprocessing
 import os
 import re
-import signal
-import sys
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
-from torch.multiprocessing import ProcessExitedException
 
 from d2kd.config import ConfigError, add_distill_config
-from d2kd.data.datasets import DatasetError, register_datasets
-from d2kd.distillers import TokenFileError
-from d2kd.evaluation.build import EvaluatorError
-from d2kd.layers import AlignmentError
-from d2kd.layers.assignment import AssignmentError
-from d2kd.modeling import ArchitectureError, BalanceError, MethodError, TapError, TeacherError
-from d2kd.modeling.inherit import InheritError
+from d2kd.data.datasets import register_datasets
 from d2kd.runtime import RUNTIME
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .checkpoint import CheckpointError
-from .train_step import NonFiniteLossError
-
 logger = logging.getLogger(__name__)
-
-
-#: Errors whose message says everything; a traceback would only hide it.
-USER_ERRORS = (
-    AlignmentError,
-    ArchitectureError,
-    AssignmentError,
-    BalanceError,
-    CheckpointError,
-    ConfigError,
-    DatasetError,
-    EvaluatorError,
-    InheritError,
-    MethodError,
-    NonFiniteLossError,
-    TapError,
-    TeacherError,
-    TokenFileError,
-)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -123,57 +90,6 @@ def load_config(config_file: str, options: Optional[List[str]] = None) -> CfgNod
             "DISTILL.TEACHER.CONFIG_FILE (--teacher-config) says which network these are."
         )
     return cfg
-
-
-def run_tool(main: Callable[[], Any]) -> Any:
-    """Runs a tool; an error of the user's becomes one line in the log and exit status 2, Ctrl-C status 130."""
-    try:
-        return main()
-    except USER_ERRORS as error:
-        if not logging.getLogger("d2kd").handlers:
-            setup_logger(name="d2kd")
-        logger.error("%s", error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Runs `main`, a function that can be pickled, by `run_tool` in as many processes as the arguments say.
-
-    Ctrl-C and termination go to all of them, and their exit status becomes this process's.
-    """
-    starts_others = args.num_gpus * args.num_machines > 1 and not torch.distributed.is_torchelastic_launched()
-    try:
-        with _passing_signals_on() if starts_others else contextlib.nullcontext():
-            launch(
-                _tool_process,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, args),
-            )
-    except ProcessExitedException as error:  # which has told why
-        sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
-
-
-@contextlib.contextmanager
-def _passing_signals_on() -> Iterator[None]:
-    def pass_on(number: int, frame: Any) -> None:
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _tool_process(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    return run_tool(lambda: main(args))
 
 
 def _options(args: argparse.Namespace) -> List[str]:

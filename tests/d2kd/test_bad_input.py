@@ -10,7 +10,7 @@ from models import config, model
 from runs import ROOT, tool
 
 from d2kd.engine import CheckpointError, ConfigError, argument_parser, load_config
-from d2kd.engine.setup import USER_ERRORS
+from d2kd.engine.launching import USER_ERRORS
 
 sys.path.insert(0, str(ROOT / "tools"))
 import train_net  # noqa: E402

@@ -392,6 +392,7 @@ def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
         ({"adapter": "ln"}, "ADAPTER"),
         ({"factors": [1.0, 2.0]}, "FACTORS"),
         ({"factors": [0.0]}, "FACTORS"),
+        ({"factors": [-1.0]}, "FACTORS"),
         ({"solver": "lp"}, "SOLVER"),
         ({"tracking": "never"}, "TRACKING"),
         ({"images": 0}, "TRACK_IMAGES"),

@@ -1,9 +1,10 @@
 """Configurations made for one number of processes, run with another."""
 
+import pytest
 from models import config
 
 from d2kd.data.datasets import register_datasets
-from d2kd.engine import DistillTrainer, load_config
+from d2kd.engine import ConfigError, DistillTrainer, load_config
 from d2kd.engine.scaling import scale_to_processes
 
 
@@ -29,6 +30,25 @@ def test_a_preset_is_scaled_too():
     node = scale_to_processes(preset, 2).DISTILL.CHANNEL_MATCHING
     assert (node.PRESET, node.REFRESH_PERIODS) == ("", [10010])
     assert (node.FACTORS, node.TRACK_IMAGES) == ([8e4, 4e4, 2e4, 1e4], 20480)
+
+
+def test_an_average_forgets_as_much_in_an_epoch():
+    cfg = config(SOLVER__REFERENCE_WORLD_SIZE=8, SOLVER__EMA__DECAY=0.99, SOLVER__EMA__WARMUP=10.0)
+    scaled = scale_to_processes(cfg, 2).SOLVER.EMA
+    assert scaled.DECAY**4 == pytest.approx(0.99)
+    assert scaled.WARMUP == 40.0
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"SOLVER__IMS_PER_BATCH": 6}, "SOLVER.IMS_PER_BATCH 6 cannot be divided"),
+        ({"DISTILL__CHANNEL_MATCHING__PRESET": "nobodys"}, "PRESET is 'nobodys'"),
+    ],
+)
+def test_what_cannot_be_scaled_is_an_error_of_the_users(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        scale_to_processes(config(SOLVER__REFERENCE_WORLD_SIZE=4, **changes), 2)
 
 
 def test_more_processes_than_iterations_of_a_period():

@@ -1,0 +1,99 @@
+"""Runs a tool in one process or many; what a user did wrong ends in one line, not in a traceback."""
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from typing import Any, Callable, Iterator
+
+from torch.multiprocessing import ProcessExitedException
+
+from d2kd.config import ConfigError
+from d2kd.data.datasets import DatasetError
+from d2kd.distillers import TokenFileError
+from d2kd.evaluation.build import EvaluatorError
+from d2kd.layers import AlignmentError
+from d2kd.layers.assignment import AssignmentError
+from d2kd.modeling import ArchitectureError, BalanceError, MethodError, TapError, TeacherError
+from d2kd.modeling.inherit import InheritError
+from detectron2.engine import launch
+from detectron2.utils.logger import setup_logger
+
+from .checkpoint import CheckpointError
+from .train_step import NonFiniteLossError
+
+logger = logging.getLogger(__name__)
+
+
+#: Errors whose message says everything; a traceback would only hide it.
+USER_ERRORS = (
+    AlignmentError,
+    ArchitectureError,
+    AssignmentError,
+    BalanceError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    EvaluatorError,
+    InheritError,
+    MethodError,
+    NonFiniteLossError,
+    TapError,
+    TeacherError,
+    TokenFileError,
+)
+
+
+def run_tool(main: Callable[[], Any]) -> Any:
+    """Runs a tool; an error of the user's becomes one line in the log and exit status 2, Ctrl-C status 130."""
+    try:
+        return main()
+    except USER_ERRORS as error:
+        if not logging.getLogger("d2kd").handlers:
+            setup_logger(name="d2kd")
+        logger.error("%s", error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Runs `main`, a function that can be pickled, by `run_tool` in as many processes as the arguments say.
+
+    Ctrl-C and termination go to all of them, and their exit status becomes this process's.
+    """
+    joins_others = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # as torchrun sets them
+    starts_others = args.num_gpus * args.num_machines > 1 and not joins_others
+    try:
+        with _passing_signals_on() if starts_others else contextlib.nullcontext():
+            launch(
+                _tool_process,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
+    except ProcessExitedException as error:  # which has told why
+        sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
+
+
+@contextlib.contextmanager
+def _passing_signals_on() -> Iterator[None]:
+    def pass_on(number: int, frame: Any) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _tool_process(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    return run_tool(lambda: main(args))
