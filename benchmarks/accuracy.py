@@ -43,7 +43,7 @@ class Length(NamedTuple):
     teacher_images: int
 
 
-LENGTHS = {"short": Length(1000, 700, 16), "long": Length(16000, 8000, 8)}
+LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
 
 
 class Entry(NamedTuple):

@@ -207,7 +207,11 @@ class ChannelMatching(Distiller):
         """
         images = self.statistics.images
         if not images:
-            raise AssignmentError("Channels cannot be matched: no batch of finite features was tracked.")
+            taps = ", ".join(f"{pair.student} <- {pair.teacher}" for pair in self.pairs)
+            raise AssignmentError(
+                f"Channels of {taps} cannot be matched: no tracked batch had finite features in both networks; "
+                "evaluate both as they start (--eval-only, --eval-teacher)."
+            )
         for level, pair in enumerate(self.pairs):
             cost = self.statistics.cost(level)
             members, before = self._solve(cost, pair).to(cost.device), self.get_buffer(f"members{level}")
