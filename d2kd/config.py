@@ -135,7 +135,8 @@ def _add_channel_matching(cfg: CN) -> None:
     node.TAPS = ["res2.pre_relu", "res3.pre_relu", "res4.pre_relu", "res5.pre_relu"]
     # "" | the settings of a published row: coco_retinanet_r50_r18, coco_retinanet_r50_r18_without_res2,
     # imagenet_r50_mobilenet_v1, cub200_r50_mobilenet_v2 or cub200_r50_shufflenet_v2. They take the place of NORMALIZE,
-    # REDUCTION, ADAPTER, FACTORS, TRACK_IMAGES and the REFRESH keys, and are meant for WEIGHT 1.
+    # REDUCTION, ADAPTER, FACTORS, TRACKING, TRACK_IMAGES and the REFRESH keys, and are meant for WEIGHT 1. Those of
+    # CUB-200 and without_res2 have three factors: TAPS must be those of res3 to res5.
     node.PRESET = ""
     # What becomes of a student channel's teacher channels: amp (the value of largest magnitude) | amp_signed (the
     # largest value, as in the first public code, which the published numbers may be from) | sp (the largest value and

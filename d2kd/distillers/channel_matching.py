@@ -84,7 +84,7 @@ class ChannelMatching(Distiller):
         self.reduction = reduction
         self.solver = solver
         self.random = random or RandomMasks()
-        self.factors = self.factors_of_pairs("FACTORS", factors)
+        self.factors = self.factors_of_pairs("FACTORS (or that of its PRESET)", factors)
         if 0.0 in self.factors:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.FACTORS is {self.factors}; losses are divided by them: no 0.")
         self.adapters = nn.ModuleList([build_adapter(adapter, p.student_shape.channels) for p in self.pairs])

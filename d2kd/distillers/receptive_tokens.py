@@ -54,7 +54,7 @@ class ReceptiveTokens(Distiller):
             normalize: "none" or "standardize" (both maps, channel by channel). Masks are taken on the teacher's own
                 scale: for them the standardised student is brought to the teacher's mean and deviation.
             reduction: "paper"; or "mean": the weights of an image's positions are scaled to the sum 1.
-            eps: added to the denominator, above 0.
+            eps: added to the denominator; 0 as in the official code.
             teacher_checksum: of the weights that the tokens were learned on; None checks nothing.
 
         Raises:
@@ -67,8 +67,8 @@ class ReceptiveTokens(Distiller):
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.ALIGN is {align!r}; it must be auto or conv.")
         if warmup < 0:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WARMUP_ITERS is {warmup}; it must not be negative.")
-        if eps <= 0:
-            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.EPS is {eps}; it must be above 0, for masks that vanish.")
+        if eps < 0:
+            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.EPS is {eps}; it must not be negative.")
         self.level_weights = self.factors_of_pairs("LEVEL_WEIGHTS", level_weights)
         self.customize = customize
         self.warmup = warmup

@@ -33,6 +33,7 @@ from detectron2.utils.events import EventWriter
 
 from .best import BestCheckpoint, EarlyStop
 from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state, write_weights
+from .distill_printer import DistillPrinter
 from .ema import EMAHook, WeightAverage
 from .hooks import CheckpointHook, InterruptHook, ResultWriter, WallTime
 from .matching_pass import MatchingPass
@@ -151,8 +152,8 @@ class DistillTrainer(DefaultTrainer):
         return ret
 
     def build_writers(self) -> List[EventWriter]:
-        """Detectron2's writers, and with `WANDB.ENABLED` Weights & Biases."""
-        writers = super().build_writers()
+        """Detectron2's writers, the methods' lines in the log, and with `WANDB.ENABLED` Weights & Biases."""
+        writers = [*super().build_writers(), DistillPrinter()]
         if self.cfg.WANDB.ENABLED:
             writers.append(WandbWriter(self.cfg, resumed=lambda: self.start_iter > 0))
         return writers

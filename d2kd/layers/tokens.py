@@ -101,6 +101,10 @@ def token_weights(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return logits.softmax(dim=1)
 
 
+def _not_zero(x: Tensor) -> Tensor:
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
+
+
 def mask_weights(masks: Tensor, weights: Tensor, eps: float, mean: bool = False) -> Tensor:
     """The weight of every position in the masked distance, all tokens together.
 
@@ -109,7 +113,7 @@ def mask_weights(masks: Tensor, weights: Tensor, eps: float, mean: bool = False)
     Args:
         masks: (N, T, H, W).
         weights: (N, T) of the tokens.
-        eps: keeps masks that are zero everywhere from giving NaN.
+        eps: at least 0. A mask that is zero everywhere weighs nothing, also with 0.
         mean: scale the weights of each image to the sum 1, which makes the masked distance a weighted mean.
 
     Returns:
@@ -118,9 +122,9 @@ def mask_weights(masks: Tensor, weights: Tensor, eps: float, mean: bool = False)
     flat = masks.flatten(2)
     squares = flat.square()
     with torch.autocast(masks.device.type, enabled=False):
-        of_positions = torch.bmm((weights / (flat.sum(2) + eps))[:, None], squares)
+        of_positions = torch.bmm((weights / _not_zero(flat.sum(2) + eps))[:, None], squares)
     if mean:
-        of_positions = of_positions / (of_positions.sum(2, keepdim=True) + eps)
+        of_positions = of_positions / _not_zero(of_positions.sum(2, keepdim=True) + eps)
     return of_positions.view(masks.shape[0], *masks.shape[2:])
 
 

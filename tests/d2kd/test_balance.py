@@ -1,6 +1,8 @@
 """Shares of task and methods in the gradient, balancing them, and several methods together."""
 
 import json
+import logging
+import re
 
 import pytest
 import torch
@@ -204,15 +206,17 @@ BALANCED = dict(
 )
 
 
-def test_balanced_run_resumes_bit_equal_and_logs_shares(write_config, teacher, tmp_path):
+def test_balanced_run_resumes_bit_equal_and_logs_shares(write_config, teacher, tmp_path, caplog):
     path = write_config(**BALANCED, **teacher)
-    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    with caplog.at_level(logging.INFO):
+        run(path, OUTPUT_DIR=str(tmp_path / "whole"))
     run(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
     run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert same(whole["model"], parts["model"]) and whole["balance"] == parts["balance"]
     logged = {k for line in (tmp_path / "whole/metrics.json").read_text().splitlines() for k in json.loads(line)}
     assert {f"gradient_share/{name}" for name in ["task", *THREE]} <= logged
+    assert re.search(r"gradient share: .*task 0\.\d+", caplog.text)
     with pytest.raises(CheckpointError, match="DISTILL.METHODS|state dict|state_dict"):
         run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DISTILL__METHODS=["LogitKD"], SOLVER__MAX_ITER=8)
 

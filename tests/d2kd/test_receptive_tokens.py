@@ -318,7 +318,7 @@ def test_a_checkpoint_with_other_tokens_is_an_error():
         (dict(weight=-1.0), "WEIGHT"),
         (dict(align="linear"), "ALIGN"),
         (dict(warmup=-1), "WARMUP_ITERS"),
-        (dict(eps=0.0), "EPS"),
+        (dict(eps=-1.0), "EPS"),
         (dict(normalize="l2"), "NORMALIZE"),
         (dict(reduction="sum"), "REDUCTION"),
         (dict(level_weights=[1.0, 2.0]), "LEVEL_WEIGHTS"),

@@ -1,6 +1,7 @@
 """Whole training runs: plain student checkpoints, exact resuming, several processes, failures."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import FASTER_RCNN, batch, config, write_teacher
 from runs import ROOT, command, environment, tool
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
@@ -224,11 +226,16 @@ def test_a_run_that_was_stopped_before_its_result_is_completed(write_config, tea
     assert not result.exists()  # what stood there was that of another run
 
 
-def test_losses_of_every_level_are_in_the_log(write_config, teacher, tmp_path):
-    run(write_config(DISTILL__METHODS=METHODS, SOLVER__MAX_ITER=20, DATASETS__TEST=[], **teacher))
+def test_losses_of_every_level_are_in_the_log(write_config, teacher, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run(write_config(DISTILL__METHODS=METHODS, SOLVER__MAX_ITER=20, DATASETS__TEST=[], **teacher))
     lines = [json.loads(line) for line in (tmp_path / "student/metrics.json").read_text().splitlines()]
     want = {f"distill/{method}/p{level}" for method in METHODS for level in (3, 4)}
     assert want | {"loss_cls", "loss_box_reg", "total_loss", "distill_loss", "lr"} <= set(lines[-1])
+    (line,) = [x.getMessage() for x in caplog.records if x.name.endswith("distill_printer")]
+    assert all(f"{method}: p3 {lines[-1][f'distill/{method}/p3']:.4g}, p4 " in line for method in METHODS)
+    (events,) = (tmp_path / "student").glob("events.out.tfevents.*")
+    assert want <= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
 
 
 def test_teacher_is_evaluated_first_with_its_own_result(write_config, teacher, tmp_path):

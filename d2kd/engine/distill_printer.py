@@ -1,0 +1,39 @@
+"""The lines of the log that tell what every method adds on every level."""
+
+import logging
+from typing import Dict, List
+
+from detectron2.utils.events import EventWriter, get_event_storage
+
+logger = logging.getLogger(__name__)
+
+#: Scalars shown, by the first part of their name, and what the line calls them.
+_SHOWN = {"distill": "", "gradient_share": "gradient share"}
+
+
+class DistillPrinter(EventWriter):
+    """Logs one line a period, such as "FeatureMimic: p3 1.2, p4 0.8  gradient share: task 0.4, FeatureMimic 0.6".
+
+    Losses are medians over the period; shares are there when `DISTILL.LOG_GRADIENT_SHARE` asks for them.
+    """
+
+    def __init__(self, window_size: int = 20) -> None:
+        """
+        Args:
+            window_size: iterations that the medians run over.
+        """
+        self._window_size = window_size
+        self._last = -1
+
+    def write(self) -> None:
+        """Logs what is newer than the last line."""
+        storage = get_event_storage()
+        groups: Dict[str, List[str]] = {}
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items():
+            kind, _, rest = name.partition("/")
+            if kind in _SHOWN and iteration > self._last:
+                group, _, what = rest.rpartition("/")
+                groups.setdefault(_SHOWN[kind] or group, []).append(f"{what} {value:.4g}")
+        self._last = storage.iter
+        if groups:
+            logger.info(" %s", "  ".join(f"{group}: {', '.join(values)}" for group, values in groups.items()))
