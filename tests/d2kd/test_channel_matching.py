@@ -367,6 +367,16 @@ def test_margins_follow_the_weights_that_were_loaded(tmp_path):
     torch.testing.assert_close(margin, want.expand_as(margin))
 
 
+#: Factors, the first refreshes, and the images that each rests on.
+PUBLISHED = {
+    "coco_retinanet_r50_r18": ([4e8, 4e8, 4e7, 4e7], [0, 5000, 10000, 15000, 31000, 62000], 2000),
+    "coco_retinanet_r50_r18_without_res2": ([4e8, 4e7, 4e7], [0, 5000, 10000, 15000, 31000, 62000], 2000),
+    "imagenet_r50_mobilenet_v1": ([8e4, 4e4, 2e4, 1e4], [0, 5005, 10010, 15015, 20020, 25025], 20480),
+    "cub200_r50_mobilenet_v2": ([4e4, 2e4, 1e4], [0, 188, 376, 564, 752, 940], 5994),
+    "cub200_r50_shufflenet_v2": ([4e4, 2e4, 1e4], [0, 188, 376, 564, 752, 940], 5994),
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_set_the_published_numbers(name):
     node = config(DISTILL__CHANNEL_MATCHING__PRESET=name).DISTILL.CHANNEL_MATCHING
@@ -374,7 +384,10 @@ def test_presets_set_the_published_numbers(name):
     distiller = ChannelMatching(**ChannelMatching.from_config(node, [pair(32, 64, f"s{i}") for i in range(levels)]))
     assert (distiller.normalize, distiller.reduction) == ("none", "paper")
     assert (distiller.reducer, distiller.weight) == ("amp", 1.0)
-    assert distiller.factors[-1] == (4e7 if name.startswith("coco") else 1e4)
+    assert distiller.factors == PUBLISHED[name][0]
+    refreshes = [i for i in range(65000) if distiller.schedule.due(i)][:6]
+    assert (refreshes, distiller.schedule.images) == PUBLISHED[name][1:]
+    assert not distiller.schedule.online
     assert type(distiller.adapters[0]) is (torch.nn.GroupNorm if name.startswith("coco") else torch.nn.BatchNorm2d)
 
 

@@ -2,7 +2,7 @@
 
 import gc
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from d2kd.distillers import DISTILLERS
 from d2kd.distillers.token_file import LearnedLevel, TokenFile, weights_checksum
-from d2kd.engine import DistillTrainer, load_config, trainer
+from d2kd.engine import DistillTrainer, TokenTrainer, load_config, token_learning, trainer
 from d2kd.layers.tokens import Tokens
 from d2kd.modeling import build, is_distillation, teacher_config
 from detectron2.config import CfgNode
@@ -124,13 +124,100 @@ def test_every_method_has_a_recipe_of_its_own_for_photo_digits():
     assert alone == {name for name, _ in DISTILLERS} and len(together) >= 2
 
 
-def test_recipes_of_released_settings_keep_to_them():
-    recipes = {path.stem: load_config(str(path)) for path in (ROOT / "configs/COCO").glob("*.yaml")}
-    for stem, cfg in recipes.items():
-        if "ReceptiveTokens" in stem:  # one scale; FCOS two
-            assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [*([640] if "fcos" in stem else []), 800]
-        if "ChannelMatching" in stem:  # channels are assigned before the first step, by networks in evaluation mode
-            assert cfg.DISTILL.CHANNEL_MATCHING.TRACKING == "pass"
+#: Of each published row: weight, warm-up, (weight, beta) of the head's term, inherits, learning rate, clipping.
+TOKEN_RECIPES = {
+    "faster_rcnn_R50_R101": (1.0, 7330, (1.0, 1.0), False, 0.02, None),
+    "faster_rcnn_R50_CascadeX101": (1.0, 5000, (1.0, 1.0), False, 0.02, None),
+    "retinanet_R50_R101": (7.0, 7000, (1.0, 0.0), True, 0.02, 35.0),
+    "retinanet_R50_X101": (7.0, 8500, (1.0, 1.0), True, 0.02, 35.0),
+    "fcos_R50_R101": (10.0, 5000, None, False, 0.01, 35.0),
+}
+#: Of each teacher: optimiser, learning rate and weight decay of its tokens.
+TOKEN_LEARNING = {
+    "faster_rcnn_R101": ("SGD", 0.1, 1e-4),
+    "cascade_mask_rcnn_X101": ("Adam", 0.01, 0.1),
+    "retinanet_R101": ("Adam", 0.01, 0.001),
+    "retinanet_X101": ("Adam", 0.01, 0.001),
+    "fcos_R101": ("Adam", 0.01, 0.001),
+}
+
+
+def clipping(cfg: CfgNode) -> Optional[float]:
+    """The largest norm of the whole gradient, if it is clipped."""
+    node = cfg.SOLVER.CLIP_GRADIENTS
+    assert not node.ENABLED or node.CLIP_TYPE == "full_model"
+    return node.CLIP_VALUE if node.ENABLED else None
+
+
+def scales(pair: str) -> List[int]:
+    """Lengths of the short side that images of a published row of ReceptiveTokens have."""
+    return [640, 800] if "fcos" in pair else [800]
+
+
+@pytest.mark.parametrize("pair", TOKEN_RECIPES)
+def test_recipes_of_receptive_tokens_have_the_released_numbers(pair):
+    cfg = load_config(str(ROOT / f"configs/COCO/{pair}_ReceptiveTokens_2x.yaml"))
+    node, head, solver = cfg.DISTILL.RECEPTIVE_TOKENS, cfg.DISTILL.HEAD_REGRESSION, cfg.SOLVER
+    term = (head.WEIGHT, head.BETA) if "HeadRegression" in cfg.DISTILL.METHODS else None
+    found = (node.WEIGHT, node.WARMUP_ITERS, term, cfg.DISTILL.INHERIT.ENABLED, solver.BASE_LR, clipping(cfg))
+    assert found == TOKEN_RECIPES[pair]
+    assert (node.ALIGN, node.NORMALIZE, node.REDUCTION) == ("conv", "none", "paper")
+    assert node.CUSTOMIZE and len(node.TAPS) == 5
+    assert (solver.MAX_ITER, list(solver.STEPS), solver.IMS_PER_BATCH) == (180000, [120000, 160000], 16)
+    assert list(cfg.INPUT.MIN_SIZE_TRAIN) == scales(pair)
+
+
+@pytest.mark.parametrize("teacher", TOKEN_LEARNING)
+def test_tokens_are_learned_with_the_released_numbers(teacher):
+    cfg = load_config(str(ROOT / f"configs/COCO/{teacher}_tokens.yaml"))
+    learn = cfg.DISTILL.RECEPTIVE_TOKENS.LEARN
+    assert (learn.OPTIMIZER, learn.BASE_LR, learn.WEIGHT_DECAY) == TOKEN_LEARNING[teacher]
+    assert (learn.NUM_TOKENS, learn.WEIGHTING, learn.ITERATIONS, cfg.SOLVER.IMS_PER_BATCH) == (6, True, 2000, 16)
+    assert clipping(cfg) == (35.0 if "fcos" in teacher else None)
+    assert list(cfg.INPUT.MIN_SIZE_TRAIN) == scales(teacher)
+
+
+def test_recipes_of_masked_generative_have_the_papers_numbers():
+    paths = list((ROOT / "configs/COCO").glob("*MaskedGenerative*.yaml"))
+    assert len(paths) >= 10
+    for path in paths:
+        cfg = load_config(str(path))
+        node, dense = cfg.DISTILL.MASKED_GENERATIVE, path.stem.startswith("retinanet")
+        assert (node.WEIGHT, node.MASK_RATIO) == ((2e-5, 0.65) if dense else (5e-7, 0.45)), path
+        assert (node.NORMALIZE, node.REDUCTION, clipping(cfg)) == ("none", "paper", 35.0), path
+        assert cfg.DISTILL.INHERIT.ENABLED == dense, path
+
+
+def test_the_recipe_of_channel_matching_and_its_control_differ_in_the_weight_only():
+    recipe, control = (
+        load_config(str(ROOT / f"configs/COCO/retinanet_R18_R50_ChannelMatching_{kind}.yaml"))
+        for kind in ("1x", "control_1x")
+    )
+    node = recipe.DISTILL.CHANNEL_MATCHING
+    assert (node.PRESET, node.REDUCER, node.WEIGHT, node.REMAINDER) == ("coco_retinanet_r50_r18", "amp", 1.0, "shave")
+    assert (recipe.SOLVER.NESTEROV, recipe.MODEL.BACKBONE.FREEZE_AT, recipe.SOLVER.MAX_ITER) == (True, 1, 90000)
+    assert not recipe.DISTILL.INHERIT.ENABLED
+    control.DISTILL.CHANNEL_MATCHING.WEIGHT = 1.0
+    assert control.dump() == recipe.dump()
+
+
+@pytest.mark.parametrize("teacher", TOKEN_LEARNING)
+def test_tokens_of_every_teacher_take_a_step(teacher, untrained, monkeypatch, tmp_path):
+    cfg = load(ROOT / f"configs/COCO/{teacher}_tokens.yaml")
+    learn = cfg.DISTILL.RECEPTIVE_TOKENS.LEARN
+    learn.ITERATIONS, learn.PICTURES = 1, 0
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "random.pth", str(tmp_path)
+    monkeypatch.setattr(token_learning, "load_strictly", lambda *args: None)
+    monkeypatch.setattr(RandomLoader, "records", [], raising=False)
+    run = TokenTrainer(cfg)
+    before = {name: value.clone() for name, value in run.learner.state_dict().items()}
+    run.train()
+    assert len(run.learner.taps) == 5
+    moved = {name for name, value in run.learner.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in before if name.endswith("tokens")} <= moved
+    assert len(TokenFile.load(run.result_file).levels) == 5
+    del run
+    gc.collect()
 
 
 @pytest.mark.parametrize("paths", groups().values(), ids=lambda paths: "=".join(map(name, paths)))
