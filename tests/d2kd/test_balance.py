@@ -12,7 +12,7 @@ from test_training import run, same, weights
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
-from d2kd.modeling import BalanceError, GradientBalance, build_distilled_model
+from d2kd.modeling import BalanceError, GradientBalance, TokenLearner, build_distilled_model
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -186,6 +186,29 @@ def test_three_methods_together_keep_the_ratio(tmp_path, base, precision):
     assert shares == pytest.approx({"task": 1 / 1.9, **{name: 0.3 / 1.9 for name in THREE}}, rel=1e-4)
     assert {name.split("/")[1] for name in losses if name.startswith("distill/")} == set(THREE)
     assert all(p.grad is not None for p in net.student.parameters())
+
+
+def test_every_method_has_taps_and_a_weight_of_its_own(tmp_path):
+    together = ["MaskedGenerative", "ReceptiveTokens", "LogitKD"]
+    named = write_teacher(tmp_path, config())
+    learner = TokenLearner(model(config(), seed=7))  # of the teacher that is written above
+    learner.learned(dict.fromkeys(learner.taps, 0.0), 0).save(str(tmp_path / "tokens.pth"))
+
+    def losses(**changes):
+        taps = dict(DISTILL__MASKED_GENERATIVE__TAPS=["p3", "p4"], DISTILL__RECEPTIVE_TOKENS__TAPS=["p5"])
+        keys = dict(DISTILL__METHODS=together, DISTILL__RECEPTIVE_TOKENS__FILE=str(tmp_path / "tokens.pth"), **taps)
+        torch.manual_seed(0)
+        net = build_distilled_model(config(**keys, **changes, **named)).train()
+        with EventStorage():
+            return {name: loss.item() for name, loss in net(batch()).items()}
+
+    plain = losses()
+    taps = {name.split("/", 1)[1] for name in plain if name.startswith(("distill/Masked", "distill/Receptive"))}
+    assert taps == {"MaskedGenerative/p3", "MaskedGenerative/p4", "ReceptiveTokens/p5"}
+    assert any(name.startswith("distill/LogitKD/") for name in plain)
+    tripled = losses(DISTILL__RECEPTIVE_TOKENS__WEIGHT=3 * config().DISTILL.RECEPTIVE_TOKENS.WEIGHT)
+    want = {name: (3 if "ReceptiveTokens" in name else 1) * value for name, value in plain.items()}
+    assert tripled == pytest.approx(want, rel=1e-5)
 
 
 def test_methods_without_taps_in_the_backbone_are_measured_on_its_outputs(tmp_path):
