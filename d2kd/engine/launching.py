@@ -23,6 +23,7 @@ from detectron2.engine import launch
 from detectron2.utils.logger import setup_logger
 
 from .checkpoint import CheckpointError
+from .setup import load_config, options
 from .train_step import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
     """
     joins_others = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # as torchrun sets them
     starts_others = args.num_gpus * args.num_machines > 1 and not joins_others
+    if starts_others and _runs_on_cpu(args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, Detectron2 would choose NCCL
     try:
         with _passing_signals_on() if starts_others else contextlib.nullcontext():
             launch(
@@ -79,6 +82,13 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
             )
     except ProcessExitedException as error:  # which has told why
         sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
+
+
+def _runs_on_cpu(args: argparse.Namespace) -> bool:
+    try:
+        return load_config(args.config_file, options(args)).MODEL.DEVICE == "cpu"
+    except ConfigError:  # which the processes will tell
+        return False
 
 
 @contextlib.contextmanager

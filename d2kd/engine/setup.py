@@ -37,7 +37,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
-    cfg = load_config(args.config_file, _options(args))
+    cfg = load_config(args.config_file, options(args))
     if args.method and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"--method {args.method} needs a teacher: name its YAML (--teacher-config) and checkpoint "
@@ -45,6 +45,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
     cfg.freeze()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
@@ -92,16 +93,28 @@ def load_config(config_file: str, options: Optional[List[str]] = None) -> CfgNod
     return cfg
 
 
-def _options(args: argparse.Namespace) -> List[str]:
-    options = [o for o in args.opts if o != "--"]
+def _use_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE is {name!r}; it must be cuda, cpu, or one GPU, such as cuda:1.") from error
+    if device.type == "cuda" and device.index is not None and comm.get_world_size() == 1:
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"MODEL.DEVICE is {name!r}, and this machine has {torch.cuda.device_count()} GPU(s).")
+        torch.cuda.set_device(device)  # whose random state is then saved, and whose memory is shown
+
+
+def options(args: argparse.Namespace) -> List[str]:
+    """The changes to the configuration that a command line asks for, ["KEY", "value", ...]."""
+    changes = [o for o in args.opts if o != "--"]
     for key, value in (
         ("DISTILL.TEACHER.CONFIG_FILE", args.teacher_config),
         ("DISTILL.TEACHER.WEIGHTS", args.teacher_weights),
         ("DISTILL.METHODS", repr(args.method.split(",")) if args.method else None),
     ):
         if value is not None:
-            options += [key, value]
-    return options
+            changes += [key, value]
+    return changes
 
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: List[str]) -> List[str]:

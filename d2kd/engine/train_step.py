@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, NoReturn, Optional
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from detectron2.utils.events import get_event_storage
 
 from .checkpoint import RUNNING_ATTRIBUTES
 
+#: Iterations between looks at float16's loss scale, and the scale at which no step is taken any more.
+_SCALE_PERIOD, _LEAST_SCALE = 20, 2.0**-14
+
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss became infinite or NaN; the state before it is on disk."""
+    """A loss or gradient became infinite or NaN; the state before it is on disk."""
 
 
 class TrainStep(SimpleTrainer):
@@ -68,7 +71,8 @@ class TrainStep(SimpleTrainer):
         """Trains on `accumulate` batches.
 
         Raises:
-            NonFiniteLossError: on every process, before weights or statistics have changed.
+            NonFiniteLossError: on every process, before weights or statistics have changed. Where the model itself
+                raises FloatingPointError (Detectron2's proposals), on that process.
         """
         assert self.model.training, "The model was left in evaluation mode."
         self._before.remember()
@@ -85,10 +89,16 @@ class TrainStep(SimpleTrainer):
         self._record({name: loss / self.accumulate for name, loss in sums.items()}, waited)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and (self.iter + 1) % _SCALE_PERIOD == 0:
+            self._check_scale(self.scaler.get_scale())
 
     def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, Tensor]:
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
-            losses = self.model(data)
+            try:
+                losses = self.model(data)
+            except FloatingPointError as error:
+                # the other processes wait for this one's gradients and cannot take part in saving
+                self._fail(str(error).rstrip("."), save=comm.get_world_size() == 1)
         total = sum(losses.values()) / self.accumulate if self.accumulate > 1 else sum(losses.values())
         self.scaler.scale(total).backward()
         return {name: loss.detach().float() for name, loss in losses.items()}
@@ -102,20 +112,23 @@ class TrainStep(SimpleTrainer):
         """Averages over processes, checks, and logs; one transfer from the device for all losses."""
         names = sorted(losses)
         others = torch.tensor([data_time, float(self.stop_requested)], device=self.device)
-        values = torch.cat([torch.stack([losses[name] for name in names]), others])
+        values = torch.cat([torch.stack([losses[name] for name in names]), self._gradient_norm(), others])
         if comm.get_world_size() > 1:
             dist.all_reduce(values)
             values /= comm.get_world_size()
-        *numbers, data_time, stop = values.tolist()
+        *numbers, norm, data_time, stop = values.tolist()
         self.stop_agreed = stop > 0
         numbers = dict(zip(names, numbers))
-        bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
+        found = {**numbers, **({} if self.scaler.is_enabled() else {"grad_norm": norm})}
+        bad = [f"{name} = {value}" for name, value in sorted(found.items()) if not np.isfinite(value)]
         if bad:
-            self._fail(bad)
+            self._fail(", ".join(bad))
         if comm.is_main_process():
             storage = get_event_storage()
             storage.put_scalar("data_time", data_time)
             storage.put_scalar("total_loss", sum(numbers.values()))
+            if not self.scaler.is_enabled():
+                storage.put_scalar("grad_norm", norm)
             distilled = [value for name, value in numbers.items() if name.startswith("distill/")]
             # the console shows names with "loss" in them: one for all levels there, each of them in metrics.json
             if distilled:
@@ -123,12 +136,25 @@ class TrainStep(SimpleTrainer):
             if len(numbers) > 1:
                 storage.put_scalars(**numbers)
 
-    def _fail(self, bad: Dict[str, float]) -> None:
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        """Norm of the whole gradient before clipping, (1,), the same on every process; times the loss scale if any."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return torch.zeros(1, device=self.device)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))[None].float()
+
+    def _check_scale(self, scale: float) -> None:
+        if comm.is_main_process():
+            get_event_storage().put_scalar("loss_scale", scale, smoothing_hint=False)
+        if scale < _LEAST_SCALE:
+            self._fail(f"gradients overflow float16 at every loss scale down to {scale:g}")
+
+    def _fail(self, what: str, save: bool = True) -> NoReturn:
         self._before.restore()
-        kept = self.before_raising()
-        which = ", ".join(f"{name} = {value}" for name, value in sorted(bad.items()))
+        kept = self.before_raising() if save else ""
         raise NonFiniteLossError(
-            f"Loss is not finite at iteration {self.iter}: {which}. Try a lower SOLVER.BASE_LR, a longer "
+            f"Not finite at iteration {self.iter}: {what}. Try a lower SOLVER.BASE_LR, a longer "
             f"SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"
         )
 
@@ -159,8 +185,10 @@ class StateBeforeStep:
         changing = [b for m in norms for b in m.buffers(recurse=False)] + [
             b for m in self._distillers for b in m.buffers()
         ]
-        self._live = list({id(b): b for b in changing}.values())
-        self._copies = [b.clone() for b in self._live]
+        by_type: Dict[torch.dtype, List[Tensor]] = {}  # lists of one type are copied in one go
+        for buffer in {id(b): b for b in changing}.values():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self._buffers = [(live, [b.clone() for b in live]) for live in by_type.values()]
         # Detectron2's dense detectors; the attribute itself may appear with the first batch only
         self._normalizing = [m for m in running_model.modules() if hasattr(m, "_ema_update")]
         self._normalizers: List[Dict[str, Any]] = []
@@ -173,8 +201,8 @@ class StateBeforeStep:
     @torch.no_grad()
     def remember(self) -> None:
         """Copies the state of now."""
-        if self._live:
-            torch._foreach_copy_(self._copies, self._live)
+        for live, copies in self._buffers:
+            torch._foreach_copy_(copies, live)
         self._normalizers = [{a: vars(m)[a] for a in RUNNING_ATTRIBUTES if a in vars(m)} for m in self._normalizing]
         self._positions = [m.get_extra_state() if _has_position(m) else None for m in self._distillers]
         # shallow: a balance replaces its tensors and never writes into them
@@ -184,8 +212,8 @@ class StateBeforeStep:
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the remembered state back."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._copies)
+        for live, copies in self._buffers:
+            torch._foreach_copy_(live, copies)
         for module, normalizers in zip(self._normalizing, self._normalizers):
             vars(module).update(normalizers)
         for distiller, position in zip(self._distillers, self._positions):

@@ -14,8 +14,9 @@ from detectron2.utils.events import get_event_storage
 TASK = "task"
 #: Share of the old value that stays in the smoothed norms at each measurement.
 _MOMENTUM = 0.9
-#: First loss scale for float16, as in `torch.amp.GradScaler`; halved whenever a gradient overflows.
-_LOSS_SCALE = 2.0**16
+#: First loss scale for float16, as in `torch.amp.GradScaler`; halved whenever a gradient overflows, doubled
+#: again after so many measurements without.
+_LOSS_SCALE, _STEADY = 2.0**16, 100
 
 Losses = Mapping[str, Tensor]
 
@@ -59,6 +60,8 @@ class GradientBalance:
         self._norms = torch.full((1 + len(self.methods),), float("nan"))
         self._measured = False
         self._loss_scale = torch.tensor(_LOSS_SCALE)
+        # measurements in a row without overflow
+        self._steady = torch.tensor(0)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, methods: Sequence[str]) -> Optional["GradientBalance"]:
@@ -113,7 +116,12 @@ class GradientBalance:
 
     def state_dict(self) -> Dict[str, Any]:
         """What a resumed run needs."""
-        return {"methods": self.methods, "norms": self._norms.tolist(), "loss_scale": self._loss_scale.item()}
+        return {
+            "methods": self.methods,
+            "norms": self._norms.tolist(),
+            "loss_scale": self._loss_scale.item(),
+            "steady": self._steady.item(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -127,6 +135,7 @@ class GradientBalance:
             )
         self._norms = torch.tensor(state["norms"])
         self._loss_scale = torch.tensor(state["loss_scale"])
+        self._steady = torch.tensor(state["steady"])
         self._measured = bool(self._norms.isfinite().all())
 
     def _measure(self, terms: Sequence[Losses], features: Sequence[Tensor]) -> Tensor:
@@ -148,8 +157,15 @@ class GradientBalance:
             dist.all_reduce(squares)
         norms = squares.sqrt() / loss_scale
         if half:
-            self._loss_scale = torch.where(norms.isfinite().all(), loss_scale, loss_scale / 2)
+            self._adapt_loss_scale(norms.isfinite().all())
         return norms
+
+    def _adapt_loss_scale(self, finite: Tensor) -> None:
+        """Halves the scale where float16 overflowed; doubles it after many measurements that did not."""
+        steady = torch.where(finite, self._steady.to(finite.device) + 1, 0)
+        doubled = torch.where(steady >= _STEADY, 2 * self._loss_scale, self._loss_scale).clamp(max=_LOSS_SCALE)
+        self._loss_scale = torch.where(finite, doubled, self._loss_scale / 2)
+        self._steady = torch.where(steady >= _STEADY, 0, steady)
 
     def _update(self, norms: Tensor) -> None:
         smoothed = torch.where(self._norms.isnan(), norms, torch.lerp(norms, self._norms, _MOMENTUM))

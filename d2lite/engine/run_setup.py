@@ -1,6 +1,7 @@
 """What a training program does before it trains: arguments, folders, logs, seed, metric writers, DDP."""
 
 import argparse
+import inspect
 import logging
 import os
 import sys
@@ -165,6 +166,9 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
         return model
     if "device_ids" not in kwargs and next(model.parameters()).is_cuda:
         kwargs["device_ids"] = [comm.get_local_rank()]
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.15
+    if renamed and "broadcast_buffers" in kwargs:
+        kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")
     ddp = DistributedDataParallel(model, **kwargs)
     if fp16_compression:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook

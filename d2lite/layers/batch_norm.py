@@ -56,6 +56,9 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C, H, W); the result has the type of `x`."""
+        if x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad):
+            # one kernel, and the arithmetic of half precision maps in float32
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         scale, shift = self.scale_and_shift()
         scale, shift = scale.to(x.dtype).view(1, -1, 1, 1), shift.to(x.dtype).view(1, -1, 1, 1)
         # Unlike F.batch_norm, neither keeps x for the backward pass. addcmul is one kernel instead of two,
@@ -141,7 +144,7 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
             moments = differentiable_all_reduce(_moments(x)) / dist.get_world_size()
             share = 1.0
         mean, mean_of_square = moments.unbind()
-        var = mean_of_square - mean * mean
+        var = (mean_of_square - mean * mean).clamp(min=0)  # rounding makes it negative where x hardly varies
         if self.track_running_stats:
             momentum = self.momentum * share
             self.running_mean += momentum * (mean.detach() - self.running_mean)

@@ -1,5 +1,6 @@
 """RoIAlign as a module."""
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -31,14 +32,17 @@ class ROIAlign(nn.Module):
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """Pool (N, C, H, W) at `rois` (R, 5), rows of batch index and XYXY, into (R, C, *output_size)."""
         assert rois.dim() == 2 and rois.shape[1] == 5, f"rois must have shape (R, 5), got {list(rois.shape)}"
-        return roi_align(
-            input,
-            rois.to(dtype=input.dtype),
+        # boxes in half precision would be pixels away
+        dtype = torch.promote_types(input.dtype, rois.dtype)
+        pooled = roi_align(
+            input.to(dtype),
+            rois.to(dtype),
             self.output_size,
             self.spatial_scale,
             self.sampling_ratio,
             self.aligned,
         )
+        return pooled.to(input.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
+from unittest import mock
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+from detectron2.engine import launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,5 +55,12 @@ def command(name: str, *arguments: Any) -> List[str]:
 
 
 def environment() -> Dict[str, str]:
-    """One thread a process, so that results do not depend on the machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    """One thread a process and no GPU, so that results do not depend on the machine."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def in_two_processes(main: Callable[..., Any], *arguments: Any) -> None:
+    """Runs `main(*arguments)` in two processes on the CPU, also where there are GPUs."""
+    no_gpu = mock.patch("torch.cuda.is_available", return_value=False)  # here; the variable is for the processes
+    with no_gpu, mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        launch(main, 2, dist_url="auto", args=tuple(map(str, arguments)))

@@ -7,13 +7,12 @@ import re
 import pytest
 import torch
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
-from runs import ROOT
+from runs import ROOT, in_two_processes
 from test_training import run, same, weights
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
 from d2kd.modeling import BalanceError, GradientBalance, TokenLearner, build_distilled_model
-from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -124,6 +123,22 @@ def test_float16_neither_underflows_nor_stays_overflown():
     want = 1e-8 / 8
     assert balance.scales()[0].item() == pytest.approx(want, rel=0.02)
     assert scaled["p3"].item() == pytest.approx(8 * want * out.float().sum().item(), rel=0.02)
+
+
+def test_the_loss_scale_of_measurements_rises_again():
+    balance = GradientBalance(["A"], log_period=1)
+    balance._adapt_loss_scale(torch.tensor(False))
+    for _ in range(99):
+        balance._adapt_loss_scale(torch.tensor(True))
+    assert balance.state_dict()["loss_scale"] == 2.0**15
+    again = GradientBalance(["A"], log_period=1)
+    again.load_state_dict(balance.state_dict())
+    for finite, want in ((True, 2.0**16), (False, 2.0**15), *[(True, 2.0**15)] * 99, (True, 2.0**16)):
+        again._adapt_loss_scale(torch.tensor(finite))
+        assert again.state_dict()["loss_scale"] == want
+    for _ in range(150):
+        again._adapt_loss_scale(torch.tensor(True))
+    assert again.state_dict()["loss_scale"] == 2.0**16
 
 
 def test_features_that_are_views_are_measured_where_the_model_goes_on():
@@ -288,7 +303,7 @@ def _two_processes(path, output):
 
 def test_two_processes_stay_in_step(write_config, teacher, tmp_path):
     path = write_config(**BALANCED, **teacher)
-    launch(_two_processes, 2, dist_url="auto", args=(str(path), str(tmp_path / "two")))
+    in_two_processes(_two_processes, path, tmp_path / "two")
     assert weights(tmp_path / "two")["balance"]["norms"][0] > 0
 
 

@@ -9,14 +9,13 @@ from typing import Any, Dict, List
 import pytest
 import torch
 from models import FASTER_RCNN, config
-from runs import tool
+from runs import in_two_processes, tool
 from test_training import run, same, weights
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import ConfigError, DistillTrainer, load_config
 from d2kd.engine.best import BestCheckpoint
 from d2kd.engine.wandb_writer import WandbWriter
-from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -156,7 +155,7 @@ def _stop_in_two(path: str) -> None:
 
 
 def test_all_processes_stop_together(write_config, tmp_path):
-    launch(_stop_in_two, 2, dist_url="auto", args=(str(write_config(**STOP)),))
+    in_two_processes(_stop_in_two, write_config(**STOP))
     assert weights(tmp_path / "student")["iteration"] == 7
 
 

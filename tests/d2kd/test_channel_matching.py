@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import batch, config, model, write_teacher
+from runs import in_two_processes
 from test_training import run, same, weights
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
@@ -27,7 +28,6 @@ from d2kd.layers.channel_groups import (
 from d2kd.layers.similarity import channel_distances
 from d2kd.modeling import build_distilled_model
 from d2kd.modeling.taps import last_norm
-from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -517,7 +517,7 @@ def _two_ranks(path):
 
 
 def test_two_processes_agree_equal_one_and_fail_together(tmp_path):
-    launch(_two_ranks, 2, dist_url="auto", args=(str(tmp_path / "two.pth"),))
+    in_two_processes(_two_ranks, tmp_path / "two.pth")
     two = torch.load(tmp_path / "two.pth", weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(two[0][1], two[1][1]))
     losses, distiller = _rank_losses()

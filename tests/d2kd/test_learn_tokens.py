@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import FASTER_RCNN, batch, config, model
-from runs import tool
+from runs import in_two_processes, tool
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
@@ -25,7 +25,6 @@ from d2kd.engine import (
 )
 from d2kd.modeling import FeatureTaps, TapError, TeacherError, TokenLearner
 from d2kd.visualization.tokens import MaskRow, mask_picture
-from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -257,7 +256,7 @@ def _two_processes(path, output):
 
 
 def test_two_processes_agree(teacher_yaml, tmp_path):
-    launch(_two_processes, 2, dist_url="auto", args=(str(teacher_yaml), str(tmp_path / "two")))
+    in_two_processes(_two_processes, teacher_yaml, tmp_path / "two")
     assert list(TokenFile.load(str(tmp_path / "two/tokens.pth")).levels) == LEVELS
 
 
@@ -282,7 +281,7 @@ def test_two_processes_of_a_student_of_the_tokens_stay_in_step(teacher_yaml, wri
         DATASETS__TEST=[],
         SOLVER__MAX_ITER=4,
     )
-    launch(_students_in_step, 2, dist_url="auto", args=(str(student), str(tmp_path / "students")))
+    in_two_processes(_students_in_step, student, tmp_path / "students")
 
 
 def test_a_student_of_the_tokens_resumes_bit_equal(teacher_yaml, write_config, tmp_path):

@@ -8,7 +8,7 @@ from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from torch import Tensor, nn
 
 from d2kd.engine.optimizer import build_optimizer
-from d2kd.engine.train_step import TrainStep
+from d2kd.engine.train_step import NonFiniteLossError, TrainStep
 from d2kd.modeling import build_distilled_model
 from detectron2.utils.events import EventStorage
 
@@ -130,3 +130,49 @@ def test_mixed_precision_leaves_the_plain_model_as_it_was():
     with EventStorage():
         step.run_step()
     assert not torch.is_autocast_enabled("cpu")
+
+
+class Broken(nn.Module):
+    """A finite loss whose gradient is not, or proposals that Detectron2 refuses."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.refuses = refuses
+
+    def forward(self, inputs: Tensor) -> Dict[str, Tensor]:
+        loss = self.norm(inputs).sum() + self.weight.abs().sqrt().sum()
+        if self.refuses:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("refuses, words", [(False, "grad_norm = nan"), (True, "contain Inf/NaN[.] Try")])
+def test_nothing_is_updated_where_only_the_gradient_or_the_model_tells_that_it_has_diverged(refuses, words):
+    net, saved = Broken(refuses), []
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    step = TrainStep(net, [torch.randn(4, 1)], optimizer, before_raising=lambda: saved.append(1) or " Saved.")
+    with EventStorage(), pytest.raises(NonFiniteLossError, match=f"{words}.*Saved"):
+        step.run_step()
+    assert saved and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_loss_scale_that_falls_for_ever_stops_the_run():
+    net = Broken(refuses=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    step = TrainStep(net, [torch.randn(4, 1)] * 40, optimizer, precision=torch.float16)
+    with EventStorage() as storage, pytest.raises(NonFiniteLossError, match="overflow float16"):
+        for step.iter in range(40):
+            step.run_step()
+    assert step.iter == 39 and storage.latest()["loss_scale"][0] < 2.0**-14
+
+
+def test_the_norm_of_the_gradient_is_logged():
+    net = Regression()
+    step = TrainStep(net, [images(2)], torch.optim.SGD(net.parameters(), lr=0.0))
+    with EventStorage() as storage:
+        step.run_step()
+    want = torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item()
+    assert storage.latest()["grad_norm"][0] == pytest.approx(want, rel=1e-5)

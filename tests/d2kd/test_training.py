@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import FASTER_RCNN, batch, config, write_teacher
-from runs import ROOT, command, environment, tool
+from runs import ROOT, command, environment, in_two_processes, tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
@@ -19,7 +19,6 @@ from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
 from d2kd.modeling import build_distilled_model
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -172,7 +171,7 @@ def _two_processes(path: str, output: str, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_stay_in_step(write_config, teacher, tmp_path, method):
     path = write_config(**teacher)
-    launch(_two_processes, 2, dist_url="auto", args=(str(path), str(tmp_path / "two"), method))
+    in_two_processes(_two_processes, path, tmp_path / "two", method)
     assert len(weights(tmp_path / "two")["trainer"]["process_states"]) == 2
 
 

@@ -272,6 +272,17 @@ class TestRoiAlign:
         assert pool(torch.rand(2, 3, 8, 8), torch.zeros(0, 5)).shape == (0, 3, 7, 7)
         assert pool(torch.rand(0, 3, 8, 8), torch.zeros(0, 5)).shape == (0, 3, 7, 7)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_boxes_keep_their_precision_on_maps_of_half_precision(self, dtype):
+        generator = torch.Generator().manual_seed(0)
+        maps = torch.randn(1, 4, 256, 256, generator=generator).to(dtype)
+        corner = 700 + 250 * torch.rand(20, 2, generator=generator)
+        rois = torch.cat((torch.zeros(20, 1), corner, corner + 16), dim=1)
+        pooled = ROIAlign(7, 0.25, 0)(maps, rois)
+        assert pooled.dtype == dtype
+        expected = ROIAlign(7, 0.25, 0)(maps.float(), rois)
+        torch.testing.assert_close(pooled.float(), expected, rtol=0.01, atol=0.01)
+
     def test_rois_need_a_batch_index(self):
         with pytest.raises(AssertionError, match=r"\(R, 5\)"):
             ROIAlign(7, 0.25, 0)(torch.rand(1, 3, 8, 8), torch.zeros(1, 4))

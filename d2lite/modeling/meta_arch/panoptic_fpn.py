@@ -77,9 +77,9 @@ class PanopticFPN(GeneralizedRCNN):
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
         gt_instances = self._ground_truth(batched_inputs)
         gt_sem_seg = semantic_labels(batched_inputs, self.backbone, self.device, self.sem_seg_head)
-        features = self.backbone(images.tensor)
         _, sem_seg_losses = self.sem_seg_head(features, gt_sem_seg)
         proposals, proposal_losses = self._propose(batched_inputs, images, features, gt_instances)
         _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)

@@ -82,8 +82,8 @@ class GeneralizedRCNN(ImageModel):
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        gt_instances = self._ground_truth(batched_inputs)
         features = self.backbone(images.tensor)
+        gt_instances = self._ground_truth(batched_inputs)  # the host waits here for the device, with work queued for it
         proposals, proposal_losses = self._propose(batched_inputs, images, features, gt_instances)
         _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
@@ -206,8 +206,8 @@ class ProposalNetwork(ImageModel):
             `proposal_boxes` and `objectness_logits`.
         """
         images = self.preprocess_image(batched_inputs)
-        gt_instances = ground_truth(batched_inputs, self.device) if self.training else None
         features = self.backbone(images.tensor)
+        gt_instances = ground_truth(batched_inputs, self.device) if self.training else None
         proposals, losses = self.proposal_generator(images, features, gt_instances)
         if self.training:
             return losses

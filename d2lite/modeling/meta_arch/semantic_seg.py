@@ -73,8 +73,9 @@ class SemanticSegmentor(ImageModel):
             image.
         """
         images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
         targets = self._targets(batched_inputs) if self.training else None
-        results, losses = self.sem_seg_head(self.backbone(images.tensor), targets)
+        results, losses = self.sem_seg_head(features, targets)
         if self.training:
             return losses
         return [
