@@ -166,6 +166,11 @@ def _two_processes(path: str, output: str, method: str) -> None:
     assert not trainer.model.find_unused_parameters
     checksums = comm.all_gather([p.double().sum().item() for p in trainer.distilled.parameters()])
     assert checksums[0] == checksums[1]
+    own, other = statistics = comm.all_gather([b.double().sum().item() for b in trainer.student.buffers()])
+    assert own != other  # each process has seen other images
+    trainer.test = lambda cfg, model: {}
+    trainer._results_of_now()
+    assert comm.all_gather([b.double().sum().item() for b in trainer.student.buffers()]) == [statistics[0]] * 2
 
 
 @pytest.mark.parametrize("method", METHODS)
