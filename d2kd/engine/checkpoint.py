@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from d2kd.files import replacing
@@ -133,6 +134,13 @@ def load_process_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 def gather_process_states(model: nn.Module) -> List[Dict[str, Any]]:
     """`process_state` of every process, on every process; all must call it."""
     return comm.all_gather(process_state(model))
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives all processes the buffers of the main one, such as batch statistics: they are what a checkpoint keeps."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def running_normalizers(model: nn.Module) -> Dict[str, Any]:

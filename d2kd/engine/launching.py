@@ -23,7 +23,7 @@ from detectron2.engine import launch
 from detectron2.utils.logger import setup_logger
 
 from .checkpoint import CheckpointError
-from .setup import load_config, options
+from .setup import command_line_options, load_config
 from .train_step import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
     """
     joins_others = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # as torchrun sets them
     starts_others = args.num_gpus * args.num_machines > 1 and not joins_others
-    if starts_others and _runs_on_cpu(args):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, Detectron2 would choose NCCL
+    if (starts_others or joins_others) and _runs_on_cpu(args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, the runtime would choose NCCL
     try:
         with _passing_signals_on() if starts_others else contextlib.nullcontext():
             launch(
@@ -86,7 +86,7 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 
 def _runs_on_cpu(args: argparse.Namespace) -> bool:
     try:
-        return load_config(args.config_file, options(args)).MODEL.DEVICE == "cpu"
+        return load_config(args.config_file, command_line_options(args)).MODEL.DEVICE == "cpu"
     except ConfigError:  # which the processes will tell
         return False
 

@@ -11,6 +11,8 @@ from d2kd.distillers import ChannelMatching
 from d2kd.modeling import DistilledModel
 from detectron2.engine.train_loop import HookBase
 
+from .checkpoint import share_buffers
+
 
 class MatchingPass(HookBase):
     """Runs the pass that a `ChannelMatching` with TRACKING "pass" asks for, before the step that it is due at.
@@ -40,6 +42,7 @@ class MatchingPass(HookBase):
                 self._run(distiller)
 
     def _run(self, distiller: ChannelMatching) -> None:
+        share_buffers(self.model.student)  # or a resumed run, whose processes all have the main one's, would see others
         loader = self._loader(distiller.batches)
         for batched_inputs in itertools.islice(loader, distiller.schedule.batches_per_window):
             distiller.track(*self.model.observe(distiller, batched_inputs))

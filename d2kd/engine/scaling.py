@@ -12,7 +12,7 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     """Detectron2's scaling by `SOLVER.REFERENCE_WORLD_SIZE`, and the same for what methods count in iterations.
 
     Those are `DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS`, the refreshes of `DISTILL.CHANNEL_MATCHING`, also those of its
-    `PRESET`, whose settings are then written out in the copy, and the horizon of `SOLVER.EMA`.
+    `PRESET`, whose settings are then written out in the copy, and `SOLVER.EMA.DECAY`.
 
     Returns:
         A scaled copy; the configuration itself if its reference is 0 or the same number.
@@ -37,8 +37,8 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     matching.REFRESH_ITERS = _scaled(matching.REFRESH_ITERS, factor)
     matching.REFRESH_STEPS = _scaled(matching.REFRESH_STEPS, factor)
     matching.REFRESH_PERIODS = [max(1, period) for period in _scaled(matching.REFRESH_PERIODS, factor)]
-    scaled.SOLVER.EMA.DECAY **= 1 / factor  # as much is forgotten in an epoch as before
-    scaled.SOLVER.EMA.WARMUP *= factor
+    # as much is forgotten in an epoch as before; the warm-up goes by the part of the training so far and needs nothing
+    scaled.SOLVER.EMA.DECAY **= 1 / factor
     if frozen:
         scaled.freeze()
     return scaled

@@ -37,7 +37,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
-    cfg = load_config(args.config_file, options(args))
+    cfg = load_config(args.config_file, command_line_options(args))
     if args.method and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"--method {args.method} needs a teacher: name its YAML (--teacher-config) and checkpoint "
@@ -98,13 +98,16 @@ def _use_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"MODEL.DEVICE is {name!r}; it must be cuda, cpu, or one GPU, such as cuda:1.") from error
-    if device.type == "cuda" and device.index is not None and comm.get_world_size() == 1:
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"MODEL.DEVICE is {name!r}, and this machine has {torch.cuda.device_count()} GPU(s).")
-        torch.cuda.set_device(device)  # whose random state is then saved, and whose memory is shown
+    if device.type != "cuda" or device.index is None:
+        return
+    if comm.get_world_size() > 1:
+        raise ConfigError(f"MODEL.DEVICE is {name!r}: several processes have a GPU each; set it to cuda.")
+    if device.index >= torch.cuda.device_count():
+        raise ConfigError(f"MODEL.DEVICE is {name!r}, and this machine has {torch.cuda.device_count()} GPU(s).")
+    torch.cuda.set_device(device)  # whose random state is then saved, and whose memory is shown
 
 
-def options(args: argparse.Namespace) -> List[str]:
+def command_line_options(args: argparse.Namespace) -> List[str]:
     """The changes to the configuration that a command line asks for, ["KEY", "value", ...]."""
     changes = [o for o in args.opts if o != "--"]
     for key, value in (

@@ -20,12 +20,13 @@ from detectron2.utils.events import get_event_storage
 
 from .checkpoint import RUNNING_ATTRIBUTES
 
-#: Iterations between looks at float16's loss scale, and the scale at which no step is taken any more.
-_SCALE_PERIOD, _LEAST_SCALE = 20, 2.0**-14
+#: Iterations between looks at float16's loss scale, and the scale at which a run has failed; `GradScaler` starts with
+#: the other one, and skips every step that overflows.
+_SCALE_PERIOD, _LEAST_SCALE, _FIRST_SCALE = 20, 2.0**-14, 2.0**16
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss or gradient became infinite or NaN; the state before it is on disk."""
+    """A loss or gradient became infinite or NaN; the message says where the state before it is."""
 
 
 class TrainStep(SimpleTrainer):
@@ -76,6 +77,7 @@ class TrainStep(SimpleTrainer):
         """
         assert self.model.training, "The model was left in evaluation mode."
         self._before.remember()
+        self._check_scale()
         self.optimizer.zero_grad()
         sums: Dict[str, Tensor] = {}
         waited = 0.0
@@ -89,16 +91,13 @@ class TrainStep(SimpleTrainer):
         self._record({name: loss / self.accumulate for name, loss in sums.items()}, waited)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.is_enabled() and (self.iter + 1) % _SCALE_PERIOD == 0:
-            self._check_scale(self.scaler.get_scale())
 
     def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, Tensor]:
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
             try:
                 losses = self.model(data)
             except FloatingPointError as error:
-                # the other processes wait for this one's gradients and cannot take part in saving
-                self._fail(str(error).rstrip("."), save=comm.get_world_size() == 1)
+                self._fail(str(error).rstrip("."), together=False)
         total = sum(losses.values()) / self.accumulate if self.accumulate > 1 else sum(losses.values())
         self.scaler.scale(total).backward()
         return {name: loss.detach().float() for name, loss in losses.items()}
@@ -112,23 +111,24 @@ class TrainStep(SimpleTrainer):
         """Averages over processes, checks, and logs; one transfer from the device for all losses."""
         names = sorted(losses)
         others = torch.tensor([data_time, float(self.stop_requested)], device=self.device)
-        values = torch.cat([torch.stack([losses[name] for name in names]), self._gradient_norm(), others])
+        norm = {} if self.scaler.is_enabled() else {"grad_norm": self._gradient_norm()}
+        values = torch.cat([torch.stack([*(losses[name] for name in names), *norm.values()]), others])
         if comm.get_world_size() > 1:
             dist.all_reduce(values)
             values /= comm.get_world_size()
-        *numbers, norm, data_time, stop = values.tolist()
+        *numbers, data_time, stop = values.tolist()
         self.stop_agreed = stop > 0
+        norm = dict(zip(norm, numbers[len(names) :]))
         numbers = dict(zip(names, numbers))
-        found = {**numbers, **({} if self.scaler.is_enabled() else {"grad_norm": norm})}
-        bad = [f"{name} = {value}" for name, value in sorted(found.items()) if not np.isfinite(value)]
+        bad = [f"{name} = {value}" for name, value in [*numbers.items(), *norm.items()] if not np.isfinite(value)]
         if bad:
             self._fail(", ".join(bad))
         if comm.is_main_process():
             storage = get_event_storage()
             storage.put_scalar("data_time", data_time)
             storage.put_scalar("total_loss", sum(numbers.values()))
-            if not self.scaler.is_enabled():
-                storage.put_scalar("grad_norm", norm)
+            if norm:
+                storage.put_scalars(**norm)
             distilled = [value for name, value in numbers.items() if name.startswith("distill/")]
             # the console shows names with "loss" in them: one for all levels there, each of them in metrics.json
             if distilled:
@@ -138,21 +138,29 @@ class TrainStep(SimpleTrainer):
 
     @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
-        """Norm of the whole gradient before clipping, (1,), the same on every process; times the loss scale if any."""
+        """Norm of the whole gradient before clipping, a scalar, the same on every process."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
-            return torch.zeros(1, device=self.device)
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))[None].float()
+            return torch.zeros((), device=self.device)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).float()
 
-    def _check_scale(self, scale: float) -> None:
+    def _check_scale(self) -> None:
+        if not self.scaler.is_enabled() or self.iter % _SCALE_PERIOD:
+            return
+        scale = self.scaler.get_scale()
         if comm.is_main_process():
-            get_event_storage().put_scalar("loss_scale", scale, smoothing_hint=False)
+            get_event_storage().put_scalar("grad_scale", scale, smoothing_hint=False)
         if scale < _LEAST_SCALE:
-            self._fail(f"gradients overflow float16 at every loss scale down to {scale:g}")
+            # the run that continues from here starts as a new one
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": _FIRST_SCALE})
+            self._fail(f"gradients overflow float16, with the loss scaled by no more than {scale:g}")
 
-    def _fail(self, what: str, save: bool = True) -> NoReturn:
+    def _fail(self, what: str, together: bool = True) -> NoReturn:
         self._before.restore()
-        kept = self.before_raising() if save else ""
+        if together or comm.get_world_size() == 1:
+            kept = self.before_raising()
+        else:  # the other processes wait for this one's gradients and cannot take part in saving
+            kept = " --resume continues from the last checkpoint."
         raise NonFiniteLossError(
             f"Not finite at iteration {self.iter}: {what}. Try a lower SOLVER.BASE_LR, a longer "
             f"SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"

@@ -7,7 +7,6 @@ import weakref
 from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -33,7 +32,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from .best import BestCheckpoint, EarlyStop
-from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state, write_weights
+from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state, share_buffers, write_weights
 from .distill_printer import DistillPrinter
 from .ema import EMAHook, WeightAverage
 from .hooks import CheckpointHook, InterruptHook, ResultWriter, WallTime
@@ -289,7 +288,7 @@ class DistillTrainer(DefaultTrainer):
 
     def _results_of_now(self) -> Dict[str, Any]:
         for model in [self.student] if self.average is None else [self.student, self.average.model]:
-            _share_buffers(model)
+            share_buffers(model)
         results = dict(self.test(self.cfg, self.student))
         if self.average is not None:
             results.update(test_beside(type(self), self.cfg, self.average.model, "EMA"))
@@ -344,13 +343,6 @@ def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, s
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
     evaluators = [trainer.build_evaluator(cfg, name, folder_of(cfg, name, folder)) for name in cfg.DATASETS.TEST]
     return {f"{name}_{suffix}": value for name, value in trainer.test(cfg, model, evaluators).items()}
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Gives all processes the main one's batch statistics: those that are saved, and what they have to evaluate."""
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
 
 
 def _build_average(cfg: CfgNode, student: nn.Module) -> Optional[WeightAverage]:

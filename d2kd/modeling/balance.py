@@ -135,7 +135,7 @@ class GradientBalance:
             )
         self._norms = torch.tensor(state["norms"])
         self._loss_scale = torch.tensor(state["loss_scale"])
-        self._steady = torch.tensor(state["steady"])
+        self._steady = torch.tensor(state.get("steady", 0))
         self._measured = bool(self._norms.isfinite().all())
 
     def _measure(self, terms: Sequence[Losses], features: Sequence[Tensor]) -> Tensor:

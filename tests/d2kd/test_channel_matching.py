@@ -457,6 +457,24 @@ def test_interrupted_and_resumed_is_bit_equal(write_config, teacher, tmp_path, t
     assert whole.distilled.distillers["ChannelMatching"].batches == 6
 
 
+def _interrupted(path, output):
+    torch.set_num_threads(1)
+    run(path, OUTPUT_DIR=f"{output}/whole")
+    run(path, OUTPUT_DIR=f"{output}/parts", stop_at=3)
+    run(path, OUTPUT_DIR=f"{output}/parts", resume=True)
+
+
+def test_two_processes_with_passes_resume_bit_equal(write_config, teacher, tmp_path):
+    # a pass looks at the student with its batch statistics, which differ between processes and are saved of one only
+    changes = {"DISTILL__CHANNEL_MATCHING__TRACKING": "pass", "MODEL__RESNETS__NORM": "BN", "DATASETS__TEST": []}
+    in_two_processes(_interrupted, write_config(**MATCHING, **changes, **teacher), tmp_path)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert same(whole["model"], parts["model"])
+    assert whole["distillers"].keys() == parts["distillers"].keys()
+    members = [k for k in whole["distillers"] if "members" in k]
+    assert members and all(torch.equal(whole["distillers"][k], parts["distillers"][k]) for k in members)
+
+
 def test_a_failed_step_leaves_no_trace(write_config, teacher, tmp_path):
     path = write_config(**MATCHING, DATASETS__TEST=[], **teacher)
     cfg = load_config(str(path))

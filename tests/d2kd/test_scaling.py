@@ -35,8 +35,18 @@ def test_a_preset_is_scaled_too():
 def test_an_average_forgets_as_much_in_an_epoch():
     cfg = config(SOLVER__REFERENCE_WORLD_SIZE=8, SOLVER__EMA__DECAY=0.99, SOLVER__EMA__WARMUP=10.0)
     scaled = scale_to_processes(cfg, 2).SOLVER.EMA
-    assert scaled.DECAY**4 == pytest.approx(0.99)
-    assert scaled.WARMUP == 40.0
+
+    def age(decays):
+        """Mean age of what the average holds, in steps."""
+        mean = 0.0
+        for decay in decays:
+            mean = decay * (mean + 1)
+        return mean
+
+    for steps in (20, 400):  # in the warm-up and after it
+        before = age([min(cfg.SOLVER.EMA.DECAY, (1 + t) / (10 + t)) for t in range(1, steps + 1)])
+        after = age([min(scaled.DECAY, (1 + t) / (scaled.WARMUP + t)) for t in range(1, 4 * steps + 1)])
+        assert after == pytest.approx(4 * before, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,16 @@ def test_a_loss_scale_that_falls_for_ever_stops_the_run():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     step = TrainStep(net, [torch.randn(4, 1)] * 40, optimizer, precision=torch.float16)
     with EventStorage() as storage, pytest.raises(NonFiniteLossError, match="overflow float16"):
-        for step.iter in range(40):
+        for step.iter in range(60):
             step.run_step()
-    assert step.iter == 39 and storage.latest()["loss_scale"][0] < 2.0**-14
+    assert step.iter == 40 and storage.latest()["grad_scale"][0] < 2.0**-14
+    healthy = Regression()
+    data = [images(2)] * 40
+    again = TrainStep(healthy, data, torch.optim.SGD(healthy.parameters(), lr=1e-3), precision=torch.float16)
+    again.load_state_dict({**step.state_dict(), "optimizer": again.optimizer.state_dict()})
+    with EventStorage():
+        for again.iter in range(40, 60):
+            again.run_step()
 
 
 def test_the_norm_of_the_gradient_is_logged():
