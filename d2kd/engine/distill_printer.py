@@ -29,11 +29,12 @@ class DistillPrinter(EventWriter):
         """Logs what is newer than the last line."""
         storage = get_event_storage()
         groups: Dict[str, List[str]] = {}
-        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items():
-            kind, _, rest = name.partition("/")
-            if kind in _SHOWN and iteration > self._last:
-                group, _, what = rest.rpartition("/")
-                groups.setdefault(_SHOWN[kind] or group, []).append(f"{what} {value:.4g}")
+        scalars = storage.latest_with_smoothing_hint(self._window_size)
+        for kind, title in _SHOWN.items():
+            for name, (value, iteration) in scalars.items():
+                if name.startswith(f"{kind}/") and iteration > self._last:
+                    group, _, what = name[len(kind) + 1 :].rpartition("/")
+                    groups.setdefault(title or group, []).append(f"{what} {value:.4g}")
         self._last = storage.iter
         if groups:
             logger.info(" %s", "  ".join(f"{group}: {', '.join(values)}" for group, values in groups.items()))
