@@ -19,9 +19,10 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import add_distill_config
@@ -50,13 +51,13 @@ class Entry(NamedTuple):
     """A row of the table: its configuration and options, whether it distils, and how many times the length it takes."""
 
     config: str
-    options: List[Any] = []
+    options: list[Any] = []
     distils: bool = True
     ablation: bool = False
     times: int = 1
 
 
-ENTRIES: Dict[str, Entry] = {
+ENTRIES: dict[str, Entry] = {
     "baseline": Entry("retinanet_student", distils=False),
     "baseline, twice as long": Entry("retinanet_student", distils=False, ablation=True, times=2),
     "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
@@ -110,7 +111,7 @@ TUNING_SEED = 0
 class Bench:
     """The runs of one length, in one directory."""
 
-    def __init__(self, length: str, output: Path, threads: int, options: List[str]) -> None:
+    def __init__(self, length: str, output: Path, threads: int, options: list[str]) -> None:
         self.length = LENGTHS[length]
         self.root = output / length
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
@@ -150,7 +151,7 @@ class Bench:
     def student(self, name: str, seed: int, directory: str = "", changes: Sequence[Any] = ()) -> bool:
         """Trains one student, in `directory` or that of its row and seed, with changes to the row's configuration."""
         entry = ENTRIES[name]
-        command: List[Any] = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/{entry.config}.yaml"]
+        command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/{entry.config}.yaml"]
         iterations = self.length.student * entry.times
         options = ["SEED", seed, "SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0, *entry.options]
         if entry.distils:
@@ -166,7 +167,7 @@ class Bench:
         value = default(TUNED[name]) * factor
         return self.student(name, TUNING_SEED, trial_directory(name, value), [TUNED[name], value])
 
-    def finished(self, name: str) -> List[float]:
+    def finished(self, name: str) -> list[float]:
         """AP of every finished seed of a row."""
         return [average_precision(path.parent) for path in sorted((self.root / slug(name)).glob("seed*/result.json"))]
 
@@ -286,7 +287,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def distilled_runs(bench: Bench, names: Sequence[str], args: argparse.Namespace) -> List[Tuple[Any, ...]]:
+def distilled_runs(bench: Bench, names: Sequence[str], args: argparse.Namespace) -> list[tuple[Any, ...]]:
     """The runs that need the teacher, as functions with their arguments."""
     if args.tune:
         return [(bench.trial, n, factor) for factor in FACTORS for n in names]

@@ -19,8 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 from common import random_batch, timed
@@ -75,14 +76,14 @@ def replicated_loop(cost: Tensor, per_student: int) -> int:
     return solver.optimal_cost()
 
 
-def measure_assignment(repeats: int, loop: bool) -> Dict[str, Any]:
+def measure_assignment(repeats: int, loop: bool) -> dict[str, Any]:
     """Seconds for 512 -> 2048 channels; all ways must agree on the integer cost."""
     kinds = {
         "correlated": correlated_costs(512, 2048),
         "random": 4 * torch.rand(512, 2048),
         "nearly_constant": 2 + 1e-3 * torch.rand(512, 2048),
     }
-    result: Dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for kind, cost in kinds.items():
         found = {s: total_cost(cost, assign_channels(cost, 4, solver=s)) for s in ("ortools", "scipy")}
         assert len(set(found.values())) == 1, found
@@ -104,7 +105,7 @@ def build(device: str) -> DistilledModel:
 
 
 @torch.no_grad()
-def published_tracking(model: DistilledModel, batch: List[Dict[str, Any]]) -> None:
+def published_tracking(model: DistilledModel, batch: list[dict[str, Any]]) -> None:
     """One batch of the published tracking: every detector whole, then its body once more, then the distances."""
     features = []
     for net in (model.student, model.teacher.model):
@@ -114,7 +115,7 @@ def published_tracking(model: DistilledModel, batch: List[Dict[str, Any]]) -> No
         channel_distances(features[0][name], features[1][name])
 
 
-def measure_refresh(model: DistilledModel, batch: List[Dict[str, Any]], device: str, repeats: int) -> Dict[str, Any]:
+def measure_refresh(model: DistilledModel, batch: list[dict[str, Any]], device: str, repeats: int) -> dict[str, Any]:
     """Seconds of a tracked batch (both ways), of an assignment of all levels, and of a whole refresh."""
     matching = model.distillers["ChannelMatching"]
     model.eval()
@@ -135,7 +136,7 @@ def measure_refresh(model: DistilledModel, batch: List[Dict[str, Any]], device: 
     }
 
 
-def measure_step(model: DistilledModel, batch: List[Dict[str, Any]], device: str, repeats: int) -> Dict[str, Any]:
+def measure_step(model: DistilledModel, batch: list[dict[str, Any]], device: str, repeats: int) -> dict[str, Any]:
     """Seconds of a training step's parts; the loss with its backward pass down to the taps."""
     matching = model.distillers["ChannelMatching"]
     model.train()

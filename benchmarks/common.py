@@ -3,8 +3,9 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ import d2kd  # noqa: F401  (makes `detectron2` importable)
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
 
-def random_batch(size: int, count: int, classes: int, masks: bool = False) -> List[Dict[str, Any]]:
+def random_batch(size: int, count: int, classes: int, masks: bool = False) -> list[dict[str, Any]]:
     """`count` noise images of size x size pixels with eight objects each; with `masks`, octagons as their outlines."""
     inputs = []
     for _ in range(count):

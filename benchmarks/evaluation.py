@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +38,9 @@ def random_boxes(count: int, random: np.random.Generator) -> np.ndarray:
     return np.concatenate([corner, corner + sides], axis=1)
 
 
-def ground_truth(images: int, random: np.random.Generator) -> Dict[str, Any]:
+def ground_truth(images: int, random: np.random.Generator) -> dict[str, Any]:
     """A data set in COCO's format, objects as rectangles."""
-    annotations: List[Dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image in range(1, images + 1):
         for x0, y0, x1, y1 in random_boxes(OBJECTS, random).round(2).tolist():
             annotations.append(
@@ -61,7 +61,7 @@ def ground_truth(images: int, random: np.random.Generator) -> Dict[str, Any]:
     }
 
 
-def detections(objects: List[Dict[str, Any]], count: int, masks: bool, random: np.random.Generator) -> Instances:
+def detections(objects: list[dict[str, Any]], count: int, masks: bool, random: np.random.Generator) -> Instances:
     """`count` detections in an image; every second one is an object, moved by some pixels."""
     boxes = random_boxes(count, random)
     classes = random.integers(CLASSES, size=count)
@@ -80,7 +80,7 @@ def detections(objects: List[Dict[str, Any]], count: int, masks: bool, random: n
     return found
 
 
-def measure(args: argparse.Namespace, task: str, directory: Path) -> Dict[str, Any]:
+def measure(args: argparse.Namespace, task: str, directory: Path) -> dict[str, Any]:
     """Seconds of both ways, from the detections to the metrics.
 
     Raises:
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, task: str, directory: Path) -> Dict[str, A
     (directory / "truth.json").write_text(json.dumps(content))
     register_coco_instances(NAME, {}, str(directory / "truth.json"), str(directory))
     DatasetCatalog.get(NAME)  # sets the numbers of the classes in the metadata
-    by_image: Dict[int, List[Dict[str, Any]]] = {}
+    by_image: dict[int, list[dict[str, Any]]] = {}
     for annotation in content["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)
     evaluators = {fast: COCOEvaluator(NAME, tasks=(task,), distributed=False, use_fast_impl=fast) for fast in (0, 1)}

@@ -13,7 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from common import peak_memory_mib, random_batch, timed
@@ -38,7 +38,7 @@ MODELS = {
 }
 
 
-def measure(name: str, args: argparse.Namespace) -> Dict[str, Any]:
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Images per second of training and inference, and peak memory."""
     torch.manual_seed(0)
     path, options = MODELS[name]
@@ -56,7 +56,7 @@ def measure(name: str, args: argparse.Namespace) -> Dict[str, Any]:
     def infer() -> None:
         model(batch)
 
-    result: Dict[str, Any] = {"model": name, "device": args.device, "size": args.size, "batch": args.batch}
+    result: dict[str, Any] = {"model": name, "device": args.device, "size": args.size, "batch": args.batch}
     with EventStorage():
         for mode, call in (("train", train), ("inference", infer)):
             model.train(mode == "train")

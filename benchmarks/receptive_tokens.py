@@ -11,7 +11,8 @@ of what is allocated on top of the two maps and the student's gradient, which an
 import argparse
 import json
 import statistics
-from typing import Any, Callable, Dict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def peak_mib(call: Callable[[], None], device: str) -> float:
     return peak / 2**20
 
 
-def measure(loss: Callable[[], Tensor], student: Tensor, device: str, repeats: int) -> Dict[str, float]:
+def measure(loss: Callable[[], Tensor], student: Tensor, device: str, repeats: int) -> dict[str, float]:
     """Median seconds of forward and backward, transient MiB, and the value."""
 
     def step() -> None:
@@ -97,12 +98,12 @@ def main() -> None:
     method = ReceptiveTokens(pairs=[pair], weight=1.0, tokens=[Tokens(tokens, *branch.folded())]).to(args.device)
     tokens, branch = tokens.to(args.device), branch.to(args.device)
     fixed = literal_weights(teacher, branch)
-    forms: Dict[str, Callable[[], Tensor]] = {
+    forms: dict[str, Callable[[], Tensor]] = {
         "literal": lambda: literal_loss(student, teacher, tokens, literal_weights(teacher, branch)),
         "literal_without_weighting_branch": lambda: literal_loss(student, teacher, tokens, fixed),
         "d2kd": lambda: method({"p3": student}, {"p3": teacher})["p3"],
     }
-    result: Dict[str, Any] = {n: measure(loss, student, args.device, args.repeats) for n, loss in forms.items()}
+    result: dict[str, Any] = {n: measure(loss, student, args.device, args.repeats) for n, loss in forms.items()}
     for name in ("literal", "literal_without_weighting_branch"):
         result[f"speed_up_over_{name}"] = result[name]["seconds"] / result["d2kd"]["seconds"]
         result[f"memory_share_of_{name}"] = result["d2kd"]["transient_mib"] / result[name]["transient_mib"]

@@ -16,9 +16,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 from common import peak_memory_mib, random_batch, timed
@@ -66,7 +67,7 @@ def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
     return cfg
 
 
-def steps(cfg: CfgNode, model: DistilledModel, batch: List[Dict[str, Any]]) -> Dict[str, Callable[[], None]]:
+def steps(cfg: CfgNode, model: DistilledModel, batch: list[dict[str, Any]]) -> dict[str, Callable[[], None]]:
     """One call of each kind."""
     optimizers = {"student": build_optimizer(cfg, model.student), "distillation": build_optimizer(cfg, model)}
     for optimizer in optimizers.values():  # the weights stay, so that nothing diverges
@@ -95,7 +96,7 @@ def steps(cfg: CfgNode, model: DistilledModel, batch: List[Dict[str, Any]]) -> D
     return calls
 
 
-def in_and_out_of_window(method: ChannelMatching, step: Callable[[], None]) -> Dict[str, Callable[[], None]]:
+def in_and_out_of_window(method: ChannelMatching, step: Callable[[], None]) -> dict[str, Callable[[], None]]:
     """A step in the tracking window of the first refresh, and one after it."""
 
     def at(batch: int) -> None:
@@ -105,10 +106,10 @@ def in_and_out_of_window(method: ChannelMatching, step: Callable[[], None]) -> D
     return {TRACKING: partial(at, 1), "distillation": partial(at, method.schedule.batches_per_window)}
 
 
-def generation(model: DistilledModel, batch: List[Dict[str, Any]]) -> Callable[[], None]:
+def generation(model: DistilledModel, batch: list[dict[str, Any]]) -> Callable[[], None]:
     """Forward and backward of MaskedGenerative's generation blocks alone, on maps as large as those they see."""
     method = model.distillers["MaskedGenerative"]
-    inputs: List[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
 
     def call() -> None:
         if not inputs:  # in a round that does not count, and not at all where another kind's memory is measured
@@ -122,7 +123,7 @@ def generation(model: DistilledModel, batch: List[Dict[str, Any]]) -> Callable[[
     return call
 
 
-def prepare(args: argparse.Namespace, method: str, weights: str) -> Dict[str, Callable[[], None]]:
+def prepare(args: argparse.Namespace, method: str, weights: str) -> dict[str, Callable[[], None]]:
     """The calls of one method."""
     torch.manual_seed(0)
     cfg = configuration(args.pair, method, args.device, weights)
@@ -131,10 +132,10 @@ def prepare(args: argparse.Namespace, method: str, weights: str) -> Dict[str, Ca
     return steps(cfg, model, random_batch(size, count, cfg.MODEL.RETINANET.NUM_CLASSES))
 
 
-def measure(args: argparse.Namespace, method: str, weights: str) -> Dict[str, Any]:
+def measure(args: argparse.Namespace, method: str, weights: str) -> dict[str, Any]:
     """Medians in seconds, and the ratio of every round."""
     calls = prepare(args, method, weights)
-    rounds: List[Dict[str, float]] = []
+    rounds: list[dict[str, float]] = []
     with EventStorage():
         for _ in range(args.repeats + 2):
             rounds.append({kind: timed(call, args.device) for kind, call in calls.items()})

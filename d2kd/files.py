@@ -4,12 +4,13 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Union
+from typing import Any
 
 
 @contextlib.contextmanager
-def replacing(path: Union[str, Path]) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`, which takes its place when the block ends; after an error it is removed.
 
     The directory is made if need be, and the suffix is kept, for libraries that choose a format by it.
@@ -24,7 +25,7 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Union[str, Path], content: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes JSON; numbers that it does not know (the AP of a class without objects is NaN) become null."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")

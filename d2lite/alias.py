@@ -5,21 +5,33 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Optional, Sequence
 
 _HOW = "d2lite does not have it; Detectron2 does: install Detectron2 and set D2KD_RUNTIME=detectron2."
 
 #: Names of Detectron2's API that d2lite leaves out, by what they belong to.
 LEFT_OUT_NAMES = {
     "rotated boxes": (
-        "RotatedBoxes", "RotatedAnchorGenerator", "RotatedFastRCNNOutputLayers", "Box2BoxTransformRotated", "RRPN",
-        "RROIHeads", "ROIAlignRotated", "nms_rotated", "batched_nms_rotated", "pairwise_iou_rotated",
+        "RotatedBoxes",
+        "RotatedAnchorGenerator",
+        "RotatedFastRCNNOutputLayers",
+        "Box2BoxTransformRotated",
+        "RRPN",
+        "RROIHeads",
+        "ROIAlignRotated",
+        "nms_rotated",
+        "batched_nms_rotated",
+        "pairwise_iou_rotated",
         "RotatedCOCOEvaluator",
     ),
     "key points": (
-        "Keypoints", "heatmaps_to_keypoints", "KRCNNConvDeconvUpsampleHead", "BaseKeypointRCNNHead",
-        "build_keypoint_head", "ROI_KEYPOINT_HEAD_REGISTRY",
+        "Keypoints",
+        "heatmaps_to_keypoints",
+        "KRCNNConvDeconvUpsampleHead",
+        "BaseKeypointRCNNHead",
+        "build_keypoint_head",
+        "ROI_KEYPOINT_HEAD_REGISTRY",
     ),
     "lazy configs": ("LazyConfig", "LazyCall", "instantiate"),
     "LVIS": ("LVISEvaluator", "register_lvis_instances", "load_lvis_json", "get_lvis_instances_meta"),
@@ -36,7 +48,7 @@ _REASON = {name: what for what, names in LEFT_OUT_NAMES.items() for name in name
 class _LeftOutFinder(importlib.abc.MetaPathFinder):
     """Last resort of the import system for `d2lite.*`: a clear error instead of a bare 'cannot import name'."""
 
-    def find_spec(self, fullname: str, path: Optional[Sequence[str]] = None, target: object = None) -> None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: object = None) -> None:
         if not fullname.startswith("d2lite."):
             return None
         parent, _, name = fullname.rpartition(".")
@@ -52,19 +64,19 @@ class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.alias = alias
 
     def find_spec(
-        self, fullname: str, path: Optional[Sequence[str]] = None, target: object = None
-    ) -> Optional[importlib.machinery.ModuleSpec]:
+        self, fullname: str, path: Sequence[str] | None = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.alias and not fullname.startswith(self.alias + "."):
             return None
         return importlib.util.spec_from_loader(fullname, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         try:
-            module = importlib.import_module("d2lite" + spec.name[len(self.alias):])
+            module = importlib.import_module("d2lite" + spec.name[len(self.alias) :])
         except ModuleNotFoundError as e:
             # Callers compare the name with the one that they asked for.
             if (e.name or "").split(".")[0] == "d2lite":
-                raise ModuleNotFoundError(e.msg, name=self.alias + e.name[len("d2lite"):]) from None
+                raise ModuleNotFoundError(e.msg, name=self.alias + e.name[len("d2lite") :]) from None
             raise
         spec.loader_state = module.__spec__
         return module

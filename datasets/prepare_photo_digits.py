@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Iterator
 
 import cv2
 import numpy as np
@@ -272,8 +272,7 @@ def coco_json(annotations: list[list[dict]], parameters: Parameters) -> str:
     """The COCO annotation file for images 1, 2, ... whose annotations are given in that order."""
     size = parameters.image_size
     images = [
-        {"id": i, "file_name": f"{i:06d}.png", "width": size, "height": size}
-        for i in range(1, len(annotations) + 1)
+        {"id": i, "file_name": f"{i:06d}.png", "width": size, "height": size} for i in range(1, len(annotations) + 1)
     ]
     flat = [item for group in annotations for item in group]
     content = {

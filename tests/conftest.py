@@ -1,8 +1,8 @@
 """Shared by all tests: the name `detectron2`, and where recorded data lies."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import torch

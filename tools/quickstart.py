@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import NamedTuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
@@ -46,11 +46,11 @@ class Run(NamedTuple):
 
     name: str
     label: str
-    arguments: List[str]
+    arguments: list[str]
     share: float
 
 
-def runs(output: Path, options: List[str]) -> List[Run]:
+def runs(output: Path, options: list[str]) -> list[Run]:
     """The four runs, in order."""
     teacher = output / "teacher"
     distil = [f"--teacher-config={TEACHER}", f"--teacher-weights={teacher / 'model_final.pth'}"]
@@ -63,12 +63,12 @@ def runs(output: Path, options: List[str]) -> List[Run]:
     ]
 
 
-def command_of(run: Run, output: Path) -> List[str]:
+def command_of(run: Run, output: Path) -> list[str]:
     """The command line of a run."""
     return ["tools/train_net.py", "--resume", *run.arguments, "OUTPUT_DIR", str(output / run.name)]
 
 
-def perform(run: Run, output: Path, environment: Dict[str, str]) -> None:
+def perform(run: Run, output: Path, environment: dict[str, str]) -> None:
     """Runs the command unless the same one has finished before.
 
     Raises:
@@ -104,7 +104,7 @@ def _wait(process: subprocess.Popen) -> int:
             continue
 
 
-def _digest(arguments: List[str]) -> str:
+def _digest(arguments: list[str]) -> str:
     """Checksum of the configurations and of the teacher's checkpoint that a run depends on."""
     digest = hashlib.sha256()
     for argument in arguments:
@@ -116,7 +116,7 @@ def _digest(arguments: List[str]) -> str:
     return digest.hexdigest()
 
 
-def report(all_runs: List[Run], output: Path) -> None:
+def report(all_runs: list[Run], output: Path) -> None:
     """Writes report.md, report.json and the pictures."""
     register_datasets(load_config(STUDENT))
     models = {run.name: load_result(run.name, str(output / run.name), run.label) for run in all_runs}

@@ -9,7 +9,6 @@ import argparse
 import logging
 import shlex
 import sys
-from typing import List, Optional, Tuple
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
@@ -53,7 +52,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def named_value(text: str) -> Tuple[str, str]:
+def named_value(text: str) -> tuple[str, str]:
     """Splits "name=value"."""
     name, separator, value = text.partition("=")
     if not (name and separator and value):
@@ -61,7 +60,7 @@ def named_value(text: str) -> Tuple[str, str]:
     return name, value
 
 
-def make_dataset_known(dataset_name: str, models: List[ModelResult]) -> None:
+def make_dataset_known(dataset_name: str, models: list[ModelResult]) -> None:
     """Registers a dataset that is named in the configuration of one of the runs (`DATASETS.REGISTER`).
 
     Raises:
@@ -74,7 +73,7 @@ def make_dataset_known(dataset_name: str, models: List[ModelResult]) -> None:
         raise ValueError(f"--dataset {dataset_name}: it is not registered, and no run's config.yaml names it")
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = argument_parser().parse_args(arguments)
     setup_logger(name="d2kd")

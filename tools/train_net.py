@@ -6,7 +6,7 @@ python tools/train_net.py --config-file student.yaml --eval-only MODEL.WEIGHTS o
 """
 
 import argparse
-from typing import Any, Dict
+from typing import Any
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import check_class_counts, check_datasets
@@ -19,7 +19,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 
-def evaluate_student(cfg: CfgNode, resume: bool) -> Dict[str, Any]:
+def evaluate_student(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`; every key must fit."""
     last = DetectionCheckpointer(None, cfg.OUTPUT_DIR)
     path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS

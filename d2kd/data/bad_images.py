@@ -1,7 +1,8 @@
 """What happens in training to an image that cannot be read: an error that names it, or another one in its place."""
 
 import logging
-from typing import Any, Callable, Dict, Optional, Set
+from collections.abc import Callable
+from typing import Any
 
 from d2kd.data.coco_check import DatasetError
 from detectron2.data import detection_utils
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 ON_BAD_IMAGE = ("error", "skip")
 
-Mapper = Callable[[Dict[str, Any]], Any]
+Mapper = Callable[[dict[str, Any]], Any]
 
 
 def wrap_mapper(mapper: Mapper, on_bad_image: str) -> Mapper:
@@ -38,9 +39,9 @@ class _GuardedMapper:
     def __init__(self, mapper: Mapper, skip: bool) -> None:
         self.mapper = mapper
         self.skip = skip
-        self._reported: Set[str] = set()
+        self._reported: set[str] = set()
 
-    def __call__(self, dataset_dict: Dict[str, Any]) -> Optional[Any]:
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any | None:
         try:
             return self.mapper(dataset_dict)
         except MemoryError:
@@ -59,7 +60,7 @@ class _GuardedMapper:
         return None
 
 
-def _file_problem(dataset_dict: Dict[str, Any]) -> Optional[str]:
+def _file_problem(dataset_dict: dict[str, Any]) -> str | None:
     """What is wrong with the image or the label map of a dataset dict; None if both can be read."""
     for key, what in (("file_name", "Image"), ("sem_seg_file_name", "Label map")):
         if key not in dataset_dict:

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import os
-from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _TYPES = {
     "categories": {"id": (int,), "name": (str,)},
 }
 
-Entries = List[Dict[str, Any]]
+Entries = list[dict[str, Any]]
 
 
 class DatasetError(ValueError):
@@ -38,7 +39,7 @@ class CocoSummary(NamedTuple):
 
     num_images: int
     num_annotations: int
-    class_names: List[str]  # in the order of the category ids
+    class_names: list[str]  # in the order of the category ids
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def _without_gc() -> Iterator[None]:
 @_without_gc()
 def validate_coco_json(
     path: str,
-    image_root: Optional[str] = None,
+    image_root: str | None = None,
     *,
     need_annotations: bool = True,
     missing_images: str = "error",
@@ -112,7 +113,7 @@ def _read_json(path: str) -> Any:
         raise DatasetError(f"Annotation file {path} cannot be read ({e}).") from e
 
 
-def _sections(path: str, content: Any, required: Sequence[str]) -> List[Entries]:
+def _sections(path: str, content: Any, required: Sequence[str]) -> list[Entries]:
     """The lists "images", "annotations" and "categories"; one that is not required may be missing."""
     if not isinstance(content, dict):
         raise DatasetError(
@@ -233,7 +234,7 @@ def _box_array(path: str, annotations: Entries) -> np.ndarray:
     )
 
 
-def _is_box(values: List[Any]) -> bool:
+def _is_box(values: list[Any]) -> bool:
     return len(values) == 4 and all(type(v) in _NUMBER and math.isfinite(v) for v in values)
 
 

@@ -3,7 +3,8 @@
 import difflib
 import logging
 import os
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 from d2kd.data.bad_images import wrap_mapper
 from d2kd.data.coco_check import DatasetError, validate_coco_json
@@ -60,7 +61,7 @@ def register_datasets(cfg: CfgNode) -> None:
             )
 
 
-def _entry_values(where: str, entry: Any) -> Tuple[str, str, str]:
+def _entry_values(where: str, entry: Any) -> tuple[str, str, str]:
     """NAME, JSON and IMAGES of an entry."""
     if not isinstance(entry, dict):
         raise DatasetError(f"{where} must be a mapping with {', '.join(_KEYS)}, got {entry!r}.")
@@ -81,7 +82,7 @@ def _near(word: str, words: Sequence[str]) -> str:
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
-def _candidates(path: str) -> List[str]:
+def _candidates(path: str) -> list[str]:
     """Places where a path may be, the existing one first."""
     path = os.path.expanduser(path)
     if os.path.isabs(path) or "://" in path:
@@ -129,7 +130,7 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
         )
 
 
-def _used_datasets(cfg: CfgNode, splits: Sequence[str]) -> Dict[str, bool]:
+def _used_datasets(cfg: CfgNode, splits: Sequence[str]) -> dict[str, bool]:
     """Names of the datasets of the splits, and whether each is trained on."""
     train = dict.fromkeys(cfg.DATASETS.TRAIN if "TRAIN" in splits else (), True)
     test = dict.fromkeys(cfg.DATASETS.TEST if "TEST" in splits else (), False)

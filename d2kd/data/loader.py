@@ -12,8 +12,9 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import parent_process
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from .datasets import DatasetError, wrap_mapper
 logger = logging.getLogger(__name__)
 
 #: A stream position and the index of the image there.
-Draw = Tuple[int, int]
+Draw = tuple[int, int]
 #: After so many unreadable images in a row the data set, not an image, is broken.
 _MOST_REPLACEMENTS = 50
 
@@ -41,8 +42,8 @@ class ResumableLoader:
 
     def __init__(
         self,
-        dicts: List[Dict[str, Any]],
-        mapper: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]],
+        dicts: list[dict[str, Any]],
+        mapper: Callable[[dict[str, Any]], dict[str, Any] | None],
         build_sampler: Callable[[int], Sampler],
         *,
         batch_size: int,
@@ -73,7 +74,7 @@ class ResumableLoader:
         self.pin_memory = pin_memory
         self.start = 0
 
-    def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Batches from number `start` on."""
         batches = _Batches(self.build_sampler(self.seed), self.batch_size, self.wide, self.start)
         dataset = _SeededDataset(self.records, self.mapper, (self.seed, comm.get_rank()))
@@ -90,7 +91,7 @@ class ResumableLoader:
         return iter(loader)
 
 
-def _wide(dicts: List[Dict[str, Any]]) -> Optional[List[bool]]:
+def _wide(dicts: list[dict[str, Any]]) -> list[bool] | None:
     """Whether each image is wider than tall; None where that is not listed, as in folders of label maps."""
     if all("width" in d and "height" in d for d in dicts):
         return [d["width"] > d["height"] for d in dicts]
@@ -101,14 +102,14 @@ def _wide(dicts: List[Dict[str, Any]]) -> Optional[List[bool]]:
 class _Batches(Sampler):
     """Batches of draws, grouped by aspect ratio before any image is read: skipping to a position costs nothing."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, wide: Optional[Sequence[bool]], start: int) -> None:
+    def __init__(self, sampler: Sampler, batch_size: int, wide: Sequence[bool] | None, start: int) -> None:
         self.sampler, self.batch_size, self.wide, self.start = sampler, batch_size, wide, start
 
-    def __iter__(self) -> Iterator[List[Draw]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         return itertools.islice(self._batches(), self.start, None)
 
-    def _batches(self) -> Iterator[List[Draw]]:
-        buckets: Tuple[List[Draw], List[Draw]] = ([], [])
+    def _batches(self) -> Iterator[list[Draw]]:
+        buckets: tuple[list[Draw], list[Draw]] = ([], [])
         for position, index in enumerate(self.sampler):
             bucket = buckets[self.wide[index] if self.wide is not None else 0]
             bucket.append((position, index))
@@ -120,7 +121,7 @@ class _Batches(Sampler):
 class _SeededDataset(Dataset):
     """Maps a draw to a model input, with random numbers that depend on the draw alone."""
 
-    def __init__(self, records: DatasetFromList, mapper: Callable, seed: Tuple[int, int]) -> None:
+    def __init__(self, records: DatasetFromList, mapper: Callable, seed: tuple[int, int]) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
@@ -128,7 +129,7 @@ class _SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, draw: Draw) -> Dict[str, Any]:
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
         position, index = draw
         key = f"{self.seed[0]},{self.seed[1]},{position}".encode()
         with _seeded(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")):
@@ -176,7 +177,7 @@ def _end_when_the_parent_says(parent: int) -> None:
     os._exit(0)
 
 
-def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> ResumableLoader:
+def build_train_loader(cfg: CfgNode, mapper: Callable | None = None) -> ResumableLoader:
     """The training loader that a Detectron2 configuration describes, made resumable.
 
     Raises:
@@ -216,7 +217,7 @@ def _batch_size(cfg: CfgNode) -> int:
     return total // world
 
 
-def _sampler_builder(cfg: CfgNode, dicts: List[Dict[str, Any]]) -> Callable[[int], Sampler]:
+def _sampler_builder(cfg: CfgNode, dicts: list[dict[str, Any]]) -> Callable[[int], Sampler]:
     """Makes the sampler that the configuration names, given a seed; keeps no record."""
     name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)
     if name == "TrainingSampler":

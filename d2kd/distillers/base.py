@@ -1,6 +1,7 @@
 """What every distillation method is: features of two networks in, named losses out."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class TapPair(NamedTuple):
     # the prediction that both taps hold, "" for features: "dense logits", "region deltas", ...
     holds: str = ""
     # the last batch norm before the teacher's tap, where there is one
-    teacher_norm: Optional[NormAffine] = None
+    teacher_norm: NormAffine | None = None
 
 
 class Distiller(nn.Module):
@@ -69,7 +70,7 @@ class Distiller(nn.Module):
         if weight < 0:
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WEIGHT is {weight}; it must not be negative.")
         self.check_pairs(pairs)
-        self.pairs: List[TapPair] = list(pairs)
+        self.pairs: list[TapPair] = list(pairs)
         self.weight = float(weight)
 
     def check_pairs(self, pairs: Sequence[TapPair]) -> None:
@@ -82,7 +83,7 @@ class Distiller(nn.Module):
             )
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         """Constructor arguments from the method's node of the configuration."""
         return {"pairs": pairs, "weight": node.WEIGHT}
 
@@ -98,7 +99,7 @@ class Distiller(nn.Module):
         """One aligner a pair, from student to teacher channels."""
         return nn.ModuleList([build_aligner(p.student_shape, p.teacher_shape) for p in self.pairs])
 
-    def factors_of_pairs(self, key: str, factors: Sequence[float]) -> List[float]:
+    def factors_of_pairs(self, key: str, factors: Sequence[float]) -> list[float]:
         """Further factors on the losses, one a pair; () is 1 for each. `key` is their key in the method's node.
 
         Raises:
@@ -114,7 +115,7 @@ class Distiller(nn.Module):
             raise ValueError(f"DISTILL.{self.CONFIG_NODE}.{key} is {factors}; no number in it must be negative.")
         return factors
 
-    def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
         """
         Args:
             student: map (N, C, H, W) by tap name.
@@ -129,7 +130,7 @@ class Distiller(nn.Module):
             losses[pair.student] = self.weight * self.level_loss(level, s, t)
         return losses
 
-    def aligned(self, level: int, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Tuple[Tensor, Tensor]:
+    def aligned(self, level: int, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Both maps of a pair at equal H and W; no gradient for the teacher, nor for a student of weight 0."""
         pair = self.pairs[level]
         s, t = student[pair.student], teacher[pair.teacher].detach()

@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import math
-from typing import Any, Dict, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ class ChannelMatching(Distiller):
         normalize: str = "none",
         reduction: str = "paper",
         solver: str = "ortools",
-        random: Optional[RandomMasks] = None,
+        random: RandomMasks | None = None,
     ) -> None:
         """
         Args:
@@ -113,7 +114,7 @@ class ChannelMatching(Distiller):
         self._teacher = weights_checksum(teacher.state_dict())
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         settings = {**node, **preset(node.PRESET)}
         return {
             **super().from_config(node, pairs),
@@ -145,7 +146,7 @@ class ChannelMatching(Distiller):
         )
         return cls(**settings)
 
-    def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
         """As in the base class; tracks and assigns first where the schedule says so.
 
         Raises:
@@ -188,7 +189,7 @@ class ChannelMatching(Distiller):
         return not self.schedule.online and (not self.assigned or self.schedule.refreshes(self.batches))
 
     @torch.no_grad()
-    def track(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> None:
+    def track(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
         """Adds a batch of all processes to what the next assignment rests on; all processes must call it."""
         maps = [self.aligned(level, student, teacher) for level in range(len(self.pairs))]
         self.statistics.add([s.detach() for s, _ in maps], [t.detach() for _, t in maps])
@@ -255,7 +256,7 @@ class ChannelMatching(Distiller):
         """What an assignment belongs to: the teacher's weights, and the taps."""
         return " ".join([self._teacher, *(f"{pair.student}<-{pair.teacher}" for pair in self.pairs)])
 
-    def get_extra_state(self) -> Dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
         """Position in the schedule and in the random sequence, and which teacher this belongs to."""
         return {
             "batches": self.batches,
@@ -264,7 +265,7 @@ class ChannelMatching(Distiller):
             "fingerprint": self.fingerprint,
         }
 
-    def set_extra_state(self, state: Dict[str, Any]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint.
 
         Raises:

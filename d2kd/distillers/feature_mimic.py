@@ -1,6 +1,7 @@
 """FeatureMimic: plain feature imitation, the control beside the published methods."""
 
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class FeatureMimic(Distiller):
         self.align = self.build_aligners()
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         return {**super().from_config(node, pairs), "normalize": node.NORMALIZE, "reduction": node.REDUCTION}
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:

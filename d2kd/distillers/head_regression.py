@@ -1,6 +1,7 @@
 """HeadRegression: the student's box deltas follow the teacher's, as in the recipes of arXiv 2205.14589."""
 
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +40,7 @@ class HeadRegression(PredictionDistiller):
         self.tap_weights = self.factors_of_pairs("TAP_WEIGHTS", tap_weights)
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         return {**super().from_config(node, pairs), "beta": node.BETA, "tap_weights": node.TAP_WEIGHTS}
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """LogitKD: the teacher's soft labels, in the form that the task's classifier asks for."""
 
-from typing import Any, Callable, Dict, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from detectron2.config import CfgNode
 from .base import DISTILLERS, TapPair
 from .predictions import PredictionDistiller
 
-_FORMS: Dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+_FORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "softmax": softmax_divergence,
     "sigmoid": binary_divergence,
     "spatial": spatial_divergence,
@@ -60,14 +61,14 @@ class LogitKD(PredictionDistiller):
         self.temperature = float(temperature)
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         return {**super().from_config(node, pairs), "temperature": node.TEMPERATURE, "form": node.FORM}
 
     def may_resample(self, pair: TapPair) -> bool:
         """Scores of pixels mean the same at any stride; those of anchors do not."""
         return pair.holds == "pixel logits"
 
-    def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
         """As in the base class.
 
         The sigmoid form is divided by the number of objects that the teacher sees, over all levels, as the focal loss

@@ -1,6 +1,7 @@
 """MaskedGenerative: the student's masked map must generate the teacher's whole map ("MGD", 2022, arXiv 2205.01529)."""
 
-from typing import Any, Dict, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ class MaskedGenerative(Distiller):
         mask: str = "spatial",
         normalize: str = "none",
         reduction: str = "paper",
-        masks: Optional[RandomMasks] = None,
+        masks: RandomMasks | None = None,
     ) -> None:
         """
         Args:
@@ -61,7 +62,7 @@ class MaskedGenerative(Distiller):
         self.generation = nn.ModuleList([generation_block(p.teacher_shape.channels) for p in self.pairs])
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         return {
             **super().from_config(node, pairs),
             "mask_ratio": node.MASK_RATIO,
@@ -71,7 +72,7 @@ class MaskedGenerative(Distiller):
             "masks": RandomMasks(seed=node.SEED, stream=comm.get_rank()),
         }
 
-    def level_loss(self, level: int, student: Tensor, teacher: Tensor, keep: Optional[Tensor] = None) -> Tensor:
+    def level_loss(self, level: int, student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> Tensor:
         """As in the base class; `keep` replaces the random mask: (N, 1, H, W) or (N, C, 1, 1), 1 = kept."""
         student = self.align[level](student)
         if keep is None:
@@ -79,11 +80,11 @@ class MaskedGenerative(Distiller):
         generated = self.generation[level](student * keep.to(student.dtype))
         return squared_error(generated, normalize(teacher, self.normalize), self.reduction)
 
-    def get_extra_state(self) -> Dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
         """The position in the sequence of masks, for `state_dict`."""
         return self.masks.state()
 
-    def set_extra_state(self, state: Dict[str, Any]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Continues the sequence of masks of a checkpoint."""
         self.masks.load_state(state)
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any, Dict, Tuple
+from typing import Any
 
 TRACKING = ("online", "pass")
 
@@ -31,7 +31,7 @@ _CUB = {
     "TRACKING": "pass",
 }
 #: Settings of the rows that the method's authors published, by name: what `DISTILL.CHANNEL_MATCHING.PRESET` replaces.
-PRESETS: Dict[str, Dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     # the run on 8 GPUs had an eighth of its nominal weight, hence 8 * 5e7 and 8 * 5e6
     "coco_retinanet_r50_r18": {**_DETECTION, "FACTORS": [4e8, 4e8, 4e7, 4e7]},
     "coco_retinanet_r50_r18_without_res2": {**_DETECTION, "FACTORS": [4e8, 4e7, 4e7]},
@@ -46,7 +46,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> Dict[str, Any]:
+def preset(name: str) -> dict[str, Any]:
     """The settings of a published row; none for "".
 
     Raises:
@@ -72,9 +72,9 @@ class MatchingSchedule:
         batches_per_iteration: batches that a process accumulates.
     """
 
-    iterations: Tuple[int, ...] = ()
-    periods: Tuple[int, ...] = (5000, 31000)
-    steps: Tuple[int, ...] = (20000,)
+    iterations: tuple[int, ...] = ()
+    periods: tuple[int, ...] = (5000, 31000)
+    steps: tuple[int, ...] = (20000,)
     images: int = 2000
     tracking: str = "online"
     images_per_iteration: int = 16

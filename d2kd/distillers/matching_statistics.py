@@ -1,6 +1,6 @@
 """What channel matching remembers of the features: sums over images, the same on every process."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist

@@ -1,6 +1,6 @@
 """What the methods share that compare predictions (logits, box deltas) instead of features: nothing is aligned."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from d2kd.layers import AlignmentError
 

@@ -1,6 +1,7 @@
 """ReceptiveTokens: imitation where masks of learned tokens look ("MasKD", 2023, arXiv 2205.14589); the second stage."""
 
-from typing import Any, Dict, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class ReceptiveTokens(Distiller):
         normalize: str = "none",
         reduction: str = "paper",
         eps: float = 1e-12,
-        teacher_checksum: Optional[str] = None,
+        teacher_checksum: str | None = None,
     ) -> None:
         """
         Args:
@@ -93,7 +94,7 @@ class ReceptiveTokens(Distiller):
         return cls(**{**arguments, "warmup": arguments["warmup"] * cfg.SOLVER.ACCUMULATE})
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> Dict[str, Any]:
+    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         learned = TokenFile.load(node.FILE)
         sources = list(node.TOKEN_TAPS) or [pair.teacher for pair in pairs]
         if len(sources) != len(pairs):
@@ -124,7 +125,7 @@ class ReceptiveTokens(Distiller):
                 f"than the one in use ({checksum}). Learn tokens on DISTILL.TEACHER.WEIGHTS with tools/learn_tokens.py."
             )
 
-    def forward(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
         losses = super().forward(student, teacher)
         self.calls += self.training
         return losses
@@ -153,11 +154,11 @@ class ReceptiveTokens(Distiller):
         variance, mean = torch.var_mean(at_least_float32(teacher), dim=(0, 2, 3), correction=0)
         return level.tokens * torch.sqrt(variance + _EPS), (level.tokens * mean).sum(1)
 
-    def get_extra_state(self) -> Dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
         """The position in the warm-up, for `state_dict`, and which tokens are in use."""
         return {"calls": self.calls, "tokens": self.tokens_checksum}
 
-    def set_extra_state(self, state: Dict[str, Any]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Continues the warm-up of a checkpoint.
 
         Raises:

@@ -2,7 +2,8 @@
 
 import hashlib
 import pickle
-from typing import Any, Dict, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class TokenFile(NamedTuple):
     """
 
     teacher: str
-    levels: Dict[str, LearnedLevel]
+    levels: dict[str, LearnedLevel]
     iterations: int
 
     def save(self, path: str) -> None:
@@ -99,7 +100,7 @@ class TokenFile(NamedTuple):
         return tokens
 
 
-def _present(tokens: Tokens) -> Dict[str, Tensor]:
+def _present(tokens: Tokens) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in tokens._asdict().items() if value is not None}
 
 

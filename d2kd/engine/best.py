@@ -3,7 +3,8 @@
 import difflib
 import logging
 import math
-from typing import Any, Dict, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 from d2kd.config import ConfigError
 from detectron2.config import CfgNode
@@ -42,9 +43,9 @@ class BestCheckpoint(HookBase):
         self.metric = metric
         self.patience = patience
         self.min_delta = min_delta
-        self.best: Optional[float] = None
-        self.best_iter: Optional[int] = None
-        self._reference: Optional[float] = None
+        self.best: float | None = None
+        self.best_iter: int | None = None
+        self._reference: float | None = None
         self._stale = 0
         self._judged_iter = -1
 
@@ -86,7 +87,7 @@ class BestCheckpoint(HookBase):
             self._stale += 1
         logger.info("%s is %.4f; the best is %s", self.metric, value, self.describe())
 
-    def describe(self) -> Dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Metric, best value and its iteration."""
         return {"metric": self.metric, "value": self.best, "iteration": self.best_iter}
 
@@ -99,7 +100,7 @@ class BestCheckpoint(HookBase):
             self.trainer.stop_early()
         self.trainer.save_again()
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Best value so far and evaluations since."""
         names = ("metric", "best", "best_iter", "_reference", "_stale")
         return {name.strip("_"): getattr(self, name) for name in names}

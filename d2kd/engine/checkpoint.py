@@ -2,7 +2,8 @@
 
 import logging
 import random
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +41,10 @@ class DistillCheckpointer(DetectionCheckpointer):
         save_dir: str,
         *,
         trainer: Any,
-        distillers: Optional[nn.Module] = None,
-        balance: Optional[GradientBalance] = None,
-        ema: Optional[WeightAverage] = None,
-        methods: Optional[Sequence[str]] = None,
+        distillers: nn.Module | None = None,
+        balance: GradientBalance | None = None,
+        ema: WeightAverage | None = None,
+        methods: Sequence[str] | None = None,
     ) -> None:
         """
         Args:
@@ -60,7 +61,7 @@ class DistillCheckpointer(DetectionCheckpointer):
         extra = {"distillers": distillers, "balance": balance, "ema": ema}
         super().__init__(student, save_dir, trainer=trainer, **{n: x for n, x in extra.items() if x is not None})
 
-    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Continues from the last checkpoint of `save_dir` if `resume` is set and there is one, else loads weights from
         `path`.
 
@@ -96,7 +97,7 @@ class DistillCheckpointer(DetectionCheckpointer):
         return super()._load_model(checkpoint)
 
 
-def _with(methods: Optional[Sequence[str]]) -> str:
+def _with(methods: Sequence[str] | None) -> str:
     if methods is None:
         return "without a teacher"
     return f"with DISTILL.METHODS {list(methods)}"
@@ -108,7 +109,7 @@ def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
         torch.save({"model": model.state_dict(), **extra}, temporary)
 
 
-def process_state(model: nn.Module) -> Dict[str, Any]:
+def process_state(model: nn.Module) -> dict[str, Any]:
     """What differs between processes: random states and running normalisers, in types that load safely."""
     numpy_state = np.random.get_state()
     return {
@@ -131,7 +132,7 @@ def load_process_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     load_running_normalizers(model, state["running"])
 
 
-def gather_process_states(model: nn.Module) -> List[Dict[str, Any]]:
+def gather_process_states(model: nn.Module) -> list[dict[str, Any]]:
     """`process_state` of every process, on every process; all must call it."""
     return comm.all_gather(process_state(model))
 
@@ -143,7 +144,7 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def running_normalizers(model: nn.Module) -> Dict[str, Any]:
+def running_normalizers(model: nn.Module) -> dict[str, Any]:
     """Running loss normalisers of a model by "module path.attribute"; they are in no state_dict."""
     return {
         f"{path}.{attribute}": getattr(module, attribute)

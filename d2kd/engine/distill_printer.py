@@ -1,7 +1,6 @@
 """The lines of the log that tell what every method adds on every level."""
 
 import logging
-from typing import Dict, List
 
 from detectron2.utils.events import EventWriter, get_event_storage
 
@@ -28,7 +27,7 @@ class DistillPrinter(EventWriter):
     def write(self) -> None:
         """Logs what is newer than the last line."""
         storage = get_event_storage()
-        groups: Dict[str, List[str]] = {}
+        groups: dict[str, list[str]] = {}
         scalars = storage.latest_with_smoothing_hint(self._window_size)
         for kind, title in _SHOWN.items():
             for name, (value, iteration) in scalars.items():

@@ -1,7 +1,8 @@
 """Exponential moving average of the student's weights: a second, usually better student."""
 
 import copy
-from typing import Any, Dict, List, Mapping, Tuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class WeightAverage:
         """d at a step, counted from 1."""
         return min(self.decay, (1 + step) / (self.warmup + step))
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Averaged weights under "model", and the number of updates."""
         return {"model": self.model.state_dict(), "updates": self.updates}
 
@@ -86,14 +87,14 @@ class EMAHook(HookBase):
         self.average.update()
 
 
-def _tensor_pairs(average: nn.Module, live: nn.Module) -> List[Tuple[Tensor, Tensor]]:
+def _tensor_pairs(average: nn.Module, live: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """(average, live) of every parameter and saved buffer, each once, also where modules share one."""
     ours, theirs = average.state_dict(keep_vars=True), live.state_dict(keep_vars=True)
     pairs = {id(x): (x.detach(), theirs[name].detach()) for name, x in ours.items() if isinstance(x, Tensor)}
     return list(pairs.values())
 
 
-def _copy(pairs: List[Tuple[Tensor, Tensor]]) -> None:
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     if pairs:
         targets, sources = map(list, zip(*pairs))
         torch._foreach_copy_(targets, sources)

@@ -3,8 +3,9 @@
 import logging
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any
 
 from d2kd.files import write_json
 from detectron2.engine.train_loop import HookBase
@@ -49,8 +50,8 @@ class InterruptHook(HookBase):
             step: the steps of the training.
         """
         self.step = step
-        self._received: Optional[float] = None
-        self._previous: Dict[int, Any] = {}
+        self._received: float | None = None
+        self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
         """Installs the signal handlers."""
@@ -99,11 +100,11 @@ class WallTime(HookBase):
         """Stops the clock."""
         self.seconds += time.perf_counter() - self._start
 
-    def state_dict(self) -> Dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """Seconds so far."""
         return {"seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: Dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """The inverse of `state_dict`."""
         self.seconds = float(state_dict["seconds"])
 
@@ -111,7 +112,7 @@ class WallTime(HookBase):
 class ResultWriter(HookBase):
     """Writes what a finished run came to as `result.json` into the output directory; until then there is none."""
 
-    def __init__(self, path: str, describe: Callable[[], Dict[str, Any]]) -> None:
+    def __init__(self, path: str, describe: Callable[[], dict[str, Any]]) -> None:
         """
         Args:
             path: the file.

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.multiprocessing import ProcessExitedException
 

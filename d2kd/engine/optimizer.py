@@ -1,7 +1,8 @@
 """Optimizers: Detectron2's SGD, Adam and AdamW with its per-parameter rules, clipping by the whole model's norm."""
 
 import itertools
-from typing import Any, Callable, List, Optional, Type
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,12 +54,12 @@ def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
             # positions of a vision transformer must not shrink (arXiv 2203.16527, appendix A.2)
             overrides={"pos_embed": {"weight_decay": 0.0}},
         )
-        kind: Type[Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
+        kind: type[Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
         return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
     raise ConfigError(f"SOLVER.OPTIMIZER is {name!r}; it must be SGD, {' or '.join(_ADAPTIVE)}.")
 
 
-def _layer_decay(cfg: CfgNode, model: nn.Module) -> Optional[Callable[[str], float]]:
+def _layer_decay(cfg: CfgNode, model: nn.Module) -> Callable[[str], float] | None:
     """Factor on the learning rate by parameter name (arXiv 2106.08254); None where `SOLVER.LAYER_DECAY` is off."""
     decay = cfg.SOLVER.LAYER_DECAY
     if decay == 1.0:
@@ -76,9 +77,9 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Optional[Callable[[str], flo
 
 def clip_by_total_norm(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> None:
     """Makes every step of an optimiser scale its gradients down to a total norm of at most `max_norm`."""
-    parameters: List[nn.Parameter] = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
+    parameters: list[nn.Parameter] = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
 
-    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> Optional[Callable]:
+    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> Callable | None:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
         return None
 

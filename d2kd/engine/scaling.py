@@ -1,6 +1,6 @@
 """Fits a configuration made for one number of processes to another."""
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 from d2kd.config import ConfigError
 from d2kd.distillers.matching_schedule import preset
@@ -44,5 +44,5 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     return scaled
 
 
-def _scaled(iterations: Sequence[int], factor: float) -> List[int]:
+def _scaled(iterations: Sequence[int], factor: float) -> list[int]:
     return [round(iteration * factor) for iteration in iterations]

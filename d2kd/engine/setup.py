@@ -5,7 +5,8 @@ import difflib
 import logging
 import os
 import re
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def log_runtime(device: str = "cpu", seed: str = "none") -> None:
     )
 
 
-def load_config(config_file: str, options: Optional[List[str]] = None) -> CfgNode:
+def load_config(config_file: str, options: list[str] | None = None) -> CfgNode:
     """Detectron2's defaults and d2kd's, changed by a YAML file and a list of ["KEY", "value", ...].
 
     Raises:
@@ -107,7 +108,7 @@ def _use_device(name: str) -> None:
     torch.cuda.set_device(device)  # whose random state is then saved, and whose memory is shown
 
 
-def command_line_options(args: argparse.Namespace) -> List[str]:
+def command_line_options(args: argparse.Namespace) -> list[str]:
     """The changes to the configuration that a command line asks for, ["KEY", "value", ...]."""
     changes = [o for o in args.opts if o != "--"]
     for key, value in (
@@ -120,7 +121,7 @@ def command_line_options(args: argparse.Namespace) -> List[str]:
     return changes
 
 
-def _whole_numbers_as_floats(cfg: CfgNode, options: List[str]) -> List[str]:
+def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
     """Lets "KEY 8" set a key that holds a float; the configuration system itself wants "8.0"."""
     floats = {key for key, value in _leaves(cfg) if isinstance(value, float)}
 
@@ -143,7 +144,7 @@ def _merge(cfg: CfgNode, merge: Callable[[Any], None], what: Any, where: str) ->
         raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
 
 
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, CfgNode):
             yield from _leaves(value, f"{prefix}{key}.")

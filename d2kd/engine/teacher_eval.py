@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, Dict, Optional
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from detectron2.utils import comm
 logger = logging.getLogger(__name__)
 
 
-def evaluate_teacher(cfg: CfgNode, model: Optional[nn.Module] = None) -> Dict[str, Any]:
+def evaluate_teacher(cfg: CfgNode, model: nn.Module | None = None) -> dict[str, Any]:
     """Evaluates the teacher on `cfg.DATASETS.TEST` and writes `OUTPUT_DIR/teacher/result.json`.
 
     Args:
@@ -32,7 +32,7 @@ def evaluate_teacher(cfg: CfgNode, model: Optional[nn.Module] = None) -> Dict[st
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     model = load_teacher(teacher_cfg) if model is None else model
     model.eval()
-    results: Dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in cfg.DATASETS.TEST:
         logger.info("Evaluating the teacher on %s", name)
         loader = build_detection_test_loader(teacher_cfg, name)

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,9 +112,9 @@ class TokenTrainer(DistillTrainer):
         logger.info("Learning %d tokens for each of %s", node.LEARN.NUM_TOKENS, ", ".join(learner.taps))
         return learner
 
-    def build_hooks(self) -> List[Optional[HookBase]]:
+    def build_hooks(self) -> list[HookBase | None]:
         """Timing, schedule, checkpoints, pictures, the token file and writers, in that order."""
-        ret: List[Optional[HookBase]] = [
+        ret: list[HookBase | None] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._wall_time,
@@ -136,11 +136,11 @@ class TokenTrainer(DistillTrainer):
         if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(resume=True)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As in the base class, and which teacher the tokens belong to."""
         return {**super().state_dict(), "teacher": self.learner.teacher_checksum, "taps": list(self.learner.taps)}
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`.
 
         Raises:
@@ -169,7 +169,7 @@ class TokenTrainer(DistillTrainer):
             )
         logger.info("Wrote %s: the DISTILL.RECEPTIVE_TOKENS.FILE of students of this teacher", self.result_file)
 
-    def _overlaps(self) -> Dict[str, float]:
+    def _overlaps(self) -> dict[str, float]:
         """Dice overlap by tap, over the last steps; over one batch where an interrupted run has made all steps."""
         if self.start_iter < self.max_iter:
             return {n: float(self.storage.history(f"loss_dice/{n}").median(_DICE_WINDOW)) for n in self.learner.taps}
@@ -188,7 +188,7 @@ class _CheckTaps(HookBase):
 class MaskPictures(HookBase):
     """Draws the masks over a few training images: as PNG files, and into the event storage (TensorBoard)."""
 
-    def __init__(self, cfg: CfgNode, period: int, dicts: List[Dict[str, Any]]) -> None:
+    def __init__(self, cfg: CfgNode, period: int, dicts: list[dict[str, Any]]) -> None:
         """
         Args:
             cfg: of the teacher; decides size and channel order of its input.
@@ -199,7 +199,7 @@ class MaskPictures(HookBase):
         self.directory = os.path.join(cfg.OUTPUT_DIR, "masks")
         self.image_format = cfg.INPUT.FORMAT
         self.dicts = dicts
-        self._range: Dict[str, np.ndarray] = {}
+        self._range: dict[str, np.ndarray] = {}
         self.mapper = DatasetMapper(cfg, is_train=False)
 
     def after_step(self) -> None:
@@ -223,7 +223,7 @@ class MaskPictures(HookBase):
             rgb = torch.from_numpy(np.ascontiguousarray(picture[..., ::-1].transpose(2, 0, 1)))
             self.trainer.storage.put_image(f"masks/{number}", rgb)
 
-    def _rows(self, data: Dict[str, Any]) -> Dict[str, MaskRow]:
+    def _rows(self, data: dict[str, Any]) -> dict[str, MaskRow]:
         inputs = [{key: data[key] for key in ("image", "height", "width")}]
         rows = {}
         for tap, seen in self.trainer.learner.look(inputs).items():
@@ -232,7 +232,7 @@ class MaskPictures(HookBase):
                 self._range[tap] = np.maximum(self._range.get(tap, 0.0), np.ptp(row.masks, axis=(1, 2)))
         return rows
 
-    def flat_taps(self) -> List[str]:
+    def flat_taps(self) -> list[str]:
         """Taps (of more than one cell) of which most masks varied by less than 0.1 in every image, when last drawn."""
         return [tap for tap, ranges in self._range.items() if (ranges < _FLAT).mean() > 0.5]
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterable, List, NoReturn, Optional
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,13 +37,13 @@ class TrainStep(SimpleTrainer):
     def __init__(
         self,
         model: nn.Module,
-        data_loader: Iterable[List[Dict[str, Any]]],
+        data_loader: Iterable[list[dict[str, Any]]],
         optimizer: Optimizer,
         *,
-        precision: Optional[torch.dtype] = None,
+        precision: torch.dtype | None = None,
         accumulate: int = 1,
         before_raising: Callable[[], str] = lambda: "",
-        running_model: Optional[nn.Module] = None,
+        running_model: nn.Module | None = None,
     ) -> None:
         """
         Args:
@@ -79,7 +81,7 @@ class TrainStep(SimpleTrainer):
         self._before.remember()
         self._check_scale()
         self.optimizer.zero_grad()
-        sums: Dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         waited = 0.0
         for number in range(self.accumulate):
             start = time.perf_counter()
@@ -92,7 +94,7 @@ class TrainStep(SimpleTrainer):
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _backward(self, data: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def _backward(self, data: list[dict[str, Any]]) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
             try:
                 losses = self.model(data)
@@ -102,12 +104,12 @@ class TrainStep(SimpleTrainer):
         self.scaler.scale(total).backward()
         return {name: loss.detach().float() for name, loss in losses.items()}
 
-    def _synchronise_if(self, last: bool) -> ContextManager:
+    def _synchronise_if(self, last: bool) -> AbstractContextManager:
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _record(self, losses: Dict[str, Tensor], data_time: float) -> None:
+    def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Averages over processes, checks, and logs; one transfer from the device for all losses."""
         names = sorted(losses)
         others = torch.tensor([data_time, float(self.stop_requested)], device=self.device)
@@ -166,14 +168,14 @@ class TrainStep(SimpleTrainer):
             f"SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"
         )
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Iteration, optimizer and loss scale."""
         state = super().state_dict()
         if self.scaler.is_enabled():
             state["grad_scaler"] = self.scaler.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and "grad_scaler" in state_dict:
@@ -193,18 +195,18 @@ class StateBeforeStep:
         changing = [b for m in norms for b in m.buffers(recurse=False)] + [
             b for m in self._distillers for b in m.buffers()
         ]
-        by_type: Dict[torch.dtype, List[Tensor]] = {}  # lists of one type are copied in one go
+        by_type: dict[torch.dtype, list[Tensor]] = {}  # lists of one type are copied in one go
         for buffer in {id(b): b for b in changing}.values():
             by_type.setdefault(buffer.dtype, []).append(buffer)
         self._buffers = [(live, [b.clone() for b in live]) for live in by_type.values()]
         # Detectron2's dense detectors; the attribute itself may appear with the first batch only
         self._normalizing = [m for m in running_model.modules() if hasattr(m, "_ema_update")]
-        self._normalizers: List[Dict[str, Any]] = []
-        self._positions: List[Any] = []
+        self._normalizers: list[dict[str, Any]] = []
+        self._positions: list[Any] = []
         self._balances = [m.balance for m in model.modules() if isinstance(m, DistilledModel) and m.balance is not None]
-        self._balance_states: List[Dict[str, Any]] = []
+        self._balance_states: list[dict[str, Any]] = []
         self._cuda = next(model.parameters()).is_cuda
-        self._random: List[Tensor] = []
+        self._random: list[Tensor] = []
 
     @torch.no_grad()
     def remember(self) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import weakref
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ class DistillTrainer(DefaultTrainer):
         cfg = scale_to_processes(cfg, comm.get_world_size())
         self.cfg = cfg
         model = self.build_model(cfg)
-        self.distilled: Optional[DistilledModel] = model if isinstance(model, DistilledModel) else None
+        self.distilled: DistilledModel | None = model if isinstance(model, DistilledModel) else None
         self.student: nn.Module = model.student if self.distilled is not None else model
         loader = self.build_train_loader(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -88,8 +88,8 @@ class DistillTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = _build_average(cfg, self.student)
         self.stopped_early = False
-        self._process_states: List[Dict[str, Any]] = []
-        self._saved: Tuple[str, int] = ("", -1)
+        self._process_states: list[dict[str, Any]] = []
+        self._saved: tuple[str, int] = ("", -1)
         self.checkpointer = DistillCheckpointer(
             self.student,
             cfg.OUTPUT_DIR,
@@ -125,14 +125,14 @@ class DistillTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> DatasetEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         """See `d2kd.evaluation.build`."""
         return build_evaluator(cfg, dataset_name, output_folder)
 
-    def build_hooks(self) -> List[Optional[HookBase]]:
+    def build_hooks(self) -> list[HookBase | None]:
         """Timing, schedule, average, checkpoints, evaluation, best checkpoint, result and writers, in that order."""
         cfg = self.cfg
-        ret: List[Optional[HookBase]] = [
+        ret: list[HookBase | None] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._wall_time,
@@ -151,7 +151,7 @@ class DistillTrainer(DefaultTrainer):
             ret.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return ret
 
-    def build_writers(self) -> List[EventWriter]:
+    def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers, the methods' lines in the log, and with `WANDB.ENABLED` Weights & Biases."""
         writers = [*super().build_writers(), DistillPrinter()]
         if self.cfg.WANDB.ENABLED:
@@ -215,7 +215,7 @@ class DistillTrainer(DefaultTrainer):
         if iteration == self.iter:
             self.save(name)
 
-    def save_best(self, description: Dict[str, Any]) -> None:
+    def save_best(self, description: dict[str, Any]) -> None:
         """Writes the weights just evaluated as `model_best.pth`: the student's, or for a metric of it the average's."""
         averaged = self.average is not None and description["metric"].partition("/")[0].endswith("_EMA")
         if comm.is_main_process():
@@ -247,14 +247,14 @@ class DistillTrainer(DefaultTrainer):
         self.save("model_final")
         raise EarlyStop
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside student and distillers."""
         state = super().state_dict()
         state["data_seed"] = self.data_loader.seed
         state["process_states"] = self._process_states
         return state
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`; random states are restored if there are as many processes as before."""
         super().load_state_dict(state_dict)
         self.data_loader.seed = state_dict["data_seed"]
@@ -277,7 +277,7 @@ class DistillTrainer(DefaultTrainer):
         path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
         return f" The state before this iteration is kept in {path}; --resume continues there."
 
-    def _evaluate(self) -> Dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         # evaluation draws random numbers (a loader's base seed); a run that is resumed after it must not notice
         with untouched_random_state(self._trainer.device):
             results = self._results_of_now()
@@ -286,7 +286,7 @@ class DistillTrainer(DefaultTrainer):
             self._best.judge(results)
         return results
 
-    def _results_of_now(self) -> Dict[str, Any]:
+    def _results_of_now(self) -> dict[str, Any]:
         for model in [self.student] if self.average is None else [self.student, self.average.model]:
             share_buffers(model)
         results = dict(self.test(self.cfg, self.student))
@@ -301,7 +301,7 @@ class DistillTrainer(DefaultTrainer):
             self.storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
 
     @classmethod
-    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluates a GeneralizedRCNN with test-time augmentation (`TEST.AUG`); the results' names end in "_TTA".
 
         Raises:
@@ -310,7 +310,7 @@ class DistillTrainer(DefaultTrainer):
         check_test_augmentation(cfg)
         return test_beside(cls, cfg, GeneralizedRCNNWithTTA(cfg, model), "TTA")
 
-    def _result(self) -> Dict[str, Any]:
+    def _result(self) -> dict[str, Any]:
         cfg = self.cfg
         return {
             "metrics": getattr(self, "_last_eval_results", {}),
@@ -337,7 +337,7 @@ def check_test_augmentation(cfg: CfgNode) -> None:
         )
 
 
-def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, suffix: str) -> Dict[str, Any]:
+def test_beside(trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Module, suffix: str) -> dict[str, Any]:
     """`trainer.test` of a variant of the student: results "<name>_<suffix>", predictions in `inference_<suffix>`."""
     logger.info("Evaluating the variant %s", suffix)
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
@@ -345,12 +345,12 @@ def test_beside(trainer: Type[DefaultTrainer], cfg: CfgNode, model: nn.Module, s
     return {f"{name}_{suffix}": value for name, value in trainer.test(cfg, model, evaluators).items()}
 
 
-def _build_average(cfg: CfgNode, student: nn.Module) -> Optional[WeightAverage]:
+def _build_average(cfg: CfgNode, student: nn.Module) -> WeightAverage | None:
     node = cfg.SOLVER.EMA
     return WeightAverage(student, node.DECAY, node.WARMUP) if node.ENABLED else None
 
 
-def _precision(cfg: CfgNode) -> Optional[torch.dtype]:
+def _precision(cfg: CfgNode) -> torch.dtype | None:
     """The type of mixed precision, None for float32.
 
     Raises:

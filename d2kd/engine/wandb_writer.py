@@ -3,7 +3,8 @@
 import importlib.util
 import logging
 import os
-from typing import Any, Callable, Dict, Optional
+from collections.abc import Callable
+from typing import Any
 
 import yaml
 
@@ -42,11 +43,11 @@ class WandbWriter(EventWriter):
         self._resumed = resumed
         self._window_size = window_size
         self._last_iter = -1
-        self._run: Optional[Any] = None
+        self._run: Any | None = None
 
     def write(self) -> None:
         """Logs what is new."""
-        new: Dict[int, Dict[str, float]] = {}
+        new: dict[int, dict[str, float]] = {}
         for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
             if iteration > self._last_iter:
                 new.setdefault(iteration, {})[name] = value
@@ -81,7 +82,7 @@ class WandbWriter(EventWriter):
         return run
 
 
-def _read(path: str) -> Optional[str]:
+def _read(path: str) -> str | None:
     if not os.path.isfile(path):
         return None
     with open(path, encoding="utf-8") as f:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from typing import Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -25,7 +24,7 @@ def check_evaluators(cfg: CfgNode) -> None:
             _type_of(name)
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> DatasetEvaluator:
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
     """The evaluator of a dataset.
 
     Cityscapes is evaluated as COCO and other label maps are: its own benchmark has another AP, and the same IoU.

@@ -1,6 +1,6 @@
 """Alignment of two feature maps: channels by a learned 1x1 convolution, resolution by resampling and cropping."""
 
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def check_alignable(where: str, student: TapShape, teacher: TapShape) -> None:
         )
 
 
-def align_resolution(student: Tensor, teacher: Tensor, stride_ratio: float = 1.0) -> Tuple[Tensor, Tensor]:
+def align_resolution(student: Tensor, teacher: Tensor, stride_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
     """Brings the teacher's map to the student's grid.
 
     Both maps start at the same image corner; padding lies at the bottom right. So maps of equal stride are cropped to

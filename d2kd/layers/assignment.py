@@ -1,6 +1,6 @@
 """Which teacher channels belong to which student channel, at the least cost: OR-Tools, and SciPy as the check."""
 
-from typing import Callable, Dict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def _scipy(cost: Tensor, per_student: int) -> Tensor:
     return torch.from_numpy(columns).view(cost.shape[0], per_student)
 
 
-SOLVERS: Dict[str, Callable[[Tensor, int], Tensor]] = {"ortools": _ortools, "scipy": _scipy}
+SOLVERS: dict[str, Callable[[Tensor, int], Tensor]] = {"ortools": _ortools, "scipy": _scipy}
 
 
 def check_solver(solver: str) -> None:

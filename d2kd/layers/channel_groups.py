@@ -1,7 +1,8 @@
 """Groups of teacher channels: reduced to one map each, with margins, and the one-sided error against them."""
 
 import math
-from typing import Callable, Dict, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def take_members(teacher: Tensor, margins: Tensor, members: Tensor, pick: Tensor
     return Reduced(reduced, margins.gather(1, pick_margin[:, None]).squeeze(1))
 
 
-REDUCERS: Dict[str, Callable[[Tensor, Tensor, Tensor, Uniform], Reduced]] = {
+REDUCERS: dict[str, Callable[[Tensor, Tensor, Tensor, Uniform], Reduced]] = {
     "amp": _largest_magnitude,
     "amp_signed": lambda teacher, margins, members, uniform: Reduced(_largest(teacher, members), margins.mean(dim=1)),
     "sp": lambda teacher, margins, members, uniform: Reduced(_largest(teacher, members), margins.amax(dim=1)),

@@ -1,7 +1,7 @@
 """Random masks for masked generation, reproducible without keeping generator state."""
 
 import hashlib
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class RandomMasks:
         self.seed = seed
         self.stream = stream
         self.draws = 0
-        self._generators: Dict[torch.device, torch.Generator] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, like: Tensor, drop: float, kind: str) -> Tensor:
         """Draws one mask for a feature map.
@@ -37,7 +37,7 @@ class RandomMasks:
         shape = (n, 1, h, w) if kind == "spatial" else (n, c, 1, 1)
         return keep_mask(self.uniform(shape, like.device), drop, kind).to(like.dtype)
 
-    def uniform(self, shape: Tuple[int, ...], device: torch.device) -> Tensor:
+    def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The next draw itself: numbers in [0, 1) of that shape."""
         return torch.rand(shape, generator=self._next_generator(device), device=device)
 
@@ -50,11 +50,11 @@ class RandomMasks:
         # neighbouring seeds would give correlated streams on some devices, hence a digest of the three numbers
         return generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
 
-    def state(self) -> Dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint needs to continue the sequence: plain integers."""
         return {"seed": self.seed, "draws": self.draws}
 
-    def load_state(self, state: Dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Continues a saved sequence; the stream stays this process's own."""
         self.seed, self.draws = int(state["seed"]), int(state["draws"])
 

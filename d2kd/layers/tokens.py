@@ -4,7 +4,7 @@ No tensor over the positions has both a token and a channel axis: masks are (N, 
 """
 
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ class Tokens(NamedTuple):
     """
 
     tokens: Tensor  # (T, C)
-    weight: Optional[Tensor] = None
-    bias: Optional[Tensor] = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
-def token_masks(x: Tensor, tokens: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+def token_masks(x: Tensor, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
     """Soft masks sigmoid(<token, pixel>) (Huang et al., "Masked Distillation with Receptive Tokens", 2023).
 
     Args:
@@ -156,7 +156,7 @@ class _WeightedError(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
         student, teacher, position_weights = ctx.saved_tensors
@@ -179,7 +179,7 @@ class WeightingBranch(nn.Module):
             nn.init.normal_(layer.weight, std=math.sqrt(2.0 / fan_out))
             nn.init.zeros_(layer.bias)
 
-    def folded(self, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, Tensor]:
+    def folded(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Weight (T, C, 3, 3) and bias (T,) of both layers' product, computed in `dtype`; differentiable."""
         dtype = dtype or self.conv.weight.dtype
         inner, outer = self.conv.weight.to(dtype), self.predictor.weight.to(dtype).flatten(1)
@@ -208,7 +208,7 @@ class TokenMasks(nn.Module):
         self.tokens = nn.Parameter(torch.empty(num_tokens, channels).normal_(std=0.01))
         self.weighting = WeightingBranch(channels, num_tokens) if weighting else None
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The masked map (N, C, H, W), in the type of `x`, and the masks (N, T, H, W)."""
         masks = token_masks(x, self.tokens)
         return x * self.gate(x, masks)[:, None].to(x.dtype), masks

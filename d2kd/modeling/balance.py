@@ -1,7 +1,8 @@
 """How strongly each method pulls at the student: its gradient on the shared taps, measured, logged and balanced."""
 
 import math
-from typing import Any, Dict, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class GradientBalance:
     """
 
     def __init__(
-        self, methods: Sequence[str], *, ratio: Optional[float] = None, period: int = 10, log_period: int = 0
+        self, methods: Sequence[str], *, ratio: float | None = None, period: int = 10, log_period: int = 0
     ) -> None:
         """
         Args:
@@ -80,7 +81,7 @@ class GradientBalance:
 
     def __call__(
         self, task: Losses, methods: Mapping[str, Losses], features: Sequence[Tensor]
-    ) -> Dict[str, Dict[str, Tensor]]:
+    ) -> dict[str, dict[str, Tensor]]:
         """
         Args:
             task: the student's own losses.
@@ -114,7 +115,7 @@ class GradientBalance:
         scales = self.ratio * self._norms[0] / self._norms[1:]
         return torch.where(torch.isfinite(scales) & (scales > 0), scales, ones)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {
             "methods": self.methods,

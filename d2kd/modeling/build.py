@@ -1,7 +1,7 @@
 """Builds a distilled model from a configuration: student, teacher, methods, and what the student inherits."""
 
 import difflib
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 
@@ -62,7 +62,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     )
 
 
-def inherit_from_teacher(cfg: CfgNode, model: DistilledModel) -> Optional[InheritReport]:
+def inherit_from_teacher(cfg: CfgNode, model: DistilledModel) -> InheritReport | None:
     """Starts the student's neck and heads from the teacher's, where `DISTILL.INHERIT` says so; see `inherit`."""
     if not cfg.DISTILL.INHERIT.ENABLED:
         return None
@@ -79,12 +79,12 @@ def _distiller(cfg: CfgNode, name: str, pairs: Sequence[TapPair]) -> Distiller:
         raise MethodError(f"{name}: {error}") from error
 
 
-def _class_counts(cfg: CfgNode, teacher_cfg: CfgNode) -> Optional[Tuple[int, int]]:
+def _class_counts(cfg: CfgNode, teacher_cfg: CfgNode) -> tuple[int, int] | None:
     counts = [num_classes(cfg), num_classes(teacher_cfg)]
     return None if None in counts else (counts[0][1], counts[1][1])
 
 
-def _methods(cfg: CfgNode) -> List[str]:
+def _methods(cfg: CfgNode) -> list[str]:
     known = sorted(name for name, _ in DISTILLERS)
     if not cfg.DISTILL.METHODS and not cfg.DISTILL.INHERIT.ENABLED:
         raise MethodError(

@@ -1,7 +1,9 @@
 """DistilledModel: a student that learns from its task and a teacher's features; at inference, the student alone."""
 
 import contextlib
-from typing import Any, ContextManager, Dict, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class DistilledModel(nn.Module):
         student: nn.Module,
         teacher: Teacher,
         distillers: Mapping[str, Distiller],
-        balance: Optional[GradientBalance] = None,
+        balance: GradientBalance | None = None,
     ) -> None:
         """
         Args:
@@ -51,7 +53,7 @@ class DistilledModel(nn.Module):
         """Where the student lives."""
         return next(self.student.parameters()).device
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
         Args:
             batched_inputs: Detectron2's input format; in training with ground truth.
@@ -84,8 +86,8 @@ class DistilledModel(nn.Module):
 
     @torch.no_grad()
     def observe(
-        self, distiller: Distiller, batched_inputs: List[Dict[str, Any]]
-    ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+        self, distiller: Distiller, batched_inputs: list[dict[str, Any]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a method would compare, both networks in evaluation mode, each run once and as far as its deepest tap.
 
         Returns:
@@ -102,17 +104,17 @@ class DistilledModel(nn.Module):
             self.student.train(was_training)
         return student_features, self.teacher.features(batched_inputs)
 
-    def _recording_regions(self) -> ContextManager:
+    def _recording_regions(self) -> AbstractContextManager:
         return contextlib.nullcontext() if self._regions is None else self._regions.recording()
 
 
-def _shared_taps(student: nn.Module, taps: Sequence[str]) -> List[str]:
+def _shared_taps(student: nn.Module, taps: Sequence[str]) -> list[str]:
     """What the gradients of task and methods share: the taps in the backbone, or all that it gives to the heads."""
     in_backbone = [name for name in taps if is_in_backbone(student, name)]
     return list(dict.fromkeys(in_backbone)) or list(student.backbone.output_shape())
 
 
-def _named_losses(method: str, losses: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+def _named_losses(method: str, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not losses:
         raise TapError(f"Method {method} gave no loss: check DISTILL.METHODS and its taps.")
     return {f"distill/{method}/{tap}": loss for tap, loss in losses.items()}

@@ -1,7 +1,8 @@
 """Inheriting: the student's neck and heads start from the teacher's, wherever names and shapes fit."""
 
 import logging
-from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,11 +17,11 @@ class InheritError(ValueError):
 class InheritReport(NamedTuple):
     """What inheriting did, by parameter or buffer name of the student."""
 
-    copied: List[str]
+    copied: list[str]
     # names that both have, with the student's and the teacher's shape
-    other_shape: List[Tuple[str, Tuple[int, ...], Tuple[int, ...]]]
+    other_shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     # names of the student, outside its body, that the teacher lacks
-    absent: List[str]
+    absent: list[str]
 
 
 def body_prefix(model: nn.Module) -> str:
@@ -40,7 +41,7 @@ def plan_inheritance(
     student: nn.Module,
     teacher: nn.Module,
     exclude: Iterable[str] = (),
-    classes: Optional[Tuple[int, int]] = None,
+    classes: tuple[int, int] | None = None,
 ) -> InheritReport:
     """What `inherit` would copy; nothing is changed.
 
@@ -78,7 +79,7 @@ def inherit(
     student: nn.Module,
     teacher: nn.Module,
     exclude: Iterable[str] = (),
-    classes: Optional[Tuple[int, int]] = None,
+    classes: tuple[int, int] | None = None,
 ) -> InheritReport:
     """Copies neck and heads of the teacher into the student, once; nothing stays tied or frozen.
 
@@ -93,12 +94,12 @@ def inherit(
     return report
 
 
-def _counts_classes(ours: int, theirs: int, classes: Tuple[int, int]) -> bool:
+def _counts_classes(ours: int, theirs: int, classes: tuple[int, int]) -> bool:
     """Whether two numbers of channels are to each other as the numbers of classes, with or without a background."""
     return any(ours * (classes[1] + extra) == theirs * (classes[0] + extra) for extra in (0, 1))
 
 
-def _classes_differ(predictors: Sequence[str], classes: Tuple[int, int]) -> str:
+def _classes_differ(predictors: Sequence[str], classes: tuple[int, int]) -> str:
     layers = sorted({name.rpartition(".")[0] for name in predictors})
     return (
         f"The student has {classes[0]} classes, the teacher {classes[1]}: {', '.join(layers)} cannot be inherited. Add "

@@ -1,7 +1,5 @@
 """Which configuration key holds the number of classes of a model."""
 
-from typing import Optional, Tuple
-
 from detectron2.config import CfgNode
 
 _KEY_OF_ARCHITECTURE = {
@@ -13,7 +11,7 @@ _KEY_OF_ARCHITECTURE = {
 }
 
 
-def num_classes(cfg: CfgNode) -> Optional[Tuple[str, int]]:
+def num_classes(cfg: CfgNode) -> tuple[str, int] | None:
     """The configuration key and its number of classes; None for architectures without classes or unknown to d2kd."""
     key = _KEY_OF_ARCHITECTURE.get(cfg.MODEL.META_ARCHITECTURE)
     if key is None:

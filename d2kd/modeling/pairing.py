@@ -1,7 +1,7 @@
 """Which features a method compares: taps of both networks, pair by pair, and what is known of their maps."""
 
 import logging
-from typing import Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ _PROBE_SIZE = 128
 
 def pairs_of_methods(
     cfg: CfgNode, methods: Sequence[str], student: nn.Module, teacher: nn.Module
-) -> Dict[str, List[TapPair]]:
+) -> dict[str, list[TapPair]]:
     """The pairs of every method: those that the configuration names, else all that both networks have.
 
     Raises:
@@ -61,8 +61,8 @@ def pairs_of_methods(
 
 def _tap_names_of(
     key: str, node: CfgNode, student: nn.Module, teacher: nn.Module, what: str = "", image_side: int = 0
-) -> List[Tuple[str, str]]:
-    shared: List[Tuple[str, str]] = []
+) -> list[tuple[str, str]]:
+    shared: list[tuple[str, str]] = []
     if what and not node.TAPS:
         shared = shared_predictions(student, teacher, what)
     elif not node.TAPS:
@@ -90,7 +90,7 @@ def _tap_names_of(
     return list(zip(ours, theirs))
 
 
-def shared_levels(student: nn.Module, teacher: nn.Module, image_side: int = 0) -> List[str]:
+def shared_levels(student: nn.Module, teacher: nn.Module, image_side: int = 0) -> list[str]:
     """Outputs that both backbones have, finest first.
 
     Left out are levels that merely pool the one below (R-CNN's p6), and, for images whose shorter side is `image_side`
@@ -115,7 +115,7 @@ def _pooled_levels(model: nn.Module) -> set:
     return set(list(backbone.output_shape())[-top.num_levels :])
 
 
-def _norm_before(teacher: nn.Module, tap: str, shape: TapShape) -> Optional[NormAffine]:
+def _norm_before(teacher: nn.Module, tap: str, shape: TapShape) -> NormAffine | None:
     norm = None if is_region_tap(tap) else last_norm(teacher, tap)
     if norm is None or norm.running_var.numel() != shape.channels:
         return None
@@ -125,7 +125,7 @@ def _norm_before(teacher: nn.Module, tap: str, shape: TapShape) -> Optional[Norm
     return NormAffine(weight.detach(), bias.detach())
 
 
-def split_teacher_taps(student: nn.Module, pairs: Sequence[TapPair]) -> Tuple[List[str], List[Tuple[int, str]]]:
+def split_teacher_taps(student: nn.Module, pairs: Sequence[TapPair]) -> tuple[list[str], list[tuple[int, str]]]:
     """Taps of the teacher's own pass, and those of its box head with the student's stage that gives the regions."""
     regions = [pair for pair in pairs if is_region_tap(pair.teacher)]
     plain = [pair.teacher for pair in pairs if not is_region_tap(pair.teacher)]
@@ -133,7 +133,7 @@ def split_teacher_taps(student: nn.Module, pairs: Sequence[TapPair]) -> Tuple[Li
 
 
 @torch.no_grad()
-def tap_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, TapShape]:
+def tap_shapes(model: nn.Module, names: Sequence[str]) -> dict[str, TapShape]:
     """Channels and strides of tapped features, seen on a blank image.
 
     Raises:
@@ -143,7 +143,7 @@ def tap_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, TapShape]:
     was_training = model.training
     device = next(model.parameters()).device
     blank = torch.zeros(3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)
-    widths: List[int] = []
+    widths: list[int] = []
     handle = model.backbone.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[-1]))
     taps = FeatureTaps(model, names)
     in_backbone = all(is_in_backbone(model, tap.name) for tap in taps.taps)

@@ -1,6 +1,7 @@
 """Where a Detectron2 model makes its predictions, which of them two models share, and whether these mean the same."""
 
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,28 +17,28 @@ class Prediction(NamedTuple):
     # "logits" or "deltas"
     what: str
     # kind of predictor and its place: equal in models that can be compared
-    place: Tuple[str, Any]
+    place: tuple[str, Any]
     # what the distillers know it by, e.g. "dense logits"
     holds: str
 
 
-def predictions(model: nn.Module) -> List[Prediction]:
+def predictions(model: nn.Module) -> list[Prediction]:
     """All class logits and box deltas of a model, as far as d2kd knows its architecture."""
     return [*_dense(model), *_regions(model), *_pixels(model), *_images(model)]
 
 
-def shared_predictions(student: nn.Module, teacher: nn.Module, what: str) -> List[Tuple[str, str]]:
+def shared_predictions(student: nn.Module, teacher: nn.Module, what: str) -> list[tuple[str, str]]:
     """Taps of student and teacher of the predictions that both make, "logits" or "deltas"; maybe none."""
     theirs = {p.place: p.tap for p in predictions(teacher) if p.what == what}
     return [(p.tap, theirs[p.place]) for p in predictions(student) if p.what == what and p.place in theirs]
 
 
-def what_taps_hold(model: nn.Module) -> Dict[str, str]:
+def what_taps_hold(model: nn.Module) -> dict[str, str]:
     """`Prediction.holds` by tap."""
     return {p.tap: p.holds for p in predictions(model)}
 
 
-def check_same_meaning(key: str, pairs: Sequence[Tuple[str, str]], student: nn.Module, teacher: nn.Module) -> None:
+def check_same_meaning(key: str, pairs: Sequence[tuple[str, str]], student: nn.Module, teacher: nn.Module) -> None:
     """Raises AlignmentError where two predictions count from other anchors or boxes, naming the configuration keys.
 
     Args:
@@ -90,7 +91,7 @@ def _anchors(model: nn.Module, feature: str) -> str:
     return ", ".join(f"{x1 - x0:.4g}x{y1 - y0:.4g}" for x0, y0, x1, y1 in boxes)
 
 
-def _dense(model: nn.Module) -> List[Prediction]:
+def _dense(model: nn.Module) -> list[Prediction]:
     """RetinaNet, FCOS and their like: a head whose layers run once a level."""
     head, levels = getattr(model, "head", None), getattr(model, "head_in_features", ())
     found = []
@@ -102,7 +103,7 @@ def _dense(model: nn.Module) -> List[Prediction]:
     return found
 
 
-def _regions(model: nn.Module) -> List[Prediction]:
+def _regions(model: nn.Module) -> list[Prediction]:
     """The box predictor of an R-CNN, one a stage in a cascade."""
     found = []
     for number, stage in enumerate(stages(model)):
@@ -114,14 +115,14 @@ def _regions(model: nn.Module) -> List[Prediction]:
     return found
 
 
-def _pixels(model: nn.Module) -> List[Prediction]:
+def _pixels(model: nn.Module) -> list[Prediction]:
     """The last layer of a segmentor's head, before its upsampling."""
     if isinstance(getattr(getattr(model, "sem_seg_head", None), "predictor", None), nn.Module):
         return [Prediction("sem_seg_head.predictor", "logits", ("pixel", None), "pixel logits")]
     return []
 
 
-def _images(model: nn.Module) -> List[Prediction]:
+def _images(model: nn.Module) -> list[Prediction]:
     """The classifier on top of a backbone such as Detectron2's ResNet."""
     backbone = getattr(model, "backbone", None)
     if hasattr(backbone, "output_shape") and "linear" in backbone.output_shape():

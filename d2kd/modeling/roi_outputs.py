@@ -1,7 +1,8 @@
 """What a teacher's box head says of the regions that the student sampled, from features it already has."""
 
 import contextlib
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ REGION_PREFIX = "roi_heads."
 _PER_REGION = (f"{REGION_PREFIX}box_predictor", f"{REGION_PREFIX}box_head")
 
 #: Boxes of each image (Detectron2's `Boxes`), one list a call of the student's box pooler.
-Regions = List[Sequence]
+Regions = list[Sequence]
 
 
 class Stage(NamedTuple):
@@ -23,7 +24,7 @@ class Stage(NamedTuple):
     suffix: str
 
 
-def stages(model: nn.Module) -> List[Stage]:
+def stages(model: nn.Module) -> list[Stage]:
     """The stages of the box head of an R-CNN; [] for other models."""
     heads = getattr(model, "roi_heads", None)
     predictor = getattr(heads, "box_predictor", None)
@@ -90,7 +91,7 @@ class SampledRegions:
 class RegionOutputs:
     """Runs a model's pooler and box head, without backbone and proposals, on given regions."""
 
-    def __init__(self, model: nn.Module, pairs: Sequence[Tuple[int, str]]) -> None:
+    def __init__(self, model: nn.Module, pairs: Sequence[tuple[int, str]]) -> None:
         """
         Args:
             model: an R-CNN.
@@ -115,7 +116,7 @@ class RegionOutputs:
                 "pair each with one stage."
             )
 
-    def __call__(self, features: Dict[str, Tensor], regions: Regions) -> Dict[str, Tensor]:
+    def __call__(self, features: dict[str, Tensor], regions: Regions) -> dict[str, Tensor]:
         """
         Args:
             features: the model's backbone outputs, (N, C, H, W) by name.
@@ -125,7 +126,7 @@ class RegionOutputs:
             The taps, (R, C) each, R the number of regions of that stage, rows in the student's order.
         """
         maps = [features[name] for name in self.in_features]
-        outputs: Dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         for student_stage, stage, taps in self._runs:
             with taps.recording() as recorded:
                 stage.predictor(stage.head(self._pooler(maps, regions[student_stage])))

@@ -2,7 +2,8 @@
 
 import contextlib
 import difflib
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ class Tap(NamedTuple):
     name: str
     module: nn.Module
     # entry of a dict output, None for the output itself
-    key: Optional[str] = None
+    key: str | None = None
     # which call of the module in one forward pass, None where there must be one call only
-    call: Optional[int] = None
+    call: int | None = None
     # take what goes into the last ReLU of the module instead of what comes out
     pre_relu: bool = False
     # the module gives (N, H, W, C), as the blocks of a vision transformer do; the tap is (N, C, H, W)
@@ -61,7 +62,7 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
     return Tap(name, module, call=int(call) if call else None, channels_last=_is_transformer_block(module, named))
 
 
-def last_norm(model: nn.Module, name: str) -> Optional[nn.Module]:
+def last_norm(model: nn.Module, name: str) -> nn.Module | None:
     """The batch norm, frozen or not, that ends the block before a tap (never a shortcut's); None if there is none."""
     tap = resolve_tap(model, name)
     if tap.key is not None:
@@ -74,7 +75,7 @@ def last_norm(model: nn.Module, name: str) -> Optional[nn.Module]:
     return norms[-1] if norms else None
 
 
-def tap_names(model: nn.Module) -> List[str]:
+def tap_names(model: nn.Module) -> list[str]:
     """The short addresses of a model: outputs and stages of its backbone, finest first."""
     named = dict(model.named_modules())
     names = list(_outputs(named.get("backbone")))
@@ -90,11 +91,11 @@ def is_in_backbone(model: nn.Module, name: str) -> bool:
     return name.partition(".")[0] in tap_names(model)
 
 
-def _outputs(module: Optional[nn.Module]) -> Sequence[str]:
+def _outputs(module: nn.Module | None) -> Sequence[str]:
     return tuple(module.output_shape()) if hasattr(module, "output_shape") else ()
 
 
-def _find_stage(model: nn.Module, name: str, address: str, named: Dict[str, nn.Module]) -> nn.Module:
+def _find_stage(model: nn.Module, name: str, address: str, named: dict[str, nn.Module]) -> nn.Module:
     for path in (*(f"{body}.{address}" for body in _BODIES), f"backbone.{address}", address):
         if path in named and path:
             return named[path]
@@ -107,7 +108,7 @@ def _find_stage(model: nn.Module, name: str, address: str, named: Dict[str, nn.M
     )
 
 
-def _is_transformer_block(module: nn.Module, named: Dict[str, nn.Module]) -> bool:
+def _is_transformer_block(module: nn.Module, named: dict[str, nn.Module]) -> bool:
     return any(module is block for body in named.values() if isinstance(body, ViT) for block in body.blocks)
 
 
@@ -125,11 +126,11 @@ class _LastReluInput(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.value: Optional[Tensor] = None
-        self.result: Optional[Tensor] = None
+        self.value: Tensor | None = None
+        self.result: Tensor | None = None
 
     def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: Tuple = (), kwargs: Optional[Dict[str, Any]] = None
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _RELUS:
             self.value = args[0]
@@ -161,7 +162,7 @@ class FeatureTaps:
         self.taps = [resolve_tap(model, name) for name in dict.fromkeys(names)]
 
     @contextlib.contextmanager
-    def recording(self, stop_when_done: bool = False) -> Iterator[Dict[str, Tensor]]:
+    def recording(self, stop_when_done: bool = False) -> Iterator[dict[str, Tensor]]:
         """Yields a dict that the forward passes inside fill: tap name to tensor.
 
         Args:
@@ -171,7 +172,7 @@ class FeatureTaps:
             TapError: at the end of the block, for a tap that did not fire; when it happens, for a tap that fires twice
                 or gives no tensor.
         """
-        features: Dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         with self._attached(_Recorder(features, len(self.taps) if stop_when_done else None)):
             yield features
 
@@ -193,7 +194,7 @@ class FeatureTaps:
             )
 
     @contextlib.contextmanager
-    def replacing(self, replace: Callable[[str, Tensor], Tensor]) -> Iterator[Dict[str, Tensor]]:
+    def replacing(self, replace: Callable[[str, Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
         """Like `recording`, but what the model computes with behind each tap is `replace(name, feature)`.
 
         Yields:
@@ -202,7 +203,7 @@ class FeatureTaps:
         Raises:
             TapError: as in `recording`; and for a ".pre_relu" whose block does not end with that ReLU.
         """
-        features: Dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         with self._attached(_Recorder(features, None, replace)):
             yield features
 
@@ -212,15 +213,15 @@ class _Recorder:
 
     def __init__(
         self,
-        features: Dict[str, Tensor],
-        stop_after: Optional[int],
-        replace: Optional[Callable[[str, Tensor], Tensor]] = None,
+        features: dict[str, Tensor],
+        stop_after: int | None,
+        replace: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         self.features = features
         self.stop_after = stop_after
         self.replace = replace
-        self.handles: List[Any] = []
-        self.modes: List[_LastReluInput] = []
+        self.handles: list[Any] = []
+        self.modes: list[_LastReluInput] = []
 
     def attach(self, tap: Tap) -> None:
         if tap.pre_relu:
@@ -235,13 +236,13 @@ class _Recorder:
         while self.modes:  # an exception inside a block left its mode behind
             self.modes.pop().__exit__(None, None, None)
 
-    def _enter_block(self, module: nn.Module, args: Tuple) -> None:
+    def _enter_block(self, module: nn.Module, args: tuple) -> None:
         mode = _LastReluInput()
         mode.__enter__()
         self.modes.append(mode)
 
     def _leave_block(self, tap: Tap) -> Callable:
-        def hook(module: nn.Module, args: Tuple, output: Any) -> Optional[Tensor]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
             mode = self.modes.pop()
             mode.__exit__(None, None, None)
             if mode.value is None:
@@ -263,7 +264,7 @@ class _Recorder:
     def _take_output(self, tap: Tap) -> Callable:
         calls = 0
 
-        def hook(module: nn.Module, args: Tuple, output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             nonlocal calls
             calls += 1
             if tap.call is not None and tap.call != calls - 1:

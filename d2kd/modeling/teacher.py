@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
-from typing import Any, ContextManager, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class Teacher:
         model: nn.Module,
         taps: Sequence[str],
         *,
-        region_taps: Sequence[Tuple[int, str]] = (),
+        region_taps: Sequence[tuple[int, str]] = (),
         precision: str = "float32",
         swap_channels: bool = False,
     ) -> None:
@@ -71,11 +73,11 @@ class Teacher:
         """Whether there are taps that `region_features` gives."""
         return self._region_outputs is not None
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self  # frozen: copies of a student (an average of its weights, say) share it
 
     @torch.no_grad()
-    def features(self, batched_inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def features(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The tapped features, by tap name, of a batch in Detectron2's input format ("image": uint8 (C, H, W))."""
         inputs = [{k: v for k, v in x.items() if k in ("image", "height", "width")} for x in batched_inputs]
         if self.swap_channels:
@@ -85,7 +87,7 @@ class Teacher:
         return features
 
     @torch.no_grad()
-    def region_features(self, features: Dict[str, Tensor], regions: Regions) -> Dict[str, Tensor]:
+    def region_features(self, features: dict[str, Tensor], regions: Regions) -> dict[str, Tensor]:
         """The taps in the box head, (R, C) by name, for regions of the student.
 
         Args:
@@ -95,7 +97,7 @@ class Teacher:
         with self._autocast():
             return self._region_outputs(features, regions)
 
-    def _autocast(self) -> ContextManager:
+    def _autocast(self) -> AbstractContextManager:
         device = next(self.model.parameters()).device.type
         if self.precision == torch.float32:
             # also shields the teacher from the student's mixed precision
@@ -191,7 +193,7 @@ def load_strictly(model: nn.Module, path: str, who: str, keys: str) -> None:
     logger.info("Loaded the %s's weights from %s: every key fits.", who, path)
 
 
-def describe_problems(incompatible: Any, most: int = 8) -> List[str]:
+def describe_problems(incompatible: Any, most: int = 8) -> list[str]:
     """Lines on missing, unexpected and mis-shaped keys; empty where all fit."""
     if incompatible is None:
         return []

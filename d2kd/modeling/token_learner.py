@@ -1,6 +1,7 @@
 """TokenLearner: a frozen teacher whose taps are replaced by their masked versions; its own task teaches the tokens."""
 
-from typing import Any, Dict, List, NamedTuple, Sequence, Set
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class TokenLearner(nn.Module):
         self.levels = nn.ModuleList(TokenMasks(shapes[n].channels, num_tokens, weighting) for n in self.taps).to(device)
         self._hooks = FeatureTaps(teacher, self.taps)
         #: Taps whose masked map has had a gradient from the teacher's task.
-        self.reached: Set[str] = set()
+        self.reached: set[str] = set()
         self.train()
 
     def train(self, mode: bool = True) -> "TokenLearner":
@@ -71,7 +72,7 @@ class TokenLearner(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """
         Args:
             batched_inputs: Detectron2's input format with ground truth.
@@ -79,7 +80,7 @@ class TokenLearner(nn.Module):
         Returns:
             The teacher's task losses and "loss_dice/<tap>", all scalar.
         """
-        overlaps: Dict[str, Tensor] = {}
+        overlaps: dict[str, Tensor] = {}
 
         def mask(name: str, feature: Tensor) -> Tensor:
             masked, masks = self.levels[self.taps.index(name)](feature)
@@ -102,9 +103,9 @@ class TokenLearner(nn.Module):
             )
 
     @torch.no_grad()
-    def look(self, batched_inputs: List[Dict[str, Any]]) -> Dict[str, LevelMasks]:
+    def look(self, batched_inputs: list[dict[str, Any]]) -> dict[str, LevelMasks]:
         """The masks over a batch, by tap."""
-        seen: Dict[str, LevelMasks] = {}
+        seen: dict[str, LevelMasks] = {}
 
         def mask(name: str, feature: Tensor) -> Tensor:
             level = self.levels[self.taps.index(name)]
@@ -121,7 +122,7 @@ class TokenLearner(nn.Module):
             self.train(was_training)
         return seen
 
-    def learned(self, overlaps: Dict[str, float], iterations: int) -> TokenFile:
+    def learned(self, overlaps: dict[str, float], iterations: int) -> TokenFile:
         """What the second stage needs, with the Dice overlap by tap."""
         levels = {n: LearnedLevel(level.learned(), overlaps[n]) for n, level in zip(self.taps, self.levels)}
         return TokenFile(self.teacher_checksum, levels, iterations)

@@ -3,19 +3,20 @@
 import ast
 import math
 import operator
-from typing import Any, Callable, Dict, List
+from collections.abc import Callable
+from typing import Any
 
 _MAX_LENGTH = 1000
 _MAX_EXPONENT = 64
 
-_BINARY: Dict[type, Callable[[Any, Any], Any]] = {
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-_UNARY: Dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def evaluate_arithmetic(expression: str) -> Any:
@@ -40,7 +41,7 @@ def evaluate_arithmetic(expression: str) -> Any:
         raise ValueError(f"{expression!r} cannot be evaluated: {e}") from None
 
 
-def _evaluate(node: ast.expr, names: Dict[str, float]) -> Any:
+def _evaluate(node: ast.expr, names: dict[str, float]) -> Any:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.Name) and node.id in names:
@@ -60,14 +61,14 @@ def _evaluate(node: ast.expr, names: Dict[str, float]) -> Any:
     )
 
 
-def _number(node: ast.expr, names: Dict[str, float]) -> float:
+def _number(node: ast.expr, names: dict[str, float]) -> float:
     value = _evaluate(node, names)
     if not isinstance(value, (int, float)):
         raise ValueError(f"{ast.unparse(node)!r} must be a number to be calculated with")
     return value
 
 
-def _binary(node: ast.BinOp, names: Dict[str, float]) -> float:
+def _binary(node: ast.BinOp, names: dict[str, float]) -> float:
     left, right = _number(node.left, names), _number(node.right, names)
     # A tower of powers of integers would take all time and memory.
     if isinstance(node.op, ast.Pow) and (abs(right) > _MAX_EXPONENT or abs(left) > 1e6):
@@ -78,7 +79,7 @@ def _binary(node: ast.BinOp, names: Dict[str, float]) -> float:
     return result
 
 
-def _comprehension(node: ast.ListComp, names: Dict[str, float]) -> List[Any]:
+def _comprehension(node: ast.ListComp, names: dict[str, float]) -> list[Any]:
     if len(node.generators) != 1:
         raise ValueError(f"{ast.unparse(node)!r} must have a single 'for'")
     loop = node.generators[0]

@@ -5,7 +5,8 @@ import functools
 import inspect
 import logging
 import re
-from typing import IO, Any, Callable, Dict, Iterator, List, Optional
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import yaml
 from fvcore.common.config import BASE_KEY
@@ -48,7 +49,7 @@ class CfgNode(_CfgNode):
         return PathManager.open(filename, "r")
 
     @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Dict[str, Any]:
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         """
         Read a YAML file and the files that its `_BASE_` names.
 
@@ -107,7 +108,7 @@ class CfgNode(_CfgNode):
         except KeyError as e:
             raise KeyError(self._with_near_matches(e.args[0])) from None
 
-    def merge_from_list(self, cfg_list: List[Any]) -> None:
+    def merge_from_list(self, cfg_list: list[Any]) -> None:
         """
         Override this config by `[key, value, key, value, ...]`. String values are read as Python literals.
 
@@ -152,7 +153,7 @@ def set_global_cfg(cfg: CfgNode) -> None:
 
 
 def configurable(
-    init_func: Optional[Callable] = None, *, from_config: Optional[Callable[..., Dict[str, Any]]] = None
+    init_func: Callable | None = None, *, from_config: Callable[..., dict[str, Any]] | None = None
 ) -> Callable:
     """
     Let a constructor or a function with explicit arguments also be called with a config.
@@ -210,7 +211,7 @@ def _configurable_init(init: Callable) -> Callable:
     return wrapped
 
 
-def _configurable_function(function: Callable, from_config: Callable[..., Dict[str, Any]]) -> Callable:
+def _configurable_function(function: Callable, from_config: Callable[..., dict[str, Any]]) -> Callable:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if _called_with_cfg(args, kwargs):
@@ -221,7 +222,7 @@ def _configurable_function(function: Callable, from_config: Callable[..., Dict[s
     return wrapped
 
 
-def _called_with_cfg(args: tuple, kwargs: Dict[str, Any]) -> bool:
+def _called_with_cfg(args: tuple, kwargs: dict[str, Any]) -> bool:
     return (bool(args) and _is_config(args[0])) or _is_config(kwargs.get("cfg"))
 
 
@@ -232,7 +233,7 @@ def _is_config(value: Any) -> bool:
     )
 
 
-def _explicit_arguments(translate: Callable, args: tuple, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+def _explicit_arguments(translate: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(translate).parameters
     if next(iter(parameters), None) != "cfg":
         raise TypeError(f"The first parameter of {translate.__qualname__} must be named 'cfg'.")

@@ -1,6 +1,6 @@
 """Key names of older config versions, and the renaming in both directions."""
 
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from d2lite.config.config import CfgNode
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 LATEST_VERSION = 2
 
 # {version: keys renamed when that version was replaced by the next one, old name -> new name}
-_RENAMED: Dict[int, Dict[str, str]] = {
+_RENAMED: dict[int, dict[str, str]] = {
     0: {"MODEL.RPN_HEAD.NAME": "MODEL.RPN.HEAD_NAME"},
     1: {
         "MODEL.WEIGHT": "MODEL.WEIGHTS",
@@ -35,7 +35,7 @@ _RENAMED: Dict[int, Dict[str, str]] = {
 }
 
 
-def upgrade_config(cfg: "CfgNode", to_version: Optional[int] = None) -> "CfgNode":
+def upgrade_config(cfg: "CfgNode", to_version: int | None = None) -> "CfgNode":
     """Return a copy of `cfg` with the key names of `to_version` (None: the latest), which is not older."""
     to_version = LATEST_VERSION if to_version is None else to_version
     if cfg.VERSION > to_version:
@@ -60,7 +60,7 @@ def downgrade_config(cfg: "CfgNode", to_version: int) -> "CfgNode":
     return cfg
 
 
-def upgrade_old_keys(loaded: Dict[str, Any], version: Optional[int]) -> bool:
+def upgrade_old_keys(loaded: dict[str, Any], version: int | None) -> bool:
     """
     Rename, in place, the old keys of a config file that is to be merged into a config of `version`.
 
@@ -82,7 +82,7 @@ def upgrade_old_keys(loaded: Dict[str, Any], version: Optional[int]) -> bool:
     return any(moved)
 
 
-def _move(tree: Dict[str, Any], source: str, target: str) -> bool:
+def _move(tree: dict[str, Any], source: str, target: str) -> bool:
     """Move the value at a dotted key, drop a parent left empty, and return whether there was a value."""
     parent, name = _parent(tree, source)
     if parent is None or name not in parent:
@@ -97,7 +97,7 @@ def _move(tree: Dict[str, Any], source: str, target: str) -> bool:
     return True
 
 
-def _parent(tree: Dict[str, Any], key: str) -> Tuple[Optional[Dict[str, Any]], str]:
+def _parent(tree: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
     """The mapping that would hold a dotted key (None if there is none), and the last part of the key."""
     *path, name = key.split(".")
     for part in path:

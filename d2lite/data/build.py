@@ -2,7 +2,8 @@
 
 import logging
 import operator
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.utils.data as torchdata
@@ -41,16 +42,14 @@ logger = logging.getLogger(__name__)
 
 def _train_loader_from_config(
     cfg: CfgNode,
-    mapper: Optional[Callable[[dict], Any]] = None,
+    mapper: Callable[[dict], Any] | None = None,
     *,
-    dataset: Optional[Any] = None,
-    sampler: Optional[torchdata.Sampler] = None,
-) -> Dict[str, Any]:
+    dataset: Any | None = None,
+    sampler: torchdata.Sampler | None = None,
+) -> dict[str, Any]:
     if dataset is None:
         _refuse_left_out(cfg)
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
+        dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     if sampler is None and not isinstance(dataset, torchdata.IterableDataset):
         sampler = _training_sampler(cfg.DATALOADER, dataset)
     return {
@@ -86,16 +85,16 @@ def _training_sampler(node: CfgNode, dataset: Sequence[Any]) -> torchdata.Sample
 
 @configurable(from_config=_train_loader_from_config)
 def build_detection_train_loader(
-    dataset: Union[List[Any], torchdata.Dataset],
+    dataset: list[Any] | torchdata.Dataset,
     *,
-    mapper: Optional[Callable[[dict], Any]],
-    sampler: Optional[torchdata.Sampler] = None,
+    mapper: Callable[[dict], Any] | None,
+    sampler: torchdata.Sampler | None = None,
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
-    collate_fn: Optional[Callable[[List[Any]], Any]] = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     **kwargs: Any,
-) -> Iterable[List[dict]]:
+) -> Iterable[list[dict]]:
     """Endless batches for training; also called as `build_detection_train_loader(cfg)`.
 
     Args:
@@ -122,17 +121,17 @@ def build_detection_train_loader(
 
 def build_batch_data_loader(
     dataset: torchdata.Dataset,
-    sampler: Optional[torchdata.Sampler],
+    sampler: torchdata.Sampler | None,
     total_batch_size: int,
     *,
     aspect_ratio_grouping: bool = False,
     num_workers: int = 0,
-    collate_fn: Optional[Callable[[List[Any]], Any]] = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     drop_last: bool = True,
-    single_gpu_batch_size: Optional[int] = None,
-    seed: Optional[int] = None,
+    single_gpu_batch_size: int | None = None,
+    seed: int | None = None,
     **kwargs: Any,
-) -> Iterable[List[Any]]:
+) -> Iterable[list[Any]]:
     """Batches of a dataset in the order of a sampler.
 
     Args:
@@ -170,7 +169,7 @@ def build_batch_data_loader(
     return batches if collate_fn is None else MapDataset(batches, collate_fn)
 
 
-def _batch_size(total: int, single: Optional[int]) -> int:
+def _batch_size(total: int, single: int | None) -> int:
     """Images per batch of this process."""
     if single:
         return single
@@ -185,8 +184,8 @@ def _batch_size(total: int, single: Optional[int]) -> int:
 
 
 def _test_loader_from_config(
-    cfg: CfgNode, dataset_name: Union[str, Sequence[str]], mapper: Optional[Callable[[dict], Any]] = None
-) -> Dict[str, Any]:
+    cfg: CfgNode, dataset_name: str | Sequence[str], mapper: Callable[[dict], Any] | None = None
+) -> dict[str, Any]:
     _refuse_left_out(cfg)
     dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
     is_iterable = isinstance(dataset, torchdata.IterableDataset)
@@ -200,13 +199,13 @@ def _test_loader_from_config(
 
 @configurable(from_config=_test_loader_from_config)
 def build_detection_test_loader(
-    dataset: Union[List[Any], torchdata.Dataset],
+    dataset: list[Any] | torchdata.Dataset,
     *,
-    mapper: Optional[Callable[[dict], Any]],
-    sampler: Optional[torchdata.Sampler] = None,
+    mapper: Callable[[dict], Any] | None,
+    sampler: torchdata.Sampler | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
-    collate_fn: Optional[Callable[[List[Any]], Any]] = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> torchdata.DataLoader:
     """Every image once, shared among the processes; also as `build_detection_test_loader(cfg, dataset_name)`.
 
@@ -233,11 +232,11 @@ def build_detection_test_loader(
 
 
 def _mapped_and_ordered(
-    dataset: Union[List[Any], torchdata.Dataset],
-    mapper: Optional[Callable[[dict], Any]],
-    sampler: Optional[torchdata.Sampler],
+    dataset: list[Any] | torchdata.Dataset,
+    mapper: Callable[[dict], Any] | None,
+    sampler: torchdata.Sampler | None,
     default_sampler: Callable[[int], torchdata.Sampler],
-) -> Tuple[torchdata.Dataset, Optional[torchdata.Sampler]]:
+) -> tuple[torchdata.Dataset, torchdata.Sampler | None]:
     """The dataset with `mapper` applied, and its sampler, which only an iterable dataset goes without."""
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
@@ -250,7 +249,7 @@ def _mapped_and_ordered(
     return dataset, sampler
 
 
-def trivial_batch_collator(batch: List[Any]) -> List[Any]:
+def trivial_batch_collator(batch: list[Any]) -> list[Any]:
     """The batch as it is: a list."""
     return batch
 

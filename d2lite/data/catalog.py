@@ -2,7 +2,8 @@
 
 import types
 from collections import UserDict
-from typing import Any, Callable, Dict, List
+from collections.abc import Callable
+from typing import Any
 
 __all__ = ["DatasetCatalog", "MetadataCatalog", "Metadata"]
 
@@ -10,7 +11,7 @@ __all__ = ["DatasetCatalog", "MetadataCatalog", "Metadata"]
 class _DatasetCatalog(UserDict):
     """Maps dataset names to functions that return the dataset, usually as a list of dicts."""
 
-    def register(self, name: str, func: Callable[[], List[Dict[str, Any]]]) -> None:
+    def register(self, name: str, func: Callable[[], list[dict[str, Any]]]) -> None:
         """Adds a dataset.
 
         Args:
@@ -21,7 +22,7 @@ class _DatasetCatalog(UserDict):
         assert name not in self, f"dataset {name!r} is already registered"
         self[name] = func
 
-    def get(self, name: str) -> List[Dict[str, Any]]:
+    def get(self, name: str) -> list[dict[str, Any]]:
         """Loads a dataset.
 
         Raises:
@@ -34,7 +35,7 @@ class _DatasetCatalog(UserDict):
             raise KeyError(f"Dataset {name!r} is not registered. Registered datasets: {names}") from e
         return load()
 
-    def list(self) -> List[str]:
+    def list(self) -> list[str]:
         """Names of all datasets."""
         return [*self]
 
@@ -70,7 +71,7 @@ class Metadata(types.SimpleNamespace):
             )
         super().__setattr__(key, value)
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """All values, as a new dict."""
         return dict(self.__dict__)
 
@@ -95,7 +96,7 @@ class _MetadataCatalog(UserDict):
             self[name] = Metadata(name=name)
         return self[name]
 
-    def list(self) -> List[str]:
+    def list(self) -> list[str]:
         """Names that have metadata."""
         return [*self]
 

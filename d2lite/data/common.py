@@ -4,7 +4,8 @@ import copy
 import itertools
 import logging
 import pickle
-from typing import Any, Callable, Iterable, Iterator, List, Sequence, Tuple, Union
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch.utils.data as data
@@ -77,7 +78,7 @@ class MapDataset(data.Dataset):
             return _MapIterableDataset(dataset, map_func)
         return super().__new__(cls)
 
-    def __getnewargs__(self) -> Tuple[data.Dataset, Callable[[Any], Any]]:
+    def __getnewargs__(self) -> tuple[data.Dataset, Callable[[Any], Any]]:
         return self._dataset, self._map_func
 
     def __init__(self, dataset: data.Dataset, map_func: Callable[[Any], Any]) -> None:
@@ -131,7 +132,7 @@ class _PicklableFunction:
     def __call__(self, item: Any) -> Any:
         return self._function(item)
 
-    def __reduce__(self) -> Tuple[Callable, Tuple[bytes]]:
+    def __reduce__(self) -> tuple[Callable, tuple[bytes]]:
         import cloudpickle
 
         return _unpickle_function, (cloudpickle.dumps(self._function),)
@@ -147,7 +148,7 @@ class ToIterableDataset(data.IterableDataset):
     def __init__(
         self,
         dataset: data.Dataset,
-        sampler: Union[Sampler, Iterable[int]],
+        sampler: Sampler | Iterable[int],
         shard_sampler: bool = True,
         shard_chunk_size: int = 1,
     ) -> None:
@@ -198,9 +199,9 @@ class AspectRatioGroupedDataset(data.IterableDataset):
         """
         self.dataset = dataset
         self.batch_size = batch_size
-        self._buckets: List[List[dict]] = [[], []]
+        self._buckets: list[list[dict]] = [[], []]
 
-    def __iter__(self) -> Iterator[List[dict]]:
+    def __iter__(self) -> Iterator[list[dict]]:
         for item in self.dataset:
             bucket = self._buckets[0 if item["width"] > item["height"] else 1]
             bucket.append(item)

@@ -3,7 +3,8 @@
 import itertools
 import logging
 from collections import Counter
-from typing import Any, Dict, List, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch.utils.data as torchdata
 from tabulate import tabulate
@@ -19,16 +20,16 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Dicts = List[Dict[str, Any]]
+Dicts = list[dict[str, Any]]
 
 
 def get_detection_dataset_dicts(
-    names: Union[str, Sequence[str]],
+    names: str | Sequence[str],
     filter_empty: bool = True,
     min_keypoints: int = 0,
-    proposal_files: Optional[Sequence[str]] = None,
+    proposal_files: Sequence[str] | None = None,
     check_consistency: bool = True,
-) -> Union[Dicts, torchdata.Dataset]:
+) -> Dicts | torchdata.Dataset:
     """Loads registered datasets and puts them together.
 
     Args:
@@ -62,7 +63,7 @@ def get_detection_dataset_dicts(
     return dicts
 
 
-def _join_torch_datasets(datasets: List[torchdata.Dataset]) -> torchdata.Dataset:
+def _join_torch_datasets(datasets: list[torchdata.Dataset]) -> torchdata.Dataset:
     """One dataset from several torch datasets, which must be of one kind."""
     if len(datasets) == 1:
         return datasets[0]
@@ -85,9 +86,7 @@ def print_instances_class_histogram(dataset_dicts: Dicts, class_names: Sequence[
     Raises:
         AssertionError: if a category_id is out of the range of the class names.
     """
-    counts = Counter(
-        a["category_id"] for d in dataset_dicts for a in d["annotations"] if not a.get("iscrowd", 0)
-    )
+    counts = Counter(a["category_id"] for d in dataset_dicts for a in d["annotations"] if not a.get("iscrowd", 0))
     n = len(class_names)
     wrong = [c for c in counts if not 0 <= c < n]
     assert not wrong, f"category_id {wrong[0]} is out of range for {n} classes (0 to {n - 1})"

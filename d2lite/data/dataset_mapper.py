@@ -1,7 +1,7 @@
 """Turns a dataset dict into the input of a model: reads the image, augments it, and makes the targets."""
 
 import logging
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +27,13 @@ class DatasetMapper:
         self,
         is_train: bool,
         *,
-        augmentations: List[Union[T.Augmentation, T.Transform]],
+        augmentations: list[T.Augmentation | T.Transform],
         image_format: str,
         use_instance_mask: bool = False,
         use_keypoint: bool = False,
         instance_mask_format: str = "polygon",
-        keypoint_hflip_indices: Optional[np.ndarray] = None,
-        precomputed_proposal_topk: Optional[int] = None,
+        keypoint_hflip_indices: np.ndarray | None = None,
+        precomputed_proposal_topk: int | None = None,
         recompute_boxes: bool = False,
     ) -> None:
         """
@@ -52,9 +52,7 @@ class DatasetMapper:
         if use_keypoint or keypoint_hflip_indices is not None:
             raise NotImplementedError("MODEL.KEYPOINT_ON: d2lite has no key points; Detectron2 has them")
         if precomputed_proposal_topk is not None:
-            raise NotImplementedError(
-                "MODEL.LOAD_PROPOSALS: d2lite has no stored proposals; Detectron2 has them"
-            )
+            raise NotImplementedError("MODEL.LOAD_PROPOSALS: d2lite has no stored proposals; Detectron2 has them")
         assert use_instance_mask or not recompute_boxes, "recompute_boxes needs use_instance_mask"
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
@@ -65,7 +63,7 @@ class DatasetMapper:
         logger.info(f"Augmentations in {'training' if is_train else 'inference'}: {augmentations}")
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Constructor arguments from a config."""
         augmentations = utils.build_augmentation(cfg, is_train)
         crop = cfg.INPUT.CROP
@@ -85,7 +83,7 @@ class DatasetMapper:
             "recompute_boxes": cfg.MODEL.MASK_ON and crop.ENABLED and is_train,
         }
 
-    def __call__(self, dataset_dict: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
         Args:
             dataset_dict: the annotations of one image, in Detectron2's standard format. It is not changed.
@@ -111,7 +109,7 @@ class DatasetMapper:
         return dataset_dict
 
     def _transform_annotations(
-        self, dataset_dict: Dict[str, Any], transforms: T.Transform, image_shape: Tuple[int, int]
+        self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: tuple[int, int]
     ) -> None:
         """Replaces "annotations" by "instances"; crowd annotations are left out."""
         unwanted = {"keypoints"} if self.use_instance_mask else {"keypoints", "segmentation"}

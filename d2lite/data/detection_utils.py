@@ -1,6 +1,7 @@
 """Turning the annotations of one image into training targets; and the names of what reads images."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -35,19 +36,19 @@ __all__ = [
     "transform_instance_annotations",
 ]
 
-ImageSize = Tuple[int, int]
+ImageSize = tuple[int, int]
 
 
 # --- Annotations ----------------------------------------------------------------------------------
 
 
 def transform_instance_annotations(
-    annotation: Dict[str, Any],
-    transforms: Union[Transform, Sequence[Transform]],
+    annotation: dict[str, Any],
+    transforms: Transform | Sequence[Transform],
     image_size: ImageSize,
     *,
-    keypoint_hflip_indices: Optional[np.ndarray] = None,
-) -> Dict[str, Any]:
+    keypoint_hflip_indices: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Moves the box and the segmentation of one annotation as its image was moved.
 
     Args:
@@ -67,15 +68,13 @@ def transform_instance_annotations(
     annotation["bbox"] = np.clip(transforms.apply_box(box)[0], 0, [width, height, width, height])
     annotation["bbox_mode"] = BoxMode.XYXY_ABS
     if "segmentation" in annotation:
-        annotation["segmentation"] = _transform_segmentation(
-            annotation["segmentation"], transforms, image_size
-        )
+        annotation["segmentation"] = _transform_segmentation(annotation["segmentation"], transforms, image_size)
     return annotation
 
 
 def _transform_segmentation(
     segmentation: Any, transforms: Transform, image_size: ImageSize
-) -> Union[List[np.ndarray], np.ndarray]:
+) -> list[np.ndarray] | np.ndarray:
     """Polygons stay polygons, RLE becomes a mask."""
     if isinstance(segmentation, list):
         # A copy: transforms may work in place.
@@ -87,18 +86,16 @@ def _transform_segmentation(
             f"a mask is {mask.shape[:2]} (height, width) after the transforms, its image {tuple(image_size)}"
         )
         return mask
-    raise ValueError(
-        f"a segmentation must be a list of polygons or an RLE dict, got {type(segmentation).__name__}"
-    )
+    raise ValueError(f"a segmentation must be a list of polygons or an RLE dict, got {type(segmentation).__name__}")
 
 
-def _compressed(rle: Dict[str, Any]) -> Dict[str, Any]:
+def _compressed(rle: dict[str, Any]) -> dict[str, Any]:
     """COCO's uncompressed RLE (counts as a list) as the compressed one."""
     return mask_util.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
 
 
 def annotations_to_instances(
-    annos: List[Dict[str, Any]], image_size: ImageSize, mask_format: str = "polygon"
+    annos: list[dict[str, Any]], image_size: ImageSize, mask_format: str = "polygon"
 ) -> Instances:
     """The training targets of one image from its annotations.
 
@@ -124,14 +121,12 @@ def annotations_to_instances(
                 "segmentation; masks need one for each, so drop these annotations from the dataset"
             )
         to_masks = _polygon_masks if mask_format == "polygon" else _bit_masks
-        assert mask_format in ("polygon", "bitmask"), (
-            f'mask_format is "polygon" or "bitmask", got {mask_format!r}'
-        )
+        assert mask_format in ("polygon", "bitmask"), f'mask_format is "polygon" or "bitmask", got {mask_format!r}'
         target.gt_masks = to_masks(segmentations, image_size)
     return target
 
 
-def _stack_boxes(annos: List[Dict[str, Any]]) -> np.ndarray:
+def _stack_boxes(annos: list[dict[str, Any]]) -> np.ndarray:
     """Boxes (N, 4) XYXY, float32."""
     if not annos:
         return np.zeros((0, 4), dtype=np.float32)
@@ -145,7 +140,7 @@ def _stack_boxes(annos: List[Dict[str, Any]]) -> np.ndarray:
     return boxes.astype(np.float32)
 
 
-def _polygon_masks(segmentations: List[Any], image_size: ImageSize) -> PolygonMasks:
+def _polygon_masks(segmentations: list[Any], image_size: ImageSize) -> PolygonMasks:
     try:
         return PolygonMasks(segmentations)
     except ValueError as e:
@@ -154,7 +149,7 @@ def _polygon_masks(segmentations: List[Any], image_size: ImageSize) -> PolygonMa
         ) from e
 
 
-def _bit_masks(segmentations: List[Any], image_size: ImageSize) -> BitMasks:
+def _bit_masks(segmentations: list[Any], image_size: ImageSize) -> BitMasks:
     return BitMasks(torch.from_numpy(np.stack([_to_bitmask(s, image_size) for s in segmentations])))
 
 
@@ -179,7 +174,7 @@ def filter_empty_instances(
     by_mask: bool = True,
     box_threshold: float = 1e-5,
     return_mask: bool = False,
-) -> Union[Instances, Tuple[Instances, torch.Tensor]]:
+) -> Instances | tuple[Instances, torch.Tensor]:
     """Drops instances whose box (a side of at most `box_threshold` pixels) or mask is empty.
 
     Returns:
@@ -198,14 +193,12 @@ def filter_empty_instances(
 # --- Augmentation and metadata --------------------------------------------------------------------
 
 
-def build_augmentation(cfg: CfgNode, is_train: bool) -> List[T.Augmentation]:
+def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """The augmentations that INPUT asks for: resize, and a flip in training."""
     node = cfg.INPUT
     if not is_train:
         return [T.ResizeShortestEdge(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, "choice")]
-    augmentations = [
-        T.ResizeShortestEdge(node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)
-    ]
+    augmentations = [T.ResizeShortestEdge(node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)]
     if node.RANDOM_FLIP != "none":
         horizontal, vertical = node.RANDOM_FLIP == "horizontal", node.RANDOM_FLIP == "vertical"
         augmentations.append(T.RandomFlip(horizontal=horizontal, vertical=vertical))
@@ -216,7 +209,7 @@ build_transform_gens = build_augmentation
 
 
 def gen_crop_transform_with_instance(
-    crop_size: Sequence[int], image_size: Sequence[int], instance: Dict[str, Any]
+    crop_size: Sequence[int], image_size: Sequence[int], instance: dict[str, Any]
 ) -> CropTransform:
     """A random crop that contains the centre of an instance's box.
 
@@ -231,9 +224,7 @@ def gen_crop_transform_with_instance(
     assert (center >= 0).all() and (center <= size).all(), (
         f"the box {box.tolist()} has its centre outside the image of {tuple(size)} (height, width)"
     )
-    assert (crop <= size).all(), (
-        f"the crop {tuple(crop)} is larger than the image {tuple(size)} (height, width)"
-    )
+    assert (crop <= size).all(), f"the crop {tuple(crop)} is larger than the image {tuple(size)} (height, width)"
     low = np.maximum(np.floor(center).astype(np.int32) - crop, 0)
     high = np.minimum(size - crop, np.ceil(center).astype(np.int32))
     y0 = int(np.random.randint(low[0], high[0] + 1))
@@ -254,14 +245,11 @@ def check_metadata_consistency(key: str, dataset_names: Sequence[str]) -> None:
     for name, value in zip(dataset_names, values):
         if value != values[0]:
             raise ValueError(
-                f"datasets {dataset_names[0]!r} and {name!r} differ in metadata {key!r}: "
-                f"{values[0]!r} != {value!r}"
+                f"datasets {dataset_names[0]!r} and {name!r} differ in metadata {key!r}: {values[0]!r} != {value!r}"
             )
 
 
-def get_fed_loss_cls_weights(
-    dataset_names: Union[str, Sequence[str]], freq_weight_power: float = 1.0
-) -> torch.Tensor:
+def get_fed_loss_cls_weights(dataset_names: str | Sequence[str], freq_weight_power: float = 1.0) -> torch.Tensor:
     """Sampling weight of each class for the federated loss: (number of its images) ** freq_weight_power.
 
     Source: Zhou et al., "Probabilistic two-stage detection" (2021), section 4.

@@ -1,7 +1,7 @@
 """Reading images: channel orders, upright orientation, and the size that a dataset says they have."""
 
 import struct
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class SizeMismatchError(ValueError):
     """An image does not have the width and height that its dataset gives."""
 
 
-def read_image(file_name: str, format: Optional[str] = None) -> np.ndarray:
+def read_image(file_name: str, format: str | None = None) -> np.ndarray:
     """Reads an image file, turned upright as its EXIF orientation says.
 
     Args:
@@ -54,7 +54,7 @@ def _apply_exif_orientation(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def convert_PIL_to_numpy(image: Image.Image, format: Optional[str]) -> np.ndarray:
+def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
     """A PIL image as an array in the given format; see `read_image`."""
     if format is not None:
         mode = "RGB" if format in ("BGR", "YUV-BT.601") else format
@@ -69,7 +69,7 @@ def convert_PIL_to_numpy(image: Image.Image, format: Optional[str]) -> np.ndarra
     return array
 
 
-def convert_image_to_rgb(image: Union[np.ndarray, torch.Tensor], format: str) -> np.ndarray:
+def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.ndarray:
     """An image (H, W, C) in a format of `read_image` as RGB (H, W, 3) uint8; "L" gives (H, W)."""
     image = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
     if format == "BGR":
@@ -82,7 +82,7 @@ def convert_image_to_rgb(image: Union[np.ndarray, torch.Tensor], format: str) ->
     return image if format == "RGB" else np.asarray(Image.fromarray(image, mode=format).convert("RGB"))
 
 
-def check_image_size(dataset_dict: Dict[str, Any], image: np.ndarray) -> None:
+def check_image_size(dataset_dict: dict[str, Any], image: np.ndarray) -> None:
     """Compares an image with "width" and "height" of its dataset dict, and sets them where they are missing.
 
     Raises:

@@ -144,9 +144,7 @@ def _run_worker(
         torch.set_num_threads(max(1, torch.get_num_threads() // num_gpus_per_machine))
     rank = machine_rank * num_gpus_per_machine + local_rank
     try:
-        dist.init_process_group(
-            _backend(), init_method=dist_url, world_size=world_size, rank=rank, timeout=timeout
-        )
+        dist.init_process_group(_backend(), init_method=dist_url, world_size=world_size, rank=rank, timeout=timeout)
     except Exception:
         logger.error("Process %d of %d did not meet the others at %s.", rank, world_size, dist_url)
         raise

@@ -141,9 +141,7 @@ class SimpleTrainer(TrainerBase):
             self.write_metrics(loss_dict, data_time, iteration, prefix)
 
     @staticmethod
-    def write_metrics(
-        loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = ""
-    ) -> None:
+    def write_metrics(loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = "") -> None:
         """
         Put the losses, their sum ``total_loss`` and ``data_time`` into the event storage of the main process.
 

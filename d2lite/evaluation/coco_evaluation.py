@@ -8,7 +8,8 @@ import logging
 import os
 import pickle
 from collections import OrderedDict
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Type, Union
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -52,11 +53,11 @@ class COCOEvaluator(DatasetEvaluator):
     def __init__(
         self,
         dataset_name: str,
-        tasks: Optional[Sequence[str]] = None,
+        tasks: Sequence[str] | None = None,
         distributed: bool = True,
-        output_dir: Optional[str] = None,
+        output_dir: str | None = None,
         *,
-        max_dets_per_image: Optional[Union[int, Sequence[int]]] = None,
+        max_dets_per_image: int | Sequence[int] | None = None,
         use_fast_impl: bool = True,
         kpt_oks_sigmas: Sequence[float] = (),
         allow_cached_coco: bool = True,
@@ -83,17 +84,17 @@ class COCOEvaluator(DatasetEvaluator):
         self._distributed = distributed
         self._output_dir = output_dir
         self._max_dets_per_image = _three_limits(max_dets_per_image)
-        self._cocoeval: Type[COCOeval] = COCOeval_opt if use_fast_impl else COCOeval
+        self._cocoeval: type[COCOeval] = COCOeval_opt if use_fast_impl else COCOeval
         self._metadata = MetadataCatalog.get(dataset_name)
         self._coco_api = _load_ground_truth(dataset_name, self._metadata, output_dir, allow_cached_coco)
         self._do_evaluation = "annotations" in self._coco_api.dataset  # test sets have none
-        self._predictions: List[Dict[str, Any]] = []
-        self._results: Dict[str, Dict[str, float]] = OrderedDict()
+        self._predictions: list[dict[str, Any]] = []
+        self._results: dict[str, dict[str, float]] = OrderedDict()
 
     def reset(self) -> None:
         self._predictions = []
 
-    def process(self, inputs: Iterable[Dict[str, Any]], outputs: Iterable[Dict[str, Any]]) -> None:
+    def process(self, inputs: Iterable[dict[str, Any]], outputs: Iterable[dict[str, Any]]) -> None:
         """
         Args:
             inputs: dicts with ``image_id``.
@@ -111,7 +112,7 @@ class COCOEvaluator(DatasetEvaluator):
             if len(prediction) > 1:
                 self._predictions.append(prediction)
 
-    def evaluate(self, img_ids: Optional[Sequence[int]] = None) -> Dict[str, Dict[str, float]]:
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
         """
         Args:
             img_ids: evaluate on these images only. By default on all images of the dataset.
@@ -136,9 +137,7 @@ class COCOEvaluator(DatasetEvaluator):
             self._eval_predictions(predictions, img_ids)
         return copy.deepcopy(self._results)
 
-    def _eval_predictions(
-        self, predictions: List[Dict[str, Any]], img_ids: Optional[Sequence[int]] = None
-    ) -> None:
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Sequence[int] | None = None) -> None:
         if self._output_dir:
             with complete_file(os.path.join(self._output_dir, "instances_predictions.pth")) as path:
                 torch.save(predictions, path)
@@ -157,10 +156,10 @@ class COCOEvaluator(DatasetEvaluator):
             class_names = self._metadata.get("thing_classes")
             self._results[task] = self._derive_coco_results(coco_eval, task, class_names)
 
-    def _tasks_from_predictions(self, predictions: List[Dict[str, Any]]) -> Set[str]:
+    def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> set[str]:
         return {"bbox", "segm"} if any("segmentation" in p for p in predictions) else {"bbox"}
 
-    def _to_dataset_category_ids(self, coco_results: List[Dict[str, Any]]) -> None:
+    def _to_dataset_category_ids(self, coco_results: list[dict[str, Any]]) -> None:
         to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if to_contiguous is None:
             return
@@ -174,9 +173,7 @@ class COCOEvaluator(DatasetEvaluator):
                 )
             result["category_id"] = to_dataset[label]
 
-    def _run_coco_eval(
-        self, coco_results: List[Dict[str, Any]], task: str, img_ids: Optional[Sequence[int]]
-    ) -> COCOeval:
+    def _run_coco_eval(self, coco_results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None) -> COCOeval:
         # A result with a box would be counted as small, medium or large by its box and not by its mask
         left_out = {"bbox"} if task == "segm" else {"segmentation"}
         results = [{k: v for k, v in r.items() if k not in left_out} for r in coco_results]
@@ -193,8 +190,8 @@ class COCOEvaluator(DatasetEvaluator):
         return coco_eval
 
     def _derive_coco_results(
-        self, coco_eval: Optional[COCOeval], iou_type: str, class_names: Optional[Sequence[str]] = None
-    ) -> Dict[str, float]:
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
         """Reads the metrics, and the AP of each class if there are several, from ``coco_eval``."""
         if coco_eval is None:
             logger.warning("No predictions from the model!")
@@ -217,7 +214,7 @@ class COCOEvaluator(DatasetEvaluator):
         results.update({f"AP-{name}": value for name, value in per_class.items()})
         return results
 
-    def _eval_box_proposals(self, predictions: List[Dict[str, Any]]) -> None:
+    def _eval_box_proposals(self, predictions: list[dict[str, Any]]) -> None:
         if self._output_dir:
             _write_proposals(os.path.join(self._output_dir, "box_proposals.pkl"), predictions)
         if not self._do_evaluation:
@@ -232,7 +229,7 @@ class COCOEvaluator(DatasetEvaluator):
         self._results["box_proposals"] = recalls
 
 
-def instances_to_coco_json(instances: Instances, img_id: int) -> List[Dict[str, Any]]:
+def instances_to_coco_json(instances: Instances, img_id: int) -> list[dict[str, Any]]:
     """
     Turns the detections of one image into COCO's result format.
 
@@ -251,9 +248,7 @@ def instances_to_coco_json(instances: Instances, img_id: int) -> List[Dict[str, 
     boxes[:, 2:] -= boxes[:, :2]
     results = [
         {"image_id": img_id, "category_id": label, "bbox": box, "score": score}
-        for label, box, score in zip(
-            instances.pred_classes.tolist(), boxes.tolist(), instances.scores.tolist()
-        )
+        for label, box, score in zip(instances.pred_classes.tolist(), boxes.tolist(), instances.scores.tolist())
     ]
     if instances.has("pred_masks"):
         masks = np.asarray(instances.pred_masks, dtype=np.uint8)
@@ -262,7 +257,7 @@ def instances_to_coco_json(instances: Instances, img_id: int) -> List[Dict[str, 
     return results
 
 
-def _check_tasks(tasks: Optional[Sequence[str]], kpt_oks_sigmas: Sequence[float]) -> Optional[Set[str]]:
+def _check_tasks(tasks: Sequence[str] | None, kpt_oks_sigmas: Sequence[float]) -> set[str] | None:
     if len(kpt_oks_sigmas) or "keypoints" in (tasks or ()):
         raise NotImplementedError("COCOEvaluator: d2lite does not evaluate keypoints; Detectron2 does.")
     if tasks is None:
@@ -272,7 +267,7 @@ def _check_tasks(tasks: Optional[Sequence[str]], kpt_oks_sigmas: Sequence[float]
     return set(tasks)
 
 
-def _three_limits(max_dets_per_image: Optional[Union[int, Sequence[int]]]) -> List[int]:
+def _three_limits(max_dets_per_image: int | Sequence[int] | None) -> list[int]:
     if max_dets_per_image is None:
         return list(DEFAULT_MAX_DETS)
     if isinstance(max_dets_per_image, int):
@@ -282,16 +277,13 @@ def _three_limits(max_dets_per_image: Optional[Union[int, Sequence[int]]]) -> Li
     return list(max_dets_per_image)
 
 
-def _load_ground_truth(
-    dataset_name: str, metadata: Any, output_dir: Optional[str], allow_cached: bool
-) -> COCO:
+def _load_ground_truth(dataset_name: str, metadata: Any, output_dir: str | None, allow_cached: bool) -> COCO:
     if not hasattr(metadata, "json_file"):
         from d2lite.data.datasets.coco import convert_to_coco_json
 
         if output_dir is None:
             raise ValueError(
-                f"Dataset {dataset_name!r} is not in COCO format: give COCOEvaluator an output_dir for a "
-                "converted copy"
+                f"Dataset {dataset_name!r} is not in COCO format: give COCOEvaluator an output_dir for a converted copy"
             )
         metadata.json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
         convert_to_coco_json(dataset_name, metadata.json_file, allow_cached=allow_cached)
@@ -303,7 +295,7 @@ def _load_ground_truth(
     return coco_api
 
 
-def _write_proposals(path: str, predictions: List[Dict[str, Any]]) -> None:
+def _write_proposals(path: str, predictions: list[dict[str, Any]]) -> None:
     """Writes proposals in the format that a dataset's precomputed proposals are read from."""
     content = {
         "boxes": [p["proposals"].proposal_boxes.tensor.numpy() for p in predictions],
@@ -321,7 +313,7 @@ def _percentage(precision: np.ndarray) -> float:
     return float(valid.mean() * 100) if valid.size else float("nan")
 
 
-def _category_table(per_class: Dict[str, float]) -> str:
+def _category_table(per_class: dict[str, float]) -> str:
     columns = min(6, 2 * len(per_class))
     cells = list(itertools.chain(*per_class.items()))
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]

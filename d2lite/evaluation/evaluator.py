@@ -4,8 +4,9 @@ import datetime
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ class DatasetEvaluator:
     def process(self, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:
         """Takes the inputs of one call of the model and its outputs, item by item in the same order."""
 
-    def evaluate(self) -> Optional[Dict[str, Dict[str, float]]]:
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns ``{task: {metric: value}}``, or None on the processes that gathered nothing."""
 
 
@@ -46,7 +47,7 @@ class DatasetEvaluators(DatasetEvaluator):
         for evaluator in self._evaluators:
             evaluator.process(inputs, outputs)
 
-    def evaluate(self) -> Dict[str, Dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """
         Raises:
             AssertionError: two evaluators report the same task.
@@ -66,9 +67,9 @@ class DatasetEvaluators(DatasetEvaluator):
 def inference_on_dataset(
     model: Callable[[Any], Any],
     data_loader: Iterable[Any],
-    evaluator: Union[DatasetEvaluator, List[DatasetEvaluator], None],
-    callbacks: Optional[Dict[str, Callable[[], Any]]] = None,
-) -> Dict[str, Dict[str, float]]:
+    evaluator: DatasetEvaluator | list[DatasetEvaluator] | None,
+    callbacks: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, dict[str, float]]:
     """
     Runs ``model`` over ``data_loader`` without gradient, in eval mode, and evaluates its outputs.
 
@@ -123,7 +124,7 @@ def inference_context(model: nn.Module) -> Iterator[None]:
 
 
 class _Callbacks:
-    def __init__(self, callbacks: Optional[Dict[str, Callable[[], Any]]]) -> None:
+    def __init__(self, callbacks: dict[str, Callable[[], Any]] | None) -> None:
         self.callbacks = callbacks or {}
 
     def __call__(self, name: str) -> None:

@@ -1,7 +1,7 @@
 """COCO's evaluation protocol: faster-coco-eval where it is installed, else pycocotools; same numbers."""
 
 import copy
-from typing import Any, Optional
+from typing import Any
 
 from pycocotools.coco import COCO
 
@@ -15,7 +15,7 @@ else:
         """Evaluates detections; takes data sets of pycocotools as well as those of faster-coco-eval."""
 
         def __init__(
-            self, cocoGt: Optional[COCO] = None, cocoDt: Optional[COCO] = None, iouType: str = "segm", **kwargs: Any
+            self, cocoGt: COCO | None = None, cocoDt: COCO | None = None, iouType: str = "segm", **kwargs: Any
         ) -> None:
             """
             Args:
@@ -27,7 +27,7 @@ else:
             super().__init__(_with_faster_index(cocoGt), _with_faster_index(cocoDt), iouType, **kwargs)
 
 
-def _with_faster_index(data: Optional[COCO]) -> Any:
+def _with_faster_index(data: COCO | None) -> Any:
     if data is None or isinstance(data, faster_coco_eval.COCO):
         return data
     converted = faster_coco_eval.COCO()

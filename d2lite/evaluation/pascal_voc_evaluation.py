@@ -5,7 +5,8 @@ import logging
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import OrderedDict
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,9 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self._predictions: List[Tuple[int, str, float, List[float]]] = []
+        self._predictions: list[tuple[int, str, float, list[float]]] = []
 
-    def process(self, inputs: Iterable[Dict[str, Any]], outputs: Iterable[Dict[str, Any]]) -> None:
+    def process(self, inputs: Iterable[dict[str, Any]], outputs: Iterable[dict[str, Any]]) -> None:
         """
         Args:
             inputs: dicts with ``image_id``, the stem of the image's file name.
@@ -58,13 +59,13 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
             for label, score, box in zip(found.pred_classes.tolist(), scores, boxes):
                 self._predictions.append((label, entry["image_id"], score, box))
 
-    def evaluate(self) -> Optional[Dict[str, Dict[str, float]]]:
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns ``{"bbox": {"AP", "AP50", "AP75"}}`` on the main process."""
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return None
         objects = self._read_objects()
-        by_class: List[list] = [[] for _ in self._class_names]
+        by_class: list[list] = [[] for _ in self._class_names]
         for label, *detection in itertools.chain(*gathered):
             by_class[label].append(detection)
         precision = np.array(
@@ -84,7 +85,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         logger.info("Evaluation results for bbox: %s", dict(results))
         return OrderedDict(bbox=results)
 
-    def _read_objects(self) -> Dict[str, Dict[str, List[Tuple[List[float], bool]]]]:
+    def _read_objects(self) -> dict[str, dict[str, list[tuple[list[float], bool]]]]:
         """Per image and class: the boxes and whether they are difficult."""
         listing = os.path.join(self._directory, "ImageSets", "Main", f"{self._split}.txt")
         with PathManager.open(listing) as file:
@@ -94,8 +95,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
 
 
 def class_average_precisions(
-    detections: List[Tuple[str, float, List[float]]],
-    objects: Dict[str, List[Tuple[List[float], bool]]],
+    detections: list[tuple[str, float, list[float]]],
+    objects: dict[str, list[tuple[list[float], bool]]],
     use_11_points: bool,
 ) -> np.ndarray:
     """
@@ -135,10 +136,10 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, use_11_points: 
     return float((np.diff(recall, prepend=0) * envelope).sum())
 
 
-def _read_annotation(path: str) -> Dict[str, List[Tuple[List[float], bool]]]:
+def _read_annotation(path: str) -> dict[str, list[tuple[list[float], bool]]]:
     with PathManager.open(path) as file:
         tree = ElementTree.parse(file)
-    objects: Dict[str, List[Tuple[List[float], bool]]] = {}
+    objects: dict[str, list[tuple[list[float], bool]]] = {}
     for item in tree.findall("object"):
         box = [float(item.find("bndbox").find(side).text) for side in ("xmin", "ymin", "xmax", "ymax")]
         difficult = item.findtext("difficult", "0").strip() == "1"
@@ -147,8 +148,8 @@ def _read_annotation(path: str) -> Dict[str, List[Tuple[List[float], bool]]]:
 
 
 def _best_matches(
-    detections: List[Tuple[str, float, List[float]]], objects: Dict[str, List[Tuple[List[float], bool]]]
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    detections: list[tuple[str, float, list[float]]], objects: dict[str, list[tuple[list[float], bool]]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each detection: its largest IoU, that object's number in the dataset, whether it is difficult."""
     overlaps, matches, ignored = (np.zeros(len(detections), dtype) for dtype in (float, int, bool))
     offsets = dict(zip(objects, itertools.accumulate((len(o) for o in objects.values()), initial=0)))

@@ -1,6 +1,7 @@
 """Average recall of class-agnostic box proposals."""
 
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,12 @@ AREA_RANGES = {  # square pixels
 
 
 def evaluate_box_proposals(
-    dataset_predictions: Sequence[Dict[str, Any]],
+    dataset_predictions: Sequence[dict[str, Any]],
     coco_api: COCO,
-    thresholds: Optional[Sequence[float]] = None,
+    thresholds: Sequence[float] | None = None,
     area: str = "all",
-    limit: Optional[int] = None,
-) -> Dict[str, Any]:
+    limit: int | None = None,
+) -> dict[str, Any]:
     """
     Recall of ground-truth boxes, averaged over IoU thresholds (Hosang et al., arXiv:1502.05082).
 
@@ -66,7 +67,7 @@ def evaluate_box_proposals(
     }
 
 
-def _boxes(objects: List[Dict[str, Any]]) -> Boxes:
+def _boxes(objects: list[dict[str, Any]]) -> Boxes:
     xywh = np.array([a["bbox"] for a in objects], dtype=np.float32)
     return Boxes(torch.from_numpy(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)))
 

@@ -4,7 +4,8 @@ import itertools
 import logging
 import os
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Iterable, List, Optional, Union
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -27,9 +28,7 @@ logger = logging.getLogger(__name__)
 BOUNDARY_RATIO = 0.02  # width of a boundary as a share of the image diagonal
 
 
-def load_image_into_numpy_array(
-    filename: str, copy: bool = False, dtype: Optional[Union[np.dtype, str]] = None
-) -> np.ndarray:
+def load_image_into_numpy_array(filename: str, copy: bool = False, dtype: np.dtype | str | None = None) -> np.ndarray:
     """Reads a label map (H, W) of class ids."""
     with PathManager.open(filename, "rb") as file:
         array = np.asarray(Image.open(file), dtype=dtype)
@@ -43,11 +42,11 @@ class SemSegEvaluator(DatasetEvaluator):
         self,
         dataset_name: str,
         distributed: bool = True,
-        output_dir: Optional[str] = None,
+        output_dir: str | None = None,
         *,
         sem_seg_loading_fn: Callable[..., np.ndarray] = load_image_into_numpy_array,
-        num_classes: Optional[int] = None,
-        ignore_label: Optional[int] = None,
+        num_classes: int | None = None,
+        ignore_label: int | None = None,
     ) -> None:
         """
         Args:
@@ -82,9 +81,9 @@ class SemSegEvaluator(DatasetEvaluator):
         size = self._num_classes + 1  # the last row and column count ignored pixels
         self._conf_matrix = np.zeros((size, size), dtype=np.int64)
         self._b_conf_matrix = np.zeros((size, size), dtype=np.int64)
-        self._predictions: List[Dict[str, Any]] = []
+        self._predictions: list[dict[str, Any]] = []
 
-    def process(self, inputs: Iterable[Dict[str, Any]], outputs: Iterable[Dict[str, Any]]) -> None:
+    def process(self, inputs: Iterable[dict[str, Any]], outputs: Iterable[dict[str, Any]]) -> None:
         """
         Args:
             inputs: dicts with ``file_name``.
@@ -100,7 +99,7 @@ class SemSegEvaluator(DatasetEvaluator):
                 self._b_conf_matrix += self._count_pairs(label_boundary(pred), label_boundary(gt))
             self._predictions.extend(self.encode_json_sem_seg(pred, entry["file_name"]))
 
-    def evaluate(self) -> Optional[Dict[str, Dict[str, float]]]:
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns ``{"sem_seg": metrics}``; nan for the classes that the ground truth does not have."""
         confusion, boundary, predictions = self._conf_matrix, self._b_conf_matrix, self._predictions
         if self._distributed:
@@ -118,7 +117,7 @@ class SemSegEvaluator(DatasetEvaluator):
         logger.info("%s", results)
         return OrderedDict(sem_seg=results)
 
-    def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> List[Dict[str, Any]]:
+    def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[dict[str, Any]]:
         """Turns a predicted label map (H, W) into one RLE mask per class, in COCO's stuff format."""
         results = []
         for label in np.unique(sem_seg).tolist():
@@ -145,15 +144,13 @@ class SemSegEvaluator(DatasetEvaluator):
         size = self._num_classes + 1
         return np.bincount((size * pred + gt).reshape(-1), minlength=size * size).reshape(size, size)
 
-    def _metrics(self, confusion: np.ndarray, boundary: np.ndarray) -> Dict[str, float]:
+    def _metrics(self, confusion: np.ndarray, boundary: np.ndarray) -> dict[str, float]:
         iou, gt_pixels, hits = _iou(confusion)
         present = gt_pixels > 0
         iou[~present] = np.nan
         accuracy = np.where(present, hits / np.maximum(gt_pixels, 1), np.nan)
         weights = gt_pixels / max(gt_pixels.sum(), 1)
-        results = OrderedDict(
-            mIoU=_mean(iou[present]), fwIoU=float((iou[present] * weights[present]).sum()) * 100
-        )
+        results = OrderedDict(mIoU=_mean(iou[present]), fwIoU=float((iou[present] * weights[present]).sum()) * 100)
         boundary_iou = _iou(boundary)[0]
         for name, value, edge in zip(self._class_names, iou, boundary_iou):
             results[f"IoU-{name}"] = float(value) * 100

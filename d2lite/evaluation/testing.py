@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def verify_results(cfg: CfgNode, results: Mapping[str, Mapping[str, float]]) -> 
     return True
 
 
-def flatten_results_dict(results: Mapping[str, Any]) -> Dict[str, Any]:
+def flatten_results_dict(results: Mapping[str, Any]) -> dict[str, Any]:
     """Turns ``{"a": {"b": 1}}`` into ``{"a/b": 1}``, at any depth."""
     flat = {}
     for key, value in results.items():

@@ -42,9 +42,7 @@ class _DeformConvBase(nn.Module):
         self._check_channels("offset", offset, 2)
         if mask is not None:
             self._check_channels("mask", mask, 1)
-        x = deform_conv2d(
-            x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
-        )
+        x = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
@@ -93,9 +91,7 @@ class DeformConv(_DeformConvBase):
     ) -> None:
         if bias:
             raise AssertionError("DeformConv has no bias; use ModulatedDeformConv for one")
-        super().__init__(
-            in_channels, out_channels, kernel_size, groups, deformable_groups, False, norm, activation
-        )
+        super().__init__(in_channels, out_channels, kernel_size, groups, deformable_groups, False, norm, activation)
         self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
@@ -120,9 +116,7 @@ class ModulatedDeformConv(_DeformConvBase):
         norm: nn.Module | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, groups, deformable_groups, bias, norm, activation
-        )
+        super().__init__(in_channels, out_channels, kernel_size, groups, deformable_groups, bias, norm, activation)
         self.stride, self.padding, self.dilation = stride, padding, dilation
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:

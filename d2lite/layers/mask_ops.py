@@ -6,9 +6,7 @@ from torch import Tensor
 _MAX_CHUNK_BYTES = 2**29
 
 
-def paste_masks_in_image(
-    masks: Tensor, boxes: Tensor, image_shape: tuple[int, int], threshold: float = 0.5
-) -> Tensor:
+def paste_masks_in_image(masks: Tensor, boxes: Tensor, image_shape: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Resize every mask to its box, bilinearly, and put it where the box is in an otherwise empty image.
 
     Args:

@@ -68,9 +68,7 @@ class DefaultAnchorGenerator(nn.Module):
         self.offset = offset
         sizes = _one_per_level(sizes, len(self.strides), "sizes")
         aspect_ratios = _one_per_level(aspect_ratios, len(self.strides), "aspect_ratios")
-        self.cell_anchors = BufferList(
-            self.generate_cell_anchors(s, a).float() for s, a in zip(sizes, aspect_ratios)
-        )
+        self.cell_anchors = BufferList(self.generate_cell_anchors(s, a).float() for s, a in zip(sizes, aspect_ratios))
         # The keys are strings because TorchScript refuses a module with a dict of other keys.
         self._cache: OrderedDict[str, list[tuple[torch.Tensor, int]]] = OrderedDict()
 

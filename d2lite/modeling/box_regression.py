@@ -21,9 +21,7 @@ class Box2BoxTransform:
     the source's width and height, and logarithm of the ratio of widths and heights, each times a weight.
     """
 
-    def __init__(
-        self, weights: tuple[float, float, float, float], scale_clamp: float = _DEFAULT_SCALE_CLAMP
-    ) -> None:
+    def __init__(self, weights: tuple[float, float, float, float], scale_clamp: float = _DEFAULT_SCALE_CLAMP) -> None:
         """
         Args:
             weights: factors of (dx, dy, dw, dh). Fast R-CNN chose (10, 10, 5, 5), so that the deltas have
@@ -160,8 +158,7 @@ def _dense_box_regression_loss(
     """
     if box_reg_loss_type != "smooth_l1" and box_reg_loss_type not in _IOU_LOSSES:
         raise ValueError(
-            f"invalid dense box regression loss type '{box_reg_loss_type}', "
-            "expected smooth_l1, giou, diou or ciou"
+            f"invalid dense box regression loss type '{box_reg_loss_type}', expected smooth_l1, giou, diou or ciou"
         )
     image, index = fg_mask.nonzero(as_tuple=True)
     all_anchors = torch.cat([x.tensor if isinstance(x, Boxes) else x for x in anchors])

@@ -11,9 +11,7 @@ class Matcher:
     e.g. 1 (foreground), 0 (background) or -1 (ignored).
     """
 
-    def __init__(
-        self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False
-    ) -> None:
+    def __init__(self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False) -> None:
         """
         Args:
             thresholds: increasing positive limits t_1 < ... < t_k that cut the qualities into k + 1 intervals

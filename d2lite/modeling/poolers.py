@@ -1,7 +1,7 @@
 """Pooling of regions of interest from one feature map or from a feature pyramid (FPN, arXiv 1612.03144)."""
 
 import math
-from typing import List, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class ROIPooler(nn.Module):
 
     def __init__(
         self,
-        output_size: Union[int, Sequence[int]],
+        output_size: int | Sequence[int],
         scales: Sequence[float],
         sampling_ratio: int,
         pooler_type: str,
@@ -46,7 +46,7 @@ class ROIPooler(nn.Module):
             raise ValueError(f"ROIPooler: output_size must be an int or (height, width), got {output_size}")
         if canonical_box_size <= 0:
             raise ValueError(f"ROIPooler: canonical_box_size must be positive, got {canonical_box_size}")
-        self.output_size: Tuple[int, int] = (int(output_size[0]), int(output_size[1]))
+        self.output_size: tuple[int, int] = (int(output_size[0]), int(output_size[1]))
         self.min_level, self.max_level = _pyramid_levels(scales)
         self.canonical_level = canonical_level
         self.canonical_box_size = canonical_box_size
@@ -54,7 +54,7 @@ class ROIPooler(nn.Module):
             _build_level_pooler(pooler_type, self.output_size, scale, int(sampling_ratio)) for scale in scales
         )
 
-    def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+    def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
         """Pool all boxes of all images.
 
         Args:
@@ -69,9 +69,7 @@ class ROIPooler(nn.Module):
         if len(x) != num_levels:
             raise ValueError(f"ROIPooler got {len(x)} feature maps for its {num_levels} scales")
         if len(box_lists) != x[0].size(0):
-            raise ValueError(
-                f"ROIPooler got boxes of {len(box_lists)} images for features of {x[0].size(0)} images"
-            )
+            raise ValueError(f"ROIPooler got boxes of {len(box_lists)} images for features of {x[0].size(0)} images")
         rois = convert_boxes_to_pooler_format(box_lists).to(x[0].device)
         if len(x) == 1:
             return self.level_poolers[0](x[0], rois)
@@ -83,14 +81,14 @@ class ROIPooler(nn.Module):
         order = torch.argsort(levels, stable=True)
         counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0)
         parts = rois[order].split(_sizes(counts))
-        pooled: List[torch.Tensor] = []
+        pooled: list[torch.Tensor] = []
         for i, pool in enumerate(self.level_poolers):
             pooled.append(pool(x[i], parts[i]))
         return torch.cat(pooled).index_select(0, torch.argsort(order))
 
 
 def assign_boxes_to_levels(
-    box_lists: List[Boxes],
+    box_lists: list[Boxes],
     min_level: int,
     max_level: int,
     canonical_box_size: int,
@@ -109,26 +107,26 @@ def assign_boxes_to_levels(
     return levels.clamp(min=min_level, max=max_level).to(torch.int64) - min_level
 
 
-def convert_boxes_to_pooler_format(box_lists: List[Boxes]) -> torch.Tensor:
+def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> torch.Tensor:
     """Boxes of N images as one (M, 5) tensor: index of the image in the batch, then XYXY in pixels."""
     if len(box_lists) == 0:
         return torch.zeros(0, 5)
-    rois: List[torch.Tensor] = []
+    rois: list[torch.Tensor] = []
     for i, boxes in enumerate(box_lists):
         index = torch.full_like(boxes.tensor[:, :1], float(i))
         rois.append(torch.cat([index, boxes.tensor], dim=1))
     return torch.cat(rois)
 
 
-def _sizes(counts: torch.Tensor) -> List[int]:
+def _sizes(counts: torch.Tensor) -> list[int]:
     """Read integers from the device; a trace keeps them as tensors, so that it holds for other inputs."""
     if not torch.jit.is_scripting() and torch.jit.is_tracing():
         return list(counts.unbind())
-    sizes: List[int] = counts.tolist()
+    sizes: list[int] = counts.tolist()
     return sizes
 
 
-def _pyramid_levels(scales: Sequence[float]) -> Tuple[int, int]:
+def _pyramid_levels(scales: Sequence[float]) -> tuple[int, int]:
     levels = [-math.log2(scale) for scale in scales]
     first = round(levels[0]) if levels else 0
     if not levels or first < 0 or any(abs(level - first - i) > 1e-6 for i, level in enumerate(levels)):
@@ -139,13 +137,11 @@ def _pyramid_levels(scales: Sequence[float]) -> Tuple[int, int]:
     return first, first + len(levels) - 1
 
 
-def _build_level_pooler(kind: str, size: Tuple[int, int], scale: float, sampling_ratio: int) -> nn.Module:
+def _build_level_pooler(kind: str, size: tuple[int, int], scale: float, sampling_ratio: int) -> nn.Module:
     if kind == "ROIPool":
         return RoIPool(size, spatial_scale=scale)
     if kind in ("ROIAlign", "ROIAlignV2"):
-        return ROIAlign(
-            size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=kind == "ROIAlignV2"
-        )
+        return ROIAlign(size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=kind == "ROIAlignV2")
     if kind == "ROIAlignRotated":
         raise NotImplementedError(
             "POOLER_TYPE ROIAlignRotated (rotated boxes) is not part of d2lite; install Detectron2 to use it"

@@ -40,9 +40,7 @@ def detector_postprocess(
     if output.has("pred_masks"):
         masks = output.pred_masks
         masks = masks[:, 0] if isinstance(masks, torch.Tensor) else masks.tensor
-        output.pred_masks = paste_masks_in_image(
-            masks, output.get(name), output.image_size, threshold=mask_threshold
-        )
+        output.pred_masks = paste_masks_in_image(masks, output.get(name), output.image_size, threshold=mask_threshold)
     return output
 
 

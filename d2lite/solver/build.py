@@ -186,9 +186,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSche
 def _multi_step(solver: CfgNode) -> ParamScheduler:
     steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
     if len(steps) != len(solver.STEPS):
-        logger.warning(
-            "SOLVER.STEPS %s: those not below MAX_ITER %d have no effect.", solver.STEPS, solver.MAX_ITER
-        )
+        logger.warning("SOLVER.STEPS %s: those not below MAX_ITER %d have no effect.", solver.STEPS, solver.MAX_ITER)
     return MultiStepParamScheduler(
         values=[solver.GAMMA**k for k in range(len(steps) + 1)], milestones=steps, num_updates=solver.MAX_ITER
     )
@@ -196,9 +194,7 @@ def _multi_step(solver: CfgNode) -> ParamScheduler:
 
 def _cosine(solver: CfgNode) -> ParamScheduler:
     if not 0.0 <= solver.BASE_LR_END <= solver.BASE_LR:
-        raise ValueError(
-            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, not between 0 and BASE_LR ({solver.BASE_LR})."
-        )
+        raise ValueError(f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, not between 0 and BASE_LR ({solver.BASE_LR}).")
     return CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR)
 
 

@@ -1,8 +1,9 @@
 """Axis-aligned boxes in absolute (x0, y0, x1, y1) coordinates, their box formats, and pairwise measures."""
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum, unique
-from typing import List, Sequence, Tuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ class Boxes:
         x0, y0, x1, y1 = self.tensor.unbind(1)
         return (x1 - x0) * (y1 - y0)
 
-    def clip(self, box_size: Tuple[int, int]) -> None:
+    def clip(self, box_size: tuple[int, int]) -> None:
         """Limit the boxes, in place, to an image of size (height, width)."""
         height, width = box_size
         x0, y0, x1, y1 = self.tensor.unbind(1)
@@ -132,7 +133,7 @@ class Boxes:
         """Return (N,) booleans: both sides are longer than `threshold` pixels."""
         return ((self.tensor[:, 2:] - self.tensor[:, :2]) > threshold).all(dim=1)
 
-    def inside_box(self, box_size: Tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
+    def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
         """
         Return (N,) booleans: the box exceeds a reference box at (0, 0) of size (height, width) by less than
         `boundary_threshold` pixels at its right and lower end, and at most that at its left and upper end.
@@ -153,7 +154,7 @@ class Boxes:
 
     @classmethod
     @torch.jit.unused
-    def cat(cls, boxes_list: List["Boxes"]) -> "Boxes":
+    def cat(cls, boxes_list: list["Boxes"]) -> "Boxes":
         """Concatenate; an empty list gives no boxes."""
         assert isinstance(boxes_list, (list, tuple)), f"Boxes.cat takes a list, not {type(boxes_list)}"
         assert all(isinstance(boxes, Boxes) for boxes in boxes_list), "Boxes.cat takes a list of Boxes"

@@ -1,6 +1,6 @@
 """Images of different sizes in one padded tensor."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,16 @@ class ImageList:
         image_sizes: (height, width) of each image without padding.
     """
 
-    def __init__(self, tensor: torch.Tensor, image_sizes: List[Tuple[int, int]]) -> None:
+    def __init__(self, tensor: torch.Tensor, image_sizes: list[tuple[int, int]]) -> None:
         self.tensor = tensor
         self.image_sizes = image_sizes
 
     @staticmethod
     def from_tensors(
-        tensors: List[torch.Tensor],
+        tensors: list[torch.Tensor],
         size_divisibility: int = 0,
         pad_value: float = 0.0,
-        padding_constraints: Optional[Dict[str, int]] = None,
+        padding_constraints: dict[str, int] | None = None,
     ) -> "ImageList":
         """
         Pad images and stack them.
@@ -79,8 +79,8 @@ class ImageList:
 
 
 def _batch_size(
-    image_sizes: List[Tuple[int, int]], size_divisibility: int, constraints: Optional[Dict[str, int]]
-) -> Tuple[int, int]:
+    image_sizes: list[tuple[int, int]], size_divisibility: int, constraints: dict[str, int] | None
+) -> tuple[int, int]:
     height = max([size[0] for size in image_sizes])
     width = max([size[1] for size in image_sizes])
     square_size = 0

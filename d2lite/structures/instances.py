@@ -1,7 +1,7 @@
 """The instances of one image: several fields of equal length."""
 
 import itertools
-from typing import Any, Dict, List, NoReturn, Tuple, Union
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,19 +20,19 @@ class Instances:
         large = instances[instances.gt_boxes.area() > 1024]
     """
 
-    def __init__(self, image_size: Tuple[int, int], **kwargs: Any) -> None:
+    def __init__(self, image_size: tuple[int, int], **kwargs: Any) -> None:
         """
         Args:
             image_size: (height, width) of the image, in pixels.
             kwargs: fields.
         """
         self._image_size = image_size
-        self._fields: Dict[str, Any] = {}
+        self._fields: dict[str, Any] = {}
         for name, value in kwargs.items():
             self.set(name, value)
 
     @property
-    def image_size(self) -> Tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """(height, width) of the image, in pixels."""
         return self._image_size
 
@@ -67,7 +67,7 @@ class Instances:
         """Return a field. Raises KeyError if there is none."""
         return self._fields[name]
 
-    def get_fields(self) -> Dict[str, Any]:
+    def get_fields(self) -> dict[str, Any]:
         """Return all fields by name; changing the dict changes the instances."""
         return self._fields
 
@@ -75,7 +75,7 @@ class Instances:
         """Return these instances with every field that has a `to` method moved by it."""
         return self._map(lambda value: value.to(*args, **kwargs) if hasattr(value, "to") else value)
 
-    def __getitem__(self, item: Union[int, slice, torch.BoolTensor]) -> "Instances":
+    def __getitem__(self, item: int | slice | torch.BoolTensor) -> "Instances":
         """
         Args:
             item: an integer (one instance is left), or whatever all fields can be indexed with.
@@ -105,7 +105,7 @@ class Instances:
         raise NotImplementedError("Instances are not iterable: index them, or iterate over a field.")
 
     @staticmethod
-    def cat(instance_lists: List["Instances"]) -> "Instances":
+    def cat(instance_lists: list["Instances"]) -> "Instances":
         """
         Concatenate instances of one image, field by field: tensors, lists, and types with a `cat` method.
 
@@ -136,7 +136,7 @@ class Instances:
     __repr__ = __str__
 
 
-def _concatenate(name: str, values: List[Any]) -> Any:
+def _concatenate(name: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(values, dim=0)

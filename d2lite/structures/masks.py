@@ -1,7 +1,8 @@
 """Instance masks: as full-size bitmaps, as polygons, and as small grids within boxes."""
 
 import itertools
-from typing import Any, Iterator, List, Sequence, Tuple, Union
+from collections.abc import Iterator, Sequence
+from typing import Any, Union
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -12,7 +13,7 @@ from d2lite.layers.mask_ops import paste_masks_in_image
 from d2lite.structures.boxes import Boxes
 from d2lite.utils.memory import retry_if_cuda_oom
 
-Polygon = Union[np.ndarray, torch.Tensor, Sequence[float]]
+Polygon = np.ndarray | torch.Tensor | Sequence[float]
 """[x0, y0, x1, y1, ...] in pixels."""
 
 MIN_BOX_SIDE = 0.1
@@ -24,7 +25,7 @@ def polygon_area(x: np.ndarray, y: np.ndarray) -> float:
     return 0.5 * abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
 
 
-def polygons_to_bitmask(polygons: List[np.ndarray], height: int, width: int) -> np.ndarray:
+def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
     """
     Rasterise the polygons of one instance as COCO does.
 
@@ -42,9 +43,7 @@ def polygons_to_bitmask(polygons: List[np.ndarray], height: int, width: int) -> 
     return mask_util.decode(mask_util.merge(rles)).astype(bool)
 
 
-def rasterize_polygons_within_box(
-    polygons: List[np.ndarray], box: np.ndarray, mask_size: int
-) -> torch.Tensor:
+def rasterize_polygons_within_box(polygons: list[np.ndarray], box: np.ndarray, mask_size: int) -> torch.Tensor:
     """
     Rasterise the part of an instance that lies in a box on a square grid, the training target of Mask R-CNN.
 
@@ -71,7 +70,7 @@ class BitMasks:
         image_size: (height, width) in pixels.
     """
 
-    def __init__(self, tensor: Union[torch.Tensor, np.ndarray]) -> None:
+    def __init__(self, tensor: torch.Tensor | np.ndarray) -> None:
         """
         Args:
             tensor: (N, H, W); what is not 0 belongs to the instance.
@@ -90,7 +89,7 @@ class BitMasks:
         """The device that holds the masks."""
         return self.tensor.device
 
-    def __getitem__(self, item: Union[int, slice, torch.Tensor]) -> "BitMasks":
+    def __getitem__(self, item: int | slice | torch.Tensor) -> "BitMasks":
         """
         Args:
             item: an integer (one mask is left), a slice, or a boolean or integer tensor of one dimension.
@@ -120,7 +119,7 @@ class BitMasks:
 
     @staticmethod
     def from_polygon_masks(
-        polygon_masks: Union["PolygonMasks", List[List[np.ndarray]]], height: int, width: int
+        polygon_masks: Union["PolygonMasks", list[list[np.ndarray]]], height: int, width: int
     ) -> "BitMasks":
         """Rasterise polygons, one list per instance, on an image of the given size."""
         if isinstance(polygon_masks, PolygonMasks):
@@ -158,14 +157,14 @@ class BitMasks:
         return Boxes(torch.stack((x0, y0, x1, y1), dim=1))
 
     @staticmethod
-    def cat(bitmasks_list: List["BitMasks"]) -> "BitMasks":
+    def cat(bitmasks_list: list["BitMasks"]) -> "BitMasks":
         """Concatenate masks of one image size."""
         assert isinstance(bitmasks_list, (list, tuple)) and bitmasks_list, "BitMasks.cat takes a list"
         assert all(isinstance(m, BitMasks) for m in bitmasks_list), "BitMasks.cat takes a list of BitMasks"
         return BitMasks(torch.cat([m.tensor for m in bitmasks_list], dim=0))
 
 
-def _extent(occupied: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First and one past the last True in the rows of (N, L) booleans, (N,) each; 0 and 0 without any."""
     length = occupied.shape[1]
     position = torch.arange(length, device=occupied.device)
@@ -181,7 +180,7 @@ class PolygonMasks:
         polygons: for each instance a list of polygons, each a float64 array [x0, y0, x1, y1, ...] in pixels.
     """
 
-    def __init__(self, polygons: List[List[Polygon]]) -> None:
+    def __init__(self, polygons: list[list[Polygon]]) -> None:
         """
         Args:
             polygons: for each instance a list of polygons of at least 3 corners, [x0, y0, x1, y1, ...] each.
@@ -191,10 +190,8 @@ class PolygonMasks:
                 coordinates.
         """
         if not isinstance(polygons, (list, tuple)):
-            raise ValueError(
-                f"PolygonMasks takes a list of instances, each a list of polygons, not {type(polygons)}"
-            )
-        self.polygons: List[List[np.ndarray]] = [_instance_polygons(i, p) for i, p in enumerate(polygons)]
+            raise ValueError(f"PolygonMasks takes a list of instances, each a list of polygons, not {type(polygons)}")
+        self.polygons: list[list[np.ndarray]] = [_instance_polygons(i, p) for i, p in enumerate(polygons)]
 
     def to(self, *args: Any, **kwargs: Any) -> "PolygonMasks":
         """Return these polygons, which have no device."""
@@ -218,7 +215,7 @@ class PolygonMasks:
         """Return (N,) booleans: the instance has a polygon."""
         return torch.tensor([len(polygons) > 0 for polygons in self.polygons], dtype=torch.bool)
 
-    def __getitem__(self, item: Union[int, slice, List[int], torch.Tensor, np.ndarray]) -> "PolygonMasks":
+    def __getitem__(self, item: int | slice | list[int] | torch.Tensor | np.ndarray) -> "PolygonMasks":
         """
         Args:
             item: an integer (one instance is left), a slice, a list of integers, or a boolean or integer
@@ -239,7 +236,7 @@ class PolygonMasks:
             index = index.nonzero()[0]
         return PolygonMasks([self.polygons[i] for i in index])
 
-    def __iter__(self) -> Iterator[List[np.ndarray]]:
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
         """Iterate over the instances, each a list of polygons."""
         return iter(self.polygons)
 
@@ -273,20 +270,17 @@ class PolygonMasks:
         return torch.tensor(areas, dtype=torch.float64)
 
     @staticmethod
-    def cat(polymasks_list: List["PolygonMasks"]) -> "PolygonMasks":
+    def cat(polymasks_list: list["PolygonMasks"]) -> "PolygonMasks":
         """Concatenate."""
         assert isinstance(polymasks_list, (list, tuple)) and polymasks_list, "PolygonMasks.cat takes a list"
-        assert all(isinstance(m, PolygonMasks) for m in polymasks_list), (
-            "PolygonMasks.cat takes a list of PolygonMasks"
-        )
+        assert all(isinstance(m, PolygonMasks) for m in polymasks_list), "PolygonMasks.cat takes a list of PolygonMasks"
         return PolygonMasks(list(itertools.chain.from_iterable(m.polygons for m in polymasks_list)))
 
 
-def _instance_polygons(index: int, polygons: List[Polygon]) -> List[np.ndarray]:
+def _instance_polygons(index: int, polygons: list[Polygon]) -> list[np.ndarray]:
     if not isinstance(polygons, (list, tuple)):
         raise ValueError(
-            "PolygonMasks takes a list of instances, each a list of polygons; "
-            f"instance {index} is {type(polygons)}"
+            f"PolygonMasks takes a list of instances, each a list of polygons; instance {index} is {type(polygons)}"
         )
     arrays = [np.asarray(p.cpu() if isinstance(p, torch.Tensor) else p, dtype=np.float64) for p in polygons]
     for array in arrays:
@@ -323,7 +317,7 @@ class ROIMasks:
     def __len__(self) -> int:
         return self.tensor.shape[0]
 
-    def __getitem__(self, item: Union[slice, torch.Tensor]) -> "ROIMasks":
+    def __getitem__(self, item: slice | torch.Tensor) -> "ROIMasks":
         """Return the masks selected by a slice, or a boolean or integer tensor of one dimension."""
         selected = self.tensor[item]
         if selected.dim() != 3:

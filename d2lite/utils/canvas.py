@@ -1,6 +1,6 @@
 """A picture with text, boxes, masks and lines drawn over it, on matplotlib."""
 
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import cv2
 import matplotlib.colors as mplc
@@ -79,9 +79,9 @@ class Canvas:
     def draw_text(
         self,
         text: str,
-        position: Tuple[float, float],
+        position: tuple[float, float],
         *,
-        font_size: Optional[float] = None,
+        font_size: float | None = None,
         color: Color = "g",
         horizontal_alignment: str = "center",
         rotation: float = 0,
@@ -138,7 +138,7 @@ class Canvas:
         y_data: Sequence[float],
         color: Color,
         linestyle: str = "-",
-        linewidth: Optional[float] = None,
+        linewidth: float | None = None,
     ) -> VisImage:
         """Draw a line through points; its width is in points at scale 1."""
         width = (self._line_width if linewidth is None else linewidth) * self.output.scale
@@ -148,10 +148,10 @@ class Canvas:
     def draw_binary_mask(
         self,
         binary_mask: np.ndarray,
-        color: Optional[Color] = None,
+        color: Color | None = None,
         *,
-        edge_color: Optional[Color] = None,
-        text: Optional[str] = None,
+        edge_color: Color | None = None,
+        text: str | None = None,
         alpha: float = 0.5,
         area_threshold: float = 10,
     ) -> VisImage:
@@ -185,9 +185,9 @@ class Canvas:
     def draw_soft_mask(
         self,
         soft_mask: np.ndarray,
-        color: Optional[Color] = None,
+        color: Color | None = None,
         *,
-        text: Optional[str] = None,
+        text: str | None = None,
         alpha: float = 0.5,
     ) -> VisImage:
         """
@@ -220,15 +220,13 @@ class Canvas:
         self.draw_text(text, (float(np.median(xs)), float(np.median(ys))), color=color)
 
     def draw_polygon(
-        self, segment: np.ndarray, color: Color, edge_color: Optional[Color] = None, alpha: float = 0.5
+        self, segment: np.ndarray, color: Color, edge_color: Color | None = None, alpha: float = 0.5
     ) -> VisImage:
         """Draw a filled polygon with corners (N, 2)."""
         self._draw_rings([np.asarray(segment, dtype=np.float64).reshape(-1, 2)], color, edge_color, alpha)
         return self.output
 
-    def _draw_rings(
-        self, rings: List[np.ndarray], color: Color, edge_color: Optional[Color], alpha: float
-    ) -> None:
+    def _draw_rings(self, rings: list[np.ndarray], color: Color, edge_color: Color | None, alpha: float) -> None:
         """Fill the area between closed lines of (K, 2) points; a line of opposite direction inside is a hole."""
         if not rings:
             return

@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 import sys
-from typing import List, Tuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ _LIBRARIES = ("torchvision", "fvcore", "iopath", "pycocotools", "cv2", "PIL")
 
 def collect_env_info() -> str:
     """Return a table of the runtime, the versions of the libraries it is built on, and the devices."""
-    rows: List[Tuple[str, str]] = [
+    rows: list[tuple[str, str]] = [
         ("runtime", f"d2lite {d2lite.__version__} @{os.path.dirname(d2lite.__file__)}"),
         ("Platform", platform.platform()),
         ("Python", sys.version.replace("\n", "")),
@@ -50,7 +49,7 @@ def _distribution_version(library: str) -> str:
         return "unknown version"
 
 
-def _gpu_rows() -> List[Tuple[str, str]]:
+def _gpu_rows() -> list[tuple[str, str]]:
     rows = [("GPU available", str(torch.cuda.is_available()))]
     if not torch.cuda.is_available():
         return rows

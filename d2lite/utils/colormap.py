@@ -1,14 +1,14 @@
 """Colours that are easy to tell apart, for classes and instances."""
 
 import colorsys
-from typing import Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import matplotlib.colors as mplc
 import numpy as np
 
 __all__ = ["brighten", "colormap", "palette_color", "random_color", "random_colors", "scale_lightness"]
 
-Color = Union[str, Sequence[float]]
+Color = str | Sequence[float]
 """A name that matplotlib knows, or RGB in [0, 1]."""
 
 # Hues a golden section apart never come close to each other; three shades keep later rounds distinct as well.
@@ -48,19 +48,19 @@ def random_colors(N: int, rgb: bool = False, maximum: int = 255) -> list:
     return [palette[i] for i in np.concatenate(rounds)[:N]] if rounds else []
 
 
-def palette_color(index: int) -> Tuple[float, ...]:
+def palette_color(index: int) -> tuple[float, ...]:
     """Return the RGB colour of a class or instance, in [0, 1]; indices beyond the palette start over."""
     palette = colormap(rgb=True, maximum=1)
     return tuple(float(c) for c in palette[index % len(palette)])
 
 
-def scale_lightness(color: Color, factor: float) -> Tuple[float, float, float]:
+def scale_lightness(color: Color, factor: float) -> tuple[float, float, float]:
     """Return the RGB colour, in [0, 1], with its HLS lightness multiplied."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*mplc.to_rgb(color))
     return colorsys.hls_to_rgb(hue, min(1.0, lightness * factor), saturation)
 
 
-def brighten(color: Color) -> Tuple[float, ...]:
+def brighten(color: Color) -> tuple[float, ...]:
     """Return a shade of a colour, RGB in [0, 1], that can be read on black."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*mplc.to_rgb(color))
     return colorsys.hls_to_rgb(hue, max(lightness, 0.75), saturation)

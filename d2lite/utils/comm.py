@@ -2,13 +2,13 @@
 
 import functools
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-_LOCAL_PROCESS_GROUP: Optional[dist.ProcessGroup] = None
+_LOCAL_PROCESS_GROUP: dist.ProcessGroup | None = None
 
 
 def _is_distributed() -> bool:
@@ -92,7 +92,7 @@ def _object_group() -> dist.ProcessGroup:
     return _cpu_group() if dist.get_backend() == dist.Backend.NCCL else dist.group.WORLD
 
 
-def all_gather(data: Any, group: Optional[dist.ProcessGroup] = None) -> List[Any]:
+def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """
     Collect an object from every process in every process.
 
@@ -111,7 +111,7 @@ def all_gather(data: Any, group: Optional[dist.ProcessGroup] = None) -> List[Any
     return gathered
 
 
-def gather(data: Any, dst: int = 0, group: Optional[dist.ProcessGroup] = None) -> List[Any]:
+def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> list[Any]:
     """
     Collect an object from every process in one.
 
@@ -137,7 +137,7 @@ def shared_random_seed() -> int:
 
 
 @torch.no_grad()
-def reduce_dict(input_dict: Dict[str, torch.Tensor], average: bool = True) -> Dict[str, torch.Tensor]:
+def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> dict[str, torch.Tensor]:
     """
     Sum or average scalar tensors over the processes.
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-from typing import Optional
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ TORCH_VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].spli
 logger = logging.getLogger(__name__)
 
 
-def seed_all_rng(seed: Optional[int] = None) -> None:
+def seed_all_rng(seed: int | None = None) -> None:
     """
     Seed the generators of Python, NumPy and PyTorch.
 

@@ -1,13 +1,14 @@
 """Where a training run collects its scalars, images and histograms."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 from fvcore.common.history_buffer import HistoryBuffer
 
-_STORAGE_STACK: List["EventStorage"] = []
+_STORAGE_STACK: list["EventStorage"] = []
 
 
 def get_event_storage() -> "EventStorage":
@@ -33,17 +34,15 @@ class EventStorage:
         Args:
             start_iter: iteration to count from.
         """
-        self._history: Dict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
-        self._smoothing_hints: Dict[str, bool] = {}
-        self._latest_scalars: Dict[str, Tuple[float, int]] = {}
+        self._history: dict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
+        self._smoothing_hints: dict[str, bool] = {}
+        self._latest_scalars: dict[str, tuple[float, int]] = {}
         self._iter = start_iter
         self._current_prefix = ""
-        self._vis_data: List[Tuple[str, torch.Tensor, int]] = []
-        self._histograms: List[Dict[str, Any]] = []
+        self._vis_data: list[tuple[str, torch.Tensor, int]] = []
+        self._histograms: list[dict[str, Any]] = []
 
-    def put_scalar(
-        self, name: str, value: float, smoothing_hint: bool = True, cur_iter: Optional[int] = None
-    ) -> None:
+    def put_scalar(self, name: str, value: float, smoothing_hint: bool = True, cur_iter: int | None = None) -> None:
         """
         Add a number.
 
@@ -61,9 +60,7 @@ class EventStorage:
         known_hint = self._smoothing_hints.setdefault(name, smoothing_hint)
         assert known_hint == smoothing_hint, f"Scalar '{name}' had smoothing_hint={known_hint} before"
 
-    def put_scalars(
-        self, *, smoothing_hint: bool = True, cur_iter: Optional[int] = None, **kwargs: float
-    ) -> None:
+    def put_scalars(self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: float) -> None:
         """Add several numbers, as by :meth:`put_scalar`: `storage.put_scalars(loss=1.0, accuracy=0.5)`."""
         for name, value in kwargs.items():
             self.put_scalar(name, value, smoothing_hint=smoothing_hint, cur_iter=cur_iter)
@@ -109,15 +106,15 @@ class EventStorage:
             raise KeyError(f"No history metric available for '{name}'")
         return self._history[name]
 
-    def histories(self) -> Dict[str, HistoryBuffer]:
+    def histories(self) -> dict[str, HistoryBuffer]:
         """Return the history of every scalar by name."""
         return self._history
 
-    def latest(self) -> Dict[str, Tuple[float, int]]:
+    def latest(self) -> dict[str, tuple[float, int]]:
         """Return the last value of every scalar, and its iteration."""
         return self._latest_scalars
 
-    def latest_with_smoothing_hint(self, window_size: int = 20) -> Dict[str, Tuple[float, int]]:
+    def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
         """
         Return (value, iteration) of every scalar. The value of those to be smoothed is the median of what was
         put in the last `window_size` iterations.
@@ -140,7 +137,7 @@ class EventStorage:
             count += 1
         return count
 
-    def smoothing_hints(self) -> Dict[str, bool]:
+    def smoothing_hints(self) -> dict[str, bool]:
         """Return for every scalar whether it should be smoothed when shown."""
         return self._smoothing_hints
 

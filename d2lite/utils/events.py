@@ -7,7 +7,8 @@ import math
 import os
 import time
 from collections import defaultdict
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ class _NewScalars:
     def __init__(self) -> None:
         self._last = -1
 
-    def take(self, latest: Mapping[str, Tuple[float, int]]) -> Iterator[Tuple[str, float, int]]:
+    def take(self, latest: Mapping[str, tuple[float, int]]) -> Iterator[tuple[str, float, int]]:
         new = [(name, value, it) for name, (value, it) in latest.items() if it > self._last]
         self._last = max([self._last, *(it for _, _, it in new)])
         yield from new
@@ -69,7 +70,7 @@ class JSONWriter(EventWriter):
 
     def write(self) -> None:
         """Append the scalars put since the last call."""
-        by_iteration: Dict[int, Dict[str, Any]] = defaultdict(dict)
+        by_iteration: dict[int, dict[str, Any]] = defaultdict(dict)
         latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
         for name, value, iteration in self._new_scalars.take(latest):
             by_iteration[iteration][name] = _strict_json_number(value)
@@ -136,7 +137,7 @@ class TensorboardXWriter(EventWriter):
 class CommonMetricPrinter(EventWriter):
     """Logs one line with the losses, times, learning rate, memory and the time left."""
 
-    def __init__(self, max_iter: Optional[int] = None, window_size: int = 20) -> None:
+    def __init__(self, max_iter: int | None = None, window_size: int = 20) -> None:
         """
         Args:
             max_iter: iteration at which training ends; None: no time left is shown.
@@ -146,7 +147,7 @@ class CommonMetricPrinter(EventWriter):
         self.logger = logging.getLogger("detectron2.utils.events")
         self._max_iter = max_iter
         self._window_size = window_size
-        self._last_write: Optional[Tuple[int, float]] = None
+        self._last_write: tuple[int, float] | None = None
 
     def write(self) -> None:
         """Log the line; nothing once training is over."""

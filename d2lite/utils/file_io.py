@@ -1,7 +1,7 @@
 """The path manager through which all files are opened, and `detectron2://` paths of published weights."""
 
 import os
-from typing import IO, Any, List
+from typing import IO, Any
 from urllib.parse import urlparse
 
 from iopath.common.file_io import HTTPURLHandler, OneDrivePathHandler, PathHandler, get_cache_dir
@@ -24,7 +24,7 @@ class Detectron2Handler(PathHandler):
     PREFIX = "detectron2://"
     URL = "https://dl.fbaipublicfiles.com/detectron2/"
 
-    def _get_supported_prefixes(self) -> List[str]:
+    def _get_supported_prefixes(self) -> list[str]:
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any
 
 from tabulate import tabulate
 from termcolor import colored
@@ -48,12 +48,12 @@ class _StdoutHandler(logging.StreamHandler):
 
 
 def setup_logger(
-    output: Optional[str] = None,
+    output: str | None = None,
     distributed_rank: int = 0,
     *,
     color: bool = True,
     name: str = "detectron2",
-    abbrev_name: Optional[str] = None,
+    abbrev_name: str | None = None,
     enable_propagation: bool = False,
     configure_stdout: bool = True,
 ) -> logging.Logger:
@@ -114,12 +114,12 @@ def _add_or_replace(logger: logging.Logger, handler: logging.Handler) -> None:
     logger.addHandler(handler)
 
 
-Key = Tuple[str, ...]
+Key = tuple[str, ...]
 _COUNTS: "Counter[Key]" = Counter()
-_TIMES: Dict[Key, float] = {}
+_TIMES: dict[Key, float] = {}
 
 
-def _caller() -> Tuple[str, Key]:
+def _caller() -> tuple[str, Key]:
     """The module name of the code that called into this file, and a key for that line of code."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename == __file__:
@@ -132,7 +132,7 @@ def _caller() -> Tuple[str, Key]:
 
 
 def log_first_n(
-    lvl: int, msg: str, n: int = 1, *, name: Optional[str] = None, key: Union[str, Tuple[str, ...]] = "caller"
+    lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: str | tuple[str, ...] = "caller"
 ) -> None:
     """
     Log only the first `n` times.
@@ -155,7 +155,7 @@ def log_first_n(
         logging.getLogger(name or module).log(lvl, msg)
 
 
-def log_every_n(lvl: int, msg: str, n: int = 1, *, name: Optional[str] = None) -> None:
+def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
     """Log the first of every `n` calls from the same line of code. Arguments as in :func:`log_first_n`."""
     module, caller = _caller()
     _COUNTS[caller] += 1
@@ -163,7 +163,7 @@ def log_every_n(lvl: int, msg: str, n: int = 1, *, name: Optional[str] = None) -
         logging.getLogger(name or module).log(lvl, msg)
 
 
-def log_every_n_seconds(lvl: int, msg: str, n: int = 1, *, name: Optional[str] = None) -> None:
+def log_every_n_seconds(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
     """Log at most every `n` seconds from the same line of code. Arguments as in :func:`log_first_n`."""
     module, caller = _caller()
     now = time.monotonic()
@@ -172,7 +172,7 @@ def log_every_n_seconds(lvl: int, msg: str, n: int = 1, *, name: Optional[str] =
         _TIMES[caller] = now
 
 
-def create_small_table(small_dict: Dict[str, Any]) -> str:
+def create_small_table(small_dict: dict[str, Any]) -> str:
     """Return a table of one row, with the keys as header and numbers to three decimals."""
     return tabulate(
         [tuple(small_dict.values())],

@@ -1,9 +1,10 @@
 """Retry of a computation that ran out of GPU memory."""
 
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, Callable, Iterator, List
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _note_cuda_oom(failures: List[str]) -> Iterator[None]:
+def _note_cuda_oom(failures: list[str]) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as e:
@@ -36,7 +37,7 @@ def retry_if_cuda_oom(func: Callable) -> Callable:
 
     @wraps(func)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        failures: List[str] = []
+        failures: list[str] = []
         with _note_cuda_oom(failures):
             return func(*args, **kwargs)
         torch.cuda.empty_cache()

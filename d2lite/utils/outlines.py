@@ -1,6 +1,6 @@
 """Outlines of instance masks, for drawing."""
 
-from typing import Any, List
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,7 +9,7 @@ import pycocotools.mask as mask_util
 __all__ = ["has_holes", "instance_rings", "mask_contours", "rings_box"]
 
 
-def instance_rings(mask: Any, height: int, width: int) -> List[np.ndarray]:
+def instance_rings(mask: Any, height: int, width: int) -> list[np.ndarray]:
     """
     Return the outlines of one instance as closed lines of points (K, 2).
 
@@ -32,7 +32,7 @@ def instance_rings(mask: Any, height: int, width: int) -> List[np.ndarray]:
     return mask_contours(mask)
 
 
-def mask_contours(mask: np.ndarray) -> List[np.ndarray]:
+def mask_contours(mask: np.ndarray) -> list[np.ndarray]:
     """Return the outlines of a bitmap (H, W), (K, 2) each; those of holes run in the opposite direction."""
     # Magnified by two, contours through pixel centres become contours along pixel edges.
     big = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
@@ -47,7 +47,7 @@ def has_holes(mask: np.ndarray) -> bool:
     return hierarchy is not None and bool((hierarchy[..., 3] >= 0).any())
 
 
-def rings_box(rings: List[np.ndarray]) -> np.ndarray:
+def rings_box(rings: list[np.ndarray]) -> np.ndarray:
     """Return the box (x0, y0, x1, y1) around all points; zeros without any."""
     if not rings:
         return np.zeros(4)

@@ -1,7 +1,7 @@
 """Drawing of detections, annotations and label maps on an image."""
 
 from enum import Enum, unique
-from typing import Any, Dict, List, Optional, Union
+from typing import Any
 
 import cv2
 import numpy as np
@@ -86,7 +86,7 @@ class Visualizer(Canvas):
             alpha=alpha,
         )
 
-    def draw_dataset_dict(self, dic: Dict[str, Any]) -> VisImage:
+    def draw_dataset_dict(self, dic: dict[str, Any]) -> VisImage:
         """
         Draw the annotations of one image in the standard dataset format.
 
@@ -100,9 +100,7 @@ class Visualizer(Canvas):
             crowd = [a.get("iscrowd", 0) for a in annotations]
             boxes = None
             if all("bbox" in a for a in annotations):
-                boxes = [
-                    BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
-                ]
+                boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
             masks = None
             if all("segmentation" in a for a in annotations):
                 masks = [a["segmentation"] for a in annotations]
@@ -122,8 +120,8 @@ class Visualizer(Canvas):
 
     def draw_sem_seg(
         self,
-        sem_seg: Union[torch.Tensor, np.ndarray],
-        area_threshold: Optional[int] = None,
+        sem_seg: torch.Tensor | np.ndarray,
+        area_threshold: int | None = None,
         alpha: float = 0.8,
     ) -> VisImage:
         """
@@ -155,10 +153,10 @@ class Visualizer(Canvas):
         self,
         *,
         boxes: Any = None,
-        labels: Optional[List[str]] = None,
+        labels: list[str] | None = None,
         masks: Any = None,
         keypoints: Any = None,
-        assigned_colors: Optional[List[Color]] = None,
+        assigned_colors: list[Color] | None = None,
         alpha: float = 0.5,
     ) -> VisImage:
         """
@@ -208,10 +206,10 @@ class Visualizer(Canvas):
         above = y1 - y0 < 3 * height and y0 >= height
         self.draw_text(text, (x0, y0 - height if above else y0), color=color, horizontal_alignment="left")
 
-    def _names(self, key: str) -> Optional[List[str]]:
+    def _names(self, key: str) -> list[str] | None:
         return getattr(self.metadata, key, None)
 
-    def _class_colors(self, classes: Optional[List[int]], jittering: bool) -> Optional[List[Color]]:
+    def _class_colors(self, classes: list[int] | None, jittering: bool) -> list[Color] | None:
         colors = getattr(self.metadata, "thing_colors", None)
         if self._instance_mode != ColorMode.SEGMENTATION or not classes:
             return None
@@ -221,14 +219,14 @@ class Visualizer(Canvas):
         shades = np.linspace(0.75, 1.25, 5)
         return [scale_lightness(color, shades[2 * i % 5]) for i, color in enumerate(base)]
 
-    def _all_rings(self, masks: Any) -> List[List[np.ndarray]]:
+    def _all_rings(self, masks: Any) -> list[list[np.ndarray]]:
         if isinstance(masks, PolygonMasks):
             masks = masks.polygons
         elif isinstance(masks, BitMasks):
             masks = masks.tensor
         return [instance_rings(m, self.output.height, self.output.width) for m in masks]
 
-    def _gray_outside(self, rings: List[List[np.ndarray]]) -> np.ndarray:
+    def _gray_outside(self, rings: list[list[np.ndarray]]) -> np.ndarray:
         inside = np.zeros(self.img.shape[:2], dtype=np.uint8)
         for instance in rings:
             cv2.fillPoly(inside, [np.round(ring - 0.5).astype(np.int32) for ring in instance], 1)
@@ -236,16 +234,16 @@ class Visualizer(Canvas):
         return np.where(inside[..., None] > 0, self.img, gray)
 
 
-def _as_list(values: Optional[torch.Tensor]) -> Optional[list]:
+def _as_list(values: torch.Tensor | None) -> list | None:
     return None if values is None else values.tolist()
 
 
 def _labels(
-    classes: Optional[List[int]],
-    scores: Optional[List[float]],
-    names: Optional[List[str]],
-    crowd: Optional[List[int]] = None,
-) -> Optional[List[str]]:
+    classes: list[int] | None,
+    scores: list[float] | None,
+    names: list[str] | None,
+    crowd: list[int] | None = None,
+) -> list[str] | None:
     """Texts such as "cat 97%" or "cat|crowd"; None if there is nothing to say."""
     if classes is None and scores is None:
         return None

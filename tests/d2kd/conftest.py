@@ -2,8 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def write_config(digits: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def teacher(write_config: Callable[..., Path], tmp_path: Path) -> Dict[str, Any]:
+def teacher(write_config: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
     """A wider, untrained teacher; the keys that name it."""
     path = write_config("teacher", MODEL__RESNETS__RES2_OUT_CHANNELS=32)
     cfg = config(MODEL__RESNETS__RES2_OUT_CHANNELS=32, MODEL__RETINANET__NUM_CLASSES=10)
@@ -52,5 +53,3 @@ def teacher(write_config: Callable[..., Path], tmp_path: Path) -> Dict[str, Any]
         "DISTILL__TEACHER__WEIGHTS": str(weights),
         "DISTILL__TEACHER__EVAL_FIRST": False,
     }
-
-

@@ -1,6 +1,6 @@
 """Small models and batches for the tests of d2kd."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ FASTER_RCNN = {
 }
 
 
-def config(base: Dict[str, Any] = RETINANET, **changes: Any) -> CfgNode:
+def config(base: dict[str, Any] = RETINANET, **changes: Any) -> CfgNode:
     """A narrow model on the CPU; `changes` are keys with '__' for '.'."""
     cfg = get_cfg()
     add_distill_config(cfg)
@@ -68,13 +68,13 @@ def config(base: Dict[str, Any] = RETINANET, **changes: Any) -> CfgNode:
     return cfg
 
 
-def model(cfg: Optional[CfgNode] = None, seed: int = 0) -> nn.Module:
+def model(cfg: CfgNode | None = None, seed: int = 0) -> nn.Module:
     """A model with weights that depend on the seed alone."""
     torch.manual_seed(seed)
     return build_model(cfg if cfg is not None else config())
 
 
-def batch(sizes: List[Any] = ((96, 128), (128, 80)), seed: int = 0) -> List[Dict[str, Any]]:
+def batch(sizes: list[Any] = ((96, 128), (128, 80)), seed: int = 0) -> list[dict[str, Any]]:
     """Random images of (height, width) with one box each, class 1."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
@@ -87,7 +87,7 @@ def batch(sizes: List[Any] = ((96, 128), (128, 80)), seed: int = 0) -> List[Dict
     return inputs
 
 
-def write_teacher(directory: Any, cfg: Optional[CfgNode] = None, seed: int = 7) -> Dict[str, Any]:
+def write_teacher(directory: Any, cfg: CfgNode | None = None, seed: int = 7) -> dict[str, Any]:
     """Writes a teacher's YAML and weights; returns the configuration keys that name them."""
     cfg = cfg if cfg is not None else config()
     yaml, weights = directory / "teacher.yaml", directory / "teacher.pth"

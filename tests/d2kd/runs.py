@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 from unittest import mock
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
@@ -49,12 +50,12 @@ def tool(name: str, *arguments: Any, check: bool = True, **popen: Any) -> subpro
     )
 
 
-def command(name: str, *arguments: Any) -> List[str]:
+def command(name: str, *arguments: Any) -> list[str]:
     """The command line of a tool."""
     return [sys.executable, f"tools/{name}.py", *map(str, arguments)]
 
 
-def environment() -> Dict[str, str]:
+def environment() -> dict[str, str]:
     """One thread a process and no GPU, so that results do not depend on the machine."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
 

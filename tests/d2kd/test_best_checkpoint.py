@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 import torch
@@ -33,11 +33,11 @@ STOP = {
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> List[int]:
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Evaluations return SCORES by iteration; the list fills with the iterations that were evaluated."""
-    evaluated: List[int] = []
+    evaluated: list[int] = []
 
-    def evaluate(self: DistillTrainer) -> Dict[str, Any]:
+    def evaluate(self: DistillTrainer) -> dict[str, Any]:
         evaluated.append(self.iter)
         score = SCORES[min(self.iter // 2, len(SCORES) - 1)]
         return {"bbox": {"AP": score}} if comm.is_main_process() else {}
@@ -46,7 +46,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> List[int]:
     return evaluated
 
 
-def judged(scores: List[float], **arguments: Any) -> BestCheckpoint:
+def judged(scores: list[float], **arguments: Any) -> BestCheckpoint:
     hook = BestCheckpoint("bbox/AP", **arguments)
     hook.trainer = SimpleNamespace(iter=0, save_best=lambda description: None)
     for iteration, score in enumerate(scores):
@@ -197,10 +197,10 @@ class FakeRun:
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
         self.id = arguments["id"] or "new"
-        self.logged: List[Any] = []
+        self.logged: list[Any] = []
         self.finished = False
 
-    def log(self, values: Dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, values))
 
     def finish(self) -> None:
@@ -208,8 +208,8 @@ class FakeRun:
 
 
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> List[FakeRun]:
-    runs: List[FakeRun] = []
+def wandb(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
+    runs: list[FakeRun] = []
 
     def init(**arguments: Any) -> FakeRun:
         runs.append(FakeRun(**arguments))

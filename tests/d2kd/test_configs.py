@@ -2,8 +2,9 @@
 
 import gc
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def what_runs(path: Path) -> str:
     return "".join(map(str, [*models, *rest, solver.EMA]))
 
 
-def groups() -> Dict[str, List[Path]]:
+def groups() -> dict[str, list[Path]]:
     """Configurations by what runs, in groups that are tested by their first one."""
-    found: Dict[str, List[Path]] = {}
+    found: dict[str, list[Path]] = {}
     for path in CONFIGS:
         found.setdefault(what_runs(path), []).append(path)
     return found
@@ -61,7 +62,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs").with_suffix(""))
 
 
-def random_input(seed: int) -> Dict[str, Any]:
+def random_input(seed: int) -> dict[str, Any]:
     """An image of 64 x 64 pixels with whatever a model may learn from: boxes, masks, classes per pixel."""
     generator = torch.Generator().manual_seed(seed)
     truth = Instances((64, 64))
@@ -80,7 +81,7 @@ class RandomLoader:
 
     seed, start = 1, 0
 
-    def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         while True:
             yield [random_input(0), random_input(1)]
 
@@ -103,7 +104,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CfgNode:
     monkeypatch.setattr(DistillTrainer, "build_writers", lambda self: [])
 
 
-def one_step(cfg: CfgNode) -> Tuple[DistillTrainer, Dict[str, float]]:
+def one_step(cfg: CfgNode) -> tuple[DistillTrainer, dict[str, float]]:
     """A trainer after one step, and its losses."""
     run = DistillTrainer(cfg)
     run.train()
@@ -143,14 +144,14 @@ TOKEN_LEARNING = {
 }
 
 
-def clipping(cfg: CfgNode) -> Optional[float]:
+def clipping(cfg: CfgNode) -> float | None:
     """The largest norm of the whole gradient, if it is clipped."""
     node = cfg.SOLVER.CLIP_GRADIENTS
     assert not node.ENABLED or node.CLIP_TYPE == "full_model"
     return node.CLIP_VALUE if node.ENABLED else None
 
 
-def scales(pair: str) -> List[int]:
+def scales(pair: str) -> list[int]:
     """Lengths of the short side that images of a published row of ReceptiveTokens have."""
     return [640, 800] if "fcos" in pair else [800]
 

@@ -2,8 +2,8 @@
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, Tuple
 
 import pytest
 
@@ -34,7 +34,7 @@ ALLOWED = {
 }
 
 
-def imports(path: Path, lazy: bool = True) -> Iterator[Tuple[str, ...]]:
+def imports(path: Path, lazy: bool = True) -> Iterator[tuple[str, ...]]:
     """Absolute module names that a file imports, split at the dots; with `lazy` also those inside functions."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -48,9 +48,7 @@ def dataset(tmp_path):
         size = {"height": SIDE, "width": SIDE}
         records.append({"file_name": name, "image_id": number, "annotations": annotations, **size})
     DatasetCatalog.register(DATASET, lambda: records)
-    MetadataCatalog.get(DATASET).set(
-        thing_classes=["one", "two"], thing_dataset_id_to_contiguous_id={5: 0, 9: 1}
-    )
+    MetadataCatalog.get(DATASET).set(thing_classes=["one", "two"], thing_dataset_id_to_contiguous_id={5: 0, 9: 1})
     yield records
     DatasetCatalog.remove(DATASET)
     MetadataCatalog.remove(DATASET)
@@ -113,8 +111,7 @@ def test_unequal_training_is_said(tmp_path):
 def test_report_from_run_directories(tmp_path, dataset):
     runs = {"teacher": 30.0, "baseline": 4.0, "inherit": 9.0, "distilled": 17.0}
     loaded = {
-        name: load_result(name, str(write_run(tmp_path / name, ap)), dataset_name=DATASET)
-        for name, ap in runs.items()
+        name: load_result(name, str(write_run(tmp_path / name, ap)), dataset_name=DATASET) for name, ap in runs.items()
     }
     output = tmp_path / "report"
     write_report(

@@ -1,6 +1,6 @@
 """One optimizer step: accumulation and mixed precision."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -23,17 +23,17 @@ class Regression(nn.Module):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 1, 3))
 
-    def forward(self, inputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def forward(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         x = self.net(torch.stack([i["image"] for i in inputs]))
         return {"loss_a": x.square().mean(), "loss_b": (x - 1).abs().mean()}
 
 
-def images(count: int) -> List[Dict[str, Any]]:
+def images(count: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(5)
     return [{"image": torch.randn(3, 12, 12, generator=generator)} for _ in range(count)]
 
 
-def trained(batches: List[Any], accumulate: int, steps: int = 2, precision: Optional[torch.dtype] = None) -> tuple:
+def trained(batches: list[Any], accumulate: int, steps: int = 2, precision: torch.dtype | None = None) -> tuple:
     net = Regression()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     step = TrainStep(net, batches, optimizer, accumulate=accumulate, precision=precision)
@@ -67,9 +67,7 @@ def test_accumulate_must_be_positive():
         trained([images(2)], 0)
 
 
-def detector_step(
-    base: Dict[str, Any], device: str, precision: Optional[torch.dtype], teacher: Dict[str, Any]
-) -> tuple:
+def detector_step(base: dict[str, Any], device: str, precision: torch.dtype | None, teacher: dict[str, Any]) -> tuple:
     """Losses by step, and the model, of three steps of distillation."""
     cfg = config(base, MODEL__DEVICE=device, SOLVER__BASE_LR=0.0001, **teacher)
     torch.manual_seed(1)
@@ -141,7 +139,7 @@ class Broken(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.refuses = refuses
 
-    def forward(self, inputs: Tensor) -> Dict[str, Tensor]:
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         loss = self.norm(inputs).sum() + self.weight.abs().sqrt().sum()
         if self.refuses:
             raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")

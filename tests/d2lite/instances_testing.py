@@ -1,6 +1,5 @@
 """Random boxes, and comparison of instances."""
 
-
 import numpy as np
 import torch
 
@@ -28,10 +27,7 @@ def assert_instances_allclose(
         size_as_tensor: the image sizes may be tensors.
     """
     msg = f"{msg}: " if msg else ""
-    sizes = [
-        tuple(torch.as_tensor(x.image_size).tolist() if size_as_tensor else x.image_size)
-        for x in (input, other)
-    ]
+    sizes = [tuple(torch.as_tensor(x.image_size).tolist() if size_as_tensor else x.image_size) for x in (input, other)]
     assert sizes[0] == sizes[1], f"{msg}image sizes are {sizes[0]} and {sizes[1]}"
     names = [sorted(x.get_fields()) for x in (input, other)]
     assert names[0] == names[1], f"{msg}fields are {names[0]} and {names[1]}"

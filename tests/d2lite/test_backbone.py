@@ -40,9 +40,7 @@ def small_cfg(*options):
 
 def small_resnet(**kwargs):
     stages = [
-        make_stage(
-            BasicBlock, 1, in_channels=4 * 2**i, out_channels=8 * 2**i, stride_per_block=[1 if i == 0 else 2]
-        )
+        make_stage(BasicBlock, 1, in_channels=4 * 2**i, out_channels=8 * 2**i, stride_per_block=[1 if i == 0 else 2])
         for i in range(4)
     ]
     return ResNet(BasicStem(3, 4), stages, **kwargs)
@@ -182,9 +180,7 @@ class TestBuild:
         assert list(fpn.output_shape()) == ["p2", "p3", "p4", "p5", "p6"]
         assert fpn.output_shape()["p6"] == ShapeSpec(channels=6, stride=64)
         assert (fpn.size_divisibility, fpn.padding_constraints) == (32, {"square_size": 0})
-        retina = build_backbone(
-            small_cfg("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone", *options)
-        )
+        retina = build_backbone(small_cfg("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone", *options))
         assert list(retina.output_shape())[-2:] == ["p6", "p7"]
         assert retina.top_block.p6.in_channels == 64
 
@@ -255,9 +251,7 @@ class TestTransformerParts:
         qkv = attention.qkv(x).view(2, 20, 3, 3, 4).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, 6, 20, 4).unbind()
         logits = q @ k.mT / 2
-        logits = add_decomposed_rel_pos(
-            logits, q, attention.rel_pos_h, attention.rel_pos_w, (4, 5), (4, 5)
-        )
+        logits = add_decomposed_rel_pos(logits, q, attention.rel_pos_h, attention.rel_pos_w, (4, 5), (4, 5))
         y = (logits.softmax(-1) @ v).view(2, 3, 4, 5, 4).permute(0, 2, 3, 1, 4).reshape(2, 4, 5, 12)
         torch.testing.assert_close(attention(x), attention.proj(y))
         attention(x).sum().backward()

@@ -595,9 +595,7 @@ def test_mapper_does_not_change_its_input(record):
 @pytest.mark.parametrize("annotations", [[], "crowd"])
 def test_mapper_with_no_usable_annotation(record, annotations):
     record["annotations"] = [{**record["annotations"][0], "iscrowd": 1}] if annotations == "crowd" else []
-    mapper = DatasetMapper(
-        True, augmentations=[], image_format="BGR", use_instance_mask=True, recompute_boxes=True
-    )
+    mapper = DatasetMapper(True, augmentations=[], image_format="BGR", use_instance_mask=True, recompute_boxes=True)
     instances = mapper(record)["instances"]
     assert len(instances) == 0 and instances.gt_boxes.tensor.shape == (0, 4)
     assert instances.gt_classes.dtype == torch.int64

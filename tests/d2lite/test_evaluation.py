@@ -140,9 +140,7 @@ def test_images_that_were_not_processed_count_as_missed_unless_img_ids_are_given
 
 def evaluate_in_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     register_coco_instances(NAME, {}, f"{folder}/gt.json", "images")
     DatasetCatalog.get(NAME)
     image_id = (10, 20)[rank]
@@ -325,9 +323,7 @@ def voc_dataset(tmp_path, year: int) -> None:
     for name, found in objects.items():
         text = "<annotation>" + "".join(item.format(*values) for values in found) + "</annotation>"
         (tmp_path / "Annotations" / f"{name}.xml").write_text(text)
-    MetadataCatalog.get(NAME).set(
-        dirname=str(tmp_path), split="test", year=year, thing_classes=["cat", "dog"]
-    )
+    MetadataCatalog.get(NAME).set(dirname=str(tmp_path), split="test", year=year, thing_classes=["cat", "dog"])
 
 
 @pytest.mark.parametrize("year", [2007, 2012])

@@ -1,7 +1,6 @@
 """Anchors, box encodings, matcher, sampling and postprocessing: edges and properties beyond the fixtures."""
 
 import copy
-from typing import List
 
 import pytest
 import torch
@@ -285,7 +284,7 @@ def test_semantic_postprocess_ignores_the_padding():
 
 
 def test_torchscript_compiles_matchers_and_anchors():
-    def build(thresholds: List[float], labels: List[int]):
+    def build(thresholds: list[float], labels: list[int]):
         return Matcher(thresholds, labels, allow_low_quality_matches=True)
 
     quality, thresholds, labels = torch.rand(3, 5), [0.3, 0.7], [0, -1, 1]

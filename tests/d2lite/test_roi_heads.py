@@ -60,9 +60,7 @@ def make_features(heads):
     shapes = C4_SHAPES if heads.in_features == ["res4"] else FPN_SHAPES
     generator = torch.Generator().manual_seed(1)
     return {
-        name: torch.randn(
-            2, s.channels, 64 // s.stride, 64 // s.stride, generator=generator, requires_grad=True
-        )
+        name: torch.randn(2, s.channels, 64 // s.stride, 64 // s.stride, generator=generator, requires_grad=True)
         for name, s in shapes.items()
     }
 
@@ -105,9 +103,7 @@ def test_pooler_keeps_the_order_of_the_boxes():
     sizes = torch.tensor([200.0, 5, 30, 60, 12, 100, 3])
     boxes = torch.stack([torch.zeros(7), torch.ones(7), sizes, sizes * 0.7 + 1], dim=1)
     box_lists = [Boxes(boxes[:4]), Boxes(boxes[4:])]
-    pooler = ROIPooler(
-        3, (1 / 4, 1 / 8, 1 / 16), 2, "ROIAlignV2", canonical_box_size=32, canonical_level=3
-    )
+    pooler = ROIPooler(3, (1 / 4, 1 / 8, 1 / 16), 2, "ROIAlignV2", canonical_box_size=32, canonical_level=3)
     levels = assign_boxes_to_levels(box_lists, 2, 4, 32, 3)
     assert set(levels.tolist()) == {0, 1, 2}
     pooled = pooler(features, box_lists)
@@ -252,9 +248,7 @@ def test_proposals_between_the_thresholds_are_ignored():
     proposals = make_proposals(3)
     proposals[0].proposal_boxes.tensor[1] = torch.tensor([10.0, 10, 40, 25])  # IoU 0.5
     with EventStorage():
-        sampled, _ = make_heads(cfg).label_and_sample_proposals(
-            proposals, make_ground_truth([[10, 10, 40, 40]], [])
-        )
+        sampled, _ = make_heads(cfg).label_and_sample_proposals(proposals, make_ground_truth([[10, 10, 40, 40]], []))
     assert sampled.gt_classes.tolist() == [0, NUM_CLASSES, NUM_CLASSES]
 
 
@@ -349,9 +343,7 @@ def test_cascade_stages_get_the_boxes_of_the_stage_before():
         predictor.bbox_pred.bias.data[0] = shift
     targets = make_ground_truth([[5, 5, 25, 25]], [])
     with EventStorage() as storage:
-        _, losses = heads(
-            ImageList(torch.zeros(2, 3, 64, 64), SIZES), make_features(heads), make_proposals(0), targets
-        )
+        _, losses = heads(ImageList(torch.zeros(2, 3, 64, 64), SIZES), make_features(heads), make_proposals(0), targets)
     assert torch.allclose(seen[0], torch.tensor([[5.0, 5, 25, 25]]))
     assert torch.allclose(seen[1], torch.tensor([[7.0, 5, 27, 25]]))  # 1 / weight 10 of the width 20
     assert torch.allclose(seen[2], torch.tensor([[9.0, 5, 29, 25]]))  # 2 / weight 20
@@ -421,9 +413,7 @@ def test_box_loss_uses_the_true_class_only(loss_type):
 def test_box_loss_is_averaged_over_all_regions_and_weighted():
     with EventStorage():
         plain, weighted, agnostic = (
-            make_predictor(**kwargs).losses(
-                (torch.zeros(3, 4), torch.zeros(3, width)), [labelled_proposals()]
-            )
+            make_predictor(**kwargs).losses((torch.zeros(3, 4), torch.zeros(3, width)), [labelled_proposals()])
             for kwargs, width in (
                 ({}, 12),
                 ({"loss_weight": {"loss_box_reg": 2.0}}, 12),
@@ -431,9 +421,7 @@ def test_box_loss_is_averaged_over_all_regions_and_weighted():
             )
         )
     x = labelled_proposals()
-    targets = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).get_deltas(
-        x.proposal_boxes.tensor[:2], x.gt_boxes.tensor[:2]
-    )
+    targets = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).get_deltas(x.proposal_boxes.tensor[:2], x.gt_boxes.tensor[:2])
     assert torch.isclose(plain["loss_box_reg"], targets.abs().sum() / 3)
     assert torch.isclose(weighted["loss_box_reg"], 2 * plain["loss_box_reg"])
     assert torch.isclose(agnostic["loss_box_reg"], plain["loss_box_reg"])
@@ -550,9 +538,7 @@ def foreground(classes: list[int]) -> Instances:
 
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_mask_loss_is_that_of_the_true_class_inside_the_box(num_classes):
-    head = MaskRCNNConvUpsampleHead(
-        ShapeSpec(channels=2), num_classes=num_classes, conv_dims=[4], loss_weight=2.0
-    )
+    head = MaskRCNNConvUpsampleHead(ShapeSpec(channels=2), num_classes=num_classes, conv_dims=[4], loss_weight=2.0)
     logits = torch.zeros(2, num_classes, 4, 4)
     for i, k in enumerate((2, 1)):
         logits[i, k % num_classes, :, 2:] = 3  # the true mask is the right half of the box
@@ -583,9 +569,7 @@ def test_mask_pictures():
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_mask_of_the_predicted_class(num_classes):
     logits = torch.randn(3, num_classes, 4, 4)
-    detections = [
-        Instances((9, 9), pred_classes=torch.tensor(c, dtype=torch.int64)) for c in ([2, 0], [], [1])
-    ]
+    detections = [Instances((9, 9), pred_classes=torch.tensor(c, dtype=torch.int64)) for c in ([2, 0], [], [1])]
     mask_rcnn_inference(logits, detections)
     masks = torch.cat([x.pred_masks for x in detections])
     assert [x.pred_masks.shape for x in detections] == [(2, 1, 4, 4), (0, 1, 4, 4), (1, 1, 4, 4)]

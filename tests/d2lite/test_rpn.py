@@ -45,9 +45,7 @@ def ground_truth(*boxes_of_images):
     result = []
     for size, boxes in zip(SIZES, boxes_of_images):
         boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        result.append(
-            Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.zeros(len(boxes), dtype=torch.int64))
-        )
+        result.append(Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.zeros(len(boxes), dtype=torch.int64)))
     return result
 
 
@@ -160,9 +158,7 @@ def test_suppression_is_within_a_level_only():
 
 
 def test_no_anchor_gives_no_proposal():
-    (result,) = find_top_rpn_proposals(
-        [torch.zeros(1, 0, 4)], [torch.zeros(1, 0)], [(9, 9)], 0.7, 5, 5, 0.0, True
-    )
+    (result,) = find_top_rpn_proposals([torch.zeros(1, 0, 4)], [torch.zeros(1, 0)], [(9, 9)], 0.7, 5, 5, 0.0, True)
     assert len(result) == 0 and result.proposal_boxes.tensor.shape == (0, 4)
 
 

@@ -184,9 +184,7 @@ def sgd(lr):
 def test_warmup_then_steps():
     optimizer = sgd(5)
     steps = MultiStepParamScheduler([1, 0.1, 0.01, 0.001], milestones=[10, 15, 20], num_updates=30)
-    rates = learning_rates(
-        LRMultiplier(optimizer, WarmupParamScheduler(steps, 0.001, 5 / 30), 30), optimizer, 30
-    )
+    rates = learning_rates(LRMultiplier(optimizer, WarmupParamScheduler(steps, 0.001, 5 / 30), 30), optimizer, 30)
     assert np.allclose(rates[:5], [0.005, 1.004, 2.003, 3.002, 4.001])
     assert np.allclose(rates[5:10], 5.0)
     assert np.allclose(rates[10:15], 0.5)

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from typing import List
 
 import numpy as np
 import pytest
@@ -299,7 +298,7 @@ def test_torchscript_compiles_boxes():
 
 
 def test_torchscript_compiles_image_lists():
-    def batch(images: List[torch.Tensor]):
+    def batch(images: list[torch.Tensor]):
         return ImageList.from_tensors(images, 16)
 
     images = [torch.ones(3, 10, 20), torch.zeros(3, 20, 30)]

@@ -1,7 +1,7 @@
 """BACKBONE "build_vit_sfp_backbone": ViTDet's plain vision transformer and simple feature pyramid, from YAML."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Sequence
 
 from torch import nn
 

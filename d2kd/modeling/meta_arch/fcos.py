@@ -1,6 +1,6 @@
 """META_ARCHITECTURE "FCOS": Detectron2's FCOS (arXiv 1904.01355, 2006.09214), built from YAML."""
 
-from typing import Any, Dict
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class FCOS(fcos.FCOS):
         self.input_format = input_format
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Constructor arguments from the configuration.
 
         Raises:

@@ -40,9 +40,7 @@ def register_all_cityscapes(root: str) -> None:
             ("sem_seg", load_cityscapes_semantic, "cityscapes_sem_seg", {"ignore_label": 255}),
         ):
             name = f"cityscapes_fine_{task}_{split}"
-            DatasetCatalog.register(
-                name, lambda load=load, images=images, labels=labels: load(images, labels)
-            )
+            DatasetCatalog.register(name, lambda load=load, images=images, labels=labels: load(images, labels))
             MetadataCatalog.get(name).set(
                 image_dir=images, gt_dir=labels, evaluator_type=evaluator, **extra, **metadata
             )

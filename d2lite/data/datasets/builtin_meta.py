@@ -1,6 +1,6 @@
 """Class names of the built-in datasets, as their publishers list them."""
 
-from typing import Any, Dict
+from typing import Any
 
 # COCO's 80 object categories; the ids run from 1 to 90 with gaps. https://cocodataset.org/#explore
 _COCO = """
@@ -42,7 +42,7 @@ CITYSCAPES_STUFF_CLASSES = [
 ]  # fmt: skip
 
 
-def _get_builtin_metadata(dataset_name: str) -> Dict[str, Any]:
+def _get_builtin_metadata(dataset_name: str) -> dict[str, Any]:
     """Metadata that the splits of a built-in dataset share.
 
     Args:

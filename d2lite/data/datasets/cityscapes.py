@@ -6,7 +6,7 @@ Format: https://github.com/mcordts/cityscapesScripts
 import json
 import logging
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -20,7 +20,7 @@ __all__ = ["load_cityscapes_instances", "load_cityscapes_semantic"]
 
 logger = logging.getLogger(__name__)
 
-Dicts = List[Dict[str, Any]]
+Dicts = list[dict[str, Any]]
 
 _IMAGE_SUFFIX = "leftImg8bit.png"
 _CLASS_OF_NAME = {name: k for k, name in enumerate(CITYSCAPES_THING_CLASSES)}
@@ -53,9 +53,7 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> Dicts:
     return out
 
 
-def load_cityscapes_instances(
-    image_dir: str, gt_dir: str, from_json: bool = True, to_polygons: bool = True
-) -> Dicts:
+def load_cityscapes_instances(image_dir: str, gt_dir: str, from_json: bool = True, to_polygons: bool = True) -> Dicts:
     """Loads the instances of the eight classes that have them; groups become crowd annotations.
 
     Args:
@@ -78,7 +76,7 @@ def load_cityscapes_instances(
     return out
 
 
-def _files(image_dir: str, gt_dir: str, suffix: str) -> List[Tuple[str, str]]:
+def _files(image_dir: str, gt_dir: str, suffix: str) -> list[tuple[str, str]]:
     """Images with the ground truth file of the given suffix, in the order of cities and names."""
     files = []
     for city in sorted(PathManager.ls(image_dir)):
@@ -90,7 +88,7 @@ def _files(image_dir: str, gt_dir: str, suffix: str) -> List[Tuple[str, str]]:
     return files
 
 
-def _from_polygons(label_file: str, to_polygons: bool) -> Dict[str, Any]:
+def _from_polygons(label_file: str, to_polygons: bool) -> dict[str, Any]:
     """Size and annotations from a polygon file. Its later objects lie over the earlier ones."""
     from shapely.geometry import Polygon
     from shapely.ops import unary_union
@@ -108,9 +106,7 @@ def _from_polygons(label_file: str, to_polygons: bool) -> Dict[str, Any]:
             continue
         if name in _CLASS_OF_NAME:
             visible = shape.difference(unary_union(above)) if above else shape
-            parts = [
-                p for p in getattr(visible, "geoms", [visible]) if isinstance(p, Polygon) and not p.is_empty
-            ]
+            parts = [p for p in getattr(visible, "geoms", [visible]) if isinstance(p, Polygon) and not p.is_empty]
             # The last point repeats the first.
             polygons = [np.asarray(p.exterior.coords)[:-1].reshape(-1).tolist() for p in parts]
             if polygons:
@@ -124,7 +120,7 @@ def _from_polygons(label_file: str, to_polygons: bool) -> Dict[str, Any]:
     return {"height": height, "width": width, "annotations": annotations}
 
 
-def _from_instance_map(label_file: str) -> Dict[str, Any]:
+def _from_instance_map(label_file: str) -> dict[str, Any]:
     """Size and annotations from an instance map: label id * 1000 + number, or the label id for groups."""
     with PathManager.open(label_file, "rb") as f:
         ids = np.asarray(Image.open(f))
@@ -141,7 +137,7 @@ def _from_instance_map(label_file: str) -> Dict[str, Any]:
     return {"height": ids.shape[0], "width": ids.shape[1], "annotations": annotations}
 
 
-def _annotation(category: int, is_crowd: bool, box: Tuple[float, ...], segmentation: Any) -> Dict[str, Any]:
+def _annotation(category: int, is_crowd: bool, box: tuple[float, ...], segmentation: Any) -> dict[str, Any]:
     return {
         "category_id": category,
         "iscrowd": int(is_crowd),

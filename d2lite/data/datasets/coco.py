@@ -9,7 +9,8 @@ import json
 import logging
 import os
 from collections import defaultdict
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pycocotools.mask as mask_util
 
@@ -28,14 +29,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Dicts = List[Dict[str, Any]]
+Dicts = list[dict[str, Any]]
 
 
 def load_coco_json(
     json_file: str,
     image_root: str,
-    dataset_name: Optional[str] = None,
-    extra_annotation_keys: Optional[Sequence[str]] = None,
+    dataset_name: str | None = None,
+    extra_annotation_keys: Sequence[str] | None = None,
 ) -> Dicts:
     """Loads a COCO instances file as a list of dicts in Detectron2's standard format, ordered by image id.
 
@@ -53,15 +54,11 @@ def load_coco_json(
     """
     with PathManager.open(json_file, "r") as f, _without_gc():
         content = json.load(f)
-        id_map = (
-            _set_class_metadata(dataset_name, content["categories"]) if dataset_name is not None else None
-        )
+        id_map = _set_class_metadata(dataset_name, content["categories"]) if dataset_name is not None else None
         images = {image["id"]: image for image in content["images"]}
         annotations = content.get("annotations", [])
         _check_annotation_ids(json_file, annotations)
-        by_image = _annotations_by_image(
-            annotations, images, id_map, ["iscrowd", *(extra_annotation_keys or [])]
-        )
+        by_image = _annotations_by_image(annotations, images, id_map, ["iscrowd", *(extra_annotation_keys or [])])
     logger.info(f"Loaded {len(images)} images in COCO format from {json_file}")
     return [
         {
@@ -87,7 +84,7 @@ def _without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _set_class_metadata(dataset_name: str, categories: Dicts) -> Dict[int, int]:
+def _set_class_metadata(dataset_name: str, categories: Dicts) -> dict[int, int]:
     """Sets the class names of a dataset; returns the map from category id to 0, 1, ..."""
     categories = sorted(categories, key=lambda c: c["id"])
     id_map = {c["id"]: i for i, c in enumerate(categories)}
@@ -95,9 +92,7 @@ def _set_class_metadata(dataset_name: str, categories: Dicts) -> Dict[int, int]:
     meta.thing_classes = [c["name"] for c in categories]
     meta.thing_dataset_id_to_contiguous_id = id_map
     if list(id_map) != list(range(1, len(id_map) + 1)) and "coco" not in dataset_name:
-        logger.warning(
-            f"Category ids of {dataset_name} are not 1 to {len(id_map)}; they are mapped to 0, 1, ..."
-        )
+        logger.warning(f"Category ids of {dataset_name} are not 1 to {len(id_map)}; they are mapped to 0, 1, ...")
     return id_map
 
 
@@ -109,10 +104,10 @@ def _check_annotation_ids(json_file: str, annotations: Dicts) -> None:
 
 
 def _annotations_by_image(
-    annotations: Dicts, images: Dict[Any, Any], id_map: Optional[Dict[int, int]], keys: Sequence[str]
-) -> Dict[Any, Dicts]:
+    annotations: Dicts, images: dict[Any, Any], id_map: dict[int, int] | None, keys: Sequence[str]
+) -> dict[Any, Dicts]:
     """Image id to its annotations, in the order of the file."""
-    by_image: Dict[Any, Dicts] = defaultdict(list)
+    by_image: dict[Any, Dicts] = defaultdict(list)
     without_image = invalid = 0
     for anno in annotations:
         image_id = anno["image_id"]
@@ -125,19 +120,15 @@ def _annotations_by_image(
         else:
             by_image[image_id].append(converted)
     if without_image:
-        logger.warning(
-            f"Ignored {without_image} of {len(annotations)} annotations: their images are not listed"
-        )
+        logger.warning(f"Ignored {without_image} of {len(annotations)} annotations: their images are not listed")
     if invalid:
-        logger.warning(
-            f"Dropped {invalid} of {len(annotations)} annotations: no valid polygon in their segmentation"
-        )
+        logger.warning(f"Dropped {invalid} of {len(annotations)} annotations: no valid polygon in their segmentation")
     return by_image
 
 
 def _convert_annotation(
-    anno: Dict[str, Any], id_map: Optional[Dict[int, int]], keys: Sequence[str]
-) -> Optional[Dict[str, Any]]:
+    anno: dict[str, Any], id_map: dict[int, int] | None, keys: Sequence[str]
+) -> dict[str, Any] | None:
     """One annotation in the standard format; None if it has a segmentation without a valid polygon."""
     assert anno.get("ignore", 0) == 0, f'"ignore" is not supported (annotation {anno.get("id")})'
     obj = {k: anno[k] for k in keys if k in anno}
@@ -171,7 +162,7 @@ def _valid_segmentation(segmentation: Any) -> Any:
     return [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
 
 
-def register_coco_instances(name: str, metadata: Dict[str, Any], json_file: str, image_root: str) -> None:
+def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str, image_root: str) -> None:
     """Registers a dataset in COCO's instances format.
 
     Args:
@@ -184,9 +175,7 @@ def register_coco_instances(name: str, metadata: Dict[str, Any], json_file: str,
     for path in (json_file, image_root):
         assert isinstance(path, (str, os.PathLike)), f"expected a path, got {type(path).__name__}"
     DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
-    MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
-    )
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata)
 
 
 # --- Label maps -----------------------------------------------------------------------------------
@@ -215,7 +204,7 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
     return [{"file_name": images[p], "sem_seg_file_name": labels[p]} for p in pairs]
 
 
-def _files_by_stem(root: str, extension: str) -> Dict[str, str]:
+def _files_by_stem(root: str, extension: str) -> dict[str, str]:
     """Path relative to `root`, without extension, to the full path, of the files with an extension."""
     found = {}
     local = PathManager.get_local_path(root)

@@ -2,7 +2,7 @@
 
 import datetime
 import logging
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -17,7 +17,7 @@ __all__ = ["convert_to_coco_dict", "convert_to_coco_json"]
 logger = logging.getLogger(__name__)
 
 
-def convert_to_coco_dict(dataset_name: str) -> Dict[str, Any]:
+def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
     """A registered dataset as the content of a COCO instances file.
 
     Class k becomes the category id that `thing_dataset_id_to_contiguous_id` maps to k, or k without a map.
@@ -33,13 +33,9 @@ def convert_to_coco_dict(dataset_name: str) -> Dict[str, Any]:
         for anno in record.get("annotations", []):
             category = anno["category_id"]
             converted = _to_coco_annotation(anno, size["height"], size["width"])
-            converted.update(
-                id=len(annotations) + 1, image_id=image_id, category_id=to_id.get(category, category)
-            )
+            converted.update(id=len(annotations) + 1, image_id=image_id, category_id=to_id.get(category, category))
             annotations.append(converted)
-    logger.info(
-        f"Converted {dataset_name} to COCO format: {len(images)} images, {len(annotations)} annotations"
-    )
+    logger.info(f"Converted {dataset_name} to COCO format: {len(images)} images, {len(annotations)} annotations")
     return {
         "info": {
             "date_created": str(datetime.datetime.now()),
@@ -52,7 +48,7 @@ def convert_to_coco_dict(dataset_name: str) -> Dict[str, Any]:
     }
 
 
-def _to_coco_annotation(anno: Dict[str, Any], height: int, width: int) -> Dict[str, Any]:
+def _to_coco_annotation(anno: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """Box, area, crowd flag and segmentation of one annotation as COCO writes them."""
     mode = anno["bbox_mode"]
     box = [float(v) for v in anno["bbox"]]

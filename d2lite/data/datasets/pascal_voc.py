@@ -2,7 +2,8 @@
 
 import os
 import xml.etree.ElementTree as ET
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
 from d2lite.structures import BoxMode
@@ -16,7 +17,7 @@ CLASS_NAMES = (
 )  # fmt: skip
 
 
-def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> List[Dict[str, Any]]:
+def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Loads a split as dicts in Detectron2's standard format; "image_id" is the name of the image.
 
     Args:
@@ -41,7 +42,7 @@ def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> 
     ]
 
 
-def _load_xml(path: str, number: Dict[str, int]) -> Dict[str, Any]:
+def _load_xml(path: str, number: dict[str, int]) -> dict[str, Any]:
     """Size and annotations of one image."""
     with PathManager.open(path) as f:
         tree = ET.parse(f)

@@ -8,7 +8,8 @@ import itertools
 import logging
 import math
 from collections import Counter
-from typing import Any, Dict, Iterator, List, Optional
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data.sampler import Sampler
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 class _EndlessSampler(Sampler):
     """Gives this process its share of an endless stream of indices, the same stream in all processes."""
 
-    def _start(self, seed: Optional[int]) -> None:
+    def _start(self, seed: int | None) -> None:
         self._seed = _agreed_seed(seed)
         self._rank = comm.get_rank()
         self._world_size = comm.get_world_size()
@@ -44,7 +45,7 @@ class _EndlessSampler(Sampler):
 class TrainingSampler(_EndlessSampler):
     """One random permutation of the dataset after the other, without end."""
 
-    def __init__(self, size: int, shuffle: bool = True, seed: Optional[int] = None) -> None:
+    def __init__(self, size: int, shuffle: bool = True, seed: int | None = None) -> None:
         """
         Args:
             size: length of the dataset.
@@ -66,9 +67,7 @@ class TrainingSampler(_EndlessSampler):
         g = torch.Generator()
         g.manual_seed(self._seed)
         while True:
-            yield from (
-                torch.randperm(self._size, generator=g).tolist() if self._shuffle else range(self._size)
-            )
+            yield from (torch.randperm(self._size, generator=g).tolist() if self._shuffle else range(self._size))
 
 
 class RandomSubsetTrainingSampler(TrainingSampler):
@@ -79,8 +78,8 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         size: int,
         subset_ratio: float,
         shuffle: bool = True,
-        seed_shuffle: Optional[int] = None,
-        seed_subset: Optional[int] = None,
+        seed_shuffle: int | None = None,
+        seed_subset: int | None = None,
     ) -> None:
         """
         Args:
@@ -115,9 +114,7 @@ class RepeatFactorTrainingSampler(_EndlessSampler):
     Source: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation" (2019), section 5.2.
     """
 
-    def __init__(
-        self, repeat_factors: torch.Tensor, *, shuffle: bool = True, seed: Optional[int] = None
-    ) -> None:
+    def __init__(self, repeat_factors: torch.Tensor, *, shuffle: bool = True, seed: int | None = None) -> None:
         """
         Args:
             repeat_factors: (N,) how often each image comes per epoch; the fraction is a probability.
@@ -131,7 +128,7 @@ class RepeatFactorTrainingSampler(_EndlessSampler):
 
     @staticmethod
     def repeat_factors_from_category_frequency(
-        dataset_dicts: List[Dict[str, Any]], repeat_thresh: float, sqrt: bool = True
+        dataset_dicts: list[dict[str, Any]], repeat_thresh: float, sqrt: bool = True
     ) -> torch.Tensor:
         """Repeat factor of each image: that of its rarest category, max(1, sqrt(repeat_thresh / frequency)).
 
@@ -197,5 +194,5 @@ class InferenceSampler(Sampler):
         return len(self._local_indices)
 
 
-def _agreed_seed(seed: Optional[int]) -> int:
+def _agreed_seed(seed: int | None) -> int:
     return int(comm.shared_random_seed() if seed is None else seed)

@@ -1,6 +1,6 @@
 """A batch sampler whose batches hold elements of one group."""
 
-from typing import Iterator, List, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data.sampler import BatchSampler, Sampler
@@ -28,7 +28,7 @@ class GroupedBatchSampler(BatchSampler):
         assert self.group_ids.ndim == 1, f"group_ids must have one dimension, got {self.group_ids.shape}"
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[List[int]]:
+    def __iter__(self) -> Iterator[list[int]]:
         groups = {group: [] for group in np.unique(self.group_ids).tolist()}
         for index in self.sampler:
             group = int(self.group_ids[index])

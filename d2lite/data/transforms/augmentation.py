@@ -2,7 +2,8 @@
 
 import inspect
 import pprint
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from fvcore.transforms.transform import Transform, TransformList
@@ -25,7 +26,7 @@ class Augmentation:
     a single argument always means the image. `input_args` overrides the names.
     """
 
-    input_args: Optional[Tuple[str, ...]] = None
+    input_args: tuple[str, ...] | None = None
 
     def get_transform(self, *args: Any) -> Transform:
         """Chooses the transform from the inputs that `input_args` names."""
@@ -40,13 +41,13 @@ class Augmentation:
         aug_input.transform(transform)
         return transform
 
-    def _init(self, params: Optional[Dict[str, Any]] = None) -> None:
+    def _init(self, params: dict[str, Any] | None = None) -> None:
         """Stores the constructor's arguments (its `locals()`) as attributes."""
         for name, value in (params or {}).items():
             if name != "self" and not name.startswith("_"):
                 setattr(self, name, value)
 
-    def _rand_range(self, low: float = 1.0, high: Optional[float] = None, size: Optional[int] = None) -> Any:
+    def _rand_range(self, low: float = 1.0, high: float | None = None, size: int | None = None) -> Any:
         """Uniform in [low, high), or in [0, low) when `high` is None."""
         if high is None:
             low, high = 0, low
@@ -76,7 +77,7 @@ TransformGen = Augmentation
 class AugmentationList(Augmentation):
     """Applies augmentations (or plain transforms) one after the other."""
 
-    def __init__(self, augs: Sequence[Union[Augmentation, Transform]]) -> None:
+    def __init__(self, augs: Sequence[Augmentation | Transform]) -> None:
         """
         Args:
             augs: augmentations or transforms, first to last.
@@ -104,8 +105,8 @@ class AugInput:
         self,
         image: np.ndarray,
         *,
-        boxes: Optional[np.ndarray] = None,
-        sem_seg: Optional[np.ndarray] = None,
+        boxes: np.ndarray | None = None,
+        sem_seg: np.ndarray | None = None,
     ) -> None:
         _check_image(image)
         self.image = image
@@ -120,7 +121,7 @@ class AugInput:
         if self.sem_seg is not None:
             self.sem_seg = tfm.apply_segmentation(self.sem_seg)
 
-    def apply_augmentations(self, augmentations: Sequence[Union[Augmentation, Transform]]) -> TransformList:
+    def apply_augmentations(self, augmentations: Sequence[Augmentation | Transform]) -> TransformList:
         """Applies augmentations in place and returns the transforms chosen."""
         return AugmentationList(augmentations)(self)
 
@@ -129,8 +130,8 @@ StandardAugInput = AugInput
 
 
 def apply_augmentations(
-    augmentations: Sequence[Union[Augmentation, Transform]], inputs: Union[AugInput, np.ndarray]
-) -> Tuple[Union[AugInput, np.ndarray], TransformList]:
+    augmentations: Sequence[Augmentation | Transform], inputs: AugInput | np.ndarray
+) -> tuple[AugInput | np.ndarray, TransformList]:
     """Applies augmentations to an image or an `AugInput`.
 
     Returns:
@@ -164,7 +165,7 @@ class _FixedAugmentation(Augmentation):
     __str__ = __repr__
 
 
-def _transform_to_aug(tfm_or_aug: Union[Augmentation, Transform]) -> Augmentation:
+def _transform_to_aug(tfm_or_aug: Augmentation | Transform) -> Augmentation:
     """Wraps a plain transform as an augmentation."""
     assert isinstance(tfm_or_aug, (Augmentation, Transform)), (
         f"expected an Augmentation or a Transform, got {type(tfm_or_aug).__name__}"
@@ -172,7 +173,7 @@ def _transform_to_aug(tfm_or_aug: Union[Augmentation, Transform]) -> Augmentatio
     return _FixedAugmentation(tfm_or_aug) if isinstance(tfm_or_aug, Transform) else tfm_or_aug
 
 
-def _wanted_inputs(aug: Augmentation, aug_input: Any) -> List[Any]:
+def _wanted_inputs(aug: Augmentation, aug_input: Any) -> list[Any]:
     """The attributes of `aug_input` that the augmentation's `get_transform` takes."""
     names = aug.input_args if aug.input_args is not None else _argument_names(type(aug))
     missing = [name for name in names if not hasattr(aug_input, name)]
@@ -184,15 +185,13 @@ def _wanted_inputs(aug: Augmentation, aug_input: Any) -> List[Any]:
     return [getattr(aug_input, name) for name in names]
 
 
-def _argument_names(aug_class: type) -> Tuple[str, ...]:
+def _argument_names(aug_class: type) -> tuple[str, ...]:
     """Inputs wanted according to the signature of `get_transform`."""
     params = list(inspect.signature(aug_class.get_transform).parameters.values())[1:]
     if len(params) == 1 and params[0].kind is not params[0].VAR_KEYWORD:
         return ("image",)
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in params):
-        raise TypeError(
-            f"cannot tell the inputs of {aug_class.__name__} from its get_transform; set input_args"
-        )
+        raise TypeError(f"cannot tell the inputs of {aug_class.__name__} from its get_transform; set input_args")
     return tuple(p.name for p in params)
 
 

@@ -1,6 +1,7 @@
 """The augmentations: each draws from numpy's global generator and returns the transform it chose."""
 
-from typing import Any, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from fvcore.transforms.transform import (
@@ -94,7 +95,7 @@ class RandomCrop(Augmentation):
         x0 = np.random.randint(w - crop_w + 1)
         return CropTransform(x0, y0, crop_w, crop_h, w, h)
 
-    def get_crop_size(self, image_size: Tuple[int, int]) -> Tuple[int, int]:
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Size (height, width) of the crop for an image of (height, width)."""
         h, w = image_size
         if self.crop_type == "absolute":
@@ -118,7 +119,7 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):
         crop_type: str,
         crop_size: Sequence[float],
         single_category_max_area: float = 1.0,
-        ignored_category: Optional[int] = None,
+        ignored_category: int | None = None,
     ) -> None:
         """
         Args:
@@ -146,7 +147,7 @@ class FixedSizeCrop(Augmentation):
     """Crops to a size at a drawn place where the image is larger, and pads at the end where it is smaller."""
 
     def __init__(
-        self, crop_size: Tuple[int, int], pad: bool = True, pad_value: float = 128.0, seg_pad_value: int = 255
+        self, crop_size: tuple[int, int], pad: bool = True, pad_value: float = 128.0, seg_pad_value: int = 255
     ) -> None:
         """
         Args:
@@ -173,7 +174,7 @@ class FixedSizeCrop(Augmentation):
 class RandomExtent(Augmentation):
     """Takes a rectangle of drawn size around a drawn centre; it may reach out of the image."""
 
-    def __init__(self, scale_range: Tuple[float, float], shift_range: Tuple[float, float]) -> None:
+    def __init__(self, scale_range: tuple[float, float], shift_range: tuple[float, float]) -> None:
         """
         Args:
             scale_range: (low, high) of the rectangle's size relative to the image.
@@ -197,11 +198,11 @@ class RandomRotation(Augmentation):
 
     def __init__(
         self,
-        angle: Union[float, Sequence[float]],
+        angle: float | Sequence[float],
         expand: bool = True,
-        center: Optional[Sequence[Tuple[float, float]]] = None,
+        center: Sequence[tuple[float, float]] | None = None,
         sample_style: str = "range",
-        interp: Optional[Union[int, str]] = None,
+        interp: int | str | None = None,
     ) -> None:
         """
         Args:
@@ -243,7 +244,7 @@ class RandomRotation(Augmentation):
 class RandomApply(Augmentation):
     """Applies a transform or an augmentation with a probability."""
 
-    def __init__(self, tfm_or_aug: Union[Augmentation, Transform], prob: float = 0.5) -> None:
+    def __init__(self, tfm_or_aug: Augmentation | Transform, prob: float = 0.5) -> None:
         """
         Args:
             tfm_or_aug: what to apply.

@@ -1,7 +1,7 @@
 """The augmentations that resize."""
 
 import sys
-from typing import Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ class ResizeShortestEdge(Augmentation):
     @torch.jit.unused
     def __init__(
         self,
-        short_edge_length: Union[int, Sequence[int]],
+        short_edge_length: int | Sequence[int],
         max_size: int = sys.maxsize,
         sample_style: str = "range",
         interp: int = BILINEAR,
@@ -54,7 +54,7 @@ class ResizeShortestEdge(Augmentation):
         return ResizeTransform(h, w, *self.get_output_shape(h, w, int(length), self.max_size), self.interp)
 
     @staticmethod
-    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> Tuple[int, int]:
+    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
         """Size (height, width) of the output. TorchScript can compile this function."""
         scale = float(short_edge_length) / min(oldh, oldw)
         newh, neww = oldh * scale, oldw * scale
@@ -71,7 +71,7 @@ class ResizeShortestEdge(Augmentation):
 class Resize(Augmentation):
     """Resizes to a fixed size."""
 
-    def __init__(self, shape: Union[int, Tuple[int, int]], interp: int = BILINEAR) -> None:
+    def __init__(self, shape: int | tuple[int, int], interp: int = BILINEAR) -> None:
         """
         Args:
             shape: (height, width), or one number for both.
@@ -88,7 +88,7 @@ class Resize(Augmentation):
 class RandomResize(Augmentation):
     """Resizes to one of several sizes."""
 
-    def __init__(self, shape_list: Sequence[Tuple[int, int]], interp: int = BILINEAR) -> None:
+    def __init__(self, shape_list: Sequence[tuple[int, int]], interp: int = BILINEAR) -> None:
         """
         Args:
             shape_list: sizes (height, width) to choose from.

@@ -1,6 +1,6 @@
 """Deterministic image transforms that fvcore does not have: resize, extent, rotation and colour changes."""
 
-from typing import Callable, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ _TORCH_MODES = {NEAREST: "nearest", BILINEAR: "bilinear", BICUBIC: "bicubic"}
 class ResizeTransform(Transform):
     """Resizes an image of (h, w) pixels to (new_h, new_w)."""
 
-    def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: Optional[int] = None) -> None:
+    def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: int | None = None) -> None:
         """
         Args:
             h, w: size of the input, in pixels.
@@ -28,7 +28,7 @@ class ResizeTransform(Transform):
         interp = BILINEAR if interp is None else interp
         self._set_attributes(locals())
 
-    def apply_image(self, img: np.ndarray, interp: Optional[int] = None) -> np.ndarray:
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Resizes (H, W), (H, W, C) or (N, H, W, C).
 
         uint8 goes through PIL, which filters when it shrinks; other types go through
@@ -66,7 +66,7 @@ class ExtentTransform(Transform):
     def __init__(
         self,
         src_rect: Sequence[float],
-        output_size: Tuple[int, int],
+        output_size: tuple[int, int],
         interp: int = BILINEAR,
         fill: int = 0,
     ) -> None:
@@ -80,7 +80,7 @@ class ExtentTransform(Transform):
         super().__init__()
         self._set_attributes(locals())
 
-    def apply_image(self, img: np.ndarray, interp: Optional[int] = None) -> np.ndarray:
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Transforms (H, W) or (H, W, C)."""
         height, width = self.output_size
         interp = self.interp if interp is None else interp
@@ -109,8 +109,8 @@ class RotationTransform(Transform):
         w: int,
         angle: float,
         expand: bool = True,
-        center: Optional[Tuple[float, float]] = None,
-        interp: Optional[Union[int, str]] = None,
+        center: tuple[float, float] | None = None,
+        interp: int | str | None = None,
     ) -> None:
         """
         Args:
@@ -133,16 +133,14 @@ class RotationTransform(Transform):
         self.rotation = np.array([[cos, sin], [-sin, cos]])
         self.target = np.array([self.bound_w / 2, self.bound_h / 2]) if expand else center
 
-    def apply_image(self, img: np.ndarray, interp: Optional[Union[int, str]] = None) -> np.ndarray:
+    def apply_image(self, img: np.ndarray, interp: int | str | None = None) -> np.ndarray:
         """Rotates (H, W) or (H, W, C) to (bound_h, bound_w[, C])."""
         interp = self.interp if interp is None else interp
         if img.size == 0 or (self.angle % 360 == 0 and (self.h, self.w) == (self.bound_h, self.bound_w)):
             return img
         mode = "nearest" if interp in (0, "nearest") else "bilinear"
         planes = np.ascontiguousarray(np.atleast_3d(img).transpose(2, 0, 1), dtype=np.float64)
-        out = F.grid_sample(
-            torch.from_numpy(planes)[None], self._grid()[None], mode=mode, align_corners=False
-        )[0]
+        out = F.grid_sample(torch.from_numpy(planes)[None], self._grid()[None], mode=mode, align_corners=False)[0]
         out = out.permute(1, 2, 0).numpy()
         if not np.issubdtype(img.dtype, np.floating):
             out = np.rint(out)
@@ -227,12 +225,10 @@ def _through_pil(img: np.ndarray, operation: Callable[[Image.Image], Image.Image
     return np.stack([_through_pil(img[:, :, c], operation) for c in range(img.shape[2])], axis=2)
 
 
-def _interpolate(img: np.ndarray, size: Tuple[int, int], interp: int) -> np.ndarray:
+def _interpolate(img: np.ndarray, size: tuple[int, int], interp: int) -> np.ndarray:
     """Resizes (H, W), (H, W, C) or (N, H, W, C) of any type with torch."""
     if interp not in _TORCH_MODES:
-        raise ValueError(
-            f"images of type {img.dtype} resize with the PIL numbers {sorted(_TORCH_MODES)}, got {interp}"
-        )
+        raise ValueError(f"images of type {img.dtype} resize with the PIL numbers {sorted(_TORCH_MODES)}, got {interp}")
     batch = img.reshape((1,) * (img.ndim < 4) + img.shape + (1,) * (img.ndim == 2))
     is_float = np.issubdtype(img.dtype, np.floating)
     planes = torch.from_numpy(np.ascontiguousarray(batch if is_float else batch.astype(np.float64)))

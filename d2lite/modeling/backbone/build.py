@@ -26,7 +26,5 @@ def build_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> Backbo
     name = cfg.MODEL.BACKBONE.NAME
     backbone = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
     if not isinstance(backbone, Backbone):
-        raise AssertionError(
-            f"MODEL.BACKBONE.NAME {name!r} built a {type(backbone).__name__}, not a Backbone"
-        )
+        raise AssertionError(f"MODEL.BACKBONE.NAME {name!r} built a {type(backbone).__name__}, not a Backbone")
     return backbone

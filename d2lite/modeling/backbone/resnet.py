@@ -90,8 +90,7 @@ class ResNet(Backbone):
         unknown = [name for name in self._out_features if name not in self._out_feature_channels]
         if unknown or not self._out_features:
             raise AssertionError(
-                f"ResNet has no features {unknown or 'to return'}; available: "
-                f"{', '.join(self._out_feature_channels)}"
+                f"ResNet has no features {unknown or 'to return'}; available: {', '.join(self._out_feature_channels)}"
             )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -149,9 +148,7 @@ class ResNet(Backbone):
         blocks = []
         for i in range(num_blocks):
             own = {name: values[i] for name, values in per_block.items()}
-            blocks.append(
-                block_class(in_channels=in_channels, out_channels=out_channels, **own, **kwargs)
-            )
+            blocks.append(block_class(in_channels=in_channels, out_channels=out_channels, **own, **kwargs))
             in_channels = out_channels
         return blocks
 

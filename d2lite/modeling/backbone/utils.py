@@ -39,9 +39,7 @@ def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, in
     return x.reshape(-1, window_size, window_size, c), (h + pad_h, w + pad_w)
 
 
-def window_unpartition(
-    windows: Tensor, window_size: int, pad_hw: tuple[int, int], hw: tuple[int, int]
-) -> Tensor:
+def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int], hw: tuple[int, int]) -> Tensor:
     """Undo :func:`window_partition`: (B * windows, window_size, window_size, C) -> (B, H, W, C).
 
     Args:

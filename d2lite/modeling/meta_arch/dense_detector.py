@@ -126,9 +126,7 @@ class DenseDetector(ImageModel):
         assert len(predictions) == len(dims_per_anchor), (
             f"the head gave {len(predictions)} kinds of predictions, expected {len(dims_per_anchor)}"
         )
-        return [
-            [permute_to_N_HWA_K(x, K) for x in levels] for levels, K in zip(predictions, dims_per_anchor)
-        ]
+        return [[permute_to_N_HWA_K(x, K) for x in levels] for levels, K in zip(predictions, dims_per_anchor)]
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
         """Update and return the running average in the attribute `name`, first `initial_value`."""
@@ -164,9 +162,7 @@ class DenseDetector(ImageModel):
         num_classes = pred_scores.shape[1]
         index = candidates // num_classes
         boxes = self.box2box_transform.apply_deltas(pred_deltas[index], anchors.tensor[index])
-        return Instances(
-            image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=candidates % num_classes
-        )
+        return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=candidates % num_classes)
 
     def inference_single_image(
         self,

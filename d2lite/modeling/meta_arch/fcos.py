@@ -166,9 +166,7 @@ class FCOS(DenseDetector):
         get_event_storage().put_scalar("num_pos_anchors", len(image) / len(labels))
         normalizer = self._ema_update("loss_normalizer", max(len(image), 1), 300)
 
-        loss_cls = dense_focal_loss(
-            pred_logits, labels, self.num_classes, self.focal_loss_alpha, self.focal_loss_gamma
-        )
+        loss_cls = dense_focal_loss(pred_logits, labels, self.num_classes, self.focal_loss_alpha, self.focal_loss_gamma)
         loss_loc = _dense_box_regression_loss(
             anchors,
             self.box2box_transform,

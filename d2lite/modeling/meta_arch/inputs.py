@@ -21,12 +21,8 @@ def batch_images(
         pixel_mean, pixel_std: (C, 1, 1).
     """
     device = pixel_mean.device
-    images = [
-        (x["image"].to(device, non_blocking=True) - pixel_mean) / pixel_std for x in batched_inputs
-    ]
-    return ImageList.from_tensors(
-        images, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
-    )
+    images = [(x["image"].to(device, non_blocking=True) - pixel_mean) / pixel_std for x in batched_inputs]
+    return ImageList.from_tensors(images, backbone.size_divisibility, padding_constraints=backbone.padding_constraints)
 
 
 def ground_truth(

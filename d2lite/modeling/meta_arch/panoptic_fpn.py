@@ -52,8 +52,7 @@ class PanopticFPN(GeneralizedRCNN):
         combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
         if not combine.ENABLED:
             logger.warning(
-                "MODEL.PANOPTIC_FPN.COMBINE.ENABLED has no effect; "
-                "call inference(..., do_postprocess=False) instead."
+                "MODEL.PANOPTIC_FPN.COMBINE.ENABLED has no effect; call inference(..., do_postprocess=False) instead."
             )
         _scale_instance_losses(args["roi_heads"], cfg.MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT)
         return {

@@ -154,9 +154,7 @@ class RetinaNet(DenseDetector):
         get_event_storage().put_scalar("num_pos_anchors", num_foreground / len(labels))
         normalizer = self._ema_update("loss_normalizer", max(num_foreground, 1), 100)
 
-        loss_cls = dense_focal_loss(
-            pred_logits, labels, self.num_classes, self.focal_loss_alpha, self.focal_loss_gamma
-        )
+        loss_cls = dense_focal_loss(pred_logits, labels, self.num_classes, self.focal_loss_alpha, self.focal_loss_gamma)
         loss_box_reg = _dense_box_regression_loss(
             anchors,
             self.box2box_transform,
@@ -203,8 +201,6 @@ class RetinaNet(DenseDetector):
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
         anchors = self.anchor_generator(features)
         return [
-            self.inference_single_image(
-                anchors, [x[i].sigmoid() for x in logits], [x[i] for x in deltas], image_size
-            )
+            self.inference_single_image(anchors, [x[i].sigmoid() for x in logits], [x[i] for x in deltas], image_size)
             for i, image_size in enumerate(images.image_sizes)
         ]

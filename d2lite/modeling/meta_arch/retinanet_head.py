@@ -78,9 +78,7 @@ class RetinaNetHead(nn.Module):
         if norm in ("BN", "SyncBN"):
             bn_class = nn.BatchNorm2d if norm == "BN" else nn.SyncBatchNorm
             logger.info("RetinaNetHead keeps separate %s statistics for each of %d levels.", norm, self._num_features)
-            return lambda channels: CycleBatchNormList(
-                self._num_features, bn_class=bn_class, num_features=channels
-            )
+            return lambda channels: CycleBatchNormList(self._num_features, bn_class=bn_class, num_features=channels)
         if isinstance(get_norm(norm, 32), nn.modules.batchnorm._BatchNorm):
             logger.warning("RetinaNetHead shares the batch statistics of norm '%s' between its levels.", norm)
         return norm

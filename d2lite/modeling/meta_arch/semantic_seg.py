@@ -182,9 +182,7 @@ class SemSegFPNHead(nn.Module):
         return F.interpolate(x, scale_factor=self.common_stride, mode="bilinear", align_corners=False)
 
 
-def _scale_head(
-    shape: ShapeSpec, conv_dims: int, common_stride: int, norm: str | Callable | None
-) -> nn.Sequential:
+def _scale_head(shape: ShapeSpec, conv_dims: int, common_stride: int, norm: str | Callable | None) -> nn.Sequential:
     """Convolutions that bring one feature to `common_stride`, each followed by twofold upsampling."""
     layers: list[nn.Module] = []
     num_upsamplings = int(math.log2(shape.stride) - math.log2(common_stride))

@@ -24,7 +24,6 @@ def build_proposal_generator(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) ->
         return None
     if name == "RRPN":
         raise NotImplementedError(
-            "MODEL.PROPOSAL_GENERATOR.NAME is RRPN: d2lite leaves out rotated boxes; install Detectron2 to"
-            " use them."
+            "MODEL.PROPOSAL_GENERATOR.NAME is RRPN: d2lite leaves out rotated boxes; install Detectron2 to use them."
         )
     return PROPOSAL_GENERATOR_REGISTRY.get(name)(cfg, input_shape)

@@ -95,15 +95,11 @@ def suppress_proposals(
     results = []
     for size, image_boxes, image_scores, image_levels in candidates:
         kept = batched_nms(image_boxes, image_scores, image_levels, nms_thresh)[:post_nms_topk]
-        results.append(
-            Instances(size, proposal_boxes=Boxes(image_boxes[kept]), objectness_logits=image_scores[kept])
-        )
+        results.append(Instances(size, proposal_boxes=Boxes(image_boxes[kept]), objectness_logits=image_scores[kept]))
     return results
 
 
-def add_ground_truth_to_proposals(
-    gt: list[Instances] | list[Boxes], proposals: list[Instances]
-) -> list[Instances]:
+def add_ground_truth_to_proposals(gt: list[Instances] | list[Boxes], proposals: list[Instances]) -> list[Instances]:
     """
     Append the ground-truth boxes of each image to its proposals, so that the heads see good boxes from the
     start.

@@ -135,10 +135,7 @@ class RPN(nn.Module):
         logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
         # (N, A * D, H, W) -> (N, H * W * A, D)
         box_dim = self.anchor_generator.box_dim
-        deltas = [
-            x.unflatten(1, (-1, box_dim)).permute(0, 3, 4, 1, 2).reshape(x.shape[0], -1, box_dim)
-            for x in deltas
-        ]
+        deltas = [x.unflatten(1, (-1, box_dim)).permute(0, 3, 4, 1, 2).reshape(x.shape[0], -1, box_dim) for x in deltas]
         losses = {}
         if self.training:
             assert gt_instances is not None, "RPN needs `gt_instances` in training"
@@ -250,13 +247,9 @@ class RPN(nn.Module):
             pred_anchor_deltas: (N, R_i, 4) of each level.
             image_sizes: (height, width) of the N images.
         """
-        scores, indices = select_top_anchors(
-            pred_objectness_logits, len(image_sizes), self.pre_nms_topk[self.training]
-        )
+        scores, indices = select_top_anchors(pred_objectness_logits, len(image_sizes), self.pre_nms_topk[self.training])
         boxes = [
-            self.box2box_transform.apply_deltas(take_rows(d, i).flatten(0, 1), a.tensor[i.flatten()]).view(
-                *i.shape, -1
-            )
+            self.box2box_transform.apply_deltas(take_rows(d, i).flatten(0, 1), a.tensor[i.flatten()]).view(*i.shape, -1)
             for a, d, i in zip(anchors, pred_anchor_deltas, indices)
         ]
         return suppress_proposals(

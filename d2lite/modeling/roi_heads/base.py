@@ -25,8 +25,7 @@ def build_roi_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Modul
     name = cfg.MODEL.ROI_HEADS.NAME
     if name == "RROIHeads":
         raise NotImplementedError(
-            "MODEL.ROI_HEADS.NAME is RROIHeads: d2lite leaves out rotated boxes; install Detectron2 to use"
-            " them."
+            "MODEL.ROI_HEADS.NAME is RROIHeads: d2lite leaves out rotated boxes; install Detectron2 to use them."
         )
     return ROI_HEADS_REGISTRY.get(name)(cfg, input_shape)
 
@@ -77,9 +76,7 @@ class ROIHeads(nn.Module):
             "positive_fraction": heads.POSITIVE_FRACTION,
             "num_classes": heads.NUM_CLASSES,
             "proposal_append_gt": heads.PROPOSAL_APPEND_GT,
-            "proposal_matcher": Matcher(
-                heads.IOU_THRESHOLDS, heads.IOU_LABELS, allow_low_quality_matches=False
-            ),
+            "proposal_matcher": Matcher(heads.IOU_THRESHOLDS, heads.IOU_LABELS, allow_low_quality_matches=False),
         }
 
     def forward(
@@ -104,9 +101,7 @@ class ROIHeads(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement forward()")
 
     @torch.no_grad()
-    def label_and_sample_proposals(
-        self, proposals: list[Instances], targets: list[Instances]
-    ) -> list[Instances]:
+    def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
         """
         Match proposals with ground truth, and draw those that enter the losses.
 
@@ -165,9 +160,7 @@ class ROIHeads(nn.Module):
         if gt_classes.numel() == 0:
             return torch.full_like(matched_idxs, self.num_classes)
         classes = gt_classes[matched_idxs]
-        return classes.masked_fill(matched_labels == 0, self.num_classes).masked_fill(
-            matched_labels == -1, -1
-        )
+        return classes.masked_fill(matched_labels == 0, self.num_classes).masked_fill(matched_labels == -1, -1)
 
     def _check_classes_and_log(self, sampled: list[Instances], targets: list[Instances]) -> None:
         num_background = [(x.gt_classes == self.num_classes).sum() for x in sampled]
@@ -193,9 +186,7 @@ def log_sample_counts(sizes: list[int], num_background: list[int]) -> None:
     storage.put_scalar("roi_head/num_bg_samples", sum(num_background) / len(sizes))
 
 
-def select_foreground_proposals(
-    proposals: list[Instances], bg_label: int
-) -> tuple[list[Instances], list[Tensor]]:
+def select_foreground_proposals(proposals: list[Instances], bg_label: int) -> tuple[list[Instances], list[Tensor]]:
     """
     The proposals with a class other than `bg_label` and -1 (ignored).
 
@@ -206,9 +197,7 @@ def select_foreground_proposals(
     Returns:
         N `Instances` with the foreground only, and N masks (R_i,) bool that say which these were.
     """
-    assert isinstance(proposals, (list, tuple)), (
-        f"expected a list of Instances, got {type(proposals).__name__}"
-    )
+    assert isinstance(proposals, (list, tuple)), f"expected a list of Instances, got {type(proposals).__name__}"
     foreground, masks = [], []
     for x in proposals:
         mask = (x.gt_classes != -1) & (x.gt_classes != bg_label)
@@ -218,9 +207,7 @@ def select_foreground_proposals(
     return foreground, masks
 
 
-def build_pooler(
-    cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]
-) -> tuple[ROIPooler, ShapeSpec]:
+def build_pooler(cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]) -> tuple[ROIPooler, ShapeSpec]:
     """The pooler that `head` (MODEL.ROI_BOX_HEAD or ROI_MASK_HEAD) asks for, and the shape of its output."""
     shapes = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
     if len({shape.channels for shape in shapes}) != 1:

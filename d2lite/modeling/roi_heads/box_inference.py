@@ -59,7 +59,5 @@ def fast_rcnn_inference_single_image(
     keep = batched_nms(candidates.tensor, scores, classes, nms_thresh)
     if topk_per_image >= 0:
         keep = keep[:topk_per_image]
-    result = Instances(
-        image_shape, pred_boxes=candidates[keep], scores=scores[keep], pred_classes=classes[keep]
-    )
+    result = Instances(image_shape, pred_boxes=candidates[keep], scores=scores[keep], pred_classes=classes[keep])
     return result, (finite.cumsum(0) - 1)[region[keep]]

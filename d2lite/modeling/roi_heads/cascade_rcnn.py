@@ -43,9 +43,7 @@ class CascadeROIHeads(StandardROIHeads):
             kwargs: see :class:`StandardROIHeads`.
         """
         if "proposal_matcher" in kwargs:
-            raise ValueError(
-                "CascadeROIHeads takes `proposal_matchers`, one per stage, not `proposal_matcher`"
-            )
+            raise ValueError("CascadeROIHeads takes `proposal_matchers`, one per stage, not `proposal_matcher`")
         if not len(box_heads) == len(box_predictors) == len(proposal_matchers):
             raise ValueError(
                 f"A cascade needs as many box_heads ({len(box_heads)}) as box_predictors"
@@ -89,9 +87,7 @@ class CascadeROIHeads(StandardROIHeads):
             box_head = build_box_head(cfg, pooled_shape)
             box_heads.append(box_head)
             predictors.append(
-                FastRCNNOutputLayers(
-                    cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(weights=weights)
-                )
+                FastRCNNOutputLayers(cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(weights=weights))
             )
             matchers.append(Matcher([iou], [0, 1], allow_low_quality_matches=False))
         return {
@@ -136,9 +132,7 @@ class CascadeROIHeads(StandardROIHeads):
 
     def _inference(self, outputs: list[tuple], image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """Boxes of the last stage, with the mean of the scores of all stages (section 4.3 of the paper)."""
-        stage_scores = [
-            predictor.predict_probs(predictions, props) for predictor, predictions, props in outputs
-        ]
+        stage_scores = [predictor.predict_probs(predictions, props) for predictor, predictions, props in outputs]
         scores = [sum(of_image) / self.num_cascade_stages for of_image in zip(*stage_scores)]
         predictor, predictions, proposals = outputs[-1]
         return fast_rcnn_inference(
@@ -169,9 +163,7 @@ class CascadeROIHeads(StandardROIHeads):
                 log_sample_counts([len(x) for x in proposals], background)
         return proposals
 
-    def _run_stage(
-        self, features: list[Tensor], proposals: list[Instances], stage: int
-    ) -> tuple[Tensor, Tensor]:
+    def _run_stage(self, features: list[Tensor], proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
         """Scores and deltas of one stage for all proposals."""
         box_features = self.box_pooler(features, [x.proposal_boxes for x in proposals])
         if self.training and box_features.requires_grad:
@@ -179,9 +171,7 @@ class CascadeROIHeads(StandardROIHeads):
             box_features.register_hook(lambda gradient: gradient / self.num_cascade_stages)
         return self.box_predictor[stage](self.box_head[stage](box_features))
 
-    def _create_proposals_from_boxes(
-        self, boxes: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    def _create_proposals_from_boxes(self, boxes: list[Tensor], image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """The predicted boxes (R_i, 4) of a stage as proposals of the next, clipped and without gradient."""
         proposals = []
         for image_boxes, size in zip(boxes, image_sizes):

@@ -143,9 +143,7 @@ class FastRCNNOutputLayers(nn.Module):
             gt_classes = torch.cat([p.gt_classes for p in proposals])
             boxes = torch.cat([p.proposal_boxes.tensor for p in proposals]).detach()
             # images without ground truth have background only, whose box is never read
-            gt_boxes = torch.cat(
-                [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
-            )
+            gt_boxes = torch.cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals])
         else:
             gt_classes = torch.empty(0, dtype=torch.int64, device=scores.device)
             boxes = gt_boxes = torch.empty(0, 4, device=scores.device)
@@ -157,9 +155,7 @@ class FastRCNNOutputLayers(nn.Module):
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
-    def box_reg_loss(
-        self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
-    ) -> Tensor:
+    def box_reg_loss(self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor) -> Tensor:
         """
         Regression loss of the foreground, summed and divided by the number of all regions R. So every
         foreground region weighs the same, however many there are in its image.
@@ -198,9 +194,7 @@ class FastRCNNOutputLayers(nn.Module):
             return pred_class_logits.sum() * 0
         num_classes = pred_class_logits.shape[1] - 1
         target = F.one_hot(gt_classes, num_classes + 1)[:, :num_classes].to(pred_class_logits.dtype)
-        loss = F.binary_cross_entropy_with_logits(
-            pred_class_logits[:, :num_classes], target, reduction="none"
-        )
+        loss = F.binary_cross_entropy_with_logits(pred_class_logits[:, :num_classes], target, reduction="none")
         if self.use_fed_loss:
             counted = self.get_fed_loss_classes(
                 gt_classes, self.fed_loss_num_classes, num_classes, self.fed_loss_cls_weights

@@ -162,9 +162,7 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
         """
         super().__init__(**kwargs)
         if not conv_dims:
-            raise ValueError(
-                "MaskRCNNConvUpsampleHead: conv_dims must have at least the transposed convolution"
-            )
+            raise ValueError("MaskRCNNConvUpsampleHead: conv_dims must have at least the transposed convolution")
         channels = input_shape.channels
         for i, dim in enumerate(conv_dims[:-1], start=1):
             conv = Conv2d(

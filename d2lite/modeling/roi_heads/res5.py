@@ -58,15 +58,11 @@ class Res5ROIHeads(ROIHeads):
         arguments = super().from_config(cfg)
         names = cfg.MODEL.ROI_HEADS.IN_FEATURES
         if len(names) != 1:
-            raise ValueError(
-                f"Res5ROIHeads uses one feature map, but MODEL.ROI_HEADS.IN_FEATURES is {list(names)}"
-            )
+            raise ValueError(f"Res5ROIHeads uses one feature map, but MODEL.ROI_HEADS.IN_FEATURES is {list(names)}")
         pooler, pooled_shape = build_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
         res5, channels = cls._build_res5_block(cfg)
         arguments.update(in_features=names, pooler=pooler, res5=res5)
-        arguments["box_predictor"] = FastRCNNOutputLayers(
-            cfg, ShapeSpec(channels=channels, height=1, width=1)
-        )
+        arguments["box_predictor"] = FastRCNNOutputLayers(cfg, ShapeSpec(channels=channels, height=1, width=1))
         if cfg.MODEL.MASK_ON:
             shape = ShapeSpec(channels=channels, height=pooled_shape.height, width=pooled_shape.width)
             arguments["mask_head"] = build_mask_head(cfg, shape)
@@ -78,8 +74,7 @@ class Res5ROIHeads(ROIHeads):
         resnet = cfg.MODEL.RESNETS
         if resnet.DEFORM_ON_PER_STAGE[-1]:
             raise ValueError(
-                "Res5ROIHeads has no deformable convolution: set the last of"
-                " MODEL.RESNETS.DEFORM_ON_PER_STAGE to False"
+                "Res5ROIHeads has no deformable convolution: set the last of MODEL.RESNETS.DEFORM_ON_PER_STAGE to False"
             )
         factor = 2**3  # res5 has 8 times the channels of res2
         channels = resnet.RES2_OUT_CHANNELS * factor
@@ -122,9 +117,7 @@ class Res5ROIHeads(ROIHeads):
             losses.update(self.mask_head(box_features[torch.cat(masks)], foreground))
         return [], losses
 
-    def forward_with_given_boxes(
-        self, features: dict[str, Tensor], instances: list[Instances]
-    ) -> list[Instances]:
+    def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
         """See :meth:`StandardROIHeads.forward_with_given_boxes`."""
         assert not self.training, "forward_with_given_boxes() is for inference"
         assert instances[0].has("pred_boxes") and instances[0].has("pred_classes")

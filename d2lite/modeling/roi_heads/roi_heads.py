@@ -122,9 +122,7 @@ class StandardROIHeads(ROIHeads):
         losses.update(self._forward_mask(features, proposals))
         return proposals, losses
 
-    def forward_with_given_boxes(
-        self, features: dict[str, Tensor], instances: list[Instances]
-    ) -> list[Instances]:
+    def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
         """
         Predict what is left for given boxes: the masks. Only outside training.
 
@@ -172,9 +170,7 @@ class StandardROIHeads(ROIHeads):
             instances = select_foreground_proposals(instances, self.num_classes)[0]
         if self.mask_pooler is not None:
             maps = [features[name] for name in self.mask_in_features]
-            features = self.mask_pooler(
-                maps, [x.proposal_boxes if self.training else x.pred_boxes for x in instances]
-            )
+            features = self.mask_pooler(maps, [x.proposal_boxes if self.training else x.pred_boxes for x in instances])
         else:
             features = {name: features[name] for name in self.mask_in_features}
         return self.mask_head(features, instances)
