@@ -1,29 +1,47 @@
-"""Every configuration key that d2kd adds to Detectron2's."""
+"""The configuration: d2kd's keys beside Detectron2's, and reading YAML files with them.
 
-from detectron2.config import CfgNode as CN
+Keys that belong to one part stand in that part's file: those of a method in its class (`d2kd.settings`), those of an
+architecture or backbone beside it (`config_keys`). Here are the keys of the core.
+"""
+
+import ast
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from d2kd.errors import ConfigError, did_you_mean
+from d2kd.plugins import import_installed, import_plugins
+from detectron2.config import CfgNode, get_cfg
+
+CN = CfgNode
+logger = logging.getLogger(__name__)
+
+_key_adders: list[Callable[[CfgNode], None]] = []
 
 
-class ConfigError(ValueError):
-    """A configuration file or option that cannot be used."""
+def config_keys(add: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
+    """Registers a function that adds keys to a configuration; a decorator for whoever brings keys of their own."""
+    _key_adders.append(add)
+    return add
 
 
-def add_distill_config(cfg: CN) -> None:
-    """Adds d2kd's keys, with their defaults, to a Detectron2 configuration."""
-    _add_distill(cfg)
-    _add_feature_mimic(cfg)
-    _add_masked_generative(cfg)
-    _add_receptive_tokens(cfg)
-    _add_channel_matching(cfg)
-    _add_logit_kd(cfg)
-    _add_head_regression(cfg)
-    _add_data_and_solver(cfg)
-    _add_test_and_logging(cfg)
-    _add_fcos(cfg)
-    _add_vit(cfg)
+def add_distill_config(cfg: CfgNode) -> None:
+    """Adds d2kd's keys, with their defaults, to a Detectron2 configuration: the core's and all registered ones."""
+    import_installed()
+    for add in (_add_distill, _add_data_and_solver, _add_test_and_logging, *_key_adders):
+        add(cfg)
 
 
 def _add_distill(cfg: CN) -> None:
     cfg.DISTILL = CN()
+
+    # Python files (looked for beside the YAML too) or modules that register methods, architectures, ... of your own.
+    cfg.DISTILL.IMPORTS = []
 
     # A configured teacher (CONFIG_FILE) makes a training run a distillation run.
     cfg.DISTILL.TEACHER = CN()
@@ -39,7 +57,7 @@ def _add_distill(cfg: CN) -> None:
     # Arithmetic of the teacher's forward pass: float32, bfloat16 or float16 (autocast).
     cfg.DISTILL.TEACHER.PRECISION = "float32"
 
-    # Methods to train with, by name; several are added up. [] inherits only.
+    # Methods to train with, by name; several are added up. [] initializes from the teacher only.
     cfg.DISTILL.METHODS = ["FeatureMimic"]
 
     # fixed: each method has the weight of its node | gradient: its gradient on the shared taps is kept at BALANCE_RATIO
@@ -52,148 +70,12 @@ def _add_distill(cfg: CN) -> None:
     # Iterations between two logs of the share of task and methods in the gradient on the shared taps; 0 = never.
     cfg.DISTILL.LOG_GRADIENT_SHARE = 0
 
-    # Start the student's neck and heads from the teacher's, wherever names and shapes fit.
-    cfg.DISTILL.INHERIT = CN()
-    cfg.DISTILL.INHERIT.ENABLED = True
-    # Further modules that keep the student's own start, e.g. ["head.cls_score"]; the body (bottom-up network) always
+    # Initialize the student's neck and heads from the teacher's, wherever names and shapes fit.
+    cfg.DISTILL.INIT_FROM_TEACHER = CN()
+    cfg.DISTILL.INIT_FROM_TEACHER.ENABLED = True
+    # Further modules that keep the student's own initialization, e.g. ["head.cls_score"]; the bottom-up network always
     # does.
-    cfg.DISTILL.INHERIT.EXCLUDE = []
-
-
-def _add_feature_method(cfg: CN, name: str, weight: float, normalize: str, reduction: str) -> CN:
-    node = cfg.DISTILL[name] = CN()
-    # Factor on the loss of every level. With 0 the student trains exactly as without distillation.
-    node.WEIGHT = weight
-    # Student taps to distil, e.g. ["p3", "res4", "res4.pre_relu", "head.bbox_pred@0"]; [] takes the pyramid levels both
-    # networks have.
-    node.TAPS = []
-    # Teacher taps, one for each student tap; [] takes the same names.
-    node.TEACHER_TAPS = []
-    # none | standardize: bring each channel of the maps to zero mean and unit variance first.
-    node.NORMALIZE = normalize
-    # paper: sum over channels and positions, mean over images | mean: over all elements.
-    node.REDUCTION = reduction
-    return node
-
-
-def _add_feature_mimic(cfg: CN) -> None:
-    _add_feature_method(cfg, "FEATURE_MIMIC", weight=4.0, normalize="standardize", reduction="mean")
-
-
-def _add_masked_generative(cfg: CN) -> None:
-    node = _add_feature_method(cfg, "MASKED_GENERATIVE", weight=1.0, normalize="standardize", reduction="mean")
-    # Share of the positions (or channels) of the student's map that is dropped, 0 to 1.
-    node.MASK_RATIO = 0.65
-    # spatial: drop positions of all channels | channel: drop whole channels.
-    node.MASK = "spatial"
-    # Seed of the random masks.
-    node.SEED = 0
-
-
-def _add_receptive_tokens(cfg: CN) -> None:
-    # REDUCTION: paper divides by the sum of each mask | mean also scales the weights of an image's positions to the sum
-    # 1.
-    node = _add_feature_method(cfg, "RECEPTIVE_TOKENS", weight=4.0, normalize="standardize", reduction="mean")
-    # The tokens of the teacher, as tools/learn_tokens.py writes them.
-    node.FILE = ""
-    # Whose tokens serve each pair of taps; [] takes those of the teacher's tap.
-    node.TOKEN_TAPS = []
-    # Factor for each tap on top of WEIGHT; [] is 1 everywhere.
-    node.LEVEL_WEIGHTS = []
-    # Customisation: from iteration WARMUP_ITERS on, a mask is the product of the teacher's and the student's.
-    node.CUSTOMIZE = True
-    node.WARMUP_ITERS = 1000
-    # auto: a learned 1x1 convolution where channels differ | conv: everywhere, as in the official code.
-    node.ALIGN = "auto"
-    # Added to the sums that the loss divides by.
-    node.EPS = 1e-12
-
-    # The first stage, tools/learn_tokens.py. It reads TAPS (or TEACHER_TAPS) above, of the teacher; [] takes all
-    # outputs of its backbone. From SOLVER it takes the batch size, the momentum of SGD, clipping and AMP; the schedule
-    # is a cosine.
-    node.LEARN = CN()
-    # Tokens of each tap.
-    node.LEARN.NUM_TOKENS = 6
-    # Learn a weight for each token and image; False adds the masks up.
-    node.LEARN.WEIGHTING = True
-    node.LEARN.ITERATIONS = 2000
-    # Adam | AdamW | SGD
-    node.LEARN.OPTIMIZER = "Adam"
-    # The published rate; too high where features are large (masks that are 0 or 1 all over, see OUTPUT_DIR/masks).
-    node.LEARN.BASE_LR = 0.01
-    node.LEARN.WEIGHT_DECAY = 0.001
-    # Iterations between checkpoints, and between pictures of the masks over the first PICTURES images.
-    node.LEARN.PERIOD = 500
-    node.LEARN.PICTURES = 4
-
-
-def _add_channel_matching(cfg: CN) -> None:
-    # NORMALIZE: none | standardize divides the teacher's reduced map by its standard deviation, and leaves zero where
-    # the ReLU cuts.
-    node = _add_feature_method(cfg, "CHANNEL_MATCHING", weight=1.0, normalize="standardize", reduction="mean")
-    # Maps before the last ReLU of each stage; those of the teacher must not have fewer channels.
-    node.TAPS = ["res2.pre_relu", "res3.pre_relu", "res4.pre_relu", "res5.pre_relu"]
-    # "" | the settings of a published row: coco_retinanet_r50_r18, coco_retinanet_r50_r18_without_res2,
-    # imagenet_r50_mobilenet_v1, cub200_r50_mobilenet_v2 or cub200_r50_shufflenet_v2. They take the place of NORMALIZE,
-    # REDUCTION, ADAPTER, FACTORS, TRACKING, TRACK_IMAGES and the REFRESH keys, and are meant for WEIGHT 1. Those of
-    # CUB-200 and without_res2 have three factors: TAPS must be those of res3 to res5.
-    node.PRESET = ""
-    # What becomes of a student channel's teacher channels: amp (the value of largest magnitude) | amp_signed (the
-    # largest value, as in the first public code, which the published numbers may be from) | sp (the largest value and
-    # margin) | rd (a random one) | sm (each student channel has one teacher channel only).
-    node.REDUCER = "amp"
-    # Norm between the student's map and the loss: bn | syncbn | gn (32 groups) | none.
-    node.ADAPTER = "bn"
-    # The loss of each tap is divided by its factor; [] is 1 everywhere.
-    node.FACTORS = []
-    # Where the student's channels do not divide the teacher's: shave leaves the last ones out | best those that are
-    # best left out.
-    node.REMAINDER = "shave"
-    # Channels are assigned anew at these iterations; [] follows the rule: every REFRESH_PERIODS[0] iterations, after
-    # REFRESH_STEPS[0] iterations every REFRESH_PERIODS[1], and so on.
-    node.REFRESH_ITERS = []
-    node.REFRESH_PERIODS = [5000, 31000]
-    node.REFRESH_STEPS = [20000]
-    # online: an assignment rests on the training batches before it (the first one on those after it, and on the first
-    # batch until then) | pass: on a pass of its own over training images, both networks in evaluation mode, as in the
-    # paper.
-    node.TRACKING = "online"
-    # Images, of all processes, that an assignment rests on.
-    node.TRACK_IMAGES = 2000
-    # ortools | scipy, to the same cost.
-    node.SOLVER = "ortools"
-    # Seed of the reducer rd.
-    node.SEED = 0
-
-
-def _add_prediction_method(cfg: CN, name: str) -> CN:
-    node = cfg.DISTILL[name] = CN()
-    # Factor on the loss of every tap. With 0 the student trains exactly as without distillation.
-    node.WEIGHT = 1.0
-    # Student taps to compare; [] finds the predictions that both networks make (dense heads, box predictor,
-    # segmentation head).
-    node.TAPS = []
-    # Teacher taps, one for each student tap; [] takes the same names. Those of its box predictor are computed on the
-    # student's regions.
-    node.TEACHER_TAPS = []
-    return node
-
-
-def _add_logit_kd(cfg: CN) -> None:
-    node = _add_prediction_method(cfg, "LOGIT_KD")
-    # Divides the logits; the loss is multiplied by its square.
-    node.TEMPERATURE = 1.0
-    # softmax: over the classes | sigmoid: independent classes | spatial: over the positions, for each class | auto: as
-    # the head has it.
-    node.FORM = "auto"
-
-
-def _add_head_regression(cfg: CN) -> None:
-    node = _add_prediction_method(cfg, "HEAD_REGRESSION")
-    # Where smooth L1 turns from quadratic to linear; 0 is plain L1.
-    node.BETA = 1.0
-    # Further factors, one for each tap; [] is 1 for each.
-    node.TAP_WEIGHTS = []
+    cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE = []
 
 
 def _add_data_and_solver(cfg: CN) -> None:
@@ -244,57 +126,196 @@ def _add_test_and_logging(cfg: CN) -> None:
     cfg.WANDB.NAME = ""
 
 
-def _add_fcos(cfg: CN) -> None:
-    # META_ARCHITECTURE "FCOS", best with BACKBONE.NAME "build_fcos_resnet_fpn_backbone" (P6 and P7 from P5).
-    node = cfg.MODEL.FCOS = CN()
-    node.NUM_CLASSES = 80
-    # Levels of the pyramid that the head takes, finest first.
-    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions in each of the two branches of the head.
-    node.NUM_CONVS = 4
-    # Normalisation in the head.
-    node.NORM = "GN"
-    # Only cells so near to the centre of an object, in strides, learn it; 0 admits its whole box.
-    node.CENTER_SAMPLING_RADIUS = 1.5
-    # Score that the untrained head gives to every class.
-    node.PRIOR_PROB = 0.01
-    node.FOCAL_LOSS_ALPHA = 0.25
-    node.FOCAL_LOSS_GAMMA = 2.0
-    # Inference: least score (root of class score times centreness), candidates a level, overlap that suppresses.
-    node.SCORE_THRESH_TEST = 0.2
-    node.TOPK_CANDIDATES_TEST = 1000
-    node.NMS_THRESH_TEST = 0.6
+class RenamedKey(NamedTuple):
+    """What became of a key, or of its values, in a later version."""
+
+    old: str
+    new: str
+    #: From old to new value; raises ConfigError where there is none.
+    convert: Callable[[Any], Any] = lambda value: value
 
 
-def _add_vit(cfg: CN) -> None:
-    # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid (FPN.OUT_CHANNELS,
-    # FPN.NORM).
-    node = cfg.MODEL.VIT = CN()
-    # Side of the nominal image, in pixels: sets the size of the tables of relative positions.
-    node.IMG_SIZE = 1024
-    node.PATCH_SIZE = 16
-    # Channels of the tokens, transformer blocks, heads, and hidden channels of the MLPs / EMBED_DIM.
-    node.EMBED_DIM = 768
-    node.DEPTH = 12
-    node.NUM_HEADS = 12
-    node.MLP_RATIO = 4.0
-    node.QKV_BIAS = True
-    # Stochastic depth of the last block; it grows linearly from 0.
-    node.DROP_PATH_RATE = 0.1
-    # Absolute positions of the pre-training, and relative ones in every block.
-    node.USE_ABS_POS = True
-    node.USE_REL_POS = True
-    # Side of the attention windows in patches, and the blocks that have them; the others attend globally.
-    node.WINDOW_SIZE = 14
-    node.WINDOW_BLOCK_INDEXES = [0, 1, 3, 4, 6, 7, 9, 10]
-    # Blocks with a convolutional residual block behind them.
-    node.RESIDUAL_BLOCK_INDEXES = []
-    # Recompute the blocks in the backward pass: slower, less memory.
-    node.USE_ACT_CHECKPOINT = False
-    # Side of the images of the pre-training, and whether its table of positions has a class token.
-    node.PRETRAIN_IMG_SIZE = 224
-    node.PRETRAIN_USE_CLS_TOKEN = True
-    # Sizes of the pyramid's levels relative to the transformer's map.
-    node.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
-    # Images are padded to squares of this side; 0 pads to a multiple of the coarsest stride only.
-    node.SQUARE_PAD = 1024
+_renamed: list[RenamedKey] = [
+    RenamedKey("DISTILL.INHERIT.ENABLED", "DISTILL.INIT_FROM_TEACHER.ENABLED"),
+    RenamedKey("DISTILL.INHERIT.EXCLUDE", "DISTILL.INIT_FROM_TEACHER.EXCLUDE"),
+]
+
+
+def register_renamed_key(old: str, new: str, convert: Callable[[Any], Any] = lambda value: value) -> None:
+    """Accepts an old key, or old values of a key (`old` = `new`), in configurations, with a warning.
+
+    Args:
+        old, new: whole keys; "" for `new` drops the old one.
+        convert: from old to new value.
+    """
+    _renamed.append(RenamedKey(old, new, convert))
+
+
+def read_config(path: str, options: Sequence[Any] = (), imports: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults and d2kd's, changed by a YAML file and a list of [KEY, value, ...].
+
+    Files named by DISTILL.IMPORTS are imported first, so that the keys of what they register exist.
+
+    Args:
+        path: of the YAML file; "" for none.
+        options: changes on top of it; values may be strings, as on a command line.
+        imports: further files and modules to import.
+
+    Raises:
+        ConfigError: the file cannot be read, a key does not exist (the message lists near matches), or a value has
+            another type than its default.
+    """
+    try:
+        content = CfgNode.load_yaml_with_base(path) if path else {}
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"In {path}: {_text(error)}") from error
+    named = [*_get(content, "DISTILL.IMPORTS", []), *_option(options, "DISTILL.IMPORTS", []), *imports]
+    named = import_plugins(dict.fromkeys(named), [os.path.dirname(file) for file in _files(path)])
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    renamed = _rename_in_file(content)
+    options, renamed_options = _rename_in_options(options)
+    for where, words in ((path, renamed), ("the command line", renamed_options)):
+        if words:
+            logger.warning("Old keys in %s, still accepted: %s", where, "; ".join(words))
+    if path:
+        _merge(cfg, lambda: _merge_file(cfg, path, content, bool(renamed)), path)
+    _merge(cfg, lambda: cfg.merge_from_list(_whole_numbers_as_floats(cfg, options)), "the command line")
+    cfg.DISTILL.IMPORTS = named
+    return cfg
+
+
+def _files(path: str) -> list[str]:
+    """A YAML file and those that it is based on."""
+    files = []
+    while path and path not in files:
+        files.append(path)
+        with open(path, encoding="utf-8") as file:
+            base = re.search(r"^_BASE_:\s*(\S+)", file.read(), re.MULTILINE)
+        name = os.path.expanduser(base[1].strip("\"'")) if base else ""
+        path = (
+            os.path.join(os.path.dirname(path), name)
+            if name and os.path.isfile(os.path.join(os.path.dirname(path), name))
+            else ""
+        )
+    return files
+
+
+def _merge_file(cfg: CfgNode, path: str, content: dict[str, Any], changed: bool) -> None:
+    if not changed:
+        cfg.merge_from_file(path)
+        return
+    with tempfile.TemporaryDirectory() as directory:  # Detectron2 upgrades old versions of its own keys in files only
+        file = os.path.join(directory, os.path.basename(path))
+        with open(file, "w", encoding="utf-8") as opened:
+            yaml.safe_dump(content, opened)
+        cfg.merge_from_file(file)
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
+    try:
+        merge()
+    except (KeyError, ValueError, AssertionError, OSError) as error:
+        message = _text(error)
+        unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
+        hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""
+        raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
+
+
+def _text(error: Exception) -> str:
+    return str(error.args[0] if error.args else error)
+
+
+def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (whole key, value) of every key that is no node."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def get_key(cfg: Any, key: str) -> Any:
+    """Returns the value of a whole key, e.g. "MODEL.RETINANET.NUM_CLASSES"; None if there is none."""
+    return _get(cfg, key, None)
+
+
+def _get(content: Any, key: str, default: Any) -> Any:
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return default
+        content = content[part]
+    return content
+
+
+def _option(options: Sequence[Any], key: str, default: Any) -> Any:
+    """The value that a list of options gives a key."""
+    values = [value for name, value in zip(options[::2], options[1::2]) if name == key]
+    return _literal(values[-1]) if values else default
+
+
+def _literal(value: Any) -> Any:
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _whole_numbers_as_floats(cfg: CfgNode, options: list[Any]) -> list[Any]:
+    """Lets "KEY 8" set a key that holds a float; the configuration system itself wants "8.0"."""
+    floats = {key for key, value in leaves(cfg) if isinstance(value, float)}
+
+    def is_whole(i: int) -> bool:
+        return i % 2 == 1 and options[i - 1] in floats and re.fullmatch(r"-?\d+", str(options[i])) is not None
+
+    return [f"{option}.0" if is_whole(i) else option for i, option in enumerate(options)]
+
+
+def _rename_in_file(content: dict[str, Any]) -> list[str]:
+    """Renames keys of a nested dictionary in place; returns what was renamed, in words."""
+    words = []
+    for old, new, convert in _renamed:
+        parent = _get(content, old.rpartition(".")[0], None)
+        key = old.rpartition(".")[2]
+        if not isinstance(parent, dict) or key not in parent:
+            continue
+        value = convert(parent[key])
+        if old == new and value == parent[key]:
+            continue
+        words.append(_words(old, new, parent.pop(key), value))
+        if new:
+            node = content
+            for part in new.split(".")[:-1]:
+                node = node.setdefault(part, {})
+            node[new.rpartition(".")[2]] = value
+        if not parent and old != new:
+            _drop_empty(content, old)
+    return words
+
+
+def _drop_empty(content: dict[str, Any], key: str) -> None:
+    """Removes the nodes that a renamed key leaves empty: their own names may not exist any more."""
+    path = key.split(".")[:-1]
+    while path and _get(content, ".".join(path), None) == {}:
+        parent = _get(content, ".".join(path[:-1]), None) if path[:-1] else content
+        del parent[path.pop()]
+
+
+def _rename_in_options(options: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Returns options with renamed keys, and what was renamed, in words."""
+    renamed, words = [], []
+    for key, value in zip(options[::2], options[1::2]):
+        for old, new, convert in _renamed:
+            converted = convert(_literal(value)) if key == old else None
+            if key == old and (old != new or converted != _literal(value)):
+                words.append(_words(old, new, value, converted))
+                key, value = new, converted
+        renamed += [key, value] if key else []
+    return renamed + list(options[len(options) // 2 * 2 :]), words
+
+
+def _words(old: str, new: str, old_value: Any, value: Any) -> str:
+    if not new:
+        return f"{old} has no effect any more"
+    changed = "" if value == _literal(old_value) else f" {value!r}, not {old_value!r}"
+    return f"{old} is now {new}{changed}" if old != new else f"{old} is now{changed}"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from d2kd.data.coco_check import DatasetError
+from d2kd.errors import require_choice
 from detectron2.data import detection_utils
 
 __all__ = ["ON_BAD_IMAGE", "wrap_mapper"]
@@ -26,10 +27,9 @@ def wrap_mapper(mapper: Mapper, on_bad_image: str) -> Mapper:
             go unnoticed in its results.
 
     Raises:
-        ValueError: if `on_bad_image` is something else.
+        ConfigError: if `on_bad_image` is something else.
     """
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"DATASETS.ON_BAD_IMAGE is {on_bad_image!r}; it must be one of {', '.join(ON_BAD_IMAGE)}.")
+    require_choice("DATASETS.ON_BAD_IMAGE", on_bad_image, ON_BAD_IMAGE)
     return _GuardedMapper(mapper, on_bad_image == "skip")
 
 
@@ -56,7 +56,7 @@ class _GuardedMapper:
                 ) from e
         if problem not in self._reported:
             self._reported.add(problem)
-            logger.warning(f"{problem} It is skipped (DATASETS.ON_BAD_IMAGE).")
+            logger.warning("%s It is skipped (DATASETS.ON_BAD_IMAGE).", problem)
         return None
 
 

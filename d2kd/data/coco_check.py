@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from d2kd.errors import UserError
 from detectron2.utils.file_io import PathManager
 
 __all__ = ["CocoSummary", "DatasetError", "validate_coco_json"]
@@ -30,7 +31,7 @@ _TYPES = {
 Entries = list[dict[str, Any]]
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """Something is wrong with a dataset; the message says what, where, and what to do."""
 
 

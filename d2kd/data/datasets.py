@@ -1,6 +1,5 @@
 """Datasets named in the config: registering COCO files, and checking everything that a run will read."""
 
-import difflib
 import logging
 import os
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from typing import Any
 
 from d2kd.data.bad_images import wrap_mapper
 from d2kd.data.coco_check import DatasetError, validate_coco_json
+from d2kd.errors import did_you_mean
+from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -27,13 +28,6 @@ logger = logging.getLogger(__name__)
 
 _KEYS = ("NAME", "JSON", "IMAGES")
 
-# Where the number of classes stands; other architectures have it at MODEL.<THEIR NAME>.NUM_CLASSES.
-_CLASS_NODES = {
-    "GeneralizedRCNN": {"ROI_HEADS": "thing_classes"},
-    "SemanticSegmentor": {"SEM_SEG_HEAD": "stuff_classes"},
-    "PanopticFPN": {"ROI_HEADS": "thing_classes", "SEM_SEG_HEAD": "stuff_classes"},
-}
-
 
 def register_datasets(cfg: CfgNode) -> None:
     """Registers the COCO files of `DATASETS.REGISTER`, [{NAME, JSON, IMAGES}, ...].
@@ -50,7 +44,7 @@ def register_datasets(cfg: CfgNode) -> None:
         json_file, images = _candidates(json_file)[0], _candidates(images)[0]
         if name not in DatasetCatalog:
             register_coco_instances(name, {}, json_file, images)
-            logger.info(f"Registered dataset {name}: {json_file}, images in {images}")
+            logger.info("Registered dataset %s: %s, images in %s", name, json_file, images)
             continue
         meta = MetadataCatalog.get(name)
         taken = (meta.get("json_file"), meta.get("image_root"))
@@ -67,19 +61,14 @@ def _entry_values(where: str, entry: Any) -> tuple[str, str, str]:
         raise DatasetError(f"{where} must be a mapping with {', '.join(_KEYS)}, got {entry!r}.")
     for key in entry:
         if key not in _KEYS:
-            raise DatasetError(f"{where} has the unknown key {key!r}{_near(key, _KEYS)}. It takes {', '.join(_KEYS)}.")
+            raise DatasetError(
+                f"{where} has the unknown key {key!r}; it takes {', '.join(_KEYS)}.{did_you_mean(key, _KEYS)}"
+            )
     for key in _KEYS:
         if not isinstance(entry.get(key), str) or not entry[key]:
             has = f"{key} = {entry[key]!r}" if key in entry else f"no {key}"
             raise DatasetError(f"{where} has {has}. Each entry needs {', '.join(_KEYS)}, all of them strings.")
     return entry["NAME"], entry["JSON"], entry["IMAGES"]
-
-
-def _near(word: str, words: Sequence[str]) -> str:
-    """A hint at similar words, whatever the case."""
-    by_lower = {w.lower(): w for w in words}
-    matches = [by_lower[m] for m in difflib.get_close_matches(str(word).lower(), by_lower, n=3)]
-    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
 def _candidates(path: str) -> list[str]:
@@ -107,8 +96,8 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
     for name, is_train in _used_datasets(cfg, splits).items():
         if name not in DatasetCatalog:
             raise DatasetError(
-                f"Dataset {name!r} of DATASETS.{'TRAIN' if is_train else 'TEST'} is not registered"
-                f"{_near(name, DatasetCatalog.list())}. Correct the name, or add it to DATASETS.REGISTER."
+                f"Dataset {name!r} of DATASETS.{'TRAIN' if is_train else 'TEST'} is not registered. Correct the name, "
+                f"or add it to DATASETS.REGISTER.{did_you_mean(name, DatasetCatalog.list())}"
             )
         for key in ("JSON", "IMAGES") if name in given else ():
             _check_exists(f"{key} of dataset {name!r} (DATASETS.REGISTER)", given[name][key])
@@ -125,8 +114,11 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
             # What loading would set; known now, it need not be read again.
             meta.thing_classes = summary.class_names
         logger.info(
-            f"Checked dataset {name}: {summary.num_images} images, {summary.num_annotations} annotations, "
-            f"{len(summary.class_names)} classes"
+            "Checked dataset %s: %d images, %d annotations, %d classes",
+            name,
+            summary.num_images,
+            summary.num_annotations,
+            len(summary.class_names),
         )
 
 
@@ -156,19 +148,14 @@ def check_class_counts(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) 
     """
     if not comm.is_main_process():
         return
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    nodes = _CLASS_NODES.get(architecture, {architecture.upper(): "thing_classes"})
-    for node, kind in nodes.items():
-        if "NUM_CLASSES" not in cfg.MODEL.get(node, {}):
-            continue
-        expected = cfg.MODEL[node].NUM_CLASSES
+    for count, expected in architecture_class(cfg).class_counts(cfg):
         for name in _used_datasets(cfg, splits):
-            classes = _class_names(name, kind)
+            classes = _class_names(name, count.metadata)
             if classes is not None and len(classes) != expected:
                 raise DatasetError(
                     f"Dataset {name!r} has {len(classes)} classes ({', '.join(map(str, classes[:5]))}"
-                    f"{', ...' if len(classes) > 5 else ''}), but MODEL.{node}.NUM_CLASSES is {expected}. Set "
-                    f"MODEL.{node}.NUM_CLASSES to {len(classes)}, or use another dataset."
+                    f"{', ...' if len(classes) > 5 else ''}), but {count.key} is {expected}. Set {count.key} to "
+                    f"{len(classes)}, or use another dataset."
                 )
 
 

@@ -5,7 +5,6 @@ Here a resumed run sees the images, and the augmentations, that it would have se
 """
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
@@ -20,9 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from d2kd.config import ConfigError
+from d2kd.errors import ConfigError
+from d2kd.modeling.architectures import architecture_class
+from d2kd.rng import derive_seed
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: A stream position and the index of the image there.
 Draw = tuple[int, int]
-#: After so many unreadable images in a row the data set, not an image, is broken.
-_MOST_REPLACEMENTS = 50
+#: After so many unreadable images in a row the dataset, not an image, is broken.
+MAX_REPLACEMENTS = 50
 
 
 class ResumableLoader:
@@ -63,7 +64,7 @@ class ResumableLoader:
             seed: decides order and augmentations.
             pin_memory: hand out images in page-locked memory, from where a GPU fetches them while it computes.
         """
-        # serialised once: as Python objects the records of COCO take gigabytes, and every worker would touch them
+        # serialized once: as Python objects the records of COCO take gigabytes, and every worker would touch them
         self.records = DatasetFromList(dicts, copy=False, serialize=True)
         self.mapper = mapper
         self.build_sampler = build_sampler
@@ -131,17 +132,15 @@ class _SeededDataset(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         position, index = draw
-        key = f"{self.seed[0]},{self.seed[1]},{position}".encode()
-        with _seeded(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")):
-            for _ in range(_MOST_REPLACEMENTS):
+        with _seeded(derive_seed(*self.seed, position)):
+            for _ in range(MAX_REPLACEMENTS):
                 data = self.mapper(self.records[index])
                 if data is not None:
                     return data
                 index = int(np.random.randint(len(self.records)))
         raise DatasetError(
-            f"{_MOST_REPLACEMENTS} images in a row cannot be read (DATASETS.ON_BAD_IMAGE is 'skip'). The files are "
-            "named in the log "
-            "above: check DATASETS.REGISTER or DETECTRON2_DATASETS."
+            f"{MAX_REPLACEMENTS} images in a row cannot be read (DATASETS.ON_BAD_IMAGE is 'skip'). The files are named "
+            "in the log above: check DATASETS.REGISTER or DETECTRON2_DATASETS."
         )
 
 
@@ -200,7 +199,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable | None = None) -> Resumabl
         ) from error
     return ResumableLoader(
         dicts,
-        wrap_mapper(mapper or DatasetMapper(cfg, True), cfg.DATASETS.ON_BAD_IMAGE),
+        wrap_mapper(mapper or architecture_class(cfg).build_mapper(cfg), cfg.DATASETS.ON_BAD_IMAGE),
         _sampler_builder(cfg, dicts),
         batch_size=_batch_size(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -1,25 +1,31 @@
-"""Distillation methods: features in, named losses out. One file a method."""
+"""Distillation methods: features in, named losses out. One file a method, or a folder where it has parts of its own."""
 
-from .base import DISTILLERS, Distiller, NormAffine, TapPair
+from .base import DISTILLERS, CalibrationRequest, Distiller, FeatureDistiller, FeatureMaps
 from .channel_matching import ChannelMatching
 from .feature_mimic import FeatureMimic
 from .head_regression import HeadRegression
 from .logit_kd import LogitKD
 from .masked_generative import MaskedGenerative
+from .predictions import PredictionDistiller
 from .receptive_tokens import ReceptiveTokens
-from .token_file import TokenFile, TokenFileError
+from .taps import AlignmentError, NormAffine, Prediction, TapInfo, TapPair
 
 __all__ = [
     "DISTILLERS",
+    "AlignmentError",
+    "CalibrationRequest",
     "ChannelMatching",
     "Distiller",
+    "FeatureDistiller",
+    "FeatureMaps",
     "FeatureMimic",
     "HeadRegression",
     "LogitKD",
     "MaskedGenerative",
     "NormAffine",
+    "Prediction",
+    "PredictionDistiller",
     "ReceptiveTokens",
+    "TapInfo",
     "TapPair",
-    "TokenFile",
-    "TokenFileError",
 ]

@@ -1,145 +1,232 @@
 """What every distillation method is: features of two networks in, named losses out."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from d2kd.layers import TapShape, align_resolution, build_aligner, check_alignable
+from d2kd.config import config_keys, register_renamed_key
+from d2kd.errors import ConfigError
+from d2kd.layers import NORMALIZATIONS, REDUCTIONS, align_resolution, align_validity
+from d2kd.settings import Configurable, setting
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
+
+from .taps import TapPair, build_aligner, check_alignable
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
 
-
-class NormAffine(NamedTuple):
-    """Scale and shift of a batch norm, (C,) each."""
-
-    weight: Tensor
-    bias: Tensor
+#: What a method sees of one network: a map (N, C, H, W), or vectors (R, C), by tap name.
+FeatureMaps = Mapping[str, Tensor]
 
 
-class TapPair(NamedTuple):
-    """Two taps that are compared, and what is known of their maps."""
+class CalibrationRequest(NamedTuple):
+    """A method's wish to see training images, both networks in evaluation mode, before the next step."""
 
-    student: str
-    teacher: str
-    student_shape: TapShape
-    teacher_shape: TapShape
-    # the prediction that both taps hold, "" for features: "dense logits", "region deltas", ...
-    holds: str = ""
-    # the last batch norm before the teacher's tap, where there is one
-    teacher_norm: NormAffine | None = None
+    #: Batches of this process.
+    batches: int
+    #: Number of the step; decides which images are seen.
+    step: int
 
 
-class Distiller(nn.Module):
-    """Base of the methods that compare feature maps pair by pair.
+class Distiller(Configurable, nn.Module):
+    """Base of all methods. They compare the features of pairs of taps, and give one loss a pair.
 
-    A subclass names its node below `DISTILL` in `CONFIG_NODE`, and implements `level_loss`. Its parameters (aligners,
-    generation blocks, ...) are trained with the student and are never part of it. Losses are named by the student's
-    tap.
+    A subclass implements `level_loss` and declares its settings with `setting`: each is an argument of the constructor
+    and a key of the method's YAML node. Its parameters (aligners, generation blocks, ...) are trained with the student
+    and are never part of it.
+
+    Example:
+        >>> @DISTILLERS.register()
+        ... class CosineMimic(Distiller):
+        ...     power: float = setting(1.0, "Exponent of the distance.", above=0)
+        ...
+        ...     def level_loss(self, level, student, teacher):
+        ...         return (1 - torch.cosine_similarity(student, teacher)).pow(self.power).mean()
+
+    Attributes:
+        pairs: the taps to compare, from the finest to the coarsest.
+        NODE: the YAML node below DISTILL, by default the class name in capitals: `CosineMimic` has COSINE_MIMIC.
+        PREDICTION: kind of the predictions that are compared, "class_logits" or "box_deltas"; "" compares features.
+            Decides which taps are the default.
     """
 
-    CONFIG_NODE: str = ""
-    #: "" for features, else what is predicted, "logits" or "deltas": decides which taps are the default.
-    PREDICTION: str = ""
+    NODE: ClassVar[str] = ""
+    PREDICTION: ClassVar[str] = ""
 
-    def __init__(self, *, pairs: Sequence[TapPair], weight: float) -> None:
+    weight: float = setting(
+        1.0, "Factor on all losses. With 0 the student trains exactly as without distillation.", at_least=0
+    )
+    tap_weights: list[float] = setting(
+        [], "Further factors, one a pair of taps, from the first of TAPS on; [] is 1 for each.", items=float, at_least=0
+    )
+    taps: list[str] = setting(
+        [],
+        'Student taps to compare, e.g. ["p3", "res4", "res4.pre_relu", "head.bbox_pred@0"]; [] takes what both '
+        "networks have: pyramid levels, or predictions.",
+        config_only=True,
+    )
+    teacher_taps: list[str] = setting(
+        [], "Teacher taps, one for each student tap; [] takes the same names.", config_only=True
+    )
+    teacher_pass: str = setting(
+        "auto",
+        "How the teacher computes the features, by a name in TEACHER_PASSES. auto: over the whole image; for taps in a "
+        "box head on the regions that the student sampled.",
+        config_only=True,
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "NODE" not in vars(cls):
+            cls.NODE = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).upper()
+
+    def __init__(self, *, pairs: Sequence[TapPair], **settings: Any) -> None:
         """
         Args:
-            pairs: the maps to compare, from the finest to the coarsest.
-            weight: factor on the loss of every level; with 0 the student gets exactly no gradient from here.
+            pairs: the taps to compare, from the finest to the coarsest.
+            settings: by name; the class declares them with their defaults.
 
         Raises:
-            AlignmentError: a pair that cannot be aligned.
-            ValueError: no pairs, a student's tap in two of them, or a negative weight.
+            AlignmentError: a pair that the method cannot compare.
+            ConfigError: a setting is out of range, there are no pairs, or a tap of the student is in two of them.
         """
         super().__init__()
+        self.configure(settings, f"DISTILL.{self.NODE}")
         if not pairs:
-            raise ValueError(
-                f"{type(self).__name__} has no feature maps to compare: name them in DISTILL.{self.CONFIG_NODE}.TAPS."
+            raise ConfigError(
+                f"{type(self).__name__} has no features to compare: name them in DISTILL.{self.NODE}.TAPS."
             )
-        taps = [pair.student for pair in pairs]
-        twice = sorted({tap for tap in taps if taps.count(tap) > 1})
+        names = [pair.name for pair in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(
-                f"DISTILL.{self.CONFIG_NODE}.TAPS names {', '.join(twice)} more than once; a tap of the student has "
-                "one loss, so it can follow one of the teacher's only."
+            raise ConfigError(
+                f"DISTILL.{self.NODE}.TAPS names {', '.join(twice)} more than once; a tap of the student has one loss, "
+                "so it can follow one of the teacher's only."
             )
-        if weight < 0:
-            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.WEIGHT is {weight}; it must not be negative.")
-        self.check_pairs(pairs)
-        self.pairs: list[TapPair] = list(pairs)
-        self.weight = float(weight)
-
-    def check_pairs(self, pairs: Sequence[TapPair]) -> None:
-        """Raises AlignmentError for a pair that the method cannot compare."""
+        if self.tap_weights and len(self.tap_weights) != len(pairs):
+            raise ConfigError(
+                f"DISTILL.{self.NODE}.TAP_WEIGHTS has {len(self.tap_weights)} numbers for {len(pairs)} taps: "
+                f"{', '.join(names)}."
+            )
         for pair in pairs:
-            check_alignable(
-                f"DISTILL.{self.CONFIG_NODE}.TAPS, {pair.student} <- {pair.teacher}",
-                pair.student_shape,
-                pair.teacher_shape,
-            )
+            self.check_pair(f"DISTILL.{self.NODE}.TAPS", pair)
+        self.pairs: list[TapPair] = list(pairs)
 
     @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
-        """Constructor arguments from the method's node of the configuration."""
-        return {"pairs": pairs, "weight": node.WEIGHT}
+    def from_config(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
+        """Returns the constructor's arguments; a subclass adds what is no key of its node."""
+        return {"pairs": pairs, **cls.arguments(cfg.DISTILL[cls.NODE])}
 
     @classmethod
     def build(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> "Distiller":
-        """The distiller that `cfg.DISTILL` describes."""
-        return cls(**cls.from_config(cfg.DISTILL[cls.CONFIG_NODE], pairs))
+        """Returns the distiller that `cfg.DISTILL` describes."""
+        return cls(**cls.from_config(cfg, pairs))
+
+    @classmethod
+    def takes_validity(cls) -> bool:
+        """Returns whether `level_loss` has a `valid` argument, so that the teacher may compute parts of a map only."""
+        return "valid" in inspect.signature(cls.level_loss).parameters
+
+    def check_pair(self, key: str, pair: TapPair) -> None:
+        """Raises AlignmentError, naming the key, for a pair that the method cannot compare."""
+        check_alignable(key, pair)
 
     def check_teacher(self, teacher: nn.Module) -> None:
-        """Raises ValueError if the method was prepared for another teacher than this one, whose weights are loaded."""
+        """Raises UserError if the method was prepared for another teacher than this one, whose weights are loaded."""
 
-    def build_aligners(self) -> nn.ModuleList:
-        """One aligner a pair, from student to teacher channels."""
-        return nn.ModuleList([build_aligner(p.student_shape, p.teacher_shape) for p in self.pairs])
+    def calibration_request(self) -> CalibrationRequest | None:
+        """Returns what the method wants to see before the next step; None for nothing."""
+        return None
 
-    def factors_of_pairs(self, key: str, factors: Sequence[float]) -> list[float]:
-        """Further factors on the losses, one a pair; () is 1 for each. `key` is their key in the method's node.
+    def calibrate(self, batches: Iterable[tuple[FeatureMaps, FeatureMaps]]) -> None:
+        """Takes in the features (student's, teacher's) that it has asked for; all processes call it."""
 
-        Raises:
-            ValueError: another number of them, or a negative one.
-        """
-        factors = [float(f) for f in factors] or [1.0] * len(self.pairs)
-        if len(factors) != len(self.pairs):
-            raise ValueError(
-                f"DISTILL.{self.CONFIG_NODE}.{key} has {len(factors)} numbers for {len(self.pairs)} taps: "
-                f"{', '.join(pair.student for pair in self.pairs)}."
-            )
-        if min(factors) < 0:
-            raise ValueError(f"DISTILL.{self.CONFIG_NODE}.{key} is {factors}; no number in it must be negative.")
-        return factors
-
-    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, student: FeatureMaps, teacher: FeatureMaps, valid: FeatureMaps | None = None
+    ) -> dict[str, Tensor]:
         """
         Args:
-            student: map (N, C, H, W) by tap name.
+            student: features by tap name.
             teacher: the same of the teacher, without gradient.
+            valid: (N, H, W) bool by the teacher's tap: where its map was computed; taps without one are whole.
 
         Returns:
-            Weighted scalar loss by the student's tap name.
+            Weighted scalar losses by the student's tap name.
         """
         losses = {}
         for level, pair in enumerate(self.pairs):
             s, t = self.aligned(level, student, teacher)
-            losses[pair.student] = self.weight * self.level_loss(level, s, t)
+            known = valid.get(pair.teacher.name) if valid else None
+            if known is None:
+                loss = self.level_loss(level, s, t)
+            else:
+                known = align_validity(known, self._stride_ratio(level), (s.shape[-2], s.shape[-1]))
+                loss = self.level_loss(level, s, t, valid=known)
+            losses[pair.name] = self.weight_of(level) * loss
         return losses
 
-    def aligned(self, level: int, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Both maps of a pair at equal H and W; no gradient for the teacher, nor for a student of weight 0."""
+    def weight_of(self, level: int) -> float:
+        """Returns the factor on the loss of a pair."""
+        return self.weight * self.tap_weights[level] if self.tap_weights else self.weight
+
+    def aligned(self, level: int, student: FeatureMaps, teacher: FeatureMaps) -> tuple[Tensor, Tensor]:
+        """Returns both maps of a pair at equal H and W; no gradient for the teacher, nor for a student of weight 0."""
         pair = self.pairs[level]
-        s, t = student[pair.student], teacher[pair.teacher].detach()
+        s, t = student[pair.student.name], teacher[pair.teacher.name].detach()
         if self.weight == 0:
             s = s.detach()
-        if pair.student_shape.is_vector:
+        if pair.student.is_vector:
             return s, t
-        return align_resolution(s, t, pair.teacher_shape.stride / pair.student_shape.stride)
+        return align_resolution(s, t, self._stride_ratio(level))
+
+    def _stride_ratio(self, level: int) -> float:
+        return self.pairs[level].teacher.stride / self.pairs[level].student.stride
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """Unweighted scalar loss of one pair of maps of equal H and W."""
+        """Returns the unweighted scalar loss of one pair of maps of equal H and W.
+
+        A method that also takes `valid: Tensor | None = None`, (N, H, W) bool, can be used with teachers that compute
+        parts of a map only; its loss is then over the valid positions.
+        """
         raise NotImplementedError
+
+
+class FeatureDistiller(Distiller):
+    """Base of the methods that compare feature maps by their squared error."""
+
+    normalize: str = setting(
+        "standardize",
+        "none | standardize: bring each channel of the maps to zero mean and unit variance first.",
+        choices=NORMALIZATIONS,
+    )
+    reduction: str = setting(
+        "mean",
+        "mean: over all elements | batchmean: sum over channels and positions, mean over images.",
+        choices=REDUCTIONS,
+    )
+
+    def build_aligners(self) -> nn.ModuleList:
+        """Returns one aligner a pair, from student to teacher channels."""
+        return nn.ModuleList([build_aligner(pair) for pair in self.pairs])
+
+
+@config_keys
+def add_method_keys(cfg: CfgNode) -> None:
+    """Adds the node of every registered method to `cfg.DISTILL`."""
+    for _, method in DISTILLERS:
+        cfg.DISTILL[method.NODE] = method.default_node()
+
+
+def renamed_in(method: type[Distiller], old: str, new: str, **convert: Any) -> None:
+    """Accepts an old key of a method, see `register_renamed_key`; both without "DISTILL.<NODE>."."""
+    where = f"DISTILL.{method.NODE}."
+    register_renamed_key(where + old, where + new if new else "", **convert)
+
+
+def batchmean_was_paper(value: Any) -> Any:
+    """Converts values of REDUCTION of version 0.1."""
+    return "batchmean" if value == "paper" else value

@@ -5,42 +5,34 @@ from typing import Any
 
 from torch import Tensor
 
-from d2kd.layers import check_reduction, normalize, squared_error
-from d2kd.layers.normalize import check_mode
-from detectron2.config import CfgNode
+from d2kd.layers import normalize, squared_error
 
-from .base import DISTILLERS, Distiller, TapPair
+from .base import DISTILLERS, FeatureDistiller, batchmean_was_paper, renamed_in
+from .taps import TapPair
 
 
 @DISTILLERS.register()
-class FeatureMimic(Distiller):
+class FeatureMimic(FeatureDistiller):
     """Squared error between the (aligned) student map and the teacher map.
 
-    Standardised and averaged it is the Pearson-correlation imitation of Cao et al., "PKD" (NeurIPS 2022, eq. 4 to 6),
-    up to a factor of two; unnormalised and summed it is the imitation loss of Romero et al., "FitNets" (ICLR 2015, eq.
+    Standardized and averaged it is the Pearson-correlation imitation of Cao et al., "PKD" (NeurIPS 2022, eq. 4 to 6),
+    up to a factor of two; unnormalized and summed it is the imitation loss of Romero et al., "FitNets" (ICLR 2015, eq.
     3), again up to a factor of two.
+
+    Example:
+        >>> mimic = FeatureMimic(pairs=[TapPair(TapInfo("p3", 64, 8), TapInfo("p3", 256, 8))])
+        >>> losses = mimic({"p3": student_map}, {"p3": teacher_map})
     """
 
-    CONFIG_NODE = "FEATURE_MIMIC"
+    DEFAULTS = {"WEIGHT": 4.0}
 
-    def __init__(self, *, pairs: Sequence[TapPair], weight: float, normalize: str, reduction: str) -> None:
-        """
-        Args:
-            pairs, weight: see `Distiller`.
-            normalize: "none" or "standardize" (both maps, channel by channel).
-            reduction: "mean" over all elements, or "paper": sum over channels and positions, mean over images.
-        """
-        super().__init__(pairs=pairs, weight=weight)
-        check_mode(normalize)
-        check_reduction(reduction)
-        self.normalize = normalize
-        self.reduction = reduction
+    def __init__(self, *, pairs: Sequence[TapPair], **settings: Any) -> None:
+        super().__init__(pairs=pairs, **settings)
         self.align = self.build_aligners()
 
-    @classmethod
-    def from_config(cls, node: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
-        return {**super().from_config(node, pairs), "normalize": node.NORMALIZE, "reduction": node.REDUCTION}
+    def level_loss(self, level: int, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+        student = normalize(self.align[level](student), self.normalize, valid)
+        return squared_error(student, normalize(teacher, self.normalize, valid), self.reduction, valid)
 
-    def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
-        student = normalize(self.align[level](student), self.normalize)
-        return squared_error(student, normalize(teacher, self.normalize), self.reduction)
+
+renamed_in(FeatureMimic, "REDUCTION", "REDUCTION", convert=batchmean_was_paper)

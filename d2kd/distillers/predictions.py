@@ -1,10 +1,7 @@
 """What the methods share that compare predictions (logits, box deltas) instead of features: nothing is aligned."""
 
-from collections.abc import Sequence
-
-from d2kd.layers import AlignmentError
-
-from .base import Distiller, TapPair
+from .base import Distiller
+from .taps import AlignmentError, Prediction, TapPair
 
 
 class PredictionDistiller(Distiller):
@@ -13,22 +10,35 @@ class PredictionDistiller(Distiller):
     These are maps (N, C, H, W), or (R, C) with one row a region or image.
     """
 
-    def check_pairs(self, pairs: Sequence[TapPair]) -> None:
-        """Raises AlignmentError unless the two networks predict equally many numbers, at equal strides."""
-        for pair in pairs:
-            where = f"DISTILL.{self.CONFIG_NODE}.TAPS, {pair.student} <- {pair.teacher}"
-            ours, theirs = pair.student_shape, pair.teacher_shape
-            if ours.channels != theirs.channels or ours.is_vector != theirs.is_vector:
-                raise AlignmentError(
-                    f"{where}: the student predicts {ours.channels} numbers, the teacher {theirs.channels}. "
-                    f"{type(self).__name__} needs the same classes, anchors and class-agnostic setting."
-                )
-            if ours.stride != theirs.stride and not self.may_resample(pair):
-                raise AlignmentError(
-                    f"{where}: the student predicts at stride {ours.stride:g}, "
-                    f"the teacher at stride {theirs.stride:g}; they must be equal."
-                )
+    def check_pair(self, key: str, pair: TapPair) -> None:
+        """Raises AlignmentError unless the two networks predict the same numbers, at equal strides."""
+        ours, theirs = pair
+        if ours.prediction is not None and theirs.prediction is not None:
+            check_same_meaning(f"{key}, {pair}", ours.prediction, theirs.prediction)
+        if ours.channels != theirs.channels or ours.is_vector != theirs.is_vector:
+            raise AlignmentError(
+                f"{key}, {pair}: the student predicts {ours.channels} numbers, the teacher {theirs.channels}. "
+                f"{type(self).__name__} needs the same classes, anchors and class-agnostic setting."
+            )
+        if ours.stride != theirs.stride and not self.may_resample(pair):
+            raise AlignmentError(
+                f"{key}, {pair}: the student predicts at stride {ours.stride:g}, the teacher at stride "
+                f"{theirs.stride:g}; they must be equal."
+            )
 
     def may_resample(self, pair: TapPair) -> bool:
-        """Whether predictions mean the same at any stride."""
+        """Returns whether predictions mean the same at any stride."""
         return False
+
+
+def check_same_meaning(where: str, student: Prediction, teacher: Prediction) -> None:
+    """Raises AlignmentError where two predictions count from other anchors, boxes or classifiers."""
+    ours, theirs = (f"{p.location} {p.activation} {p.kind}".replace("  ", " ") for p in (student, teacher))
+    if ours != theirs:
+        raise AlignmentError(f"{where}: the student's are {ours}, the teacher's {theirs}.")
+    for what, value in student.requires.items():
+        if value != teacher.requires.get(what):
+            raise AlignmentError(
+                f"{where}: student and teacher must have the same {what}, but have {value} and "
+                f"{teacher.requires.get(what)}."
+            )

@@ -1,12 +1,11 @@
 """The best checkpoint, and the end of a training that no longer gets better."""
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from d2kd.config import ConfigError
+from d2kd.errors import ConfigError, did_you_mean
 from detectron2.config import CfgNode
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -117,8 +116,7 @@ class BestCheckpoint(HookBase):
         flat = flatten_results_dict(dict(results)) if comm.is_main_process() else {}
         value, names = comm.all_gather((flat.get(self.metric), list(flat)))[0]
         if value is None:
-            near = difflib.get_close_matches(self.metric, names, n=3, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(near)}?" if near else f" It gives {', '.join(names) or 'nothing'}."
+            hint = did_you_mean(self.metric, names) or f" It gives {', '.join(names) or 'nothing'}."
             raise ConfigError(
                 f"TEST.BEST_CHECKPOINT.METRIC is {self.metric!r}, which the evaluation does not give.{hint}"
             )

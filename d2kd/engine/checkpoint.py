@@ -10,29 +10,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from d2kd.errors import UserError
 from d2kd.files import replacing
-from d2kd.modeling import GradientBalance
+from d2kd.modeling import DistilledModel
+from d2kd.modeling.architectures import architecture_of
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from .ema import WeightAverage
+from .ema import ModelEMA
 
 logger = logging.getLogger(__name__)
 
-#: Attributes in which dense detectors keep their running loss normaliser; it is in no state_dict of theirs.
-RUNNING_ATTRIBUTES = ("loss_normalizer",)
 #: What reading a checkpoint that is missing, broken or of another model raises.
 _READ_ERRORS = (AssertionError, KeyError, OSError, RuntimeError, ValueError)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that does not belong to the run that wants to continue from it."""
 
 
 class DistillCheckpointer(DetectionCheckpointer):
     """Saves the student as "model", which is all that Detectron2 reads, and beside it what a resumed run needs.
 
-    That is "distillers", "balance", "ema" and "trainer" (states), "methods" (names) and "iteration".
+    That is "distillers", "balance", "teacher_passes", "ema" and "trainer" (states), "methods" (names) and "iteration".
     """
 
     def __init__(
@@ -41,9 +41,8 @@ class DistillCheckpointer(DetectionCheckpointer):
         save_dir: str,
         *,
         trainer: Any,
-        distillers: nn.Module | None = None,
-        balance: GradientBalance | None = None,
-        ema: WeightAverage | None = None,
+        distilled: DistilledModel | None = None,
+        ema: ModelEMA | None = None,
         methods: Sequence[str] | None = None,
     ) -> None:
         """
@@ -51,14 +50,16 @@ class DistillCheckpointer(DetectionCheckpointer):
             student: saved and loaded as "model".
             save_dir: where checkpoints lie.
             trainer: saved and loaded by its `state_dict` and `load_state_dict`.
-            distillers: the same, for runs with a teacher.
-            balance: the same, for runs that balance the gradients of methods.
+            distilled: for runs with a teacher; its distillers, balance and passes are saved and loaded.
             ema: the same, for runs that average the student's weights.
             methods: names of the methods of a run with a teacher; it is only resumed with the same.
         """
         self.methods = None if methods is None else list(methods)
         self._resuming = False
-        extra = {"distillers": distillers, "balance": balance, "ema": ema}
+        extra: dict[str, Any] = {"ema": ema}
+        if distilled is not None:
+            passes = distilled.passes if distilled.passes.state_dict() else None
+            extra |= {"distillers": distilled.distillers, "balance": distilled.balance, "teacher_passes": passes}
         super().__init__(student, save_dir, trainer=trainer, **{n: x for n, x in extra.items() if x is not None})
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class DistillCheckpointer(DetectionCheckpointer):
             ) from error
         if "ema" in self.checkpointables and "ema" not in self._loaded:
             logger.warning("%s has no average of the weights (SOLVER.EMA): it starts from the student of now.", last)
-            self.checkpointables["ema"].restart()
+            self.checkpointables["ema"].reset()
         return rest
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -110,57 +111,40 @@ def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
 
 
 def process_state(model: nn.Module) -> dict[str, Any]:
-    """What differs between processes: random states and running normalisers, in types that load safely."""
+    """Returns what differs between processes: random states and loss normalizers, in types that load safely."""
     numpy_state = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "running": running_normalizers(model),
+        "running": architecture_of(model).loss_normalizers(),
     }
 
 
 def load_process_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """The inverse of `process_state`."""
+    """Restores what `process_state` has returned."""
     random.setstate(_as_tuple(state["python"]))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-    load_running_normalizers(model, state["running"])
+    # version 0.1 wrote ".loss_normalizer"
+    normalizers = {name.removeprefix("."): value for name, value in state["running"].items()}
+    architecture_of(model).load_loss_normalizers(normalizers)
 
 
 def gather_process_states(model: nn.Module) -> list[dict[str, Any]]:
-    """`process_state` of every process, on every process; all must call it."""
+    """Returns `process_state` of every process, on every process; all must call it."""
     return comm.all_gather(process_state(model))
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Gives all processes the buffers of the main one, such as batch statistics: they are what a checkpoint keeps."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Broadcasts module buffers, such as batch statistics, from the main process: they are what a checkpoint keeps."""
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def running_normalizers(model: nn.Module) -> dict[str, Any]:
-    """Running loss normalisers of a model by "module path.attribute"; they are in no state_dict."""
-    return {
-        f"{path}.{attribute}": getattr(module, attribute)
-        for path, module in model.named_modules()
-        for attribute in RUNNING_ATTRIBUTES
-        if attribute in vars(module)
-    }
-
-
-def load_running_normalizers(model: nn.Module, values: Mapping[str, Any]) -> None:
-    """The inverse of `running_normalizers`."""
-    modules = dict(model.named_modules())
-    for name, value in values.items():
-        path, _, attribute = name.rpartition(".")
-        if path in modules:
-            setattr(modules[path], attribute, value)
 
 
 def _as_tuple(state: Any) -> Any:

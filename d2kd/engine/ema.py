@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.config import ConfigError
+from d2kd.errors import ConfigError
+from detectron2.config import CfgNode
 from detectron2.engine.train_loop import HookBase
 
 
-class WeightAverage:
+class ModelEMA:
     """theta' <- d theta' + (1 - d) theta after every step (Tarvainen and Valpola, "Mean teachers", 2017, equation 1).
 
     Running statistics are averaged like the weights; what is no floating-point number (counters) is copied.
@@ -44,7 +45,7 @@ class WeightAverage:
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def restart(self) -> None:
+    def reset(self) -> None:
         """Begins anew with the live model's weights of now."""
         self.updates = 0
         _copy(self._averaged + self._copied)
@@ -73,18 +74,24 @@ class WeightAverage:
 
 
 class EMAHook(HookBase):
-    """Updates an average after every step. Comes before the hook that saves."""
+    """Updates a moving average after every step. Comes before the hook that saves."""
 
-    def __init__(self, average: WeightAverage) -> None:
+    def __init__(self, ema: ModelEMA) -> None:
         """
         Args:
-            average: of the model that the trainer trains.
+            ema: of the model that the trainer trains.
         """
-        self.average = average
+        self.ema = ema
 
     def after_step(self) -> None:
         """Takes in the weights."""
-        self.average.update()
+        self.ema.update()
+
+
+def build_ema(cfg: CfgNode, student: nn.Module) -> ModelEMA | None:
+    """Returns what `SOLVER.EMA` describes, None where it is off."""
+    node = cfg.SOLVER.EMA
+    return ModelEMA(student, node.DECAY, node.WARMUP) if node.ENABLED else None
 
 
 def _tensor_pairs(average: nn.Module, live: nn.Module) -> list[tuple[Tensor, Tensor]]:

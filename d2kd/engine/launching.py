@@ -12,48 +12,20 @@ from typing import Any
 
 from torch.multiprocessing import ProcessExitedException
 
-from d2kd.config import ConfigError
-from d2kd.data.datasets import DatasetError
-from d2kd.distillers import TokenFileError
-from d2kd.evaluation.build import EvaluatorError
-from d2kd.layers import AlignmentError
-from d2kd.layers.assignment import AssignmentError
-from d2kd.modeling import ArchitectureError, BalanceError, MethodError, TapError, TeacherError
-from d2kd.modeling.inherit import InheritError
+from d2kd.errors import ConfigError, UserError
 from detectron2.engine import launch
 from detectron2.utils.logger import setup_logger
 
-from .checkpoint import CheckpointError
 from .setup import command_line_options, load_config
-from .train_step import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
 
-#: Errors whose message says everything; a traceback would only hide it.
-USER_ERRORS = (
-    AlignmentError,
-    ArchitectureError,
-    AssignmentError,
-    BalanceError,
-    CheckpointError,
-    ConfigError,
-    DatasetError,
-    EvaluatorError,
-    InheritError,
-    MethodError,
-    NonFiniteLossError,
-    TapError,
-    TeacherError,
-    TokenFileError,
-)
-
-
 def run_tool(main: Callable[[], Any]) -> Any:
-    """Runs a tool; an error of the user's becomes one line in the log and exit status 2, Ctrl-C status 130."""
+    """Runs a tool; a `UserError` becomes one line in the log and exit status 2, Ctrl-C status 130."""
     try:
         return main()
-    except USER_ERRORS as error:
+    except UserError as error:
         if not logging.getLogger("d2kd").handlers:
             setup_logger(name="d2kd")
         logger.error("%s", error)
@@ -87,7 +59,7 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 
 def _runs_on_cpu(args: argparse.Namespace) -> bool:
     try:
-        return load_config(args.config_file, command_line_options(args)).MODEL.DEVICE == "cpu"
+        return load_config(args.config_file, command_line_options(args), args.imports).MODEL.DEVICE == "cpu"
     except ConfigError:  # which the processes will tell
         return False
 

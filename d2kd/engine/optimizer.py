@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from d2kd.config import ConfigError
+from d2kd.errors import ConfigError, require_choice
+from d2kd.modeling.backbone import layer_decay_factor
 from detectron2.config import CfgNode
-from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -21,10 +21,10 @@ _ADAPTIVE = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """The optimiser of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
+    """The optimizer of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
 
     Raises:
-        ConfigError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimiser or model.
+        ConfigError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimizer or model.
     """
     full_model = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
     if full_model:
@@ -39,28 +39,27 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
 def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
     name = cfg.SOLVER.OPTIMIZER
+    require_choice("SOLVER.OPTIMIZER", name, ("SGD", *_ADAPTIVE))
     if name == "SGD":
         if cfg.SOLVER.LAYER_DECAY != 1.0:
             raise ConfigError(f"SOLVER.LAYER_DECAY is {cfg.SOLVER.LAYER_DECAY}; it needs SOLVER.OPTIMIZER AdamW.")
         return build_sgd(cfg, model)
-    if name in _ADAPTIVE:
-        params = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-            lr_factor_func=_layer_decay(cfg, model),
-            # positions of a vision transformer must not shrink (arXiv 2203.16527, appendix A.2)
-            overrides={"pos_embed": {"weight_decay": 0.0}},
-        )
-        kind: type[Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
-        return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-    raise ConfigError(f"SOLVER.OPTIMIZER is {name!r}; it must be SGD, {' or '.join(_ADAPTIVE)}.")
+    params = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        lr_factor_func=_layer_decay(cfg, model),
+        # positions of a vision transformer must not shrink (arXiv 2203.16527, appendix A.2)
+        overrides={"pos_embed": {"weight_decay": 0.0}},
+    )
+    kind: type[Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
+    return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
 
 def _layer_decay(cfg: CfgNode, model: nn.Module) -> Callable[[str], float] | None:
-    """Factor on the learning rate by parameter name (arXiv 2106.08254); None where `SOLVER.LAYER_DECAY` is off."""
+    """Factor on the learning rate by parameter name; None where `SOLVER.LAYER_DECAY` is off."""
     decay = cfg.SOLVER.LAYER_DECAY
     if decay == 1.0:
         return None
@@ -68,7 +67,7 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Callable[[str], float] | Non
         raise ConfigError(f"SOLVER.LAYER_DECAY is {decay}; it must be above 0 and at most 1.")
 
     def factor(name: str) -> float:
-        return get_vit_lr_decay_rate(name.removeprefix("student."), decay, cfg.MODEL.VIT.DEPTH)
+        return layer_decay_factor(cfg, name.removeprefix("student."))
 
     if all(factor(name) == 1.0 for name, _ in model.named_parameters()):
         raise ConfigError("SOLVER.LAYER_DECAY is set, but the backbone is no vision transformer: set it to 1.0.")
@@ -76,7 +75,7 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Callable[[str], float] | Non
 
 
 def clip_by_total_norm(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> None:
-    """Makes every step of an optimiser scale its gradients down to a total norm of at most `max_norm`."""
+    """Makes every step of an optimizer scale its gradients down to a total norm of at most `max_norm`."""
     parameters: list[nn.Parameter] = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
 
     def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> Callable | None:

@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from d2kd.config import ConfigError
-from d2kd.distillers import Distiller
-from d2kd.modeling import DistilledModel
+from d2kd.errors import ConfigError, UserError, require_choice
+from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from .checkpoint import RUNNING_ATTRIBUTES
+from .rollback import StepSnapshot
 
-#: Iterations between looks at float16's loss scale, and the scale at which a run has failed; `GradScaler` starts with
-#: the other one, and skips every step that overflows.
-_SCALE_PERIOD, _LEAST_SCALE, _FIRST_SCALE = 20, 2.0**-14, 2.0**16
+#: Iterations between checks of float16's loss scale, and the scale at which a run has failed; `GradScaler` starts with
+#: INIT_SCALE, and skips every step that overflows.
+SCALE_CHECK_PERIOD, MIN_LOSS_SCALE, INIT_SCALE = 20, 2.0**-14, 2.0**16
+
+_HALF_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError, FloatingPointError):
     """A loss or gradient became infinite or NaN; the message says where the state before it is."""
 
 
@@ -43,7 +44,7 @@ class TrainStep(SimpleTrainer):
         precision: torch.dtype | None = None,
         accumulate: int = 1,
         before_raising: Callable[[], str] = lambda: "",
-        running_model: nn.Module | None = None,
+        normalized_model: nn.Module | None = None,
     ) -> None:
         """
         Args:
@@ -54,7 +55,7 @@ class TrainStep(SimpleTrainer):
             accumulate: batches a step; their gradients are averaged.
             before_raising: called when a loss is not finite, before anything is updated; saves what is worth saving and
                 returns where to.
-            running_model: whose running loss normalisers a failed step must not change, if not the model's.
+            normalized_model: whose running loss normalizers a failed step must not change, if not the model's.
         """
         super().__init__(model, data_loader, optimizer)
         if accumulate < 1:
@@ -64,7 +65,7 @@ class TrainStep(SimpleTrainer):
         self.before_raising = before_raising
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self._before = StateBeforeStep(model, running_model or model)
+        self._snapshot = StepSnapshot(model, normalized_model or model)
         #: set by a process that is asked to stop
         self.stop_requested = False
         #: whether one of the processes was, as all of them know since the last step
@@ -78,7 +79,7 @@ class TrainStep(SimpleTrainer):
                 raises FloatingPointError (Detectron2's proposals), on that process.
         """
         assert self.model.training, "The model was left in evaluation mode."
-        self._before.remember()
+        self._snapshot.save()
         self._check_scale()
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -87,7 +88,7 @@ class TrainStep(SimpleTrainer):
             start = time.perf_counter()
             data = next(self._data_loader_iter)
             waited += time.perf_counter() - start
-            with self._synchronise_if(number == self.accumulate - 1):
+            with self._synchronize_if(number == self.accumulate - 1):
                 for name, loss in self._backward(data).items():
                     sums[name] = sums[name] + loss if name in sums else loss
         self._record({name: loss / self.accumulate for name, loss in sums.items()}, waited)
@@ -104,7 +105,7 @@ class TrainStep(SimpleTrainer):
         self.scaler.scale(total).backward()
         return {name: loss.detach().float() for name, loss in losses.items()}
 
-    def _synchronise_if(self, last: bool) -> AbstractContextManager:
+    def _synchronize_if(self, last: bool) -> AbstractContextManager:
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
@@ -147,18 +148,18 @@ class TrainStep(SimpleTrainer):
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).float()
 
     def _check_scale(self) -> None:
-        if not self.scaler.is_enabled() or self.iter % _SCALE_PERIOD:
+        if not self.scaler.is_enabled() or self.iter % SCALE_CHECK_PERIOD:
             return
         scale = self.scaler.get_scale()
         if comm.is_main_process():
             get_event_storage().put_scalar("grad_scale", scale, smoothing_hint=False)
-        if scale < _LEAST_SCALE:
+        if scale < MIN_LOSS_SCALE:
             # the run that continues from here starts as a new one
-            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": _FIRST_SCALE})
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": INIT_SCALE})
             self._fail(f"gradients overflow float16, with the loss scaled by no more than {scale:g}")
 
     def _fail(self, what: str, together: bool = True) -> NoReturn:
-        self._before.restore()
+        self._snapshot.restore()
         if together or comm.get_world_size() == 1:
             kept = self.before_raising()
         else:  # the other processes wait for this one's gradients and cannot take part in saving
@@ -182,59 +183,18 @@ class TrainStep(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-class StateBeforeStep:
-    """Copies of all that a forward pass changes, so that a failed one can be undone.
+def mixed_precision(cfg: CfgNode) -> torch.dtype | None:
+    """Returns the type of `SOLVER.AMP`, None for float32.
 
-    These are batch-norm statistics, running loss normalisers, the distillers' buffers and positions, the measured
-    gradient norms of the methods, and PyTorch's random states.
+    Raises:
+        ConfigError: unknown, or float16 on a CPU.
     """
-
-    def __init__(self, model: nn.Module, running_model: nn.Module) -> None:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-        self._distillers = [m for m in model.modules() if isinstance(m, Distiller)]
-        changing = [b for m in norms for b in m.buffers(recurse=False)] + [
-            b for m in self._distillers for b in m.buffers()
-        ]
-        by_type: dict[torch.dtype, list[Tensor]] = {}  # lists of one type are copied in one go
-        for buffer in {id(b): b for b in changing}.values():
-            by_type.setdefault(buffer.dtype, []).append(buffer)
-        self._buffers = [(live, [b.clone() for b in live]) for live in by_type.values()]
-        # Detectron2's dense detectors; the attribute itself may appear with the first batch only
-        self._normalizing = [m for m in running_model.modules() if hasattr(m, "_ema_update")]
-        self._normalizers: list[dict[str, Any]] = []
-        self._positions: list[Any] = []
-        self._balances = [m.balance for m in model.modules() if isinstance(m, DistilledModel) and m.balance is not None]
-        self._balance_states: list[dict[str, Any]] = []
-        self._cuda = next(model.parameters()).is_cuda
-        self._random: list[Tensor] = []
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Copies the state of now."""
-        for live, copies in self._buffers:
-            torch._foreach_copy_(copies, live)
-        self._normalizers = [{a: vars(m)[a] for a in RUNNING_ATTRIBUTES if a in vars(m)} for m in self._normalizing]
-        self._positions = [m.get_extra_state() if _has_position(m) else None for m in self._distillers]
-        # shallow: a balance replaces its tensors and never writes into them
-        self._balance_states = [dict(vars(balance)) for balance in self._balances]
-        self._random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self._cuda else [])
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the remembered state back."""
-        for live, copies in self._buffers:
-            torch._foreach_copy_(live, copies)
-        for module, normalizers in zip(self._normalizing, self._normalizers):
-            vars(module).update(normalizers)
-        for distiller, position in zip(self._distillers, self._positions):
-            if position is not None:
-                distiller.set_extra_state(position)
-        for balance, state in zip(self._balances, self._balance_states):
-            vars(balance).update(state)
-        torch.set_rng_state(self._random[0])
-        if self._cuda:
-            torch.cuda.set_rng_state(self._random[1])
-
-
-def _has_position(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    name = cfg.SOLVER.AMP.PRECISION
+    require_choice("SOLVER.AMP.PRECISION", name, _HALF_PRECISIONS)
+    if name == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ConfigError(
+            f"SOLVER.AMP.PRECISION float16 needs CUDA, and MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to bfloat16."
+        )
+    return _HALF_PRECISIONS[name]

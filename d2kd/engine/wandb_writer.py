@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from d2kd.config import ConfigError
+from d2kd.errors import ConfigError
 from d2kd.files import replacing
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage

@@ -3,6 +3,8 @@
 import logging
 import os
 
+from d2kd.errors import UserError
+from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
@@ -13,15 +15,20 @@ logger = logging.getLogger(__name__)
 TYPES = ("coco", "sem_seg", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg")
 
 
-class EvaluatorError(ValueError):
+class EvaluatorError(UserError):
     """A dataset that d2kd has no evaluator for."""
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Raises EvaluatorError if `build_evaluator` has none for a registered dataset of `DATASETS.TEST`."""
+    """Raises EvaluatorError if a registered dataset of `DATASETS.TEST` has no evaluator, or none for the model."""
+    scored = architecture_class(cfg).EVALUATOR_TYPES
     for name in cfg.DATASETS.TEST:
-        if name in DatasetCatalog:
-            _type_of(name)
+        kind = _type_of(name) if name in DatasetCatalog else None
+        if kind is not None and scored and kind not in scored:
+            raise EvaluatorError(
+                f"Dataset {name!r} of DATASETS.TEST has the evaluator type {kind!r}, and what a "
+                f"{cfg.MODEL.META_ARCHITECTURE} predicts is scored by {', '.join(scored)}: leave it out."
+            )
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

@@ -1,26 +1,21 @@
-"""Pure tensor functions and small modules; they import torch only."""
+"""Pure tensor functions that several methods share; they import torch only."""
 
-from .align import AlignmentError, TapShape, align_resolution, build_aligner, check_alignable
-from .divergence import binary_divergence, soft_count, softmax_divergence, spatial_divergence
-from .losses import at_least_float32, check_reduction, squared_error
-from .masks import RandomMasks, keep_mask
-from .normalize import normalize, standardize
+from .align import align_resolution, align_validity
+from .losses import REDUCTIONS, squared_error
+from .masks import MASK_KINDS, RandomMasks, keep_mask
+from .normalize import NORMALIZATIONS, normalize, standardize
+from .precision import upcast_half
 
 __all__ = [
-    "AlignmentError",
+    "MASK_KINDS",
+    "NORMALIZATIONS",
+    "REDUCTIONS",
     "RandomMasks",
-    "TapShape",
     "align_resolution",
-    "at_least_float32",
-    "binary_divergence",
-    "build_aligner",
-    "check_alignable",
-    "check_reduction",
+    "align_validity",
     "keep_mask",
     "normalize",
-    "soft_count",
-    "softmax_divergence",
-    "spatial_divergence",
     "squared_error",
     "standardize",
+    "upcast_half",
 ]

@@ -1,37 +1,35 @@
-"""Squared-error reductions shared by the distillers."""
+"""Squared error of two feature maps."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-REDUCTIONS = ("paper", "mean")
+from .precision import upcast_half
+
+#: Values of REDUCTION, in every method that has the key.
+REDUCTIONS = ("batchmean", "mean")
 
 
-def check_reduction(reduction: str) -> None:
-    """Raises ValueError unless `reduction` is known."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"REDUCTION is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """float32 for half-precision types, else the tensor itself: sums over millions of elements need the digits."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def squared_error(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """Squared error of two maps, accumulated in float32 or more.
+def squared_error(prediction: Tensor, target: Tensor, reduction: str, valid: Tensor | None = None) -> Tensor:
+    """Returns the squared error of two maps, accumulated in float32 or more.
 
     Args:
         prediction: (N, C, H, W).
         target: (N, C, H, W), takes no gradient.
-        reduction: "paper" sums over channels and positions and divides by the N images of this process
-            (Yang et al., "Masked Generative Distillation", eq. 3), so its scale grows with C*H*W;
+        reduction: "batchmean" sums over channels and positions and divides by the N images of this process
+            (Yang et al., "Masked Generative Distillation", 2022, eq. 3), so its scale grows with C*H*W;
             "mean" is the mean over all elements.
+        valid: (N, H, W), True where the target is known; the mean is then over these positions, and "batchmean" is
+            that mean times C*H*W, so that the loss has the same scale however many positions there are.
 
     Returns:
-        A scalar.
+        A scalar; 0, and connected to the prediction, where no position is valid.
     """
-    check_reduction(reduction)
-    sum_up = reduction == "paper"
-    total = F.mse_loss(at_least_float32(prediction), at_least_float32(target), reduction="sum" if sum_up else "mean")
-    return total / prediction.shape[0] if sum_up else total
+    prediction, target = upcast_half(prediction), upcast_half(target)
+    n, c, h, w = prediction.shape
+    if valid is not None:
+        squares = (prediction - target).square().sum(1)
+        total = squares.where(valid, 0).sum() / (c * valid.sum().clamp(min=1))
+        return total * (c * h * w) if reduction == "batchmean" else total
+    if reduction == "batchmean":
+        return F.mse_loss(prediction, target, reduction="sum") / n
+    return F.mse_loss(prediction, target)

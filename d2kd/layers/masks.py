@@ -1,12 +1,14 @@
-"""Random masks for masked generation, reproducible without keeping generator state."""
+"""Random masks, reproducible without keeping a generator's state."""
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-KINDS = ("spatial", "channel")
+from d2kd.rng import derive_seed
+
+#: What a mask drops: positions of all channels, or whole channels.
+MASK_KINDS = ("spatial", "channel")
 
 
 class RandomMasks:
@@ -38,20 +40,20 @@ class RandomMasks:
         return keep_mask(self.uniform(shape, like.device), drop, kind).to(like.dtype)
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """The next draw itself: numbers in [0, 1) of that shape."""
+        """Draws numbers in [0, 1) of a shape."""
         return torch.rand(shape, generator=self._next_generator(device), device=device)
 
     def _next_generator(self, device: torch.device) -> torch.Generator:
         generator = self._generators.get(device)
         if generator is None:
             generator = self._generators[device] = torch.Generator(device)
-        key = f"{self.seed},{self.stream},{self.draws}".encode()
+        # neighboring seeds would give correlated streams on some devices, hence a digest of the three numbers
+        seed = derive_seed(self.seed, self.stream, self.draws, num_bytes=7)
         self.draws += 1
-        # neighbouring seeds would give correlated streams on some devices, hence a digest of the three numbers
-        return generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
+        return generator.manual_seed(seed)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue the sequence: plain integers."""
+        """Returns what a checkpoint needs to continue the sequence: plain integers."""
         return {"seed": self.seed, "draws": self.draws}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -60,14 +62,8 @@ class RandomMasks:
 
 
 def keep_mask(uniform: Tensor, drop: float, kind: str) -> Tensor:
-    """Boolean keep-mask of uniform draws in [0, 1), with the thresholds of the method's official code.
+    """Returns the boolean keep-mask of uniform draws in [0, 1), with the thresholds of the method's official code.
 
     Spatial masks keep R <= 1 - drop, channel masks keep R >= drop; a value on the threshold is kept in both.
     """
     return uniform <= 1.0 - drop if kind == "spatial" else uniform >= drop
-
-
-def check_kind(kind: str) -> None:
-    """Raises ValueError unless `kind` is a known kind of mask."""
-    if kind not in KINDS:
-        raise ValueError(f"MASK is {kind!r}; it must be one of {', '.join(KINDS)}.")

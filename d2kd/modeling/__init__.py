@@ -1,15 +1,14 @@
-"""Taps, teacher, inheriting and the distilled model."""
+"""Architectures, taps, the teacher and its passes, and the distilled model."""
 
 from . import backbone, meta_arch  # registers them
-from .architecture import ArchitectureError, build_network
+from .architectures import ArchitectureError, build_network, num_classes
 from .balance import BalanceError, GradientBalance
-from .build import MethodError, build_distilled_model, inherit_from_teacher, is_distillation
-from .distilled_model import DistilledModel
-from .inherit import InheritReport, inherit
-from .num_classes import num_classes
+from .build import MethodError, build_distilled_model, initialize_student, is_distillation
+from .distilled_model import DistilledModel, evaluation_mode
+from .init_from_teacher import InitializationReport, init_from_teacher
+from .strict_loading import StrictLoadingError, load_strictly
 from .taps import FeatureTaps, TapError
-from .teacher import Teacher, TeacherError, load_strictly, load_teacher, teacher_config
-from .token_learner import LevelMasks, TokenLearner
+from .teacher import Teacher, TeacherError, load_teacher, teacher_config
 
 __all__ = [
     "ArchitectureError",
@@ -17,18 +16,18 @@ __all__ = [
     "DistilledModel",
     "FeatureTaps",
     "GradientBalance",
-    "InheritReport",
-    "LevelMasks",
+    "InitializationReport",
     "MethodError",
+    "StrictLoadingError",
     "TapError",
     "Teacher",
     "TeacherError",
-    "TokenLearner",
     "backbone",
     "build_distilled_model",
     "build_network",
-    "inherit",
-    "inherit_from_teacher",
+    "evaluation_mode",
+    "init_from_teacher",
+    "initialize_student",
     "is_distillation",
     "load_strictly",
     "load_teacher",

@@ -8,21 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2kd.errors import UserError, require_choice
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 TASK = "task"
 #: Share of the old value that stays in the smoothed norms at each measurement.
-_MOMENTUM = 0.9
-#: First loss scale for float16, as in `torch.amp.GradScaler`; halved whenever a gradient overflows, doubled
-#: again after so many measurements without.
-_LOSS_SCALE, _STEADY = 2.0**16, 100
+MOMENTUM = 0.9
+#: Loss scale for float16, with the words of `torch.amp.GradScaler`: halved whenever a gradient overflows, doubled again
+#: (up to the first value) after `GROWTH_INTERVAL` measurements without.
+INIT_SCALE, GROWTH_INTERVAL = 2.0**16, 100
 
 Losses = Mapping[str, Tensor]
 
 
-class BalanceError(ValueError):
+class BalanceError(UserError):
     """A way of balancing that is unknown or impossible."""
 
 
@@ -60,9 +61,9 @@ class GradientBalance:
         # smoothed norms of the task and of each method before scaling
         self._norms = torch.full((1 + len(self.methods),), float("nan"))
         self._measured = False
-        self._loss_scale = torch.tensor(_LOSS_SCALE)
+        self._loss_scale = torch.tensor(INIT_SCALE)
         # measurements in a row without overflow
-        self._steady = torch.tensor(0)
+        self._growth_tracker = torch.tensor(0)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, methods: Sequence[str]) -> Optional["GradientBalance"]:
@@ -72,8 +73,7 @@ class GradientBalance:
             BalanceError: a value is unknown or out of range.
         """
         node = cfg.DISTILL
-        if node.BALANCE not in ("fixed", "gradient"):
-            raise BalanceError(f"DISTILL.BALANCE is {node.BALANCE!r}; it must be fixed or gradient.")
+        require_choice("DISTILL.BALANCE", node.BALANCE, ("fixed", "gradient"))
         ratio = node.BALANCE_RATIO if node.BALANCE == "gradient" else None
         if not methods or (ratio is None and node.LOG_GRADIENT_SHARE == 0):
             return None
@@ -121,7 +121,7 @@ class GradientBalance:
             "methods": self.methods,
             "norms": self._norms.tolist(),
             "loss_scale": self._loss_scale.item(),
-            "steady": self._steady.item(),
+            "steady": self._growth_tracker.item(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -136,7 +136,7 @@ class GradientBalance:
             )
         self._norms = torch.tensor(state["norms"])
         self._loss_scale = torch.tensor(state["loss_scale"])
-        self._steady = torch.tensor(state.get("steady", 0))
+        self._growth_tracker = torch.tensor(state.get("steady", 0))
         self._measured = bool(self._norms.isfinite().all())
 
     def _measure(self, terms: Sequence[Losses], features: Sequence[Tensor]) -> Tensor:
@@ -163,13 +163,13 @@ class GradientBalance:
 
     def _adapt_loss_scale(self, finite: Tensor) -> None:
         """Halves the scale where float16 overflowed; doubles it after many measurements that did not."""
-        steady = torch.where(finite, self._steady.to(finite.device) + 1, 0)
-        doubled = torch.where(steady >= _STEADY, 2 * self._loss_scale, self._loss_scale).clamp(max=_LOSS_SCALE)
+        tracker = torch.where(finite, self._growth_tracker.to(finite.device) + 1, 0)
+        doubled = torch.where(tracker >= GROWTH_INTERVAL, 2 * self._loss_scale, self._loss_scale).clamp(max=INIT_SCALE)
         self._loss_scale = torch.where(finite, doubled, self._loss_scale / 2)
-        self._steady = torch.where(steady >= _STEADY, 0, steady)
+        self._growth_tracker = torch.where(tracker >= GROWTH_INTERVAL, 0, tracker)
 
     def _update(self, norms: Tensor) -> None:
-        smoothed = torch.where(self._norms.isnan(), norms, torch.lerp(norms, self._norms, _MOMENTUM))
+        smoothed = torch.where(self._norms.isnan(), norms, torch.lerp(norms, self._norms, MOMENTUM))
         self._norms = torch.where(norms.isfinite().all(), smoothed, self._norms)
         if not self._measured:  # float16 may overflow at first: try again in the next iteration
             self._measured = bool(self._norms.isfinite().all())

@@ -1,19 +1,18 @@
 """DistilledModel: a student that learns from its task and a teacher's features; at inference, the student alone."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2kd.distillers import Distiller
+from d2kd.distillers import Distiller, FeatureMaps
 
 from .balance import GradientBalance
-from .roi_outputs import SampledRegions
 from .taps import FeatureTaps, TapError, is_in_backbone
-from .teacher import Teacher
+from .teacher import Inputs, Teacher
+from .teacher_passes import TeacherPasses
 
 
 class DistilledModel(nn.Module):
@@ -27,33 +26,37 @@ class DistilledModel(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher,
+        passes: TeacherPasses,
         distillers: Mapping[str, Distiller],
         balance: GradientBalance | None = None,
     ) -> None:
         """
         Args:
             student: any Detectron2 model.
-            teacher: gives every teacher tap that the distillers name.
+            passes: give every teacher tap that the distillers name.
             distillers: by the name that their losses carry.
             balance: measures, logs or scales the methods' gradients; None does neither.
         """
         super().__init__()
         self.student = student
-        self.teacher = teacher
+        self.passes = passes
         self.distillers = nn.ModuleDict(distillers)
         self.balance = balance
-        taps = [pair.student for d in distillers.values() for pair in d.pairs]
-        self._shared_taps = _shared_taps(student, taps) if balance is not None else []
-        self._taps = FeatureTaps(student, [*taps, *self._shared_taps])
-        self._regions = SampledRegions(student) if teacher.needs_regions else None
+        taps = [pair.student.name for d in distillers.values() for pair in d.pairs]
+        self._balanced_taps = _shared_taps(student, taps) if balance is not None else []
+        self._taps = FeatureTaps(student, [*taps, *self._balanced_taps])
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher."""
+        return self.passes.dense.teacher
 
     @property
     def device(self) -> torch.device:
         """Where the student lives."""
         return next(self.student.parameters()).device
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+    def forward(self, batched_inputs: Inputs) -> Any:
         """
         Args:
             batched_inputs: Detectron2's input format; in training with ground truth.
@@ -66,46 +69,48 @@ class DistilledModel(nn.Module):
         """
         if not self.training or not self.distillers:
             return self.student(batched_inputs)
-        # one copy to the device serves both networks
-        batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
-        # the teacher comes first: what it needs in passing is free again before the student's graph grows
-        teacher_features = self.teacher.features(batched_inputs)
-        with self._taps.recording() as student_features, self._recording_regions() as regions:
+        batched_inputs = self._to_device(batched_inputs)
+        with self.passes.around_student(batched_inputs) as teacher, self._taps.recording() as student:
             losses = dict(self.student(batched_inputs))
-        if self._regions is not None:
-            teacher_features.update(self.teacher.region_features(teacher_features, regions))
         distilled = {
-            method: _named_losses(method, distiller(student_features, teacher_features))
+            method: _named_losses(method, distiller(student, *teacher.of_method(method)))
             for method, distiller in self.distillers.items()
         }
         if self.balance is not None:
-            distilled = self.balance(losses, distilled, [student_features[name] for name in self._shared_taps])
+            distilled = self.balance(losses, distilled, [student[name] for name in self._balanced_taps])
         for named in distilled.values():
             losses.update(named)
         return losses
 
     @torch.no_grad()
-    def observe(
-        self, distiller: Distiller, batched_inputs: list[dict[str, Any]]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What a method would compare, both networks in evaluation mode, each run once and as far as its deepest tap.
+    def extract_features(
+        self, distiller: Distiller, batches: Iterable[Inputs]
+    ) -> Iterator[tuple[FeatureMaps, FeatureMaps]]:
+        """Yields the features (student's, teacher's) that a method compares, both networks in evaluation mode.
 
-        Returns:
-            Maps of the student and of the teacher by tap name.
+        Each network runs once a batch, and as far as its deepest tap.
         """
-        batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
-        was_training = self.student.training
-        self.student.eval()
-        taps = FeatureTaps(self.student, [pair.student for pair in distiller.pairs])
-        try:
-            with taps.recording(stop_when_done=True) as student_features:
-                self.student(batched_inputs)
-        finally:
-            self.student.train(was_training)
-        return student_features, self.teacher.features(batched_inputs)
+        taps = FeatureTaps(self.student, [pair.student.name for pair in distiller.pairs])
+        for batch in batches:
+            batch = self._to_device(batch)
+            with evaluation_mode(self.student), taps.recording(stop_when_done=True) as features:
+                self.student(batch)
+            yield features, self.passes.dense(batch).maps
 
-    def _recording_regions(self) -> AbstractContextManager:
-        return contextlib.nullcontext() if self._regions is None else self._regions.recording()
+    def _to_device(self, batched_inputs: Inputs) -> Inputs:
+        """One copy of the images serves both networks."""
+        return [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode for a block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _shared_taps(student: nn.Module, taps: Sequence[str]) -> list[str]:

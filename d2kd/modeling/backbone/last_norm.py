@@ -17,10 +17,10 @@ def build_retinanet_resnet_fpn_last_norm_backbone(cfg: CfgNode, input_shape: Sha
     Checkpoints fit this backbone only.
     """
     backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
-    body = backbone.bottom_up
-    for number, stage in enumerate(body.stage_names, start=2):
+    bottom_up = backbone.bottom_up
+    for number, stage in enumerate(bottom_up.stage_names, start=2):
         if number > cfg.MODEL.BACKBONE.FREEZE_AT:
-            _use_group_norm(getattr(body, stage)[-1])
+            _use_group_norm(getattr(bottom_up, stage)[-1])
     return backbone
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from d2kd.config import config_keys
+from d2kd.errors import ConfigError
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
@@ -31,7 +33,7 @@ class FCOS(fcos.FCOS):
         """Constructor arguments from the configuration.
 
         Raises:
-            ValueError: `MODEL.FCOS.IN_FEATURES` names what the backbone does not give.
+            ConfigError: `MODEL.FCOS.IN_FEATURES` names what the backbone does not give.
         """
         node = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
@@ -58,7 +60,7 @@ def _build_head(node: CfgNode, backbone: nn.Module) -> nn.Module:
     shapes = backbone.output_shape()
     unknown = [name for name in node.IN_FEATURES if name not in shapes]
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.FCOS.IN_FEATURES names {', '.join(unknown)}, but the backbone (MODEL.BACKBONE.NAME) gives "
             f"{', '.join(shapes)}."
         )
@@ -70,6 +72,30 @@ def _build_head(node: CfgNode, backbone: nn.Module) -> nn.Module:
         norm=node.NORM,
         prior_prob=node.PRIOR_PROB,
     )
+
+
+@config_keys
+def add_fcos_keys(cfg: CfgNode) -> None:
+    """Adds MODEL.FCOS."""
+    # META_ARCHITECTURE "FCOS", best with BACKBONE.NAME "build_fcos_resnet_fpn_backbone" (P6 and P7 from P5).
+    node = cfg.MODEL.FCOS = CfgNode()
+    node.NUM_CLASSES = 80
+    # Levels of the pyramid that the head takes, finest first.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each of the two branches of the head.
+    node.NUM_CONVS = 4
+    # Normalization in the head.
+    node.NORM = "GN"
+    # Only cells so near to the center of an object, in strides, learn it; 0 admits its whole box.
+    node.CENTER_SAMPLING_RADIUS = 1.5
+    # Score that the untrained head gives to every class.
+    node.PRIOR_PROB = 0.01
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    # Inference: least score (root of class score times centerness), candidates a level, overlap that suppresses.
+    node.SCORE_THRESH_TEST = 0.2
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.6
 
 
 if "FCOS" not in META_ARCH_REGISTRY:

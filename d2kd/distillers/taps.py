@@ -1,0 +1,102 @@
+"""What a method knows of the features that it compares; `d2kd.modeling.taps` finds it out."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from d2kd.errors import UserError
+
+#: Teacher and student strides may differ by this factor at most; beyond it the maps show different things.
+MAX_STRIDE_RATIO = 8
+
+
+class AlignmentError(UserError):
+    """Two features that cannot be compared."""
+
+
+class Prediction(NamedTuple):
+    """What a tap predicts, if it is a prediction layer (or one call of it)."""
+
+    #: Address of the tap.
+    tap: str
+    #: What is predicted: "class_logits", "box_deltas", or another word that architectures and methods agree on.
+    kind: str
+    #: Where: "anchor" (or grid cell, point: every position of a feature map), "region", "pixel" or "image" ...
+    location: str
+    #: ... and at which of several places: the feature map's name, the stage of a cascade. Predictions of two models
+    #: that agree in kind, location and place can be compared.
+    place: Any = None
+    #: How logits become probabilities: "softmax" or "sigmoid".
+    activation: str = ""
+    #: Output channels at the end that are not trained (a background column of a sigmoid classifier).
+    unused_channels: int = 0
+    #: What must be the same in both models for the numbers to mean the same, by description (with the configuration
+    #: key), e.g. {"encoding of boxes (BBOX_REG_WEIGHTS)": (1, 1, 1, 1)}.
+    requires: Mapping[str, Any] = {}
+
+
+class NormAffine(NamedTuple):
+    """Scale and shift of a batch norm, (C,) each."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class TapInfo(NamedTuple):
+    """A tapped feature: its address and what is known of it before training."""
+
+    name: str
+    channels: int
+    #: Input pixels per cell (may be a fraction); 0 for features (R, C) that are one vector a region or image.
+    stride: float
+    #: What it predicts, if it is a prediction.
+    prediction: Prediction | None = None
+    #: The last batch norm before it, where there is one.
+    norm: NormAffine | None = None
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the feature is (R, C) and not a map (N, C, H, W)."""
+        return self.stride == 0
+
+
+class TapPair(NamedTuple):
+    """Two taps that are compared."""
+
+    student: TapInfo
+    teacher: TapInfo
+
+    @property
+    def name(self) -> str:
+        """Name of the loss: the student's tap."""
+        return self.student.name
+
+    def __str__(self) -> str:
+        return f"{self.student.name} <- {self.teacher.name}"
+
+
+def check_alignable(key: str, pair: TapPair) -> None:
+    """Raises AlignmentError, with both shapes and the key to change, for maps that are too far apart."""
+    student, teacher = pair
+    if student.is_vector or teacher.is_vector:
+        raise AlignmentError(
+            f"{key}, {pair}: this method compares maps (N, C, H, W), and one of these is a vector (R, C) a region or "
+            "image."
+        )
+    if max(student.stride, teacher.stride) > MAX_STRIDE_RATIO * min(student.stride, teacher.stride):
+        raise AlignmentError(
+            f"{key}, {pair}: the student's map has {student.channels} channels at stride {student.stride:g}, the "
+            f"teacher's {teacher.channels} at stride {teacher.stride:g}. Strides may differ by a factor of "
+            f"{MAX_STRIDE_RATIO} at most."
+        )
+
+
+def build_aligner(pair: TapPair, always: bool = False) -> nn.Module:
+    """Returns a 1x1 convolution (with bias) from student to teacher channels.
+
+    Args:
+        always: also where the channels are equal, and the identity would do.
+    """
+    ours, theirs = pair.student.channels, pair.teacher.channels
+    return nn.Conv2d(ours, theirs, kernel_size=1) if always or ours != theirs else nn.Identity()

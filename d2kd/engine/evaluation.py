@@ -1,0 +1,194 @@
+"""Evaluating students, their variants (moving average, test-time augmentation) and teachers on `DATASETS.TEST`."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2kd.errors import ConfigError
+from d2kd.evaluation.build import build_evaluator, folder_of
+from d2kd.files import write_json
+from d2kd.modeling import build_network, load_strictly, load_teacher, teacher_config
+from d2kd.modeling.architectures import architecture_class, architecture_of
+from d2kd.rng import preserve_rng_state
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+
+from .checkpoint import broadcast_buffers
+from .ema import ModelEMA
+
+logger = logging.getLogger(__name__)
+
+#: Metrics as Detectron2's evaluators give them: of the first dataset, or by dataset where there are several.
+Results = Mapping[str, Any]
+
+
+class StudentEvaluation:
+    """Evaluates the student of a run, and its moving average where there is one.
+
+    Attributes:
+        results: of the last evaluation; None before.
+    """
+
+    def __init__(
+        self, trainer_class: Any, cfg: CfgNode, student: nn.Module, ema: ModelEMA | None, device: torch.device
+    ) -> None:
+        """
+        Args:
+            trainer_class: its `test` evaluates.
+            cfg: of the run.
+            student: that is trained.
+            ema: its moving average.
+            device: of both.
+        """
+        self._trainer_class = trainer_class
+        self._cfg = cfg
+        self._student = student
+        self._ema = ema
+        self._device = device
+        self.results: dict[str, Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Evaluates; the average's results have names that end in "_EMA". All processes must call it."""
+        # evaluation draws random numbers (a loader's base seed); a run that is resumed after it must not notice
+        with preserve_rng_state(self._device):
+            for model in [self._student] if self._ema is None else [self._student, self._ema.model]:
+                broadcast_buffers(model)
+            results = dict(self._trainer_class.test(self._cfg, self._student))
+            if self._ema is not None:
+                results.update(evaluate_variant(self._trainer_class, self._cfg, self._ema.model, "EMA"))
+        self.results = results
+        return results
+
+    def run_with_tta(self) -> dict[str, float]:
+        """Adds the results with test-time augmentation to the last ones; returns them as "task/metric"."""
+        results = self._trainer_class.test_with_tta(self._cfg, self._student)
+        self.results = {**(self.results or {}), **results}
+        return flatten_results_dict(results)
+
+
+def evaluate(
+    trainer_class: Any,
+    cfg: CfgNode,
+    model: nn.Module,
+    evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+) -> Results:
+    """Evaluates a model on `DATASETS.TEST`.
+
+    Args:
+        trainer_class: its `build_test_loader` and `build_evaluator` are used.
+        cfg: names the test sets.
+        model: in any mode; left in the same.
+        evaluators: one a test set; None builds them.
+
+    Raises:
+        ValueError: not as many evaluators as test sets.
+    """
+    names = list(cfg.DATASETS.TEST)
+    if evaluators is None:
+        evaluators = [trainer_class.build_evaluator(cfg, name) for name in names]
+    elif isinstance(evaluators, DatasetEvaluator):
+        evaluators = [evaluators]
+    if len(evaluators) != len(names):
+        raise ValueError(f"There are {len(names)} test datasets, but {len(evaluators)} evaluators.")
+    results = {}
+    for name, evaluator in zip(names, evaluators):
+        results[name] = inference_on_dataset(model, trainer_class.build_test_loader(cfg, name), evaluator)
+        if comm.is_main_process():
+            logger.info("Evaluation results for %s in csv format:", name)
+            print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def evaluate_variant(trainer_class: Any, cfg: CfgNode, model: nn.Module, suffix: str) -> dict[str, Any]:
+    """Evaluates a variant of the student: results "<name>_<suffix>", predictions in `inference_<suffix>`."""
+    logger.info("Evaluating the variant %s", suffix)
+    folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
+    evaluators = [trainer_class.build_evaluator(cfg, name, folder_of(cfg, name, folder)) for name in cfg.DATASETS.TEST]
+    return {f"{name}_{suffix}": value for name, value in trainer_class.test(cfg, model, evaluators).items()}
+
+
+def check_test_augmentation(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: `TEST.AUG.ENABLED` is set for an architecture that has no test-time augmentation.
+    """
+    if cfg.TEST.AUG.ENABLED and not architecture_class(cfg).SUPPORTS_TTA:
+        raise ConfigError(
+            f"TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}: set "
+            "it False."
+        )
+
+
+def evaluate_with_tta(trainer_class: Any, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    """Evaluates with test-time augmentation (`TEST.AUG`); the results' names end in "_TTA".
+
+    Raises:
+        ConfigError: the architecture has none.
+    """
+    check_test_augmentation(cfg)
+    return evaluate_variant(trainer_class, cfg, architecture_of(model).with_test_augmentation(cfg, model), "TTA")
+
+
+def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str, Any]:
+    """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`; every key must fit.
+
+    Raises:
+        ConfigError: there is nothing to evaluate.
+        StrictLoadingError: the checkpoint does not fit.
+    """
+    last = DetectionCheckpointer(None, cfg.OUTPUT_DIR)
+    path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS
+    if not path:
+        raise ConfigError(
+            "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of "
+            "OUTPUT_DIR."
+        )
+    model = build_network(cfg, "--config-file")
+    load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
+    results = dict(trainer_class.test(cfg, model))
+    if cfg.TEST.AUG.ENABLED:
+        results.update(trainer_class.test_with_tta(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def evaluate_teacher(cfg: CfgNode, model: nn.Module | None = None) -> Results:
+    """Evaluates the teacher on `cfg.DATASETS.TEST`, with its own input sizes and channel order.
+
+    Writes `OUTPUT_DIR/teacher/result.json`.
+
+    Args:
+        cfg: the student's configuration, which names the teacher.
+        model: the teacher, if it is loaded already.
+    """
+    teacher_cfg = teacher_config(cfg)
+    teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+    teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+    model = load_teacher(teacher_cfg) if model is None else model
+    model.eval()
+    results: dict[str, Any] = {}
+    for name in cfg.DATASETS.TEST:
+        logger.info("Evaluating the teacher on %s", name)
+        loader = build_detection_test_loader(teacher_cfg, name)
+        folder = folder_of(cfg, name, os.path.join(teacher_cfg.OUTPUT_DIR, "inference"))
+        results[name] = inference_on_dataset(model, loader, build_evaluator(teacher_cfg, name, folder))
+        if comm.is_main_process():
+            print_csv_format(results[name])
+    if len(results) == 1:
+        results = next(iter(results.values()))
+    if comm.is_main_process():
+        params = sum(p.numel() for p in model.parameters())
+        write_json(
+            os.path.join(teacher_cfg.OUTPUT_DIR, "result.json"),
+            {"metrics": results, "params": params, "weights": teacher_cfg.MODEL.WEIGHTS},
+        )
+    return results

@@ -1,0 +1,222 @@
+"""ResumableTrainer: the training loop with exact resuming, for whatever model a subclass builds."""
+
+import logging
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from d2kd.data.loader import ResumableLoader, build_train_loader
+from detectron2.config import CfgNode
+from detectron2.engine import default_writers, hooks
+from detectron2.engine.train_loop import HookBase, TrainerBase
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+
+from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
+from .hooks import CheckpointHook, InterruptHook, WallTime
+from .optimizer import build_optimizer
+from .scaling import scale_to_processes
+from .train_step import TrainStep, mixed_precision
+
+logger = logging.getLogger(__name__)
+
+
+def _of_step(name: str) -> Any:
+    """An attribute of the trainer that lies in its steps, as in Detectron2's `DefaultTrainer`."""
+    return property(
+        lambda trainer: getattr(trainer._trainer, name), lambda trainer, value: setattr(trainer._trainer, name, value)
+    )
+
+
+class ResumableTrainer(TrainerBase):
+    """Trains a model and saves checkpoints from which a run continues bit by bit.
+
+    It offers what users of Detectron2's `DefaultTrainer` rely on: the `build_*` methods to override, `build_hooks`,
+    `resume_or_load`, `train`, `test`, `model`, `optimizer`, `data_loader`, `scheduler`, `checkpointer`. A subclass says
+    what is built (`build_model`), saved (`build_checkpointer`) and done beside the steps (`build_hooks`).
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: the whole configuration.
+
+        Raises:
+            UserError: whatever in configuration, data or model would fail later, before any training.
+        """
+        super().__init__()
+        self.check_config(cfg)
+        cfg = scale_to_processes(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.network = self.build_model(cfg)
+        loader = self.build_train_loader(cfg)
+        optimizer = self.build_optimizer(cfg, self.network)
+        self._trainer = TrainStep(
+            wrap_data_parallel(self.network),
+            loader,
+            optimizer,
+            precision=mixed_precision(cfg),
+            accumulate=cfg.SOLVER.ACCUMULATE,
+            before_raising=self._save_before_failure,
+            normalized_model=self.normalized_model,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._process_states: list[dict[str, Any]] = []
+        self._saved: tuple[str, int] = ("", -1)
+        self.checkpointer = self.build_checkpointer()
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.wall_time = WallTime()
+        self.register_hooks(self.build_hooks())
+
+    # ---- what a subclass decides ----
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """Raises UserError for what would fail later."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Returns the module that the steps train: its forward pass gives a dict of losses."""
+        raise NotImplementedError
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """Returns the optimizer, see `d2kd.engine.optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+        """Returns Detectron2's schedule of the learning rate."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+        """Returns the training loader, see `d2kd.data.loader`."""
+        return build_train_loader(cfg)
+
+    def build_checkpointer(self) -> DistillCheckpointer:
+        """Returns what saves and loads the run."""
+        return DistillCheckpointer(self.network, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Returns the hooks in the order of their calls: timing, schedule, `after_step_hooks`, writers."""
+        writers = hooks.PeriodicWriter(self.build_writers(), period=20) if comm.is_main_process() else None
+        return [hooks.IterationTimer(), hooks.LRScheduler(), self.wall_time, *self.extra_hooks(), writers]
+
+    def extra_hooks(self) -> list[HookBase | None]:
+        """Returns the hooks between schedule and writers: checkpoints and interruption here."""
+        return [CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD), InterruptHook(self._trainer)]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Returns Detectron2's writers: log, metrics.json and TensorBoard."""
+        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
+    @property
+    def normalized_model(self) -> nn.Module:
+        """The detector whose running loss normalizers belong to the state of the run."""
+        return self.network
+
+    @property
+    def result_file(self) -> str:
+        """What a run writes last, when all is done."""
+        return os.path.join(self.cfg.OUTPUT_DIR, "result.json")
+
+    # ---- the loop ----
+
+    #: What the steps call: the network, maybe wrapped for data parallelism.
+    model = _of_step("model")
+    optimizer = _of_step("optimizer")
+    data_loader = _of_step("data_loader")
+
+    def run_step(self) -> None:
+        """Runs one iteration."""
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training has come to its end."""
+        return self.iter >= self.max_iter
+
+    # ---- saving and resuming ----
+
+    def resume(self) -> bool:
+        """Continues from the last checkpoint of the output directory; returns whether there was one."""
+        if not self.checkpointer.has_checkpoint():
+            return False
+        self.checkpointer.resume_or_load("", resume=True)
+        self.start_iter = self.iter + 1
+        self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
+        logger.info("Resumed from %s: next is iteration %d", self.checkpointer.get_checkpoint_file(), self.start_iter)
+        return True
+
+    def save(self, name: str) -> None:
+        """Writes `name`.pth and marks it as the last checkpoint. All processes must call it."""
+        self._process_states = gather_process_states(self.normalized_model)
+        if comm.is_main_process():
+            self.checkpointer.save(name, iteration=self.iter, methods=self.checkpointer.methods)
+            self.save_more(name)
+        self._saved = name, self.iter
+        comm.synchronize()
+
+    def save_more(self, name: str) -> None:
+        """Writes what stands beside a checkpoint; on the main process."""
+
+    def save_again(self) -> None:
+        """Renews this iteration's checkpoint, if there is one, after an evaluation has changed the state."""
+        name, iteration = self._saved
+        if iteration == self.iter:
+            self.save(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that resuming needs beside what the checkpointer saves itself."""
+        state = super().state_dict()
+        state["_trainer"] = self._trainer.state_dict()
+        state["data_seed"] = self.data_loader.seed
+        state["process_states"] = self._process_states
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` has returned; random states if there are as many processes as before."""
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+        self.data_loader.seed = state_dict["data_seed"]
+        states = state_dict["process_states"]
+        if len(states) == comm.get_world_size():
+            load_process_state(self.normalized_model, states[comm.get_rank()])
+        else:
+            logger.warning(
+                "The checkpoint was written by %d processes, now there are %d: training continues, but not bit by "
+                "bit as it would have.",
+                len(states),
+                comm.get_world_size(),
+            )
+
+    def _save_before_failure(self) -> str:
+        self.iter -= 1  # the state is that after the iteration before
+        name = f"model_before_failure_{self.iter + 1:07d}"
+        self.save(name)
+        self.iter += 1
+        path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
+        return f" The state before this iteration is kept in {path}; --resume continues there."
+
+
+def wrap_data_parallel(model: nn.Module) -> nn.Module:
+    """Returns a model that averages its gradients over the processes; the model itself in a single process.
+
+    Buffers are not broadcast: batch statistics belong to a process until they are saved or evaluated.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(
+        model, device_ids=[comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False
+    )

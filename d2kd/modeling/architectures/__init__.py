@@ -1,0 +1,33 @@
+"""What d2kd knows of architectures: one file a family of models."""
+
+from .base import (
+    ARCHITECTURES,
+    Architecture,
+    ClassCount,
+    architecture_class,
+    architecture_of,
+    num_classes,
+    register_architecture,
+    warn_if_unknown,
+)
+from .build import ArchitectureError, build_network
+from .dense_detector import DenseDetector
+from .rcnn import GeneralizedRCNN, is_region_tap
+from .semantic_segmentor import SemanticSegmentor
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ArchitectureError",
+    "ClassCount",
+    "DenseDetector",
+    "GeneralizedRCNN",
+    "SemanticSegmentor",
+    "architecture_class",
+    "architecture_of",
+    "build_network",
+    "is_region_tap",
+    "num_classes",
+    "register_architecture",
+    "warn_if_unknown",
+]

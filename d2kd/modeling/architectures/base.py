@@ -1,0 +1,184 @@
+"""What d2kd must know of an architecture beyond Detectron2's interface: one object, found by META_ARCHITECTURE."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from d2kd.config import get_key
+from d2kd.distillers import Prediction
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.modeling import META_ARCH_REGISTRY
+
+logger = logging.getLogger(__name__)
+
+#: What d2kd knows of architectures, by META_ARCHITECTURE; see `register_architecture`.
+ARCHITECTURES: dict[str, type["Architecture"]] = {}
+
+
+class ClassCount(NamedTuple):
+    """A configuration key with a number of classes, and the field of a dataset's metadata that lists them."""
+
+    key: str
+    metadata: str = "thing_classes"
+
+
+class Architecture:
+    """What d2kd knows of every Detectron2 model: it has a backbone, with or without a bottom-up network inside.
+
+    A family of models with more to say derives from it in a file of its own, under the META_ARCHITECTURE it describes:
+
+    >>> @register_architecture("RetinaNet")
+    ... class RetinaNetArchitecture(DenseDetector): ...
+
+    The class answers what a configuration decides, an instance (of one model) the rest. Classes derived from a known
+    META_ARCHITECTURE are known too.
+
+    Attributes:
+        KNOWN: whether d2kd knows more than what every Detectron2 model has.
+        CLASSES: where the numbers of classes are configured.
+        EVALUATOR_TYPES: values of `evaluator_type`, in a dataset's metadata, that predictions can be scored by; ()
+            stands for all.
+        SUPPORTS_TTA: whether there is test-time augmentation (TEST.AUG), see `with_test_augmentation`.
+        LOSS_NORMALIZERS: attributes of the model with running normalizers of its losses. They are in no `state_dict`,
+            and belong to the state of a run.
+    """
+
+    KNOWN: ClassVar[bool] = True
+    CLASSES: ClassVar[tuple[ClassCount, ...]] = ()
+    EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ()
+    SUPPORTS_TTA: ClassVar[bool] = False
+    LOSS_NORMALIZERS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Args:
+            model: of this architecture.
+        """
+        self.model = model
+
+    # ---- what a configuration decides ----
+
+    @classmethod
+    def class_counts(cls, cfg: CfgNode) -> list[tuple[ClassCount, int]]:
+        """Returns the numbers of classes that a configuration has, that of the predictions first."""
+        counts = [(count, get_key(cfg, count.key)) for count in cls.CLASSES]
+        return [(count, int(value)) for count, value in counts if value is not None]
+
+    @classmethod
+    def build_mapper(cls, cfg: CfgNode) -> Any:
+        """Returns what turns a training record (a dict in Detectron2's format) into the model's input."""
+        return DatasetMapper(cfg, is_train=True)
+
+    @classmethod
+    def with_test_augmentation(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:
+        """Returns a model that predicts with test-time augmentation, where `SUPPORTS_TTA`."""
+        raise NotImplementedError
+
+    # ---- what a model has ----
+
+    @property
+    def bottom_up(self) -> str:
+        """Path of the bottom-up network: of the whole backbone where there is no neck."""
+        for name in ("bottom_up", "net"):  # FPN; ViTDet's simple feature pyramid
+            if isinstance(getattr(self.backbone, name, None), nn.Module):
+                return f"backbone.{name}"
+        return "backbone"
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """Bottom-up network and neck."""
+        return getattr(self.model, "backbone", None)
+
+    def feature_shapes(self) -> Mapping[str, Any]:
+        """Returns the outputs of the backbone, finest first (Detectron2's `ShapeSpec` by name)."""
+        return self.backbone.output_shape() if hasattr(self.backbone, "output_shape") else {}
+
+    def pooled_levels(self) -> set[str]:
+        """Returns the outputs of the backbone that merely pool the one below (R-CNN's p6)."""
+        top = getattr(self.backbone, "top_block", None)
+        if top is None or any(True for _ in top.parameters()):
+            return set()
+        return set(list(self.feature_shapes())[-top.num_levels :])
+
+    def predictions(self) -> list[Prediction]:
+        """Returns the model's prediction layers; here only the classifier on top of a backbone such as ResNet."""
+        if "linear" in self.feature_shapes():
+            return [Prediction("linear", "class_logits", "image", activation="softmax")]
+        return []
+
+    def loss_normalizers(self) -> dict[str, Any]:
+        """Returns the running loss normalizers, by attribute; some appear with the first batch only."""
+        return {name: vars(self.model)[name] for name in self.LOSS_NORMALIZERS if name in vars(self.model)}
+
+    def load_loss_normalizers(self, values: Mapping[str, Any]) -> None:
+        """Sets the running loss normalizers to those that `loss_normalizers` has returned."""
+        for name, value in values.items():
+            if name in self.LOSS_NORMALIZERS:
+                setattr(self.model, name, value)
+
+
+class UnknownArchitecture(Architecture):
+    """A model that d2kd knows nothing of but its backbone."""
+
+    KNOWN = False
+
+    @classmethod
+    def class_counts(cls, cfg: CfgNode) -> list[tuple[ClassCount, int]]:
+        """Returns MODEL.<ITS NAME>.NUM_CLASSES, the usual place, if there is such a key."""
+        count = ClassCount(f"MODEL.{cfg.MODEL.META_ARCHITECTURE.upper()}.NUM_CLASSES")
+        value = get_key(cfg, count.key)
+        return [] if value is None else [(count, int(value))]
+
+
+def register_architecture(*names: str) -> Any:
+    """Registers a class as the `Architecture` of some META_ARCHITECTURES; a decorator."""
+
+    def register(cls: type[Architecture]) -> type[Architecture]:
+        for name in names:
+            if name in ARCHITECTURES:
+                raise ValueError(f"{name} is registered already, as {ARCHITECTURES[name].__qualname__}.")
+            ARCHITECTURES[name] = cls
+        return cls
+
+    return register
+
+
+def architecture_class(cfg: CfgNode) -> type[Architecture]:
+    """Returns the `Architecture` of `cfg.MODEL.META_ARCHITECTURE`, or of the nearest of its base classes."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    return _of_class(META_ARCH_REGISTRY.get(name)) if name in META_ARCH_REGISTRY else UnknownArchitecture
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """Returns what d2kd knows of a model, by its class or the nearest of its base classes."""
+    return _of_class(type(model))(model)
+
+
+def _of_class(model_class: Any) -> type[Architecture]:
+    for base in getattr(model_class, "__mro__", ()):
+        if base.__name__ in ARCHITECTURES:
+            return ARCHITECTURES[base.__name__]
+    return UnknownArchitecture
+
+
+def num_classes(cfg: CfgNode) -> tuple[str, int] | None:
+    """Returns the configuration key and its number of classes; None for architectures without, or unknown to d2kd."""
+    counts = architecture_class(cfg).class_counts(cfg)
+    return (counts[0][0].key, counts[0][1]) if counts else None
+
+
+def warn_if_unknown(cfg: CfgNode, whose: str) -> None:
+    """Logs what d2kd cannot do for an architecture that nobody has registered."""
+    if not architecture_class(cfg).KNOWN:
+        logger.warning(
+            "%s: d2kd does not know MODEL.META_ARCHITECTURE %s. Its features can be distilled; its predictions "
+            "(LogitKD, HeadRegression without TAPS), its number of classes and running loss normalizers are unknown. "
+            "To describe it, see docs/architectures.md.",
+            whose,
+            cfg.MODEL.META_ARCHITECTURE,
+        )

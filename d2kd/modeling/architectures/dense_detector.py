@@ -1,0 +1,58 @@
+"""RetinaNet, FCOS and their like: a head whose layers run once a feature level, one prediction an anchor or point."""
+
+from typing import Any
+
+from torch import nn
+
+from d2kd.distillers import Prediction
+
+from .base import Architecture, ClassCount, register_architecture
+
+
+class DenseDetector(Architecture):
+    """Detectron2's dense detectors: `head`, `head_in_features`, and `anchor_generator` where they have anchors."""
+
+    EVALUATOR_TYPES = ("coco", "cityscapes_instance", "pascal_voc")
+    LOSS_NORMALIZERS = ("loss_normalizer",)
+
+    def predictions(self) -> list[Prediction]:
+        """Returns class logits and box deltas of every level."""
+        return [*self._on_levels("class_logits", "cls_score", "sigmoid"), *self._on_levels("box_deltas", "bbox_pred")]
+
+    def _on_levels(self, kind: str, layer: str, activation: str = "") -> list[Prediction]:
+        if not isinstance(getattr(self.model.head, layer, None), nn.Module):
+            return []
+        requires = {"encoding of boxes (BBOX_REG_WEIGHTS)": box_encoding(self.model)} if kind == "box_deltas" else {}
+        return [
+            Prediction(
+                f"head.{layer}@{i}", kind, "anchor", level, activation, requires={**self._anchors(i), **requires}
+            )
+            for i, level in enumerate(self.model.head_in_features)
+        ]
+
+    def _anchors(self, level: int) -> dict[str, str]:
+        cells = list(getattr(getattr(self.model, "anchor_generator", None), "cell_anchors", ()))
+        boxes = cells[level].tolist() if cells else []
+        sizes = ", ".join(f"{x1 - x0:.4g}x{y1 - y0:.4g}" for x0, y0, x1, y1 in boxes)
+        return {"anchors (width x height; MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS)": sizes}
+
+
+@register_architecture("RetinaNet")
+class RetinaNet(DenseDetector):
+    """RetinaNet (arXiv 1708.02002)."""
+
+    CLASSES = (ClassCount("MODEL.RETINANET.NUM_CLASSES"),)
+
+
+@register_architecture("FCOS")
+class FCOS(DenseDetector):
+    """FCOS (arXiv 1904.01355), whose points are anchors of no size."""
+
+    CLASSES = (ClassCount("MODEL.FCOS.NUM_CLASSES"),)
+
+
+def box_encoding(module: nn.Module) -> Any:
+    """Returns how a module turns boxes into deltas: a class and its numbers."""
+    transform = getattr(module, "box2box_transform", None)
+    weights = getattr(transform, "weights", None)
+    return type(transform).__name__, weights and tuple(weights), getattr(transform, "normalize_by_size", None)

@@ -1,0 +1,113 @@
+"""R-CNNs: a box head that works on regions, once or in the stages of a cascade."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from d2kd.distillers import Prediction
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNNWithTTA
+
+from .base import Architecture, ClassCount, register_architecture
+from .dense_detector import box_encoding
+
+_PER_REGION = ("roi_heads.box_predictor", "roi_heads.box_head")
+
+
+class Stage(NamedTuple):
+    """Head and predictor of one cascade stage; an R-CNN without a cascade has one."""
+
+    head: nn.Module
+    predictor: nn.Module
+    #: ".0", ".1", ... behind the names of head and predictor in a cascade, else "".
+    suffix: str
+
+
+@register_architecture("GeneralizedRCNN")
+class GeneralizedRCNN(Architecture):
+    """Faster, Mask and Cascade R-CNN, with a pyramid or as "C4" and "DC5"."""
+
+    CLASSES = (ClassCount("MODEL.ROI_HEADS.NUM_CLASSES"),)
+    EVALUATOR_TYPES = ("coco", "cityscapes_instance", "pascal_voc")
+    SUPPORTS_TTA = True
+
+    @classmethod
+    def with_test_augmentation(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:
+        """Returns Detectron2's `GeneralizedRCNNWithTTA`."""
+        return GeneralizedRCNNWithTTA(cfg, model)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of the box head; [] for models without one."""
+        heads = getattr(self.model, "roi_heads", None)
+        predictor = getattr(heads, "box_predictor", None)
+        if not isinstance(predictor, nn.Module):
+            return []
+        if isinstance(predictor, nn.ModuleList):
+            return [Stage(h, p, f".{i}") for i, (h, p) in enumerate(zip(heads.box_head, predictor))]
+        # the heads of "C4" models share a ResNet stage, and predict from its mean over the region
+        head = heads.box_head if hasattr(heads, "box_head") else _MeanOf(heads.res5)
+        return [Stage(head, predictor, "")]
+
+    @property
+    def pooler(self) -> nn.Module:
+        """What cuts regions out of feature maps for the box head; called with (maps, boxes of each image)."""
+        heads = self.model.roi_heads
+        return heads.box_pooler if hasattr(heads, "box_pooler") else heads.pooler
+
+    @property
+    def pooled_features(self) -> list[str]:
+        """Outputs of the backbone that the pooler reads."""
+        heads = self.model.roi_heads
+        return list(heads.box_in_features if hasattr(heads, "box_in_features") else heads.in_features)
+
+    def stage_of(self, tap: str) -> int | None:
+        """Returns the number of the stage in whose head or predictor a tap lies; None for none."""
+        for number, stage in enumerate(self.stages):
+            if tap.startswith(tuple(f"{part}{stage.suffix}." for part in _PER_REGION)):
+                return number
+        return None
+
+    def predictions(self) -> list[Prediction]:
+        """Returns class logits and box deltas of the box predictor, of each stage of a cascade."""
+        found = super().predictions()
+        for number, stage in enumerate(self.stages):
+            sigmoid = bool(getattr(stage.predictor, "use_sigmoid_ce", False))
+            tap = f"roi_heads.box_predictor{stage.suffix}"
+            if isinstance(getattr(stage.predictor, "cls_score", None), nn.Module):
+                activation = "sigmoid" if sigmoid else "softmax"
+                # sigmoid classifiers have a column for the background too, and do not train it
+                found.append(Prediction(f"{tap}.cls_score", "class_logits", "region", number, activation, int(sigmoid)))
+            if isinstance(getattr(stage.predictor, "bbox_pred", None), nn.Module):
+                requires = {
+                    "class-agnostic setting of boxes (MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG)": (
+                        stage.predictor.bbox_pred.out_features == 4
+                    ),
+                    "encoding of boxes (MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS, of a cascade "
+                    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS)": box_encoding(stage.predictor),
+                }
+                found.append(Prediction(f"{tap}.bbox_pred", "box_deltas", "region", number, requires=requires))
+        return found
+
+
+@register_architecture("ProposalNetwork")
+class ProposalNetwork(Architecture):
+    """Detectron2's region proposal network alone."""
+
+    EVALUATOR_TYPES = ("coco",)
+
+
+def is_region_tap(tap: str) -> bool:
+    """Returns whether a tap gives one row a region: it lies in the box head or box predictor of an R-CNN."""
+    return tap.startswith(_PER_REGION)
+
+
+class _MeanOf(nn.Module):
+    """Mean over each region of what a module gives."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x).mean(dim=(2, 3))

@@ -1,0 +1,20 @@
+"""Taps: features of any Detectron2 model by address; how they are recorded, what is known of them, and their pairs."""
+
+from .address import Tap, TapError, is_in_backbone, last_norm, resolve_tap, tap_names
+from .pairing import pairs_of_methods, shared_levels, shared_predictions
+from .recording import FeatureTaps
+from .shapes import describe_taps
+
+__all__ = [
+    "FeatureTaps",
+    "Tap",
+    "TapError",
+    "describe_taps",
+    "is_in_backbone",
+    "last_norm",
+    "pairs_of_methods",
+    "resolve_tap",
+    "shared_levels",
+    "shared_predictions",
+    "tap_names",
+]

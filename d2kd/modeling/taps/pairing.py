@@ -1,0 +1,100 @@
+"""Which features a method compares: taps of both networks, pair by pair."""
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from d2kd.distillers import DISTILLERS, TapPair
+from detectron2.config import CfgNode
+
+from ..architectures import architecture_of
+from .address import TapError, tap_names
+from .shapes import describe_taps
+
+logger = logging.getLogger(__name__)
+
+#: Levels with fewer cells across are not distilled unless a recipe names them.
+MIN_LEVEL_SIZE = 4
+
+
+def pairs_of_methods(
+    cfg: CfgNode, methods: Sequence[str], student: nn.Module, teacher: nn.Module
+) -> dict[str, list[TapPair]]:
+    """Returns the pairs of every method: those that the configuration names, else all that both networks have.
+
+    Raises:
+        TapError: a tap is unknown, or nothing is shared and nothing named.
+    """
+    names = {method: _names_of(cfg, method, student, teacher) for method in methods}
+    for method, pairs in names.items():
+        logger.info("%s at %s", method, ", ".join(s if s == t else f"{s} <- {t}" for s, t in pairs))
+    ours = describe_taps(student, [s for pairs in names.values() for s, _ in pairs])
+    theirs = describe_taps(teacher, [t for pairs in names.values() for _, t in pairs])
+    return {method: [TapPair(ours[s], theirs[t]) for s, t in pairs] for method, pairs in names.items()}
+
+
+def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    """The taps of student and teacher that a method compares."""
+    kind, key = DISTILLERS.get(method).PREDICTION, f"DISTILL.{DISTILLERS.get(method).NODE}"
+    node = cfg.DISTILL[DISTILLERS.get(method).NODE]
+    if node.TAPS:
+        ours, theirs = list(node.TAPS), list(node.TEACHER_TAPS or node.TAPS)
+    else:
+        shared = _shared(cfg, kind, student, teacher)
+        ours, theirs = [s for s, _ in shared], list(node.TEACHER_TAPS) or [t for _, t in shared]
+    if not ours:
+        raise TapError(_nothing_shared(key, kind, student, teacher))
+    if len(ours) != len(theirs):
+        raise TapError(
+            f"{key}.TAPS names {len(ours)} features and {key}.TEACHER_TAPS {len(theirs)}; they are compared pair by "
+            "pair."
+        )
+    return list(zip(ours, theirs))
+
+
+def _shared(cfg: CfgNode, kind: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    if kind:
+        return shared_predictions(student, teacher, kind)
+    side = min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
+    return [(name, name) for name in shared_levels(student, teacher, side)]
+
+
+def _nothing_shared(key: str, kind: str, student: nn.Module, teacher: nn.Module) -> str:
+    if kind:
+        example = "head.cls_score@0" if kind == "class_logits" else "head.bbox_pred@0"
+        return (
+            f"{key}.TAPS is empty, and a {type(student).__name__} and a {type(teacher).__name__} make no {kind} at the "
+            f"same places that d2kd knows. Name the modules in {key}.TAPS and {key}.TEACHER_TAPS, e.g. ['{example}'], "
+            "or take the method out of DISTILL.METHODS."
+        )
+    return (
+        f"{key}.TAPS is empty, and the backbones share no output: the student's has {', '.join(tap_names(student))}, "
+        f"the teacher's {', '.join(tap_names(teacher))}. Name the features in {key}.TAPS and {key}.TEACHER_TAPS."
+    )
+
+
+def shared_predictions(student: nn.Module, teacher: nn.Module, kind: str) -> list[tuple[str, str]]:
+    """Returns the taps of student and teacher of the predictions of a kind that both make; maybe none."""
+    ours, theirs = (
+        {(p.location, p.place): p.tap for p in architecture_of(model).predictions() if p.kind == kind}
+        for model in (student, teacher)
+    )
+    return [(tap, theirs[place]) for place, tap in ours.items() if place in theirs]
+
+
+def shared_levels(student: nn.Module, teacher: nn.Module, image_side: int = 0) -> list[str]:
+    """Returns the outputs that both backbones have, finest first.
+
+    Left out are levels that merely pool the one below (R-CNN's p6), and, for images whose shorter side is `image_side`
+    pixels, levels of fewer than four cells across: statistics over so few cells are noise, and imitating them drowns
+    the other levels.
+    """
+    ours, theirs = architecture_of(student), architecture_of(teacher)
+    pooled, shapes = ours.pooled_levels() | theirs.pooled_levels(), ours.feature_shapes()
+    shared = [name for name in shapes if name in theirs.feature_shapes() and name not in pooled]
+    small = [name for name in shared if 0 < image_side < MIN_LEVEL_SIZE * (shapes[name].stride or 1)]
+    if small and len(small) < len(shared):
+        logger.info("Too small to distil by default on images of %d pixels: %s", image_side, ", ".join(small))
+        return [name for name in shared if name not in small]
+    return shared

@@ -1,0 +1,186 @@
+"""Reads, or replaces, tapped features with removable hooks; the model is not edited."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .address import Tap, TapError, resolve_tap
+
+_RELUS = {torch.relu, torch.relu_, torch.nn.functional.relu, torch.nn.functional.relu_, Tensor.relu, Tensor.relu_}
+
+
+class _LastReluInput(TorchFunctionMode):
+    """While active, runs every ReLU out of place and remembers what went into the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+        self.result: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _RELUS:
+            self.value = args[0]
+            self.result = torch.relu(args[0])
+            return self.result
+        return func(*args, **(kwargs or {}))
+
+
+class _AllTapsFired(Exception):
+    """Ends a forward pass that has nothing more to give."""
+
+
+class FeatureTaps:
+    """Reads, or replaces, a fixed set of taps of one model.
+
+    >>> taps = FeatureTaps(model, ["p3", "p4"])
+    >>> with taps.recording() as features:
+    ...     model(batched_inputs)
+    >>> features["p3"]
+
+    Hooks exist only inside the block, nothing is stored on the model, and the tensors keep their autograd graph.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """
+        Raises:
+            TapError: the model has no such feature.
+        """
+        self.taps = [resolve_tap(model, name) for name in dict.fromkeys(names)]
+
+    @contextlib.contextmanager
+    def recording(self, stop_when_done: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Yields a dict that the forward passes inside fill: tap name to tensor.
+
+        Args:
+            stop_when_done: end the forward pass inside the block as soon as every tap has fired.
+
+        Raises:
+            TapError: at the end of the block, for a tap that did not fire; when it happens, for a tap that fires twice
+                or gives no tensor.
+        """
+        features: dict[str, Tensor] = {}
+        with self._attached(_Recorder(features, len(self.taps) if stop_when_done else None)):
+            yield features
+
+    @contextlib.contextmanager
+    def _attached(self, recorder: "_Recorder") -> Iterator[None]:
+        try:
+            for tap in self.taps:
+                recorder.attach(tap)
+            yield
+        except _AllTapsFired:
+            pass
+        finally:
+            recorder.detach()
+        missing = [tap.name for tap in self.taps if tap.name not in recorder.features]
+        if missing:
+            raise TapError(
+                f"Taps that did not fire in the forward pass: {', '.join(missing)}. The model does not run them in "
+                "this mode."
+            )
+
+    @contextlib.contextmanager
+    def replacing(self, replace: Callable[[str, Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Like `recording`, but what the model computes with behind each tap is `replace(name, feature)`.
+
+        Yields:
+            The features as they were before they were replaced, by tap name.
+
+        Raises:
+            TapError: as in `recording`; and for a ".pre_relu" whose block does not end with that ReLU.
+        """
+        features: dict[str, Tensor] = {}
+        with self._attached(_Recorder(features, None, replace)):
+            yield features
+
+
+class _Recorder:
+    """The hooks of one recording."""
+
+    def __init__(
+        self,
+        features: dict[str, Tensor],
+        stop_after: int | None,
+        replace: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.features = features
+        self.stop_after = stop_after
+        self.replace = replace
+        self.handles: list[Any] = []
+        self.modes: list[_LastReluInput] = []
+
+    def attach(self, tap: Tap) -> None:
+        if tap.pre_relu:
+            self.handles.append(tap.module.register_forward_pre_hook(self._enter_block))
+            self.handles.append(tap.module.register_forward_hook(self._leave_block(tap)))
+        else:
+            self.handles.append(tap.module.register_forward_hook(self._take_output(tap)))
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        while self.modes:  # an exception inside a block left its mode behind
+            self.modes.pop().__exit__(None, None, None)
+
+    def _enter_block(self, module: nn.Module, args: tuple) -> None:
+        mode = _LastReluInput()
+        mode.__enter__()
+        self.modes.append(mode)
+
+    def _leave_block(self, tap: Tap) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+            mode = self.modes.pop()
+            mode.__exit__(None, None, None)
+            if mode.value is None:
+                raise TapError(
+                    f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
+                )
+            self._store(tap, mode.value)
+            if self.replace is None:
+                return None
+            if mode.result is not output:
+                raise TapError(
+                    f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does "
+                    "not give the block's output. Use the tap of the stage itself."
+                )
+            return torch.relu(self.replace(tap.name, mode.value))
+
+        return hook
+
+    def _take_output(self, tap: Tap) -> Callable:
+        calls = 0
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if tap.call is not None and tap.call != calls - 1:
+                return None
+            value = output if tap.key is None else output[tap.key]
+            value = value.permute(0, 3, 1, 2) if tap.channels_last else value
+            self._store(tap, value)
+            return None if self.replace is None else _put(tap, output, self.replace(tap.name, value))
+
+        return hook
+
+    def _store(self, tap: Tap, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TapError(f"Tap {tap.name!r} gives a {type(value).__name__}, not a tensor: name a module inside it.")
+        if tap.name in self.features:
+            raise TapError(
+                f"Tap {tap.name!r} fires more than once in a forward pass: choose a call, e.g. '{tap.name}@0'."
+            )
+        self.features[tap.name] = value
+        if self.stop_after == len(self.features):
+            raise _AllTapsFired
+
+
+def _put(tap: Tap, output: Any, value: Tensor) -> Any:
+    """The output of the tap's module with another value at the tap."""
+    value = value.permute(0, 2, 3, 1) if tap.channels_last else value
+    return value if tap.key is None else {**output, tap.key: value}

@@ -1,0 +1,66 @@
+"""What is known of tapped features before training: channels and strides, seen on a blank image, and more."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from d2kd.distillers import NormAffine, TapInfo
+from d2kd.rng import preserve_rng_state
+
+from ..architectures import architecture_of, is_region_tap
+from .address import TapError, is_in_backbone, last_norm
+from .recording import FeatureTaps
+
+#: Side of the blank image, in pixels, that shows the shapes of tapped features.
+_PROBE_SIZE = 128
+
+
+@torch.no_grad()
+def describe_taps(model: nn.Module, names: Sequence[str]) -> dict[str, TapInfo]:
+    """Returns channels, strides, meaning and norms of tapped features.
+
+    Raises:
+        TapError: a tap is unknown, does not fire, fires twice, or is neither a feature map (N, C, H, W) nor a vector
+            (R, C) a region or image.
+    """
+    predictions = {p.tap: p for p in architecture_of(model).predictions()}
+    described = {}
+    for name, (channels, stride) in _shapes(model, names).items():
+        described[name] = TapInfo(name, channels, stride, predictions.get(name), _norm_before(model, name, channels))
+    return described
+
+
+def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Channels and strides of tapped features, 0 for vectors."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    blank = torch.zeros(3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)
+    widths: list[int] = []
+    handle = model.backbone.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[-1]))
+    taps = FeatureTaps(model, names)
+    in_backbone = all(is_in_backbone(model, tap.name) for tap in taps.taps)
+    model.eval()
+    try:
+        with preserve_rng_state(device), taps.recording(stop_when_done=in_backbone) as features:
+            model([{"image": blank, "height": _PROBE_SIZE, "width": _PROBE_SIZE}])
+    finally:
+        handle.remove()
+        model.train(was_training)
+    for name, feature in features.items():
+        if feature.dim() not in (2, 4):
+            raise TapError(
+                f"Tap {name!r} has the shape {tuple(feature.shape)}; only feature maps (N, C, H, W) and vectors (R, "
+                "C) can be distilled."
+            )
+    return {n: (f.shape[1], widths[0] / f.shape[-1] if f.dim() == 4 else 0.0) for n, f in features.items()}
+
+
+def _norm_before(model: nn.Module, tap: str, channels: int) -> NormAffine | None:
+    norm = None if is_region_tap(tap) else last_norm(model, tap)
+    if norm is None or norm.running_var.numel() != channels:
+        return None
+    weight, bias = norm.weight, norm.bias
+    if weight is None:  # a norm without scale and shift
+        return NormAffine(torch.ones_like(norm.running_var), torch.zeros_like(norm.running_var))
+    return NormAffine(weight.detach(), bias.detach())

@@ -1,0 +1,33 @@
+"""The pass over the whole image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..taps import FeatureTaps
+from ..teacher import Inputs, Teacher
+from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
+
+
+@TEACHER_PASSES.register()
+class DensePass(TeacherPass):
+    """Runs the teacher over the whole image, as far as its deepest tap, before the student."""
+
+    def __init__(self, teacher: Teacher, taps: Any) -> None:
+        """
+        Raises:
+            TapError: the teacher has no such feature.
+        """
+        super().__init__(teacher, taps)
+        self._taps = FeatureTaps(teacher.model, self.taps)
+
+    @torch.no_grad()
+    def __call__(
+        self, batched_inputs: Inputs, guidance: Any = None, dense: Mapping[str, Tensor] | None = None
+    ) -> TeacherFeatures:
+        """As in the base class; only the images are needed."""
+        with self.teacher.autocast(), self._taps.recording(stop_when_done=True) as maps:
+            self.teacher.model(self.teacher.prepare(batched_inputs))
+        return TeacherFeatures(maps, {})

@@ -1,0 +1,113 @@
+"""The pass of a box head over the regions that the student sampled."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2kd.distillers import TapPair
+from detectron2.config import CfgNode
+
+from ..architectures import GeneralizedRCNN, architecture_of
+from ..taps import FeatureTaps, TapError
+from ..teacher import Inputs, Teacher
+from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
+
+#: Boxes of each image (Detectron2's `Boxes`), one list a call of the student's box pooler.
+Regions = list[Sequence[Any]]
+
+
+@TEACHER_PASSES.register()
+class RegionPass(TeacherPass):
+    """Runs the teacher's pooler and box head, without backbone and proposals, on the regions of the student's box head.
+
+    In a cascade, each stage has its own regions. Rows of student and teacher mean the same regions, in the same order.
+    """
+
+    needs_student = True
+
+    def __init__(self, student: nn.Module, teacher: Teacher, taps: Sequence[tuple[int, str]]) -> None:
+        """
+        Args:
+            student: an R-CNN.
+            teacher: of an R-CNN.
+            taps: in the teacher's box head, each with the stage of the student whose regions it gets.
+
+        Raises:
+            TapError: the teacher has no such tap, or one is asked for on the regions of two stages.
+        """
+        super().__init__(teacher, [tap for _, tap in taps])
+        ours, theirs = _rcnn(student), _rcnn(teacher.model)
+        self._inputs = theirs.pooled_features
+        self._student_pooler, self._pooler = ours.pooler, theirs.pooler
+        self._runs = []
+        pairs = [(stage, _stage_of(theirs, tap), tap) for stage, tap in taps]
+        for student_stage, stage in dict.fromkeys((s, t) for s, t, _ in pairs):
+            names = [tap for s, t, tap in pairs if (s, t) == (student_stage, stage)]
+            self._runs.append((student_stage, theirs.stages[stage], FeatureTaps(teacher.model, names)))
+        names = [tap.name for *_, taps_of_run in self._runs for tap in taps_of_run.taps]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise TapError(
+                f"The teacher's taps {', '.join(twice)} are compared with several stages of the student's cascade: "
+                "pair each with one stage."
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: Teacher, pairs: Iterable[TapPair]) -> "RegionPass":
+        """As in the base class.
+
+        Raises:
+            TapError: a tap of student or teacher gives no rows of regions.
+        """
+        architecture = _rcnn(student)
+        taps = {(_stage_of(architecture, pair.student.name, "student"), pair.teacher.name): None for pair in pairs}
+        return cls(student, teacher, list(taps))
+
+    @property
+    def inputs(self) -> list[str]:
+        """The maps that the pooler reads."""
+        return self._inputs
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Regions]:
+        """Yields a list that the student's forward pass fills: the regions of each stage, N `Boxes` each."""
+        regions: Regions = []
+        # the pooler is called with (features, boxes), so its rows and those of all that follows are exactly these boxes
+        handle = self._student_pooler.register_forward_pre_hook(lambda module, args: regions.append(args[1]))
+        try:
+            yield regions
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def __call__(self, batched_inputs: Inputs, guidance: Regions, dense: Mapping[str, Tensor]) -> TeacherFeatures:
+        """As in the base class; the regions are in pixels of the padded image, the same frame for both models."""
+        maps = [dense[name] for name in self._inputs]
+        outputs: dict[str, Tensor] = {}
+        with self.teacher.autocast():
+            for student_stage, stage, taps in self._runs:
+                with taps.recording() as recorded:
+                    stage.predictor(stage.head(self._pooler(maps, guidance[student_stage])))
+                outputs.update(recorded)
+        return TeacherFeatures(outputs, {})
+
+
+def _rcnn(model: nn.Module) -> GeneralizedRCNN:
+    architecture = architecture_of(model)
+    if not isinstance(architecture, GeneralizedRCNN) or not architecture.stages:
+        raise TapError(f"A {type(model).__name__} has no box head, so there are no regions to compare its features on.")
+    return architecture
+
+
+def _stage_of(architecture: GeneralizedRCNN, tap: str, whose: str = "") -> int:
+    stage = architecture.stage_of(tap)
+    if stage is None and whose == "student":
+        raise TapError(
+            f"Tap {tap!r} of the student does not lie in its box head, so a tap in the teacher's has no regions."
+        )
+    if stage is None:
+        raise TapError(f"Tap {tap!r} lies in no stage of the {type(architecture.model).__name__}'s box head.")
+    return stage

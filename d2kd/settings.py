@@ -1,0 +1,160 @@
+"""Settings: each key of a configurable part is declared once, with its default, range and documentation."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from d2kd.errors import ConfigError, did_you_mean, require_choice
+from detectron2.config import CfgNode
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of one key; see `setting` for its fields."""
+
+    default: Any
+    doc: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    items: type | None = None
+    iterations: bool = False
+    config_only: bool = False
+    key: str = ""
+
+    def check(self, key: str, value: Any) -> Any:
+        """Returns the value in the type of the default (a whole number may stand for a float, a tuple for a list).
+
+        Args:
+            key: the whole key, for the message.
+
+        Raises:
+            ConfigError: the value has another type, or is out of range.
+        """
+        if not isinstance(self.default, list):
+            return self._check_one(key, value, type(self.default))
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key} is {value!r}; it must be a list.")
+        kind = self.items or str
+        return [self._check_one(f"{key}[{i}]", item, kind) for i, item in enumerate(value)]
+
+    def _check_one(self, key: str, value: Any, kind: type) -> Any:
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigError(f"{key} is {value!r}; it must be of type {kind.__name__}.")
+        if self.choices:
+            require_choice(key, value, self.choices)
+        if kind in (int, float):
+            self._check_range(key, value)
+        return value
+
+    def _check_range(self, key: str, value: float) -> None:
+        rules = [
+            (self.at_least, lambda bound: value >= bound, "at least"),
+            (self.above, lambda bound: value > bound, "above"),
+            (self.at_most, lambda bound: value <= bound, "at most"),
+            (self.below, lambda bound: value < bound, "below"),
+        ]
+        given = [(bound, holds, words) for bound, holds, words in rules if bound is not None]
+        if not math.isfinite(value) or not all(holds(bound) for bound, holds, _ in given):
+            rule = " and ".join(f"{words} {bound:g}" for bound, _, words in given) or "a finite number"
+            raise ConfigError(f"{key} is {value}; it must be {rule}.")
+
+    def scaled(self, value: Any, factor: float) -> Any:
+        """Returns a number of iterations, or a list of them, times a factor, rounded and still within range."""
+        if isinstance(value, (list, tuple)):
+            return [self.scaled(item, factor) for item in value]
+        lowest = self.at_least if self.at_least is not None else -math.inf
+        return int(max(lowest, round(value * factor)))
+
+
+def setting(default: Any, doc: str, **declaration: Any) -> Any:
+    """Declares a key in the body of a `Configurable` class: `ratio: float = setting(0.65, "Share ...", at_least=0)`.
+
+    Args:
+        default: of the YAML key and of the constructor's argument; its type is the key's type.
+        doc: what it means, with its unit.
+        declaration: `choices` (words that are allowed), `at_least`, `above`, `at_most`, `below` (bounds of a number, or
+            of every number in a list), `items` (type of a list's items, by default str), `iterations=True` (counted in
+            iterations: scaled with the number of processes, see SOLVER.REFERENCE_WORLD_SIZE), `config_only=True` (a
+            YAML key that is no argument of the constructor), `key` (the YAML key, by default the name in capitals).
+    """
+    return Setting(default, doc, **declaration)
+
+
+class Configurable:
+    """A part with settings: its constructor's arguments and the keys of its YAML node have the same defaults.
+
+    Attributes:
+        DEFAULTS: defaults that differ from those that a base class declares, by YAML key.
+    """
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        """Returns the declarations by attribute, those of base classes first."""
+        found: dict[str, Setting] = {}
+        for part in reversed(cls.__mro__):
+            found.update({name: value for name, value in vars(part).items() if isinstance(value, Setting)})
+        return found
+
+    @classmethod
+    def keys(cls) -> dict[str, Setting]:
+        """Returns the declarations by YAML key, with the defaults of this class."""
+        keys = {declared.key or name.upper(): declared for name, declared in cls.settings().items()}
+        defaults = {
+            key: value for part in reversed(cls.__mro__) for key, value in vars(part).get("DEFAULTS", {}).items()
+        }
+        return {key: _with_default(declared, defaults.get(key, declared.default)) for key, declared in keys.items()}
+
+    @classmethod
+    def default_node(cls) -> CfgNode:
+        """Returns the YAML node with all defaults."""
+        defaults = {key: declared.default for key, declared in cls.keys().items()}
+        return CfgNode({key: list(value) if isinstance(value, list) else value for key, value in defaults.items()})
+
+    @classmethod
+    def check_node(cls, node: CfgNode, where: str) -> None:
+        """
+        Args:
+            where: the node's own key, for messages.
+
+        Raises:
+            ConfigError: a value has another type than its default, or is out of range.
+        """
+        for key, declared in cls.keys().items():
+            declared.check(f"{where}.{key}", node[key])
+
+    @classmethod
+    def arguments(cls, node: CfgNode) -> dict[str, Any]:
+        """Returns the constructor's arguments that a YAML node holds."""
+        declarations = cls.settings().items()
+        return {name: node[d.key or name.upper()] for name, d in declarations if not d.config_only}
+
+    def configure(self, given: Mapping[str, Any], where: str) -> None:
+        """Sets every setting as an attribute: what is given, else its default.
+
+        Args:
+            given: by attribute, as a constructor gets them.
+            where: the YAML node, for messages.
+
+        Raises:
+            ConfigError: a value has another type than its default, or is out of range.
+            TypeError: there is no such setting.
+        """
+        keys = self.keys()
+        known = {name: d.key or name.upper() for name, d in self.settings().items() if not d.config_only}
+        for name in given:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}.{did_you_mean(name, known)}")
+        for name, key in known.items():
+            setattr(self, name, keys[key].check(f"{where}.{key}", given.get(name, keys[key].default)))
+
+
+def _with_default(declared: Setting, default: Any) -> Setting:
+    return declared if default is declared.default else Setting(**{**vars(declared), "default": default})
