@@ -227,7 +227,7 @@ def _called_with_cfg(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    # omegaconf is no dependency; its nodes are recognised by where their class comes from.
+    # omegaconf is no dependency; its nodes are recognized by where their class comes from.
     return isinstance(value, _CfgNode) or (
         type(value).__name__ == "DictConfig" and type(value).__module__.startswith("omegaconf")
     )

@@ -119,7 +119,7 @@ _PROPOSALS = {
         "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         # Of rotated anchors, degrees.
         "ANGLES": [[-90, 0, 90]],
-        # Centre of the first anchor, in strides; 0.5 centres anchors in their cells.
+        # Center of the first anchor, in strides; 0.5 centers anchors in their cells.
         "OFFSET": 0.0,
     },
     "RPN": {
@@ -301,7 +301,7 @@ _SOLVER = {
     "MOMENTUM": 0.9,
     "NESTEROV": False,
     "WEIGHT_DECAY": 0.0001,
-    # Of normalisation layers; of biases (None: as all others).
+    # Of normalization layers; of biases (None: as all others).
     "WEIGHT_DECAY_NORM": 0.0,
     "WEIGHT_DECAY_BIAS": None,
     "BIAS_LR_FACTOR": 1.0,

@@ -211,7 +211,7 @@ build_transform_gens = build_augmentation
 def gen_crop_transform_with_instance(
     crop_size: Sequence[int], image_size: Sequence[int], instance: dict[str, Any]
 ) -> CropTransform:
-    """A random crop that contains the centre of an instance's box.
+    """A random crop that contains the center of an instance's box.
 
     Args:
         crop_size: (height, width) of the crop.
@@ -222,7 +222,7 @@ def gen_crop_transform_with_instance(
     box = BoxMode.convert(np.array([instance["bbox"]], float), instance["bbox_mode"], BoxMode.XYXY_ABS)[0]
     center = np.array([box[1] + box[3], box[0] + box[2]]) * 0.5
     assert (center >= 0).all() and (center <= size).all(), (
-        f"the box {box.tolist()} has its centre outside the image of {tuple(size)} (height, width)"
+        f"the box {box.tolist()} has its center outside the image of {tuple(size)} (height, width)"
     )
     assert (crop <= size).all(), f"the crop {tuple(crop)} is larger than the image {tuple(size)} (height, width)"
     low = np.maximum(np.floor(center).astype(np.int32) - crop, 0)

@@ -46,7 +46,7 @@ __all__ = [
 
 class DefaultTrainer(TrainerBase):
     """
-    Trains the model of a config with its data, optimiser, schedule, checkpoints and evaluations::
+    Trains the model of a config with its data, optimizer, schedule, checkpoints and evaluations::
 
         trainer = DefaultTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
@@ -156,7 +156,7 @@ class DefaultTrainer(TrainerBase):
             super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return iteration, hooks' states, and optimiser and loss scale under "_trainer"."""
+        """Return iteration, hooks' states, and optimizer and loss scale under "_trainer"."""
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ class DefaultTrainer(TrainerBase):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser."""
+        """The optimizer."""
         return self._trainer.optimizer
 
     @optimizer.setter
@@ -200,7 +200,7 @@ class DefaultTrainer(TrainerBase):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimiser."""
+        """Build the optimizer."""
         return build_optimizer(cfg, model)
 
     @classmethod

@@ -73,7 +73,7 @@ def _flat_floats(results: Any) -> dict[str, float]:
 
 class PreciseBN(HookBase):
     """
-    Replaces batch normalisation's moving averages by the statistics of many batches, before evaluations.
+    Replaces batch normalization's moving averages by the statistics of many batches, before evaluations.
 
     Only layers in training mode are touched (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", section 3).
     """
@@ -92,7 +92,7 @@ class PreciseBN(HookBase):
         self._period = period
         self._disabled = not get_bn_modules(model)
         if self._disabled:
-            logger.info("PreciseBN is off: no batch-normalisation layer is in training mode.")
+            logger.info("PreciseBN is off: no batch-normalization layer is in training mode.")
         self._data_iter: Iterator[Any] | None = None
 
     def after_step(self) -> None:

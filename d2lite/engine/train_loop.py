@@ -18,7 +18,7 @@ __all__ = ["AMPTrainer", "HookBase", "SimpleTrainer", "TrainerBase"]
 
 
 class SimpleTrainer(TrainerBase):
-    """One data loader, one model that returns a dict of losses, one optimiser, one step per iteration."""
+    """One data loader, one model that returns a dict of losses, one optimizer, one step per iteration."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SimpleTrainer(TrainerBase):
         self._pending_metrics: LossesInTransit | None = None
 
     def run_step(self) -> None:
-        """Do forward pass, backward pass and optimiser step on the next batch."""
+        """Do forward pass, backward pass and optimizer step on the next batch."""
         batch, data_time = self._next_batch()
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
@@ -173,7 +173,7 @@ class SimpleTrainer(TrainerBase):
                 storage.put_scalars(cur_iter=cur_iter, **metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base class's state and the optimiser's."""
+        """Return the base class's state and the optimizer's."""
         return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -221,7 +221,7 @@ class AMPTrainer(SimpleTrainer):
         self.log_grad_scaler = log_grad_scaler
 
     def run_step(self) -> None:
-        """Do forward pass, backward pass and optimiser step on the next batch, in mixed precision."""
+        """Do forward pass, backward pass and optimizer step on the next batch, in mixed precision."""
         batch, data_time = self._next_batch()
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()

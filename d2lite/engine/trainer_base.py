@@ -31,7 +31,7 @@ class HookBase:
         """Called before each iteration."""
 
     def after_backward(self) -> None:
-        """Called between the backward pass and the optimiser's step."""
+        """Called between the backward pass and the optimizer's step."""
 
     def after_step(self) -> None:
         """Called after each iteration."""

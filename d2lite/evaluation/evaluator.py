@@ -74,7 +74,7 @@ def inference_on_dataset(
     Runs ``model`` over ``data_loader`` without gradient, in eval mode, and evaluates its outputs.
 
     Args:
-        model: called with each batch. If it is an ``nn.Module``, its training mode is restored afterwards.
+        model: called with each batch. If it is an ``nn.Module``, its training mode is restored afterward.
         data_loader: must have a length.
         evaluator: one, several, or None to run the model only (to measure its speed).
         callbacks: called at ``on_start``, ``before_inference``, ``after_inference`` (every batch) and

@@ -12,7 +12,7 @@ except ImportError:
 else:
 
     class COCOeval_opt(faster_coco_eval.COCOeval_faster):
-        """Evaluates detections; takes data sets of pycocotools as well as those of faster-coco-eval."""
+        """Evaluates detections; takes datasets of pycocotools as well as those of faster-coco-eval."""
 
         def __init__(
             self, cocoGt: COCO | None = None, cocoDt: COCO | None = None, iouType: str = "segm", **kwargs: Any

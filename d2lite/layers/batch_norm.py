@@ -1,4 +1,4 @@
-"""Normalisation layers, and `get_norm`, which makes them from the name in a config."""
+"""Normalization layers, and `get_norm`, which makes them from the name in a config."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Norm = str | Callable[[int], nn.Module] | None
 
 
 def get_norm(norm: Norm, out_channels: int) -> nn.Module | None:
-    """Make the normalisation layer called `norm` for `out_channels` channels.
+    """Make the normalization layer called `norm` for `out_channels` channels.
 
     Args:
         norm: "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "FrozenBN", "GN" (32 groups) or
@@ -55,14 +55,14 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("num_batches_tracked", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, H, W); the result has the type of `x`."""
+        """Normalize (N, C, H, W); the result has the type of `x`."""
         if x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad):
             # one kernel, and the arithmetic of half precision maps in float32
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         scale, shift = self.scale_and_shift()
         scale, shift = scale.to(x.dtype).view(1, -1, 1, 1), shift.to(x.dtype).view(1, -1, 1, 1)
         # Unlike F.batch_norm, neither keeps x for the backward pass. addcmul is one kernel instead of two,
-        # but is not vectorised on CPUs.
+        # but is not vectorized on CPUs.
         return torch.addcmul(shift, x, scale) if x.is_cuda else (x * scale).add_(shift)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
@@ -131,9 +131,9 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         self._stats_mode = stats_mode
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, H, W)."""
-        synchronise = self.training and dist.is_available() and dist.is_initialized()
-        if not synchronise or dist.get_world_size() == 1:
+        """Normalize (N, C, H, W)."""
+        synchronize = self.training and dist.is_available() and dist.is_initialized()
+        if not synchronize or dist.get_world_size() == 1:
             return super().forward(input)
         x = input.float()
         if self._stats_mode == "N":
@@ -189,7 +189,7 @@ class CycleBatchNormList(nn.ModuleList):
         self._pos = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, H, W) with the statistics whose turn it is."""
+        """Normalize (N, C, H, W) with the statistics whose turn it is."""
         x = self[self._pos](x)
         self._pos = (self._pos + 1) % len(self)
         if self._affine:
@@ -216,7 +216,7 @@ class LayerNorm(nn.Module):
         self.normalized_shape = (normalized_shape,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, H, W)."""
+        """Normalize (N, C, H, W)."""
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 

@@ -37,7 +37,7 @@ def paste_masks_in_image(masks: Tensor, boxes: Tensor, image_shape: tuple[int, i
 def _interpolation_weights(lo: Tensor, hi: Tensor, length: int, mask_size: int) -> Tensor:
     """Weights (N, length, mask_size) of the mask's cells in every pixel along one axis.
 
-    Bilinear interpolation is separable: a pixel centre that falls on the mask coordinate u takes
+    Bilinear interpolation is separable: a pixel center that falls on the mask coordinate u takes
     ``max(0, 1 - |u - j|)`` of cell j, and less than everything where u leaves the mask. Pixels more
     than one away from the box [lo, hi] take nothing.
     """
@@ -82,5 +82,5 @@ def _paste_regions(masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, 
 
 
 def _finish(values: Tensor, threshold: float) -> Tensor:
-    """Binarise at `threshold`, or scale to bytes if it is negative."""
+    """Binarize at `threshold`, or scale to bytes if it is negative."""
     return values >= threshold if threshold >= 0 else (values * 255).to(torch.uint8)

@@ -12,8 +12,8 @@ class ROIAlign(nn.Module):
         output_size: (height, width) of the result, or one number for both.
         spatial_scale: box coordinates are multiplied by this to become feature coordinates.
         sampling_ratio: samples per cell and axis; 0 takes as many as the cell has feature pixels.
-        aligned: pixel centres lie at half-integers, so boxes are shifted by -0.5. False gives the
-            original behaviour, which is off by half a pixel.
+        aligned: pixel centers lie at half-integers, so boxes are shifted by -0.5. False gives the
+            original behavior, which is off by half a pixel.
     """
 
     def __init__(

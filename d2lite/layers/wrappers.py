@@ -14,7 +14,7 @@ interpolate = F.interpolate
 
 
 class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` followed by an optional normalisation and an optional activation.
+    """``torch.nn.Conv2d`` followed by an optional normalization and an optional activation.
 
     Args:
         norm: module applied to the output of the convolution, stored as ``self.norm``.

@@ -60,7 +60,7 @@ class DefaultAnchorGenerator(nn.Module):
                 each level, or a single (possibly flat) list for all levels.
             aspect_ratios: height / width of the anchors, in the same form as `sizes`.
             strides: stride of each level, in pixels.
-            offset: where the centre of the first anchor lies, as a fraction of the stride, in [0, 1).
+            offset: where the center of the first anchor lies, as a fraction of the stride, in [0, 1).
         """
         super().__init__()
         assert 0.0 <= offset < 1.0, f"the anchor offset must be in [0, 1), got {offset}"
@@ -100,7 +100,7 @@ class DefaultAnchorGenerator(nn.Module):
         aspect_ratios: Sequence[float] = (0.5, 1, 2),
     ) -> torch.Tensor:
         """
-        Anchors centred at (0, 0).
+        Anchors centered at (0, 0).
 
         Returns:
             (len(sizes) * len(aspect_ratios), 4) XYXY boxes; the aspect ratio varies fastest. A box of size

@@ -17,7 +17,7 @@ _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": diou_loss, "ciou": ciou
 
 class Box2BoxTransform:
     """
-    The R-CNN parametrisation (dx, dy, dw, dh) of arXiv 1311.2524, appendix C: shift of the centre in units of
+    The R-CNN parametrization (dx, dy, dw, dh) of arXiv 1311.2524, appendix C: shift of the center in units of
     the source's width and height, and logarithm of the ratio of widths and heights, each times a weight.
     """
 
@@ -74,7 +74,7 @@ class Box2BoxTransform:
 
 class Box2BoxTransformLinear:
     """
-    Distances (left, top, right, bottom) from the centre of the source box to the sides of the target, as in
+    Distances (left, top, right, bottom) from the center of the source box to the sides of the target, as in
     FCOS (arXiv 1904.01355, equation 1).
     """
 
@@ -89,7 +89,7 @@ class Box2BoxTransformLinear:
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
         """
         The distances (N, 4), one row for each of the (N, 4) XYXY source and target boxes. They are negative
-        where the centre of the source is outside the target.
+        where the center of the source is outside the target.
         """
         assert isinstance(src_boxes, torch.Tensor), type(src_boxes)
         assert isinstance(target_boxes, torch.Tensor), type(target_boxes)
@@ -122,7 +122,7 @@ def _times(pairs: torch.Tensor, x: float, y: float) -> torch.Tensor:
 
 
 def _center_and_size(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres (..., 2) and (width, height) (..., 2) of XYXY boxes (..., 4)."""
+    """Centers (..., 2) and (width, height) (..., 2) of XYXY boxes (..., 4)."""
     corner, opposite = boxes.split(2, dim=-1)
     size = opposite - corner
     return corner + 0.5 * size, size

@@ -1,4 +1,4 @@
-"""Random choice of the labelled examples that enter a loss."""
+"""Random choice of the labeled examples that enter a loss."""
 
 import torch
 

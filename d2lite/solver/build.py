@@ -1,4 +1,4 @@
-"""From the SOLVER node of the config to an optimiser and its learning-rate schedule."""
+"""From the SOLVER node of the config to an optimizer and its learning-rate schedule."""
 
 import logging
 import math
@@ -43,7 +43,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     Args:
         cfg: reads ``SOLVER.{BASE_LR, MOMENTUM, NESTEROV, WEIGHT_DECAY*, BIAS_LR_FACTOR, CLIP_GRADIENTS}``.
-        model: its trainable parameters are optimised, each once.
+        model: its trainable parameters are optimized, each once.
 
     Returns:
         SGD with one parameter group per distinct set of hyper-parameters.
@@ -80,16 +80,16 @@ def get_default_optimizer_params(
     overrides: dict[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Sort the trainable parameters of a model into groups for any ``torch.optim`` optimiser.
+    Sort the trainable parameters of a model into groups for any ``torch.optim`` optimizer.
 
     The rules apply in this order, later ones win: ``base_lr`` and ``weight_decay``; ``weight_decay_norm``;
     ``lr_factor_func``; ``overrides`` (which the two bias arguments are short for).
 
     Args:
         model: parameters that are shared between modules are taken once, frozen ones are left out.
-        base_lr: learning rate; None leaves it to the optimiser.
-        weight_decay: weight decay; None leaves it to the optimiser.
-        weight_decay_norm: weight decay of the parameters of normalisation layers.
+        base_lr: learning rate; None leaves it to the optimizer.
+        weight_decay: weight decay; None leaves it to the optimizer.
+        weight_decay_norm: weight decay of the parameters of normalization layers.
         bias_lr_factor: multiplies ``base_lr`` for parameters named "bias".
         weight_decay_bias: weight decay for parameters named "bias".
         lr_factor_func: maps a full parameter name to a factor on ``base_lr``.

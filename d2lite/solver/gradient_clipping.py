@@ -1,4 +1,4 @@
-"""Gradient clipping per parameter, as part of the optimiser's step, for any torch optimiser."""
+"""Gradient clipping per parameter, as part of the optimizer's step, for any torch optimizer."""
 
 from collections.abc import Callable
 from enum import Enum
@@ -22,16 +22,16 @@ class GradientClipType(Enum):
 
 def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: OptimizerOrClass) -> OptimizerOrClass:
     """
-    Make an optimiser clip every parameter's gradient before it steps, if ``SOLVER.CLIP_GRADIENTS.ENABLED``.
+    Make an optimizer clip every parameter's gradient before it steps, if ``SOLVER.CLIP_GRADIENTS.ENABLED``.
 
     Under mixed precision the gradients are unscaled before ``step`` is called, so true gradients are clipped.
 
     Args:
         cfg: reads ``SOLVER.CLIP_GRADIENTS.{ENABLED, CLIP_TYPE, CLIP_VALUE, NORM_TYPE}``.
-        optimizer: an optimiser, changed in place, or an optimiser class, which is subclassed.
+        optimizer: an optimizer, changed in place, or an optimizer class, which is subclassed.
 
     Returns:
-        The optimiser or class; its class name gains the ending "WithGradientClip". Instances can be pickled.
+        The optimizer or class; its class name gains the ending "WithGradientClip". Instances can be pickled.
     """
     if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         return optimizer
@@ -71,7 +71,7 @@ def clip_each_norm_(grads: list[torch.Tensor], limit: float, norm_type: float) -
 
 
 class _ClippingStep:
-    """Mix-in that clips before the step of the optimiser class after it."""
+    """Mix-in that clips before the step of the optimizer class after it."""
 
     _base: type[torch.optim.Optimizer]
     _clip: Clip
@@ -89,7 +89,7 @@ class _ClippingStep:
 
         return super().step(clipped_closure)
 
-    # The base class's step runs the optimiser's hooks; without the mark they would run here as well.
+    # The base class's step runs the optimizer's hooks; without the mark they would run here as well.
     step.hooked = True
 
     @torch.no_grad()

@@ -144,7 +144,7 @@ class Boxes:
         return (x0 >= -margin) & (y0 >= -margin) & (x1 < width + margin) & (y1 < height + margin)
 
     def get_centers(self) -> torch.Tensor:
-        """Return the centres, (N, 2), as (x, y)."""
+        """Return the centers, (N, 2), as (x, y)."""
         return (self.tensor[:, :2] + self.tensor[:, 2:]) / 2
 
     def scale(self, scale_x: float, scale_y: float) -> None:

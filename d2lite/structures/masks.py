@@ -27,7 +27,7 @@ def polygon_area(x: np.ndarray, y: np.ndarray) -> float:
 
 def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
     """
-    Rasterise the polygons of one instance as COCO does.
+    Rasterize the polygons of one instance as COCO does.
 
     Args:
         polygons: each [x0, y0, x1, y1, ...] in pixels; their union is taken.
@@ -45,7 +45,7 @@ def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> 
 
 def rasterize_polygons_within_box(polygons: list[np.ndarray], box: np.ndarray, mask_size: int) -> torch.Tensor:
     """
-    Rasterise the part of an instance that lies in a box on a square grid, the training target of Mask R-CNN.
+    Rasterize the part of an instance that lies in a box on a square grid, the training target of Mask R-CNN.
 
     Args:
         polygons: each [x0, y0, x1, y1, ...] in pixels.
@@ -121,7 +121,7 @@ class BitMasks:
     def from_polygon_masks(
         polygon_masks: Union["PolygonMasks", list[list[np.ndarray]]], height: int, width: int
     ) -> "BitMasks":
-        """Rasterise polygons, one list per instance, on an image of the given size."""
+        """Rasterize polygons, one list per instance, on an image of the given size."""
         if isinstance(polygon_masks, PolygonMasks):
             polygon_masks = polygon_masks.polygons
         bitmaps = [polygons_to_bitmask(polygons, height, width) for polygons in polygon_masks]
@@ -248,7 +248,7 @@ class PolygonMasks:
 
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
         """
-        Rasterise each instance in its box on a square grid.
+        Rasterize each instance in its box on a square grid.
 
         Args:
             boxes: (N, 4), XYXY in pixels, one per instance.

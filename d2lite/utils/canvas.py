@@ -128,7 +128,7 @@ class Canvas:
         return self.output
 
     def draw_circle(self, circle_coord: Sequence[float], color: Color, radius: float = 3) -> VisImage:
-        """Draw a filled circle with its centre at (x, y)."""
+        """Draw a filled circle with its center at (x, y)."""
         self.output.ax.add_patch(Circle(tuple(circle_coord), radius=radius, fill=True, color=color))
         return self.output
 
@@ -191,7 +191,7 @@ class Canvas:
         alpha: float = 0.5,
     ) -> VisImage:
         """
-        Draw a mask whose values say how opaque the colour is.
+        Draw a mask whose values say how opaque the color is.
 
         Args:
             soft_mask: (H, W), in [0, 1].
@@ -208,7 +208,7 @@ class Canvas:
         return self.output
 
     def _overlay(self, opacity: np.ndarray, color: Color) -> None:
-        """Lay one colour over the picture, (H, W) opacity in [0, 1]."""
+        """Lay one color over the picture, (H, W) opacity in [0, 1]."""
         rgba = np.empty((*opacity.shape, 4))
         rgba[..., :3], rgba[..., 3] = mplc.to_rgb(color), opacity
         extent = (0, self.output.width, self.output.height, 0)

@@ -1,4 +1,4 @@
-"""Colours that are easy to tell apart, for classes and instances."""
+"""Colors that are easy to tell apart, for classes and instances."""
 
 import colorsys
 from collections.abc import Sequence
@@ -37,30 +37,30 @@ def colormap(rgb: bool = False, maximum: int = 255) -> np.ndarray:
 
 
 def random_color(rgb: bool = False, maximum: int = 255) -> np.ndarray:
-    """Return one colour of the palette, (3,). Arguments as in :func:`colormap`."""
+    """Return one color of the palette, (3,). Arguments as in :func:`colormap`."""
     return random_colors(1, rgb, maximum)[0]
 
 
 def random_colors(N: int, rgb: bool = False, maximum: int = 255) -> list:
-    """Return `N` colours of the palette, without repetition up to its size. Arguments as in :func:`colormap`."""
+    """Return `N` colors of the palette, without repetition up to its size. Arguments as in :func:`colormap`."""
     palette = colormap(rgb, maximum)
     rounds = [_GENERATOR.permutation(len(palette)) for _ in range(-(-N // len(palette)))]
     return [palette[i] for i in np.concatenate(rounds)[:N]] if rounds else []
 
 
 def palette_color(index: int) -> tuple[float, ...]:
-    """Return the RGB colour of a class or instance, in [0, 1]; indices beyond the palette start over."""
+    """Return the RGB color of a class or instance, in [0, 1]; indices beyond the palette start over."""
     palette = colormap(rgb=True, maximum=1)
     return tuple(float(c) for c in palette[index % len(palette)])
 
 
 def scale_lightness(color: Color, factor: float) -> tuple[float, float, float]:
-    """Return the RGB colour, in [0, 1], with its HLS lightness multiplied."""
+    """Return the RGB color, in [0, 1], with its HLS lightness multiplied."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*mplc.to_rgb(color))
     return colorsys.hls_to_rgb(hue, min(1.0, lightness * factor), saturation)
 
 
 def brighten(color: Color) -> tuple[float, ...]:
-    """Return a shade of a colour, RGB in [0, 1], that can be read on black."""
+    """Return a shade of a color, RGB in [0, 1], that can be read on black."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*mplc.to_rgb(color))
     return colorsys.hls_to_rgb(hue, max(lightness, 0.75), saturation)

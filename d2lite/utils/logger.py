@@ -65,7 +65,7 @@ def setup_logger(
         output: a file that ends in .txt or .log, or a folder that gets a log.txt; None: no file. Ranks above
             0 append ".rank<rank>".
         distributed_rank: rank of this process.
-        color: colour on stdout, if it is a terminal.
+        color: color on stdout, if it is a terminal.
         name: the logger to set up.
         abbrev_name: what its name is shortened to in messages; None: "d2" for "detectron2", else no change.
         enable_propagation: whether the messages also go to the handlers of parent loggers.

@@ -34,7 +34,7 @@ def instance_rings(mask: Any, height: int, width: int) -> list[np.ndarray]:
 
 def mask_contours(mask: np.ndarray) -> list[np.ndarray]:
     """Return the outlines of a bitmap (H, W), (K, 2) each; those of holes run in the opposite direction."""
-    # Magnified by two, contours through pixel centres become contours along pixel edges.
+    # Magnified by two, contours through pixel centers become contours along pixel edges.
     big = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     found = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[-2]
     return [(c.reshape(-1, 2) + 0.5) / 2 for c in found if len(c) >= 3]

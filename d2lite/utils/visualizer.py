@@ -19,14 +19,14 @@ __all__ = ["ColorMode", "VisImage", "Visualizer"]
 
 @unique
 class ColorMode(Enum):
-    """How instances are coloured."""
+    """How instances are colored."""
 
     IMAGE = 0
-    """Each instance has its own colour."""
+    """Each instance has its own color."""
     SEGMENTATION = 1
-    """Instances of a class have shades of one colour."""
+    """Instances of a class have shades of one color."""
     IMAGE_BW = 2
-    """As IMAGE, and the image is grey outside of the masks."""
+    """As IMAGE, and the image is gray outside of the masks."""
 
 
 class Visualizer(Canvas):
@@ -53,7 +53,7 @@ class Visualizer(Canvas):
             metadata: of the dataset: `thing_classes`, `thing_colors`, `stuff_classes`, `stuff_colors` are used
                 where it has them.
             scale: size of the output relative to the image.
-            instance_mode: how instances are coloured.
+            instance_mode: how instances are colored.
             font_size_scale: of all text.
         """
         super().__init__(img_rgb, scale, font_size_scale)
@@ -168,7 +168,7 @@ class Visualizer(Canvas):
             masks: `BitMasks`, `PolygonMasks`, booleans of shape (N, H, W), or a list of COCO polygons, RLEs or
                 bitmaps.
             keypoints: must be None; drawing them is left out.
-            assigned_colors: N colours; None takes them from the palette.
+            assigned_colors: N colors; None takes them from the palette.
             alpha: opacity of the masks in [0, 1].
         """
         if keypoints is not None:

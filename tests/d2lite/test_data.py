@@ -51,7 +51,7 @@ TRIANGLE = [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
 
 @pytest.fixture
 def name(request):
-    """A dataset name that is free, and free again afterwards."""
+    """A dataset name that is free, and free again afterward."""
     name = f"test_{request.node.name}"
     yield name
     for catalog in (DatasetCatalog, MetadataCatalog):

@@ -194,7 +194,7 @@ def test_training_pictures():
 # ---- semantic segmentation -----------------------------------------------------------------------------------
 
 
-def test_semantic_loss_is_the_mean_over_labelled_pixels():
+def test_semantic_loss_is_the_mean_over_labeled_pixels():
     model = make("SemanticSegmentor", "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 0.5).train()
     x = image(64, 64)
     x["sem_seg"][:40] = 255

@@ -1,4 +1,4 @@
-"""d2lite against behaviour recorded from Detectron2: models and components."""
+"""d2lite against behavior recorded from Detectron2: models and components."""
 
 import sys
 from pathlib import Path

@@ -62,7 +62,7 @@ class Augmentation:
             if param.kind in (param.VAR_POSITIONAL, param.VAR_KEYWORD) or not hasattr(self, name):
                 return super().__repr__()
             value = getattr(self, name)
-            # By identity, so that a default that was spelt out still shows.
+            # By identity, so that a default that was spelled out still shows.
             if value is not param.default:
                 text = pprint.pformat(value)
                 given.append(f"{name}={'...' if chr(10) in text else text}")

@@ -1,4 +1,4 @@
-"""The augmentations that change colours and leave places as they are."""
+"""The augmentations that change colors and leave places as they are."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ class RandomBrightness(_RandomBlend):
 
 
 class RandomSaturation(_RandomBlend):
-    """Blends with the grey image (ITU-R BT.601 weights); expects RGB."""
+    """Blends with the gray image (ITU-R BT.601 weights); expects RGB."""
 
     def _plain(self, image: np.ndarray) -> np.ndarray:
         assert image.shape[-1] == 3, f"RandomSaturation needs RGB images, got shape {image.shape}"
@@ -53,7 +53,7 @@ class RandomSaturation(_RandomBlend):
 
 
 class RandomLighting(Augmentation):
-    """Shifts the colour along ImageNet's principal components; expects RGB.
+    """Shifts the color along ImageNet's principal components; expects RGB.
 
     Source: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks", section 4.1.
     """

@@ -124,7 +124,7 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):
         """
         Args:
             crop_type, crop_size: as for `RandomCrop`.
-            single_category_max_area: largest share of the labelled crop that one category may fill.
+            single_category_max_area: largest share of the labeled crop that one category may fill.
             ignored_category: a label that does not count.
         """
         self.crop_aug = RandomCrop(crop_type, crop_size)
@@ -172,13 +172,13 @@ class FixedSizeCrop(Augmentation):
 
 
 class RandomExtent(Augmentation):
-    """Takes a rectangle of drawn size around a drawn centre; it may reach out of the image."""
+    """Takes a rectangle of drawn size around a drawn center; it may reach out of the image."""
 
     def __init__(self, scale_range: tuple[float, float], shift_range: tuple[float, float]) -> None:
         """
         Args:
             scale_range: (low, high) of the rectangle's size relative to the image.
-            shift_range: (x, y), twice the most by which the centre moves, as fractions of width and height.
+            shift_range: (x, y), twice the most by which the center moves, as fractions of width and height.
         """
         super().__init__()
         self._init(locals())
@@ -208,8 +208,8 @@ class RandomRotation(Augmentation):
         Args:
             angle: [min, max] for "range", the angles to choose from for "choice", in degrees; or one angle.
             expand: make the output large enough for the whole rotated image.
-            center: the same for the centre, [[min_x, min_y], [max_x, max_y]] or a list of (x, y), as
-                fractions of width and height; the image centre when None.
+            center: the same for the center, [[min_x, min_y], [max_x, max_y]] or a list of (x, y), as
+                fractions of width and height; the image center when None.
             sample_style: "range" or "choice".
             interp: as for `RotationTransform`.
         """
@@ -223,7 +223,7 @@ class RandomRotation(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws the angle, then the centre."""
+        """Draws the angle, then the center."""
         h, w = image.shape[:2]
         center = None
         if self.is_range:

@@ -1,4 +1,4 @@
-"""Deterministic image transforms that fvcore does not have: resize, extent, rotation and colour changes."""
+"""Deterministic image transforms that fvcore does not have: resize, extent, rotation and color changes."""
 
 from collections.abc import Callable, Sequence
 
@@ -44,7 +44,7 @@ class ResizeTransform(Transform):
         return _interpolate(img, (self.new_h, self.new_w), interp)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Scales points (N, 2), given as (x, y). Integers stay integers, cut towards 0, as in Detectron2."""
+        """Scales points (N, 2), given as (x, y). Integers stay integers, cut toward 0, as in Detectron2."""
         scale = np.array([self.new_w * 1.0 / self.w, self.new_h * 1.0 / self.h])
         return (coords * scale).astype(coords.dtype, copy=False)
 
@@ -117,7 +117,7 @@ class RotationTransform(Transform):
             h, w: size of the input, in pixels.
             angle: degrees, counter-clockwise.
             expand: make the output large enough for the whole rotated image; `center` then has no effect.
-            center: (x, y) of the centre of rotation; the image centre when None.
+            center: (x, y) of the center of rotation; the image center when None.
             interp: "bilinear" (default) or "nearest", or OpenCV's numbers for them (1, 0).
         """
         super().__init__()
@@ -147,7 +147,7 @@ class RotationTransform(Transform):
         return out.reshape(self.bound_h, self.bound_w, *img.shape[2:]).astype(img.dtype)
 
     def _grid(self) -> torch.Tensor:
-        """Where each output pixel centre comes from, (bound_h, bound_w, 2), in grid_sample's [-1, 1]."""
+        """Where each output pixel center comes from, (bound_h, bound_w, 2), in grid_sample's [-1, 1]."""
         ys, xs = np.mgrid[: self.bound_h, : self.bound_w] + 0.5
         source = (np.stack([xs, ys], -1) - self.target) @ self.rotation + self.center
         return torch.from_numpy(source * (2 / np.array([self.w, self.h])) - 1)
@@ -244,7 +244,7 @@ def _interpolate(img: np.ndarray, size: tuple[int, int], interp: int) -> np.ndar
 
 def _resize_rotated_box(transform: ResizeTransform, boxes: np.ndarray) -> np.ndarray:
     """
-    Resizes rotated boxes (N, 5): x and y of the centre, width, height, counter-clockwise angle in degrees.
+    Resizes rotated boxes (N, 5): x and y of the center, width, height, counter-clockwise angle in degrees.
 
     Unequal scaling turns them into parallelograms; what is returned has the lengths of their sides and the
     direction of the side along the height.

@@ -21,7 +21,7 @@ class FPN(Backbone):
         bottom_up: the network below, kept as ``self.bottom_up``.
         in_features: its features to use, finest first; each stride must be twice the one before.
         out_channels: channels of all pyramid levels.
-        norm: normalisation of the lateral and output convolutions, as for ``get_norm``.
+        norm: normalization of the lateral and output convolutions, as for ``get_norm``.
         top_block: module that makes `num_levels` coarser levels out of the feature `in_feature` (a bottom-up
             feature or a pyramid level), and returns them as a list.
         fuse_type: how lateral and top-down features are joined, "sum" or "avg".

@@ -20,7 +20,7 @@ class SimpleFeaturePyramid(Backbone):
         out_channels: channels of all levels.
         scale_factors: size of each level relative to that map, of 4.0, 2.0, 1.0 and 0.5, finest first.
         top_block: as for `FPN`.
-        norm: normalisation in the levels, as for ``get_norm``.
+        norm: normalization in the levels, as for ``get_norm``.
         square_pad: if positive, images are to be padded to squares of this size.
 
     Raises:

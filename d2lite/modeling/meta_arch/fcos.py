@@ -24,8 +24,8 @@ __all__ = ["FCOS", "FCOSHead"]
 
 class FCOS(DenseDetector):
     """
-    Every cell of a feature pyramid predicts classes, the distances from its centre to the sides of a box, and
-    how central it is in that box. A cell is represented by a box of the size of the stride around its centre.
+    Every cell of a feature pyramid predicts classes, the distances from its center to the sides of a box, and
+    how central it is in that box. A cell is represented by a box of the size of the stride around its center.
     """
 
     num_classes_key = "the num_classes of FCOS"
@@ -52,10 +52,10 @@ class FCOS(DenseDetector):
         Args:
             backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
             head: maps a list of features to per-level logits (N, K, Hi, Wi), deltas (N, 4, Hi, Wi) and
-                centreness (N, 1, Hi, Wi).
+                centerness (N, 1, Hi, Wi).
             box2box_transform: how the deltas encode boxes; by default distances in units of the stride.
             num_classes: K, the classes without background.
-            center_sampling_radius: only cells so close to the centre of an object, in strides, are positive;
+            center_sampling_radius: only cells so close to the center of an object, in strides, are positive;
                 0 admits all cells inside its box.
             focal_loss_alpha, focal_loss_gamma: parameters of the focal loss.
             test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
@@ -122,7 +122,7 @@ class FCOS(DenseDetector):
         """
         The ground truth (M boxes) of each of R cells, or -1: (R,) int64.
 
-        A cell belongs to a box if its centre is inside it and near its centre, and if the box is of the scale
+        A cell belongs to a box if its center is inside it and near its center, and if the box is of the scale
         of the level: its farthest side is 4 to 8 strides away, where the first level also takes smaller and
         the last level larger boxes. Among several, the smallest box wins.
         """
@@ -194,7 +194,7 @@ class FCOS(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: Sequence[list[torch.Tensor]]
     ) -> list[Instances]:
-        """The detections of each image, at the network's resolution; scores are sqrt(class * centreness)."""
+        """The detections of each image, at the network's resolution; scores are sqrt(class * centerness)."""
         logits, deltas, centerness = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
         anchors = self.anchor_generator(features)
         results = []
@@ -205,7 +205,7 @@ class FCOS(DenseDetector):
 
 
 class FCOSHead(RetinaNetHead):
-    """The head of RetinaNet with one prediction per cell, and a centreness branch on the box subnet."""
+    """The head of RetinaNet with one prediction per cell, and a centerness branch on the box subnet."""
 
     def __init__(self, *, input_shape: list[ShapeSpec], conv_dims: list[int], **kwargs: Any) -> None:
         """

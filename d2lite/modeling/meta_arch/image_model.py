@@ -1,4 +1,4 @@
-"""What all models have in common: a backbone, and images that are normalised before it sees them."""
+"""What all models have in common: a backbone, and images that are normalized before it sees them."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ class ImageModel(nn.Module):
         """
         Args:
             backbone: maps a batch of images to a dict of features.
-            pixel_mean, pixel_std: per channel, to normalise the input image.
+            pixel_mean, pixel_std: per channel, to normalize the input image.
         """
         super().__init__()
         self.backbone = backbone
@@ -34,7 +34,7 @@ class ImageModel(nn.Module):
         return self.pixel_mean.device
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the input images."""
+        """Normalize, pad and batch the input images."""
         return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
 
 

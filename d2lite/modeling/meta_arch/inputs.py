@@ -12,7 +12,7 @@ def batch_images(
     batched_inputs: Sequence[dict], backbone: nn.Module, pixel_mean: torch.Tensor, pixel_std: torch.Tensor
 ) -> ImageList:
     """
-    Normalise the images (C, H, W) of a batch on the model's device, and pad them to a size that the backbone
+    Normalize the images (C, H, W) of a batch on the model's device, and pad them to a size that the backbone
     can take.
 
     Args:

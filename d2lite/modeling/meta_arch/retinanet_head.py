@@ -34,7 +34,7 @@ class RetinaNetHead(nn.Module):
             num_classes: K, the classes without background.
             num_anchors: A, the anchors per cell.
             conv_dims: width of each convolution of a subnet.
-            norm: normalisation after each of them. "BN" and "SyncBN" keep separate statistics for each level,
+            norm: normalization after each of them. "BN" and "SyncBN" keep separate statistics for each level,
                 as these differ in scale; the features must then always come in the same order.
             prior_prob: initial probability of the foreground (section 4.1 of the paper).
         """

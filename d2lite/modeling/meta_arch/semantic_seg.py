@@ -113,7 +113,7 @@ class SemSegFPNHead(nn.Module):
             conv_dims: width of the convolutions.
             common_stride: stride at which the levels are summed.
             loss_weight: factor of the loss.
-            norm: normalisation after each convolution.
+            norm: normalization after each convolution.
             ignore_value: label of the pixels without a class.
         """
         super().__init__()

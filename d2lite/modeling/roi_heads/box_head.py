@@ -35,7 +35,7 @@ class FastRCNNConvFCHead(nn.Sequential):
             input_shape: channels, height and width of the pooled features.
             conv_dims: output channels of each convolution.
             fc_dims: output size of each fully connected layer.
-            conv_norm: normalisation of the convolutions, see :func:`get_norm`.
+            conv_norm: normalization of the convolutions, see :func:`get_norm`.
         """
         super().__init__()
         if not conv_dims and not fc_dims:

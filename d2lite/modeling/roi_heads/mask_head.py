@@ -157,7 +157,7 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
             input_shape: of the pooled features; only the channels matter.
             num_classes: foreground classes, or 1 for one mask for all classes.
             conv_dims: output channels of the convolutions; the last one is the transposed convolution.
-            conv_norm: normalisation of the convolutions, see :func:`get_norm`.
+            conv_norm: normalization of the convolutions, see :func:`get_norm`.
             kwargs: see :class:`BaseMaskRCNNHead`.
         """
         super().__init__(**kwargs)
