@@ -10,7 +10,7 @@ from types import ModuleType
 
 _HOW = "d2lite does not have it; Detectron2 does: install Detectron2 and set D2KD_RUNTIME=detectron2."
 
-#: Names of Detectron2's API that d2lite leaves out, by what they belong to.
+# Names of Detectron2's API that d2lite leaves out, by what they belong to.
 LEFT_OUT_NAMES = {
     "rotated boxes": (
         "RotatedBoxes",

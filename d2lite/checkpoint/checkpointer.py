@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(FvcoreCheckpointer):
-    """Saves and loads a model and other objects with ``state_dict`` and ``load_state_dict``."""
+    """Saves and loads a model and other objects with `state_dict` and `load_state_dict`."""
 
     def __init__(
         self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool = True, **checkpointables: Any
@@ -26,15 +26,14 @@ class Checkpointer(FvcoreCheckpointer):
         Args:
             model: the model; of one wrapped for data-parallel training the inner model is taken.
             save_dir: where to save, and to look for the last checkpoint.
-            save_to_disk: False makes ``save`` do nothing.
+            save_to_disk: False makes `save` do nothing.
             **checkpointables: saved under their names beside the model.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.path_manager = PathManager
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """
-        Write ``<save_dir>/<name>.pth`` and then make it the last checkpoint.
+        """Writes `<save_dir>/<name>.pth` and makes it the last checkpoint.
 
         Args:
             name: file name without ending.
@@ -54,12 +53,11 @@ class Checkpointer(FvcoreCheckpointer):
         self.tag_last_checkpoint(basename)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Note which file of ``save_dir`` a resumed run starts from."""
+        """Records which file of `save_dir` a resumed run starts from."""
         self._write("last_checkpoint", "w", lambda f: f.write(last_filename_basename))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """
-        Load a checkpoint into the model and the other objects.
+        """Loads a checkpoint into the model and the other objects.
 
         Args:
             path: a file, or an address that the path manager knows; empty loads nothing.
@@ -105,8 +103,7 @@ class Checkpointer(FvcoreCheckpointer):
 
 
 def check_weights(checkpoint: Any) -> None:
-    """
-    Check that a checkpoint is a dict whose "model" is a dict of tensors or arrays of numbers.
+    """Checks that a checkpoint is a dict whose "model" is a dict of tensors or arrays of numbers.
 
     Raises:
         CheckpointError: if it is not.

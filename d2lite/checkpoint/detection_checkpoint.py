@@ -17,10 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class DetectionCheckpointer(Checkpointer):
-    """
-    Reads ``.pth`` and ``.pkl`` files of Detectron2, Caffe2's ``.pkl`` and pycls' ``.pyth``.
+    """Reads `.pth` and `.pkl` files of Detectron2, Caffe2's `.pkl` and pycls' `.pyth`.
 
-    A path may end in ``?matching_heuristics=True``: the checkpoint's names are then matched to the model's by
+    A path may end in `?matching_heuristics=True`: the checkpoint's names are then matched to the model's by
     their endings. Files of Caffe2 and pycls, and files that say so themselves, are always matched that way.
     """
 
@@ -45,12 +44,11 @@ class DetectionCheckpointer(Checkpointer):
         self._use_heuristics = False
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """
-        Load a checkpoint into the model and the other objects. All processes must call this together.
+        """Loads a checkpoint into the model and the other objects. All processes must call this together.
 
         Args:
             path: a file, or an address that the path manager knows, with or without
-                ``?matching_heuristics=True``; empty loads nothing.
+                `?matching_heuristics=True`; empty loads nothing.
             checkpointables: names of the objects to load beside the model; None is all.
 
         Returns:
@@ -59,7 +57,7 @@ class DetectionCheckpointer(Checkpointer):
         Raises:
             FileNotFoundError: if a process does not find the file.
             CheckpointError: if it is no usable checkpoint.
-            ValueError: if the path has other options than ``matching_heuristics``.
+            ValueError: if the path has other options than `matching_heuristics`.
         """
         path, self._use_heuristics = _split_options(path)
         return super().load(path, checkpointables)
@@ -107,18 +105,18 @@ class DetectionCheckpointer(Checkpointer):
                 self.model.state_dict(), checkpoint["model"], c2_conversion=is_caffe2
             )
         incompatible = super()._load_model(checkpoint)
-        _forget_constants(incompatible.missing_keys, incompatible.unexpected_keys)
+        _drop_constants(incompatible.missing_keys, incompatible.unexpected_keys)
         return incompatible
 
 
-def _forget_constants(missing: list[str], unexpected: list[str]) -> None:
-    """Drop what older versions saved, or do not save, though the config determines it."""
+def _drop_constants(missing: list[str], unexpected: list[str]) -> None:
+    """Removes keys that the config determines and that only some versions save."""
     missing[:] = [key for key in missing if key not in ("pixel_mean", "pixel_std")]
     unexpected[:] = [key for key in unexpected if "anchor_generator.cell_anchors" not in key]
 
 
 def _split_options(path: str) -> tuple[str, bool]:
-    """Separate ``?matching_heuristics=True`` from a path."""
+    """Splits `?matching_heuristics=True` off a path."""
     if "?" not in path or os.path.isfile(path):
         return path, False
     file, _, query = path.rpartition("?")

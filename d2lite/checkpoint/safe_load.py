@@ -16,8 +16,7 @@ class CheckpointError(RuntimeError):
 
 
 def load_torch_file(path: str) -> Any:
-    """
-    Read a file written by ``torch.save``, on the CPU; NumPy arrays and scalars inside are allowed.
+    """Reads a file written by `torch.save`, on the CPU; NumPy arrays and scalars inside are allowed.
 
     Args:
         path: a local file.
@@ -30,8 +29,7 @@ def load_torch_file(path: str) -> Any:
 
 
 def load_pickle_file(path: str) -> Any:
-    """
-    Read a pickle that holds only NumPy arrays, numbers, strings and plain containers.
+    """Reads a pickle that holds only NumPy arrays, numbers, strings and plain containers.
 
     Pickles of Python 2 are read as well (Caffe2 and early Detectron models).
 
@@ -85,7 +83,7 @@ def _foreign_kind(path: str) -> str | None:
 
 
 def _numpy_safe_globals() -> list[Any]:
-    """What torch must be told to allow so that NumPy arrays of numbers can be read."""
+    """Globals that torch must allow so that NumPy arrays of numbers can be read."""
     dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefdFDSU"}
     names = [(obj, f"{module}.{name}") for (module, name), obj in _NUMPY_GLOBALS.items() if module != "numpy"]
     return [np.ndarray, np.dtype, (_encode, "_codecs.encode"), *dtypes, *names]

@@ -1,4 +1,4 @@
-"""Values that YAML files give as Python arithmetic, worked out without running any code."""
+"""Values that YAML files give as Python arithmetic, evaluated without running any code."""
 
 import ast
 import math
@@ -20,8 +20,7 @@ _UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: op
 
 
 def evaluate_arithmetic(expression: str) -> Any:
-    """
-    Work out an expression such as `[[x, x * 2**(1.0/3)] for x in [32, 64]]`.
+    """Evaluates an expression such as `[[x, x * 2**(1.0/3)] for x in [32, 64]]`.
 
     Args:
         expression: made of numbers, lists, tuples, `+ - * / **` between numbers, and comprehensions of one

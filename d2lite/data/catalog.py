@@ -40,7 +40,7 @@ class _DatasetCatalog(UserDict):
         return [*self]
 
     def remove(self, name: str) -> None:
-        """Forgets a dataset."""
+        """Removes a dataset."""
         self.pop(name)
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class _MetadataCatalog(UserDict):
         return [*self]
 
     def remove(self, name: str) -> None:
-        """Forgets the metadata of a dataset."""
+        """Removes the metadata of a dataset."""
         self.pop(name)
 
     def __str__(self) -> str:

@@ -72,8 +72,7 @@ def _flat_floats(results: Any) -> dict[str, float]:
 
 
 class PreciseBN(HookBase):
-    """
-    Replaces batch normalization's moving averages by the statistics of many batches, before evaluations.
+    """Replaces batch normalization's moving averages by the statistics of many batches, before evaluations.
 
     Only layers in training mode are touched (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", section 3).
     """
@@ -100,7 +99,7 @@ class PreciseBN(HookBase):
             self.update_stats()
 
     def update_stats(self) -> None:
-        """Compute the statistics and put them into the model."""
+        """Computes the statistics and puts them into the model."""
         if self._disabled:
             return
         if self._data_iter is None:
@@ -131,7 +130,7 @@ class BestCheckpointer(HookBase):
             file_prefix: name of the checkpoint.
 
         Raises:
-            ValueError: if ``mode`` is neither.
+            ValueError: if `mode` is neither.
         """
         if mode not in ("max", "min"):
             raise ValueError(f"BestCheckpointer's mode must be 'max' or 'min', got '{mode}'.")
@@ -173,9 +172,9 @@ class BestCheckpointer(HookBase):
         logger.info("Saved the best model so far: %s is %.5f.", self._val_metric, metric)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value so far and its iteration."""
+        """Returns the best value so far and its iteration."""
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]

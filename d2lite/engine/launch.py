@@ -30,12 +30,11 @@ def launch(
     args: Sequence[Any] = (),
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Any:
-    """
-    Run ``main_func(*args)`` in every process of a distributed job; call this once on each machine.
+    """Runs `main_func(*args)` in every process of a distributed job; call this once on each machine.
 
     With CUDA, each process gets a GPU and they talk through NCCL; without, they run on the CPU and use gloo.
-    Under torchrun the processes exist already: they are joined, and all arguments but the first, ``args`` and
-    ``timeout`` are ignored.
+    Under torchrun the processes exist already: they are joined, and all arguments but the first, `args` and
+    `timeout` are ignored.
 
     Args:
         main_func: must be importable by name where processes are started.
@@ -44,11 +43,11 @@ def launch(
         machine_rank: which of them this is, from 0.
         dist_url: where the processes meet, such as "tcp://host:port"; None and "auto" pick a free port
             (one machine only).
-        args: of ``main_func``.
+        args: of `main_func`.
         timeout: of collective operations.
 
     Returns:
-        What ``main_func`` returns if this process runs it, None if it started others.
+        What `main_func` returns if this process runs it, None if it started others.
 
     Raises:
         ValueError: if the arguments do not fit each other or the machine.

@@ -1,4 +1,4 @@
-"""What a training program does before it trains: arguments, folders, logs, seed, metric writers, DDP."""
+"""Set-up of a training program: arguments, folders, logs, seed, metric writers, DDP."""
 
 import argparse
 import inspect
@@ -27,8 +27,7 @@ FLOAT32_PRECISIONS = ("highest", "high", "medium")
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """
-    Return a parser with the arguments that Detectron2's training programs share.
+    """Returns a parser with the arguments that Detectron2's training programs share.
 
     Args:
         epilog: text after the help; None shows examples.
@@ -68,14 +67,13 @@ Examples:
 
 
 def default_setup(cfg: CfgNode, args: Any) -> None:
-    """
-    Prepare a run: output folder, logs, a record of versions, arguments and config, seed, backend settings.
+    """Prepares a run: output folder, logs, a record of versions, arguments and config, seed, backend settings.
 
-    The full config goes to ``<OUTPUT_DIR>/config.yaml``, the log to ``<OUTPUT_DIR>/log.txt``.
+    The full config goes to `<OUTPUT_DIR>/config.yaml`, the log to `<OUTPUT_DIR>/log.txt`.
 
     Args:
         cfg: the full config.
-        args: the parsed command line; may be anything with or without ``config_file`` and ``eval_only``.
+        args: the parsed command line; may be anything with or without `config_file` and `eval_only`.
     """
     rank = comm.get_rank()
     output_dir = cfg.OUTPUT_DIR
@@ -138,8 +136,7 @@ def _save_config(cfg: CfgNode, path: str) -> None:
 
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
-    """
-    Return writers to the log, to ``<output_dir>/metrics.json`` and to TensorBoard.
+    """Returns writers to the log, to `<output_dir>/metrics.json` and to TensorBoard.
 
     Args:
         output_dir: is made if it is missing.
@@ -154,13 +151,12 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
-    """
-    Wrap a model for training in several processes; with one process, return it as it is.
+    """Wraps a model for training in several processes; with one process, returns it as it is.
 
     Args:
         model: on its device.
         fp16_compression: exchange gradients in half precision.
-        **kwargs: of ``DistributedDataParallel``.
+        **kwargs: of `DistributedDataParallel`.
     """
     if comm.get_world_size() == 1:
         return model

@@ -21,8 +21,7 @@ IOU_THRESHOLDS = tuple(range(50, 100, 5))  # percent
 
 
 class PascalVOCDetectionEvaluator(DatasetEvaluator):
-    """
-    AP over IoU 0.5:0.05:0.95, AP50 and AP75 of boxes, in percent, on datasets in Pascal VOC's format.
+    """AP over IoU 0.5:0.05:0.95, AP50 and AP75 of boxes, in percent, on datasets in Pascal VOC's format.
 
     The average over 11 recall values is used for VOC 2007 and the area under the curve for later ones.
     """
@@ -30,8 +29,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
     def __init__(self, dataset_name: str) -> None:
         """
         Args:
-            dataset_name: a dataset of which the metadata has ``dirname``, ``split``, ``year`` and
-                ``thing_classes``.
+            dataset_name: a dataset of which the metadata has `dirname`, `split`, `year` and
+                `thing_classes`.
         """
         metadata = MetadataCatalog.get(dataset_name)
         if metadata.year not in (2007, 2012):
@@ -48,8 +47,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
     def process(self, inputs: Iterable[dict[str, Any]], outputs: Iterable[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: dicts with ``image_id``, the stem of the image's file name.
-            outputs: dicts with ``instances`` (``pred_boxes``, ``scores``, ``pred_classes``).
+            inputs: dicts with `image_id`, the stem of the image's file name.
+            outputs: dicts with `instances` (`pred_boxes`, `scores`, `pred_classes`).
         """
         for entry, output in zip(inputs, outputs):
             found = output["instances"].to("cpu")
@@ -60,7 +59,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
                 self._predictions.append((label, entry["image_id"], score, box))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Returns ``{"bbox": {"AP", "AP50", "AP75"}}`` on the main process."""
+        """Returns `{"bbox": {"AP", "AP50", "AP75"}}` on the main process."""
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return None
@@ -99,8 +98,7 @@ def class_average_precisions(
     objects: dict[str, list[tuple[list[float], bool]]],
     use_11_points: bool,
 ) -> np.ndarray:
-    """
-    AP of one class at each of IOU_THRESHOLDS, in 0..1; nan where the class has no object.
+    """AP of one class at each of IOU_THRESHOLDS, in 0..1; nan where the class has no object.
 
     Args:
         detections: image, score and XYXY box (1-based, inclusive) of each detection.

@@ -8,7 +8,7 @@ __all__ = ["batched_nms", "nms"]
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Suppress, within each group of equal `idxs`, the boxes that overlap a better one.
+    """Suppresses, within each group of equal `idxs`, the boxes that overlap a better one.
 
     Args:
         boxes: (N, 4) in XYXY. Always compared in float32, because half precision cannot tell

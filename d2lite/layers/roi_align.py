@@ -30,7 +30,7 @@ class ROIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool (N, C, H, W) at `rois` (R, 5), rows of batch index and XYXY, into (R, C, *output_size)."""
+        """Pools (N, C, H, W) at `rois` (R, 5), rows of batch index and XYXY, into (R, C, *output_size)."""
         assert rois.dim() == 2 and rois.shape[1] == 5, f"rois must have shape (R, 5), got {list(rois.shape)}"
         # boxes in half precision would be pixels away
         dtype = torch.promote_types(input.dtype, rois.dtype)

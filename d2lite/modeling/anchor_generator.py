@@ -14,13 +14,13 @@ from d2lite.utils.registry import Registry
 
 ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
 ANCHOR_GENERATOR_REGISTRY.__doc__ = """
-Modules that turn a list of feature maps into a list of :class:`Boxes`, one per level.
-Called as `cls(cfg, input_shape)` with `input_shape` a list of :class:`ShapeSpec`.
+Modules that turn a list of feature maps into a list of `Boxes`, one per level.
+Called as `cls(cfg, input_shape)` with `input_shape` a list of `ShapeSpec`.
 """
 
 
 def build_anchor_generator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
-    """Build the generator named by `cfg.MODEL.ANCHOR_GENERATOR.NAME` for feature maps of `input_shape`."""
+    """Builds the generator named by `cfg.MODEL.ANCHOR_GENERATOR.NAME` for feature maps of `input_shape`."""
     name = cfg.MODEL.ANCHOR_GENERATOR.NAME
     if name == "RotatedAnchorGenerator":
         raise NotImplementedError(
@@ -32,8 +32,7 @@ def build_anchor_generator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Mod
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class DefaultAnchorGenerator(nn.Module):
-    """
-    Axis-aligned anchors of fixed sizes and aspect ratios at every cell of every feature map
+    """Axis-aligned anchors of fixed sizes and aspect ratios at every cell of every feature map
     (Faster R-CNN, arXiv 1506.01497, section 3.1.1).
 
     The anchors of one batch shape are made once and kept for the next batches of that shape.
@@ -99,8 +98,7 @@ class DefaultAnchorGenerator(nn.Module):
         sizes: Sequence[float] = (32, 64, 128, 256, 512),
         aspect_ratios: Sequence[float] = (0.5, 1, 2),
     ) -> torch.Tensor:
-        """
-        Anchors centered at (0, 0).
+        """Anchors centered at (0, 0).
 
         Returns:
             (len(sizes) * len(aspect_ratios), 4) XYXY boxes; the aspect ratio varies fastest. A box of size
@@ -120,7 +118,7 @@ class DefaultAnchorGenerator(nn.Module):
             features: one feature map (N, C, Hi, Wi) per level.
 
         Returns:
-            One :class:`Boxes` of Hi * Wi * num_anchors[i] anchors per level, ordered by row, column, anchor.
+            One `Boxes` of Hi * Wi * num_anchors[i] anchors per level, ordered by row, column, anchor.
             They are shared between calls: do not change them in place.
         """
         grid_sizes = [(int(feature.shape[-2]), int(feature.shape[-1])) for feature in features]
@@ -169,7 +167,7 @@ class BufferList(nn.Module):
 
 
 def _one_per_level(params: Sequence, num_levels: int, name: str) -> list:
-    """Repeat a single list of anchor parameters for every level, or check that there is one for each."""
+    """Repeats a single list of anchor parameters for every level, or checks that there is one for each."""
     assert isinstance(params, Sequence) and len(params) > 0, f"anchor {name} must be a list, got {params!r}"
     if not isinstance(params[0], Sequence):
         params = [params]

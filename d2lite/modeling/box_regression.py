@@ -16,8 +16,7 @@ _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": diou_loss, "ciou": ciou
 
 
 class Box2BoxTransform:
-    """
-    The R-CNN parametrization (dx, dy, dw, dh) of arXiv 1311.2524, appendix C: shift of the center in units of
+    """The R-CNN parametrization (dx, dy, dw, dh) of arXiv 1311.2524, appendix C: shift of the center in units of
     the source's width and height, and logarithm of the ratio of widths and heights, each times a weight.
     """
 
@@ -32,8 +31,7 @@ class Box2BoxTransform:
         self.scale_clamp = scale_clamp
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """
-        The deltas (N, 4) for which `apply_deltas(deltas, src_boxes) == target_boxes`; both are (N, 4) XYXY.
+        """The deltas (N, 4) for which `apply_deltas(deltas, src_boxes) == target_boxes`; both are (N, 4) XYXY.
 
         Raises:
             AssertionError: a source box has no width or height (not looked for on a GPU, which would have to
@@ -53,8 +51,7 @@ class Box2BoxTransform:
         return torch.cat([_times(shift, wx, wy), _times(scale, ww, wh)], dim=1)
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
-        Decode predictions.
+        """Decodes predictions.
 
         Args:
             deltas: (N, 4 * k), k >= 1 predictions for each box.
@@ -73,8 +70,7 @@ class Box2BoxTransform:
 
 
 class Box2BoxTransformLinear:
-    """
-    Distances (left, top, right, bottom) from the center of the source box to the sides of the target, as in
+    """Distances (left, top, right, bottom) from the center of the source box to the sides of the target, as in
     FCOS (arXiv 1904.01355, equation 1).
     """
 
@@ -87,8 +83,7 @@ class Box2BoxTransformLinear:
         self.normalize_by_size = normalize_by_size
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """
-        The distances (N, 4), one row for each of the (N, 4) XYXY source and target boxes. They are negative
+        """The distances (N, 4), one row for each of the (N, 4) XYXY source and target boxes. They are negative
         where the center of the source is outside the target.
         """
         assert isinstance(src_boxes, torch.Tensor), type(src_boxes)
@@ -98,8 +93,7 @@ class Box2BoxTransformLinear:
         return deltas / size.repeat(1, 2) if self.normalize_by_size else deltas
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
-        Decode predictions.
+        """Decodes predictions.
 
         Args:
             deltas: (N, 4 * k), k >= 1 predictions for each box; negative distances count as 0.
@@ -117,7 +111,7 @@ class Box2BoxTransformLinear:
 
 
 def _times(pairs: torch.Tensor, x: float, y: float) -> torch.Tensor:
-    """Multiply pairs (..., 2) by (x, y), without a tensor of factors: copying it to a GPU would block."""
+    """Multiplies pairs (..., 2) by (x, y), without a tensor of factors: copying it to a GPU would block."""
     return pairs * x if x == y else torch.stack([pairs[..., 0] * x, pairs[..., 1] * y], dim=-1)
 
 
@@ -137,8 +131,7 @@ def _dense_box_regression_loss(
     box_reg_loss_type: str = "smooth_l1",
     smooth_l1_beta: float = 0.0,
 ) -> torch.Tensor:
-    """
-    Sum of the regression loss over all foreground anchors of a batch, R anchors per image in all levels
+    """Sum of the regression loss over all foreground anchors of a batch, R anchors per image in all levels
     together.
 
     Args:

@@ -4,8 +4,7 @@ import torch
 
 
 class Matcher:
-    """
-    Assigns at most one ground-truth element to each prediction.
+    """Assigns at most one ground-truth element to each prediction.
 
     Each prediction takes the ground truth that it overlaps most; the height of that overlap gives it a label,
     e.g. 1 (foreground), 0 (background) or -1 (ignored).

@@ -6,8 +6,7 @@ import torch
 def subsample_labels(
     labels: torch.Tensor, num_samples: int, positive_fraction: float, bg_label: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Draw up to `num_samples` examples, of which at most `positive_fraction` are positive
+    """Draws up to `num_samples` examples, of which at most `positive_fraction` are positive
     (Fast R-CNN, arXiv 1504.08083, section 2.3). Missing positives are replaced by negatives.
 
     Args:

@@ -29,12 +29,11 @@ __all__ = ["DatasetMapperTTA", "GeneralizedRCNNWithTTA"]
 
 
 class GeneralizedRCNNWithTTA(nn.Module):
-    """
-    A :class:`GeneralizedRCNN` that sees every image at several scales, each plain and flipped. Boxes of all
+    """A `GeneralizedRCNN` that sees every image at several scales, each plain and flipped. Boxes of all
     versions go through one non-maximum suppression; masks are predicted for the result in every version, and
     averaged.
 
-    Takes and returns what :meth:`GeneralizedRCNN.forward` does in inference.
+    Takes and returns what `GeneralizedRCNN.forward` does in inference.
     """
 
     def __init__(
@@ -186,7 +185,7 @@ class DatasetMapperTTA:
 
 @contextmanager
 def _without_masks(roi_heads: nn.Module) -> Iterator[None]:
-    """Switch the mask branch off for a while."""
+    """Switches the mask branch off for a while."""
     mask_on = getattr(roi_heads, "mask_on", False)
     if not mask_on:
         yield

@@ -38,11 +38,10 @@ NORM_MODULES = (
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """
-    Build SGD with the per-parameter rules and the gradient clipping of ``cfg.SOLVER``.
+    """Builds SGD with the per-parameter rules and the gradient clipping of `cfg.SOLVER`.
 
     Args:
-        cfg: reads ``SOLVER.{BASE_LR, MOMENTUM, NESTEROV, WEIGHT_DECAY*, BIAS_LR_FACTOR, CLIP_GRADIENTS}``.
+        cfg: reads `SOLVER.{BASE_LR, MOMENTUM, NESTEROV, WEIGHT_DECAY*, BIAS_LR_FACTOR, CLIP_GRADIENTS}`.
         model: its trainable parameters are optimized, each once.
 
     Returns:
@@ -79,27 +78,26 @@ def get_default_optimizer_params(
     lr_factor_func: Callable[[str], float] | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """
-    Sort the trainable parameters of a model into groups for any ``torch.optim`` optimizer.
+    """Sorts the trainable parameters of a model into groups for any `torch.optim` optimizer.
 
-    The rules apply in this order, later ones win: ``base_lr`` and ``weight_decay``; ``weight_decay_norm``;
-    ``lr_factor_func``; ``overrides`` (which the two bias arguments are short for).
+    The rules apply in this order, later ones win: `base_lr` and `weight_decay`; `weight_decay_norm`;
+    `lr_factor_func`; `overrides` (which the two bias arguments are short for).
 
     Args:
         model: parameters that are shared between modules are taken once, frozen ones are left out.
         base_lr: learning rate; None leaves it to the optimizer.
         weight_decay: weight decay; None leaves it to the optimizer.
         weight_decay_norm: weight decay of the parameters of normalization layers.
-        bias_lr_factor: multiplies ``base_lr`` for parameters named "bias".
+        bias_lr_factor: multiplies `base_lr` for parameters named "bias".
         weight_decay_bias: weight decay for parameters named "bias".
-        lr_factor_func: maps a full parameter name to a factor on ``base_lr``.
-        overrides: last component of a parameter name -> hyper-parameters, such as ``{"bias": {"lr": 0.1}}``.
+        lr_factor_func: maps a full parameter name to a factor on `base_lr`.
+        overrides: last component of a parameter name -> hyper-parameters, such as `{"bias": {"lr": 0.1}}`.
 
     Returns:
-        One ``{"params": [...], hyper-parameter: value, ...}`` per distinct set of hyper-parameters.
+        One `{"params": [...], hyper-parameter: value, ...}` per distinct set of hyper-parameters.
 
     Raises:
-        ValueError: if a learning-rate factor is given without ``base_lr``, or bias rules are given twice.
+        ValueError: if a learning-rate factor is given without `base_lr`, or bias rules are given twice.
     """
     if lr_factor_func is not None and base_lr is None:
         raise ValueError("lr_factor_func scales base_lr, but base_lr is not given.")
@@ -159,15 +157,14 @@ def _add_to_group(
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """
-    Build the schedule named by ``SOLVER.LR_SCHEDULER_NAME``, with warm-up; step it once per iteration.
+    """Builds the schedule named by `SOLVER.LR_SCHEDULER_NAME`, with warm-up, to be stepped once per iteration.
 
     Args:
-        cfg: ``SOLVER.LR_SCHEDULER_NAME`` is WarmupMultiStepLR, WarmupCosineLR or WarmupStepWithFixedGammaLR.
+        cfg: `SOLVER.LR_SCHEDULER_NAME` is WarmupMultiStepLR, WarmupCosineLR or WarmupStepWithFixedGammaLR.
         optimizer: its present learning rates are the base that the schedule multiplies.
 
     Raises:
-        ValueError: if the name is unknown or ``BASE_LR_END`` is not between 0 and ``BASE_LR``.
+        ValueError: if the name is unknown or `BASE_LR_END` is not between 0 and `BASE_LR`.
     """
     name = cfg.SOLVER.LR_SCHEDULER_NAME
     if name not in _SCHEDULES:

@@ -36,7 +36,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
                 schedule into what follows the warm-up.
 
         Raises:
-            ValueError: if ``warmup_method`` is unknown.
+            ValueError: if `warmup_method` is unknown.
         """
         start = warmup_factor * scheduler(0.0)
         end = scheduler(0.0) if rescale_interval else scheduler(warmup_length)
@@ -54,8 +54,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
 
 
 class LRMultiplier(LRScheduler):
-    """
-    Multiplies each group's initial learning rate by a schedule; ``step()`` is called once per iteration.
+    """Multiplies each group's initial learning rate by a schedule; `step()` is called once per iteration.
 
     Unlike most torch schedulers it saves only its position, so a resumed run may change the schedule.
     """
@@ -75,7 +74,7 @@ class LRMultiplier(LRScheduler):
             last_iter: the last iteration done, -1 for none.
 
         Raises:
-            ValueError: if ``multiplier`` is not a ``ParamScheduler``.
+            ValueError: if `multiplier` is not a `ParamScheduler`.
         """
         if not isinstance(multiplier, ParamScheduler):
             raise ValueError(f"multiplier must be an fvcore ParamScheduler, not {type(multiplier).__name__}.")
@@ -84,17 +83,17 @@ class LRMultiplier(LRScheduler):
         super().__init__(optimizer, last_epoch=last_iter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base learning rates and the position; the schedule itself comes from the config."""
+        """Returns the base learning rates and the position; the schedule itself comes from the config."""
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
     def get_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group for the present iteration."""
+        """Returns the learning rate of each parameter group for the present iteration."""
         factor = self._multiplier(self.last_epoch / self._max_iter)
         return [base_lr * factor for base_lr in self.base_lrs]
 
 
 class _WarmupLR(LRScheduler):
-    """Warm-up multiplied with a decay, which subclasses define. Older interface; see :class:`LRMultiplier`."""
+    """Warm-up multiplied with a decay, which subclasses define. Older interface; see `LRMultiplier`."""
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class _WarmupLR(LRScheduler):
             last_epoch: the last iteration done, -1 for none.
 
         Raises:
-            ValueError: if ``warmup_method`` is unknown.
+            ValueError: if `warmup_method` is unknown.
         """
         self.warmup_factor = warmup_factor
         self.warmup_iters = warmup_iters
@@ -121,7 +120,7 @@ class _WarmupLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group for the present iteration."""
+        """Returns the learning rate of each parameter group for the present iteration."""
         factor = _warmup_at(self.last_epoch, self.warmup_iters, self.warmup_factor, self.warmup_method)
         factor *= self._decay(self.last_epoch)
         return [base_lr * factor for base_lr in self.base_lrs]
@@ -131,7 +130,7 @@ class _WarmupLR(LRScheduler):
 
 
 class WarmupMultiStepLR(_WarmupLR):
-    """Warm-up, then a decay by ``gamma`` at each milestone."""
+    """Warm-up, then a decay by `gamma` at each milestone."""
 
     def __init__(
         self,
@@ -145,7 +144,7 @@ class WarmupMultiStepLR(_WarmupLR):
     ) -> None:
         """
         Args:
-            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see :class:`_WarmupLR`.
+            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see `_WarmupLR`.
             milestones: increasing iteration numbers.
             gamma: factor per milestone.
 
@@ -176,7 +175,7 @@ class WarmupCosineLR(_WarmupLR):
     ) -> None:
         """
         Args:
-            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see :class:`_WarmupLR`.
+            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see `_WarmupLR`.
             max_iters: the iteration where the learning rate reaches 0.
         """
         self.max_iters = max_iters

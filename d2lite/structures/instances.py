@@ -7,12 +7,11 @@ import torch
 
 
 class Instances:
-    """
-    Labels or predictions of the instances in one image.
+    """Labels or predictions of the instances in one image.
 
     Fields are set and read as attributes. All have the same length N; indexing selects from all of them.
 
-    .. code-block:: python
+    Example::
 
         instances = Instances((480, 640))
         instances.gt_boxes = Boxes(...)
@@ -48,7 +47,7 @@ class Instances:
         return self._fields[name]
 
     def set(self, name: str, value: Any) -> None:
-        """Set a field. Raises AssertionError if its length is not that of the fields there are."""
+        """Sets a field. Raises AssertionError if its length is not that of the fields there are."""
         if self._fields:
             assert len(self) == len(value), (
                 f"Cannot add field '{name}' of length {len(value)} to Instances of length {len(self)}"
@@ -56,23 +55,23 @@ class Instances:
         self._fields[name] = value
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a field."""
+        """Returns whether there is such a field."""
         return name in self._fields
 
     def remove(self, name: str) -> None:
-        """Delete a field. Raises KeyError if there is none."""
+        """Deletes a field. Raises KeyError if there is none."""
         del self._fields[name]
 
     def get(self, name: str) -> Any:
-        """Return a field. Raises KeyError if there is none."""
+        """Returns a field. Raises KeyError if there is none."""
         return self._fields[name]
 
     def get_fields(self) -> dict[str, Any]:
-        """Return all fields by name; changing the dict changes the instances."""
+        """Returns all fields by name; changing the dict changes the instances."""
         return self._fields
 
     def to(self, *args: Any, **kwargs: Any) -> "Instances":
-        """Return these instances with every field that has a `to` method moved by it."""
+        """Returns these instances with every field that has a `to` method moved by it."""
         return self._map(lambda value: value.to(*args, **kwargs) if hasattr(value, "to") else value)
 
     def __getitem__(self, item: int | slice | torch.BoolTensor) -> "Instances":
@@ -106,8 +105,7 @@ class Instances:
 
     @staticmethod
     def cat(instance_lists: list["Instances"]) -> "Instances":
-        """
-        Concatenate instances of one image, field by field: tensors, lists, and types with a `cat` method.
+        """Concatenates instances of one image, field by field: tensors, lists, and types with a `cat` method.
 
         Raises:
             ValueError: a field has another type.

@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def seed_all_rng(seed: int | None = None) -> None:
-    """
-    Seed the generators of Python, NumPy and PyTorch.
+    """Seeds the generators of Python, NumPy and PyTorch.
 
     Args:
         seed: in [0, 2**32); None takes one from the operating system, and logs it.

@@ -44,7 +44,7 @@ class _Abbreviate(logging.Filter):
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """Told apart by its type, so that a second set-up replaces it."""
+    """The type marks the handler, so that a second set-up replaces it."""
 
 
 def setup_logger(
@@ -57,8 +57,7 @@ def setup_logger(
     enable_propagation: bool = False,
     configure_stdout: bool = True,
 ) -> logging.Logger:
-    """
-    Log to stdout (rank 0 only) and to a file (every rank its own). "detectron2" stands for this runtime, so
+    """Logs to stdout (rank 0 only) and to a file (every rank its own). "detectron2" stands for this runtime, so
     it sets up the logger "d2lite" as well. Repeated calls add nothing twice.
 
     Args:
@@ -134,11 +133,10 @@ def _caller() -> tuple[str, Key]:
 def log_first_n(
     lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: str | tuple[str, ...] = "caller"
 ) -> None:
-    """
-    Log only the first `n` times.
+    """Logs only the first `n` times.
 
     Args:
-        lvl: level of :mod:`logging`.
+        lvl: level of `logging`.
         msg: the message.
         n: how often.
         name: of the logger; by default that of the calling module.
@@ -156,7 +154,7 @@ def log_first_n(
 
 
 def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
-    """Log the first of every `n` calls from the same line of code. Arguments as in :func:`log_first_n`."""
+    """Logs the first of every `n` calls from the same line of code. Arguments as in `log_first_n`."""
     module, caller = _caller()
     _COUNTS[caller] += 1
     if n == 1 or _COUNTS[caller] % n == 1:
@@ -164,7 +162,7 @@ def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> N
 
 
 def log_every_n_seconds(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
-    """Log at most every `n` seconds from the same line of code. Arguments as in :func:`log_first_n`."""
+    """Logs at most every `n` seconds from the same line of code. Arguments as in `log_first_n`."""
     module, caller = _caller()
     now = time.monotonic()
     if caller not in _TIMES or now - _TIMES[caller] >= n:
@@ -173,7 +171,7 @@ def log_every_n_seconds(lvl: int, msg: str, n: int = 1, *, name: str | None = No
 
 
 def create_small_table(small_dict: dict[str, Any]) -> str:
-    """Return a table of one row, with the keys as header and numbers to three decimals."""
+    """Returns a table of one row, with the keys as header and numbers to three decimals."""
     return tabulate(
         [tuple(small_dict.values())],
         headers=list(small_dict),

@@ -22,13 +22,12 @@ def _note_cuda_oom(failures: list[str]) -> Iterator[None]:
 
 
 def retry_if_cuda_oom(func: Callable) -> Callable:
-    """
-    Make a function cope with little GPU memory: where it runs out, it is called again with PyTorch's cache
+    """Makes a function cope with little GPU memory: where it runs out, it is called again with PyTorch's cache
     emptied, and then with its arguments on the CPU.
 
     Args:
         func: a function without side effects. Arguments with a `device` and a method `to` are moved (tensors,
-            :class:`Boxes`, :class:`BitMasks`, ...), those inside of other containers are not. Its results may
+            `Boxes`, `BitMasks`, ...), those inside of other containers are not. Its results may
             be on the CPU.
 
     Returns:

@@ -19,7 +19,7 @@ __all__ = ["ColorMode", "VisImage", "Visualizer"]
 
 @unique
 class ColorMode(Enum):
-    """How instances are colored."""
+    """Coloring of instances."""
 
     IMAGE = 0
     """Each instance has its own color."""
@@ -30,10 +30,9 @@ class ColorMode(Enum):
 
 
 class Visualizer(Canvas):
-    """
-    Draws on one image.
+    """Draws on one image.
 
-    .. code-block:: python
+    Example::
 
         visualizer = Visualizer(image[:, :, ::-1], MetadataCatalog.get("coco_2017_val"))
         visualizer.draw_instance_predictions(outputs["instances"].to("cpu")).save("out.png")
@@ -61,8 +60,7 @@ class Visualizer(Canvas):
         self._instance_mode = instance_mode
 
     def draw_instance_predictions(self, predictions: Instances, jittering: bool = True) -> VisImage:
-        """
-        Draw the output of a detector.
+        """Draws the output of a detector.
 
         Args:
             predictions: on the CPU, with any of `pred_boxes`, `scores`, `pred_classes`, `pred_masks`.
@@ -87,8 +85,7 @@ class Visualizer(Canvas):
         )
 
     def draw_dataset_dict(self, dic: dict[str, Any]) -> VisImage:
-        """
-        Draw the annotations of one image in the standard dataset format.
+        """Draws the annotations of one image in the standard dataset format.
 
         Args:
             dic: `annotations` (each with `bbox` and `bbox_mode`, or `segmentation`, and `category_id`), and
@@ -124,8 +121,7 @@ class Visualizer(Canvas):
         area_threshold: int | None = None,
         alpha: float = 0.8,
     ) -> VisImage:
-        """
-        Draw a map of class labels.
+        """Draws a map of class labels.
 
         Args:
             sem_seg: (H, W) integers; labels that have no class name are left out.
@@ -159,8 +155,7 @@ class Visualizer(Canvas):
         assigned_colors: list[Color] | None = None,
         alpha: float = 0.5,
     ) -> VisImage:
-        """
-        Draw N instances, large ones first.
+        """Draws N instances, large ones first.
 
         Args:
             boxes: `Boxes`, or XYXY boxes as a tensor or array of shape (N, 4).

@@ -67,7 +67,7 @@ def make(architecture, *options):
 
 
 def settle(model):
-    """Make the batch-norm statistics those of random images, so that activations stay in range in eval mode."""
+    """Makes the batch-norm statistics those of random images, so that activations stay in range in eval mode."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0

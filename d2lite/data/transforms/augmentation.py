@@ -1,4 +1,4 @@
-"""What an augmentation is: it looks at the inputs, chooses a transform, and applies it to all of them."""
+"""The interface of augmentations, which choose a transform from the inputs and apply it to all of them."""
 
 import inspect
 import pprint

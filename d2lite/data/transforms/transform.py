@@ -147,7 +147,7 @@ class RotationTransform(Transform):
         return out.reshape(self.bound_h, self.bound_w, *img.shape[2:]).astype(img.dtype)
 
     def _grid(self) -> torch.Tensor:
-        """Where each output pixel center comes from, (bound_h, bound_w, 2), in grid_sample's [-1, 1]."""
+        """Source position of each output pixel center, (bound_h, bound_w, 2), in grid_sample's [-1, 1]."""
         ys, xs = np.mgrid[: self.bound_h, : self.bound_w] + 0.5
         source = (np.stack([xs, ys], -1) - self.target) @ self.rotation + self.center
         return torch.from_numpy(source * (2 / np.array([self.w, self.h])) - 1)
@@ -201,7 +201,7 @@ class ColorTransform(Transform):
         return segmentation
 
     def inverse(self) -> Transform:
-        """Nothing moves, so nothing has to move back."""
+        """Returns the identity, because no coordinate changes."""
         return NoOpTransform()
 
 
@@ -243,8 +243,7 @@ def _interpolate(img: np.ndarray, size: tuple[int, int], interp: int) -> np.ndar
 
 
 def _resize_rotated_box(transform: ResizeTransform, boxes: np.ndarray) -> np.ndarray:
-    """
-    Resizes rotated boxes (N, 5): x and y of the center, width, height, counter-clockwise angle in degrees.
+    """Resizes rotated boxes (N, 5): x and y of the center, width, height, counter-clockwise angle in degrees.
 
     Unequal scaling turns them into parallelograms; what is returned has the lengths of their sides and the
     direction of the side along the height.

@@ -11,11 +11,11 @@ BACKBONE_REGISTRY.__doc__ = "Callables (cfg, input_shape: ShapeSpec) -> Backbone
 
 
 def build_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> Backbone:
-    """Build the backbone that ``cfg.MODEL.BACKBONE.NAME`` names.
+    """Builds the backbone that `cfg.MODEL.BACKBONE.NAME` names.
 
     Args:
         cfg: the full config.
-        input_shape: shape of the images; by default as many channels as ``cfg.MODEL.PIXEL_MEAN`` has values.
+        input_shape: shape of the images; by default as many channels as `cfg.MODEL.PIXEL_MEAN` has values.
 
     Raises:
         KeyError: no backbone of that name is registered.

@@ -1,4 +1,4 @@
-"""What residual networks are made of: the stem, and plain, bottleneck and deformable blocks."""
+"""Building blocks of residual networks: the stem, and plain, bottleneck and deformable blocks."""
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F

@@ -15,12 +15,12 @@ class SimpleFeaturePyramid(Backbone):
     """Makes pyramid levels "p2", "p3", ... (stride 2^k) of one feature map, by deconvolution or pooling.
 
     Args:
-        net: the network below, kept as ``self.net``.
+        net: the network below, kept as `self.net`.
         in_feature: its feature map.
         out_channels: channels of all levels.
         scale_factors: size of each level relative to that map, of 4.0, 2.0, 1.0 and 0.5, finest first.
         top_block: as for `FPN`.
-        norm: normalization in the levels, as for ``get_norm``.
+        norm: normalization in the levels, as for `get_norm`.
         square_pad: if positive, images are to be padded to squares of this size.
 
     Raises:

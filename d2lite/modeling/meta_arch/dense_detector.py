@@ -1,4 +1,4 @@
-"""What detectors that predict at every cell of a feature pyramid (RetinaNet, FCOS) have in common."""
+"""Base class of detectors that predict at every cell of a feature pyramid (RetinaNet, FCOS)."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,14 @@ from d2lite.utils.events import get_event_storage
 
 
 def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
-    """Rearrange predictions (N, A * K, H, W) of one level to (N, H * W * A, K)."""
+    """Rearranges predictions (N, A * K, H, W) of one level to (N, H * W * A, K)."""
     assert tensor.dim() == 4, f"expected predictions (N, A * K, H, W), got shape {list(tensor.shape)}"
     n, _, h, w = tensor.shape
     return tensor.view(n, -1, K, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, K)
 
 
 class DenseDetector(ImageModel):
-    """
-    Base of one-stage detectors: backbone, a head that is applied to several of its features, and box
+    """Base of one-stage detectors: backbone, a head that is applied to several of its features, and box
     decoding.
 
     A subclass defines `forward_training` and `forward_inference`, and `num_classes` where it is trained.
@@ -53,7 +52,7 @@ class DenseDetector(ImageModel):
     ) -> None:
         """
         Args:
-            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
+            backbone, pixel_mean, pixel_std: see `ImageModel`.
             head: maps a list of features to a tuple of predictions, each a list with one (N, C, Hi, Wi) per
                 feature.
             head_in_features: names of the features that the head takes; by default all, by increasing stride.
@@ -122,14 +121,14 @@ class DenseDetector(ImageModel):
     def _transpose_dense_predictions(
         self, predictions: Sequence[list[torch.Tensor]], dims_per_anchor: Sequence[int]
     ) -> list[list[torch.Tensor]]:
-        """Bring every kind of prediction, of K = `dims_per_anchor[i]` numbers, to (N, Hi * Wi * A, K)."""
+        """Brings every kind of prediction, of K = `dims_per_anchor[i]` numbers, to (N, Hi * Wi * A, K)."""
         assert len(predictions) == len(dims_per_anchor), (
             f"the head gave {len(predictions)} kinds of predictions, expected {len(dims_per_anchor)}"
         )
         return [[permute_to_N_HWA_K(x, K) for x in levels] for levels, K in zip(predictions, dims_per_anchor)]
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
-        """Update and return the running average in the attribute `name`, first `initial_value`."""
+        """Updates and returns the running average in the attribute `name`, first `initial_value`."""
         average = getattr(self, name, initial_value) * momentum + value * (1 - momentum)
         setattr(self, name, average)
         return average
@@ -143,8 +142,7 @@ class DenseDetector(ImageModel):
         topk_candidates: int,
         image_size: tuple[int, int],
     ) -> Instances:
-        """
-        The best candidates of one level of one image, by decreasing score.
+        """The best candidates of one level of one image, by decreasing score.
 
         Args:
             anchors: R boxes.
@@ -171,8 +169,7 @@ class DenseDetector(ImageModel):
         box_delta: list[torch.Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
-        """
-        Decode the candidates of all levels and keep the best that do not overlap within a class, by the subclass's
+        """Decodes the candidates of all levels and keeps the best that do not overlap within a class, by the subclass's
         `test_score_thresh`, `test_topk_candidates`, `test_nms_thresh` and `max_detections_per_image`.
 
         Args:
@@ -209,8 +206,7 @@ class DenseDetector(ImageModel):
         )
 
     def visualize_training(self, batched_inputs: list[dict], results: list[Instances]) -> None:
-        """
-        Put a picture of the first image into the event storage, see `picture_boxes`.
+        """Puts a picture of the first image into the event storage, see `picture_boxes`.
 
         Args:
             batched_inputs: the input of a training step.

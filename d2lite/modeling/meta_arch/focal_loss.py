@@ -8,8 +8,7 @@ from torch.nn import functional as F
 def dense_focal_loss(
     pred_logits: list[torch.Tensor], gt_labels: torch.Tensor, num_classes: int, alpha: float, gamma: float
 ) -> torch.Tensor:
-    """
-    Sum of the sigmoid focal loss (arXiv 1708.02002, equation 5) over all anchors that are not ignored.
+    """Sum of the sigmoid focal loss (arXiv 1708.02002, equation 5) over all anchors that are not ignored.
 
     Same value as `fvcore.nn.sigmoid_focal_loss` on one-hot targets. Nearly all entries are background, so one
     formula is applied to all, and the one foreground entry of an anchor is put in its place. Value and

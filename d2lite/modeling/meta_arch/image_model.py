@@ -1,4 +1,4 @@
-"""What all models have in common: a backbone, and images that are normalized before it sees them."""
+"""Base class of all models: a backbone, and normalization of the images it takes."""
 
 from collections.abc import Sequence
 
@@ -30,17 +30,16 @@ class ImageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives; inputs are moved there."""
+        """The device of the model; inputs are moved there."""
         return self.pixel_mean.device
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalize, pad and batch the input images."""
+        """Normalizes, pads and batches the input images."""
         return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
 
 
 def picture_boxes(image: np.ndarray, truth: Boxes, predicted: Boxes) -> np.ndarray:
-    """
-    The annotated boxes left, the predicted ones right.
+    """The annotated boxes left, the predicted ones right.
 
     Args:
         image: (H, W, 3) RGB in [0, 255].

@@ -1,4 +1,4 @@
-"""What every model does with its input dicts: batching images, and fetching and checking the targets."""
+"""Input handling of all models: batching images, and fetching and checking the targets."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,7 @@ from d2lite.structures import ImageList, Instances
 def batch_images(
     batched_inputs: Sequence[dict], backbone: nn.Module, pixel_mean: torch.Tensor, pixel_std: torch.Tensor
 ) -> ImageList:
-    """
-    Normalize the images (C, H, W) of a batch on the model's device, and pad them to a size that the backbone
+    """Normalizes the images (C, H, W) of a batch on the model's device, and pads them to a size that the backbone
     can take.
 
     Args:
@@ -28,8 +27,7 @@ def batch_images(
 def ground_truth(
     batched_inputs: Sequence[dict], device: torch.device, num_classes: int | None = None, config_key: str = ""
 ) -> list[Instances]:
-    """
-    The annotated instances of each image, checked, on `device`.
+    """The annotated instances of each image, checked, on `device`.
 
     Args:
         batched_inputs: dicts with the key "instances".
@@ -78,8 +76,7 @@ def _check_classes(x: dict, num_classes: int, config_key: str) -> None:
 def semantic_labels(
     batched_inputs: Sequence[dict], backbone: nn.Module, device: torch.device, head: nn.Module
 ) -> torch.Tensor:
-    """
-    The per-pixel labels of a batch, checked and padded like its images with `head.ignore_value`: (N, H, W)
+    """The per-pixel labels of a batch, checked and padded like its images with `head.ignore_value`: (N, H, W)
     int64.
 
     Raises:

@@ -21,8 +21,7 @@ __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
 
 @META_ARCH_REGISTRY.register()
 class GeneralizedRCNN(ImageModel):
-    """
-    Any model made of a backbone, a proposal generator and heads on the regions that it proposes: Faster, Mask
+    """Any model made of a backbone, a proposal generator and heads on the regions that it proposes: Faster, Mask
     and Cascade R-CNN, and, with proposals from the input, Fast R-CNN.
     """
 
@@ -40,7 +39,7 @@ class GeneralizedRCNN(ImageModel):
     ) -> None:
         """
         Args:
-            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
+            backbone, pixel_mean, pixel_std: see `ImageModel`.
             proposal_generator: maps images and features to proposals; None to read them from the input.
             roi_heads: turns features and proposals into detections or losses.
             input_format: channel order of the input image, for the pictures of `vis_period`.
@@ -142,15 +141,14 @@ class GeneralizedRCNN(ImageModel):
     def _postprocess(
         instances: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Instances]]:
-        """Map the predictions of each image to the resolution that its input dict asks for."""
+        """Maps the predictions of each image to the resolution that its input dict asks for."""
         return [
             {"instances": detector_postprocess(r, *output_size(x, size))}
             for r, x, size in zip(instances, batched_inputs, image_sizes)
         ]
 
     def visualize_training(self, batched_inputs: list[dict], proposals: list[Instances]) -> None:
-        """
-        Put a picture of each image into the event storage, see `picture_boxes`.
+        """Puts a picture of each image into the event storage, see `picture_boxes`.
 
         Args:
             batched_inputs: the input of a training step.
@@ -179,7 +177,7 @@ class ProposalNetwork(ImageModel):
     ) -> None:
         """
         Args:
-            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
+            backbone, pixel_mean, pixel_std: see `ImageModel`.
             proposal_generator: maps images and features to proposals.
         """
         super().__init__(backbone, pixel_mean, pixel_std)
@@ -199,7 +197,7 @@ class ProposalNetwork(ImageModel):
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
         """
         Args:
-            batched_inputs: as in :class:`GeneralizedRCNN`.
+            batched_inputs: as in `GeneralizedRCNN`.
 
         Returns:
             In training a dict of losses. Otherwise one {"proposals": Instances} per image with

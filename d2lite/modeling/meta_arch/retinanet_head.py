@@ -54,8 +54,7 @@ class RetinaNetHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
-        """
-        Constructor arguments from MODEL.RETINANET.
+        """Constructor arguments from MODEL.RETINANET.
 
         Raises:
             AssertionError: MODEL.ANCHOR_GENERATOR gives the levels different numbers of anchors.

@@ -23,8 +23,7 @@ def find_top_rpn_proposals(
     min_box_size: float,
     training: bool,
 ) -> list[Instances]:
-    """
-    The best proposals of each image: per level the `pre_nms_topk` best scores, clipped to the image, without
+    """The best proposals of each image: per level the `pre_nms_topk` best scores, clipped to the image, without
     small boxes, then non-maximum suppression within each level, and of what is left the `post_nms_topk` best.
 
     Args:
@@ -70,8 +69,7 @@ def suppress_proposals(
     min_box_size: float,
     training: bool,
 ) -> list[Instances]:
-    """
-    The part of :func:`find_top_rpn_proposals` after the choice of the best anchors: `boxes` (N, K_i, 4) and
+    """The part of `find_top_rpn_proposals` after the choice of the best anchors: `boxes` (N, K_i, 4) and
     `scores` (N, K_i) of each level are what is left of them.
     """
     levels = torch.cat([torch.full((b.shape[1],), i, device=b.device) for i, b in enumerate(boxes)])
@@ -100,8 +98,7 @@ def suppress_proposals(
 
 
 def add_ground_truth_to_proposals(gt: list[Instances] | list[Boxes], proposals: list[Instances]) -> list[Instances]:
-    """
-    Append the ground-truth boxes of each image to its proposals, so that the heads see good boxes from the
+    """Appends the ground-truth boxes of each image to its proposals, so that the heads see good boxes from the
     start.
 
     Args:
@@ -121,7 +118,7 @@ def add_ground_truth_to_proposals(gt: list[Instances] | list[Boxes], proposals: 
 
 
 def add_ground_truth_to_proposals_single_image(gt: Instances | Boxes, proposals: Instances) -> Instances:
-    """As :func:`add_ground_truth_to_proposals`, for one image."""
+    """As `add_ground_truth_to_proposals`, for one image."""
     fields = {} if isinstance(gt, Boxes) else gt.get_fields()
     boxes = gt if isinstance(gt, Boxes) else gt.gt_boxes
     device = proposals.objectness_logits.device

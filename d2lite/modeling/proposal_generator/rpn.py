@@ -51,7 +51,7 @@ class RPN(nn.Module):
         """
         Args:
             in_features: names of the feature maps to use.
-            head: from feature maps to logits and deltas, see :class:`StandardRPNHead`.
+            head: from feature maps to logits and deltas, see `StandardRPNHead`.
             anchor_generator: from feature maps to anchors.
             anchor_matcher: labels anchors as 1 (object), 0 (background) or -1 (ignored) by their IoU.
             box2box_transform: how deltas encode boxes relative to anchors.
@@ -148,8 +148,7 @@ class RPN(nn.Module):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """
-        Match anchors (R in all levels together) with ground truth, and draw those that enter the loss.
+        """Matches anchors (R in all levels together) with ground truth, and draws those that enter the loss.
 
         Returns:
             Per image the labels (R,) int8: 1 object, 0 background, -1 not used; and the matched box (R, 4)
@@ -173,7 +172,7 @@ class RPN(nn.Module):
         return gt_labels, matched_boxes
 
     def _subsample_labels(self, label: torch.Tensor) -> torch.Tensor:
-        """Keep the labels of a random sample, in place, and set all others to -1."""
+        """Keeps the labels of a random sample, in place, and sets all others to -1."""
         positive, negative = subsample_labels(label, self.batch_size_per_image, self.positive_fraction, 0)
         return label.fill_(-1).index_fill_(0, positive, 1).index_fill_(0, negative, 0)
 
@@ -185,14 +184,13 @@ class RPN(nn.Module):
         pred_anchor_deltas: list[torch.Tensor],
         gt_boxes: list[torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """
-        Binary cross entropy of the objectness and regression loss of the positives, both divided by the
+        """Binary cross entropy of the objectness and regression loss of the positives, both divided by the
         number of anchors that the batch may use.
 
         Args:
             anchors: boxes (R_i, 4) of each level, or one element with all of them.
             pred_objectness_logits: (N, R_i) of each level.
-            gt_labels: N tensors (R,), see :meth:`label_and_sample_anchors`.
+            gt_labels: N tensors (R,), see `label_and_sample_anchors`.
             pred_anchor_deltas: (N, R_i, 4) of each level.
             gt_boxes: N tensors (R, 4).
 
@@ -237,8 +235,7 @@ class RPN(nn.Module):
         pred_anchor_deltas: list[torch.Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """
-        Decode and filter the predictions, see `find_top_rpn_proposals`. Only the best anchors of each level
+        """Decodes and filters the predictions, see `find_top_rpn_proposals`. Only the best anchors of each level
         are decoded. The heads treat the proposals as constants: no gradient flows through their coordinates.
 
         Args:

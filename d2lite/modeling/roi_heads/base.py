@@ -1,4 +1,4 @@
-"""What all heads on regions have in common: how proposals are sampled, and how features are pooled."""
+"""Base class of heads on regions: sampling of proposals and pooling of features."""
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from d2lite.utils.registry import Registry
 ROI_HEADS_REGISTRY = Registry("ROI_HEADS")
 ROI_HEADS_REGISTRY.__doc__ = """
 Modules that turn features and proposals into losses or detections.
-Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to :class:`ShapeSpec`.
+Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to `ShapeSpec`.
 """
 
 
 def build_roi_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the heads named by `cfg.MODEL.ROI_HEADS.NAME` for features of `input_shape`."""
+    """Builds the heads named by `cfg.MODEL.ROI_HEADS.NAME` for features of `input_shape`."""
     name = cfg.MODEL.ROI_HEADS.NAME
     if name == "RROIHeads":
         raise NotImplementedError(
@@ -60,8 +60,7 @@ class ROIHeads(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """
-        Constructor arguments from MODEL.ROI_HEADS; subclasses add their own.
+        """Constructor arguments from MODEL.ROI_HEADS; subclasses add their own.
 
         Raises:
             NotImplementedError: MODEL.KEYPOINT_ON is set.
@@ -102,8 +101,7 @@ class ROIHeads(nn.Module):
 
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
-        """
-        Match proposals with ground truth, and draw those that enter the losses.
+        """Matches proposals with ground truth, and draws those that enter the losses.
 
         Args:
             proposals: N `Instances` with `proposal_boxes` and `objectness_logits`.
@@ -138,8 +136,7 @@ class ROIHeads(nn.Module):
     def _sample_proposals(
         self, matched_idxs: Tensor, matched_labels: Tensor, gt_classes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """
-        Draw from the R proposals of one image.
+        """Draws from the R proposals of one image.
 
         Args:
             matched_idxs, matched_labels: (R,), what the matcher returned.
@@ -178,7 +175,7 @@ class ROIHeads(nn.Module):
 
 
 def log_sample_counts(sizes: list[int], num_background: list[int]) -> None:
-    """Record how many of the sampled proposals, `sizes` per image, are foreground and background, on average."""
+    """Records how many of the sampled proposals, `sizes` per image, are foreground and background, on average."""
     if not sizes:
         return
     storage = get_event_storage()
@@ -187,8 +184,7 @@ def log_sample_counts(sizes: list[int], num_background: list[int]) -> None:
 
 
 def select_foreground_proposals(proposals: list[Instances], bg_label: int) -> tuple[list[Instances], list[Tensor]]:
-    """
-    The proposals with a class other than `bg_label` and -1 (ignored).
+    """The proposals with a class other than `bg_label` and -1 (ignored).
 
     Args:
         proposals: N `Instances` with `gt_classes`.

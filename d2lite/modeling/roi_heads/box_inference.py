@@ -14,8 +14,7 @@ def fast_rcnn_inference(
     nms_thresh: float,
     topk_per_image: int,
 ) -> tuple[list[Instances], list[Tensor]]:
-    """
-    Detections of each image: scores above a threshold, non-maximum suppression per class, the best ones.
+    """Detections of each image: scores above a threshold, non-maximum suppression per class, the best ones.
     Predictions that are not finite are dropped.
 
     Args:
@@ -45,7 +44,7 @@ def fast_rcnn_inference_single_image(
     nms_thresh: float,
     topk_per_image: int,
 ) -> tuple[Instances, Tensor]:
-    """As :func:`fast_rcnn_inference`, for one image."""
+    """As `fast_rcnn_inference`, for one image."""
     finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
     foreground = scores[:, :-1]
     region, classes = (finite[:, None] & (foreground > score_thresh)).nonzero(as_tuple=True)

@@ -40,7 +40,7 @@ class CascadeROIHeads(StandardROIHeads):
             box_heads: one per stage.
             box_predictors: one per stage, with one box for all classes.
             proposal_matchers: one per stage; the first one labels the proposals themselves.
-            kwargs: see :class:`StandardROIHeads`.
+            kwargs: see `StandardROIHeads`.
         """
         if "proposal_matcher" in kwargs:
             raise ValueError("CascadeROIHeads takes `proposal_matchers`, one per stage, not `proposal_matcher`")
@@ -148,7 +148,7 @@ class CascadeROIHeads(StandardROIHeads):
     def _match_and_label_boxes(
         self, proposals: list[Instances], stage: int, targets: list[Instances]
     ) -> list[Instances]:
-        """Give all proposals of a later stage `gt_classes` and `gt_boxes`, in place; none is dropped."""
+        """Assigns all proposals of a later stage `gt_classes` and `gt_boxes`, in place; none is dropped."""
         for x, target in zip(proposals, targets):
             quality = pairwise_iou(target.gt_boxes, x.proposal_boxes)
             matched_idxs, labels = self.proposal_matchers[stage](quality)

@@ -44,7 +44,7 @@ class FastRCNNOutputLayers(nn.Module):
             input_shape: of the features, or their number.
             box2box_transform: how deltas encode boxes relative to proposals.
             num_classes: foreground classes, K.
-            test_score_thresh, test_nms_thresh, test_topk_per_image: see :func:`fast_rcnn_inference`.
+            test_score_thresh, test_nms_thresh, test_topk_per_image: see `fast_rcnn_inference`.
             cls_agnostic_bbox_reg: one box for all classes instead of one per class.
             box_reg_loss_type: "smooth_l1" (L1 for a `smooth_l1_beta` of 0), "giou", "diou" or "ciou".
             loss_weight: one factor for both losses, or one per name ("loss_cls", "loss_box_reg").
@@ -132,7 +132,7 @@ class FastRCNNOutputLayers(nn.Module):
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         """
         Args:
-            predictions: what :meth:`forward` returned for all proposals.
+            predictions: what `forward` returned for all proposals.
             proposals: with `proposal_boxes`, `gt_classes`, and `gt_boxes` where there is ground truth.
 
         Returns:
@@ -156,8 +156,7 @@ class FastRCNNOutputLayers(nn.Module):
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
     def box_reg_loss(self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor) -> Tensor:
-        """
-        Regression loss of the foreground, summed and divided by the number of all regions R. So every
+        """Regression loss of the foreground, summed and divided by the number of all regions R. So every
         foreground region weighs the same, however many there are in its image.
 
         Args:
@@ -183,8 +182,7 @@ class FastRCNNOutputLayers(nn.Module):
         return loss / max(gt_classes.numel(), 1.0)
 
     def sigmoid_cross_entropy_loss(self, pred_class_logits: Tensor, gt_classes: Tensor) -> Tensor:
-        """
-        Binary cross entropy summed over the classes, and averaged over the regions.
+        """Binary cross entropy summed over the classes, and averaged over the regions.
 
         Args:
             pred_class_logits: (R, K + 1); the last column, the background, has no part in it.
@@ -205,8 +203,7 @@ class FastRCNNOutputLayers(nn.Module):
     def get_fed_loss_classes(
         self, gt_classes: Tensor, num_fed_loss_classes: int, num_classes: int, weight: Tensor
     ) -> Tensor:
-        """
-        The classes that the federated loss counts: all that occur, filled up by a draw of others.
+        """The classes that the federated loss counts: all that occur, filled up by a draw of others.
 
         Args:
             gt_classes: (R,) in [0, num_classes].
@@ -227,7 +224,7 @@ class FastRCNNOutputLayers(nn.Module):
     def inference(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[Tensor]]:
-        """What :func:`fast_rcnn_inference` returns, for the `predictions` of :meth:`forward`."""
+        """Returns the results of `fast_rcnn_inference` for the `predictions` of `forward`."""
         return fast_rcnn_inference(
             self.predict_boxes(predictions, proposals),
             self.predict_probs(predictions, proposals),
@@ -290,7 +287,7 @@ def _class_frequency_weights(dataset_names: list[str], power: float) -> Tensor:
 
 
 def _log_classification_stats(pred_logits: Tensor, gt_classes: Tensor, prefix: str = "fast_rcnn") -> None:
-    """Log the accuracy over all regions, and over the foreground, and the part of it taken for background."""
+    """Logs the accuracy over all regions, and over the foreground, and the part of it taken for background."""
     total = gt_classes.numel()
     if total == 0:
         return
