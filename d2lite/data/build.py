@@ -65,7 +65,7 @@ def _train_loader_from_config(
 def _training_sampler(node: CfgNode, dataset: Sequence[Any]) -> torchdata.Sampler:
     """The sampler that DATALOADER.SAMPLER_TRAIN names."""
     name = node.SAMPLER_TRAIN
-    logger.info(f"Using training sampler {name}")
+    logger.info("Using training sampler %s", name)
     if name == "TrainingSampler":
         return TrainingSampler(len(dataset))
     if name == "RepeatFactorTrainingSampler":

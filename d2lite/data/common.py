@@ -53,7 +53,7 @@ class _PickledList:
             ends[i + 1] = len(buffer)
         self._buffer = np.frombuffer(buffer, dtype=np.uint8)
         self._ends = ends
-        logger.info(f"Serialized a dataset of {len(lst)} elements to {len(buffer) / 2**20:.2f} MiB")
+        logger.info("Serialized a dataset of %d elements to %.2f MiB", len(lst), len(buffer) / 2**20)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -103,7 +103,7 @@ class MapDataset(data.Dataset):
             if item is not None:
                 return item
             if tried == 2:
-                logger.warning(f"Three elements in a row, from index {first} on, gave None; looking on")
+                logger.warning("Three elements in a row, from index %d on, gave None; trying further ones", first)
         raise RuntimeError(f"the map function returned None for each of the {size} elements of the dataset")
 
 

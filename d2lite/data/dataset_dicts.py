@@ -76,7 +76,7 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: Dicts) -> Dicts:
     """The images that have at least one annotation that is no crowd."""
     kept = [d for d in dataset_dicts if any(a.get("iscrowd", 0) == 0 for a in d["annotations"])]
     removed = len(dataset_dicts) - len(kept)
-    logger.info(f"Removed {removed} images without usable annotations; {len(kept)} images are left")
+    logger.info("Removed %d images without usable annotations; %d images are left", removed, len(kept))
     return kept
 
 
@@ -95,4 +95,4 @@ def print_instances_class_histogram(dataset_dicts: Dicts, class_names: Sequence[
     cells = [value for row in rows for value in row]
     table = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
     text = tabulate(table, headers=["category", "#instances"] * columns, tablefmt="pipe", stralign="center")
-    logger.info(f"{sum(counts.values())} instances in {len(dataset_dicts)} images:\n{text}")
+    logger.info("%d instances in %d images:\n%s", sum(counts.values()), len(dataset_dicts), text)

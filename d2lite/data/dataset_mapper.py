@@ -60,7 +60,7 @@ class DatasetMapper:
         self.use_instance_mask = use_instance_mask
         self.instance_mask_format = instance_mask_format
         self.recompute_boxes = recompute_boxes
-        logger.info(f"Augmentations in {'training' if is_train else 'inference'}: {augmentations}")
+        logger.info("Augmentations in %s: %s", "training" if is_train else "inference", augmentations)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class CommonMetricPrinter(EventWriter):
             parts.append(f"lr: {storage.history('lr').latest():.5g}")
         if torch.cuda.is_available():
             parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        self.logger.info(" " + "  ".join(part for part in parts if part))
+        self.logger.info(" %s", "  ".join(part for part in parts if part))
 
     def _timing(self, storage: EventStorage, name: str) -> str:
         if name not in storage.histories():

@@ -72,7 +72,7 @@ def load_cityscapes_instances(image_dir: str, gt_dir: str, from_json: bool = Tru
     for image, label in _files(image_dir, gt_dir, suffix):
         record = _from_polygons(label, to_polygons) if from_json else _from_instance_map(label)
         out.append({"file_name": image, "image_id": os.path.basename(image), **record})
-    logger.info(f"Loaded the instances of {len(out)} images from {image_dir}")
+    logger.info("Loaded the instances of %d images from %s", len(out), image_dir)
     return out
 
 

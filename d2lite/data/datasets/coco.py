@@ -59,7 +59,7 @@ def load_coco_json(
         annotations = content.get("annotations", [])
         _check_annotation_ids(json_file, annotations)
         by_image = _annotations_by_image(annotations, images, id_map, ["iscrowd", *(extra_annotation_keys or [])])
-    logger.info(f"Loaded {len(images)} images in COCO format from {json_file}")
+    logger.info("Loaded %d images in COCO format from %s", len(images), json_file)
     return [
         {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -92,7 +92,7 @@ def _set_class_metadata(dataset_name: str, categories: Dicts) -> dict[int, int]:
     meta.thing_classes = [c["name"] for c in categories]
     meta.thing_dataset_id_to_contiguous_id = id_map
     if list(id_map) != list(range(1, len(id_map) + 1)) and "coco" not in dataset_name:
-        logger.warning(f"Category ids of {dataset_name} are not 1 to {len(id_map)}; they are mapped to 0, 1, ...")
+        logger.warning("Category ids of %s are not 1 to %d; they are mapped to 0, 1, ...", dataset_name, len(id_map))
     return id_map
 
 
@@ -120,9 +120,11 @@ def _annotations_by_image(
         else:
             by_image[image_id].append(converted)
     if without_image:
-        logger.warning(f"Ignored {without_image} of {len(annotations)} annotations: their images are not listed")
+        logger.warning("Ignored %d of %d annotations: their images are not listed", without_image, len(annotations))
     if invalid:
-        logger.warning(f"Dropped {invalid} of {len(annotations)} annotations: no valid polygon in their segmentation")
+        logger.warning(
+            "Dropped %d of %d annotations: no valid polygon in their segmentation", invalid, len(annotations)
+        )
     return by_image
 
 
@@ -197,10 +199,14 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
     pairs = sorted(images.keys() & labels.keys())
     if len(images) != len(labels) or len(pairs) != len(images):
         logger.warning(
-            f"{image_root} has {len(images)} images and {gt_root} {len(labels)} label maps; "
-            f"the {len(pairs)} that have both are used"
+            "%s has %d images and %s %d label maps; the %d that have both are used",
+            image_root,
+            len(images),
+            gt_root,
+            len(labels),
+            len(pairs),
         )
-    logger.info(f"Loaded {len(pairs)} images with label maps from {image_root}")
+    logger.info("Loaded %d images with label maps from %s", len(pairs), image_root)
     return [{"file_name": images[p], "sem_seg_file_name": labels[p]} for p in pairs]
 
 

@@ -96,7 +96,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         g = torch.Generator()
         g.manual_seed(_agreed_seed(seed_subset))
         self._indexes_subset = torch.randperm(size, generator=g)[: self._size_subset]
-        logger.info(f"Training on {self._size_subset} of {size} images (subset_ratio {subset_ratio})")
+        logger.info("Training on %d of %d images (subset_ratio %s)", self._size_subset, size, subset_ratio)
 
     def _infinite_indices(self) -> Iterator[int]:
         g = torch.Generator()
