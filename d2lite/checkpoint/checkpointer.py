@@ -10,7 +10,7 @@ import torch
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
 
-from d2lite.checkpoint.safe_load import CheckpointError, load_torch_file
+from d2lite.checkpoint.safe_load import InvalidCheckpointError, load_torch_file
 from d2lite.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Checkpointer(FvcoreCheckpointer):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            CheckpointError: if it is no usable checkpoint.
+            InvalidCheckpointError: if it is no usable checkpoint.
         """
         return super().load(self._local_path(path) if path else path, checkpointables)
 
@@ -106,14 +106,14 @@ def check_weights(checkpoint: Any) -> None:
     """Checks that a checkpoint is a dict whose "model" is a dict of tensors or arrays of numbers.
 
     Raises:
-        CheckpointError: if it is not.
+        InvalidCheckpointError: if it is not.
     """
     advice = "It was written by another program: save its weights as {'model': {name: tensor}}."
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict):
-        raise CheckpointError(f"There is no dict of weights under 'model'. {advice}")
+        raise InvalidCheckpointError(f"There is no dict of weights under 'model'. {advice}")
     for name, value in weights.items():
         is_array = isinstance(value, np.ndarray) and value.dtype.kind in "bifuc"
         if not (is_array or isinstance(value, torch.Tensor)):
             kind = type(value).__name__
-            raise CheckpointError(f"The entry '{name}' of the weights is a {kind}, no tensor. {advice}")
+            raise InvalidCheckpointError(f"The entry '{name}' of the weights is a {kind}, no tensor. {advice}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from d2lite.checkpoint.c2_model_loading import align_and_update_state_dicts
 from d2lite.checkpoint.checkpointer import Checkpointer, check_weights
-from d2lite.checkpoint.safe_load import CheckpointError, load_pickle_file, load_torch_file
+from d2lite.checkpoint.safe_load import InvalidCheckpointError, load_pickle_file, load_torch_file
 from d2lite.utils import comm
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class DetectionCheckpointer(Checkpointer):
 
         Raises:
             FileNotFoundError: if a process does not find the file.
-            CheckpointError: if it is no usable checkpoint.
+            InvalidCheckpointError: if it is no usable checkpoint.
             ValueError: if the path has other options than `matching_heuristics`.
         """
         path, self._use_heuristics = _split_options(path)
@@ -92,8 +92,8 @@ class DetectionCheckpointer(Checkpointer):
             checkpoint["matching_heuristics"] = True
         try:
             check_weights(checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"Cannot load {f}: {error}") from None
+        except InvalidCheckpointError as error:
+            raise InvalidCheckpointError(f"Cannot load {f}: {error}") from None
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -129,7 +129,7 @@ def _split_options(path: str) -> tuple[str, bool]:
 
 def _from_pickle(data: Any, path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise CheckpointError(f"Cannot load {path}: it holds a {type(data).__name__}, not a dict of weights.")
+        raise InvalidCheckpointError(f"Cannot load {path}: it holds a {type(data).__name__}, not a dict of weights.")
     if "model" in data and "__author__" in data:
         logger.info("The checkpoint was written by '%s'.", data["__author__"])
         return data
@@ -140,5 +140,5 @@ def _from_pickle(data: Any, path: str) -> dict[str, Any]:
 
 def _from_pycls(data: Any, path: str) -> dict[str, Any]:
     if not isinstance(data, dict) or "model_state" not in data:
-        raise CheckpointError(f"Cannot load {path}: pycls' .pyth files have weights under 'model_state'.")
+        raise InvalidCheckpointError(f"Cannot load {path}: pycls' .pyth files have weights under 'model_state'.")
     return {"model": data["model_state"], "__author__": "pycls", "matching_heuristics": True}

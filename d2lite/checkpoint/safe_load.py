@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 
-class CheckpointError(RuntimeError):
+class InvalidCheckpointError(RuntimeError):
     """A checkpoint file that cannot be used; the message names the file, the reason and what to do."""
 
 
@@ -22,7 +22,7 @@ def load_torch_file(path: str) -> Any:
         path: a local file.
 
     Raises:
-        CheckpointError: if the file is truncated, is no such file, or asks for anything but data.
+        InvalidCheckpointError: if the file is truncated, is no such file, or asks for anything but data.
     """
     with torch.serialization.safe_globals(_numpy_safe_globals()):
         return _read(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
@@ -37,7 +37,7 @@ def load_pickle_file(path: str) -> Any:
         path: a local file.
 
     Raises:
-        CheckpointError: if the file is truncated, is no pickle, or asks for anything but data.
+        InvalidCheckpointError: if the file is truncated, is no pickle, or asks for anything but data.
     """
 
     def load() -> Any:
@@ -53,7 +53,7 @@ def _read(path: str, load: Callable[[], Any]) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        raise CheckpointError(_explain(path, error)) from None
+        raise InvalidCheckpointError(_explain(path, error)) from None
 
 
 def _explain(path: str, error: Exception) -> str:
