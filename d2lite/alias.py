@@ -25,7 +25,7 @@ LEFT_OUT_NAMES = {
         "pairwise_iou_rotated",
         "RotatedCOCOEvaluator",
     ),
-    "key points": (
+    "keypoints": (
         "Keypoints",
         "heatmaps_to_keypoints",
         "KRCNNConvDeconvUpsampleHead",
@@ -90,7 +90,7 @@ def install(alias: str = "detectron2") -> None:
     """Makes `import <alias>` and its submodules resolve to d2lite. Calling it again does nothing.
 
     Raises:
-        RuntimeError: another package is already imported under that name.
+        RuntimeError: if another package is already imported under that name.
     """
     if any(isinstance(finder, _AliasFinder) and finder.alias == alias for finder in sys.meta_path):
         return

@@ -6,4 +6,4 @@ from d2lite.checkpoint.checkpointer import Checkpointer
 from d2lite.checkpoint.detection_checkpoint import DetectionCheckpointer
 from d2lite.checkpoint.safe_load import InvalidCheckpointError
 
-__all__ = ["InvalidCheckpointError", "Checkpointer", "DetectionCheckpointer", "PeriodicCheckpointer"]
+__all__ = ["Checkpointer", "DetectionCheckpointer", "InvalidCheckpointError", "PeriodicCheckpointer"]

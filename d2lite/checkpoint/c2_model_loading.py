@@ -109,7 +109,7 @@ def convert_c2_detectron_names(
         weights: blob name -> tensor.
 
     Returns:
-        new name -> tensor, and new name -> blob name.
+        New name -> tensor, and new name -> blob name.
     """
     converted: dict[str, torch.Tensor] = {}
     original_names: dict[str, str] = {}

@@ -20,7 +20,8 @@ class DetectionCheckpointer(Checkpointer):
     """Reads `.pth` and `.pkl` files of Detectron2, Caffe2's `.pkl` and pycls' `.pyth`.
 
     A path may end in `?matching_heuristics=True`: the checkpoint's names are then matched to the model's by
-    their endings. Files of Caffe2 and pycls, and files that say so themselves, are always matched that way.
+    their endings. Files of Caffe2 and pycls, and files with an entry "matching_heuristics",
+    are always matched that way.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def load_torch_file(path: str) -> Any:
         path: a local file.
 
     Raises:
-        InvalidCheckpointError: if the file is truncated, is no such file, or asks for anything but data.
+        InvalidCheckpointError: if the file is truncated, is not such a file, or refers to anything but data.
     """
     with torch.serialization.safe_globals(_numpy_safe_globals()):
         return _read(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
@@ -37,7 +37,7 @@ def load_pickle_file(path: str) -> Any:
         path: a local file.
 
     Raises:
-        InvalidCheckpointError: if the file is truncated, is no pickle, or asks for anything but data.
+        InvalidCheckpointError: if the file is truncated, is not a pickle, or refers to anything but data.
     """
 
     def load() -> Any:
@@ -90,7 +90,7 @@ def _numpy_safe_globals() -> list[Any]:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Pickles of protocol 2 keep bytes as text; this turns it back."""
+    """Returns the bytes that pickles of protocol 2 store as text."""
     return text.encode("latin1" if encoding in ("latin1", "latin-1") else "utf-8")
 
 
@@ -115,7 +115,7 @@ _ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Knows the few names that arrays and containers need, and refuses every other."""
+    """Resolves the few names that arrays and containers need, and refuses all others."""
 
     def __init__(self, file: BinaryIO, *, encoding: str) -> None:
         super().__init__(file, encoding=encoding)

@@ -30,7 +30,7 @@ def evaluate_arithmetic(expression: str) -> Any:
         A number, or lists and tuples of numbers.
 
     Raises:
-        ValueError: it has something else in it, or a result that is not a finite number.
+        ValueError: if it contains anything else, or a result is not a finite number.
     """
     if len(expression) > _MAX_LENGTH:
         raise ValueError(f"an expression of more than {_MAX_LENGTH} characters is not evaluated")

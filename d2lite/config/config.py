@@ -59,7 +59,7 @@ class CfgNode(_CfgNode):
             A plain nested dict in which the file overrides its base.
 
         Raises:
-            ValueError: the file is not YAML, uses a tag that would run Python code (except for arithmetic under
+            ValueError: if the file is not YAML, uses a tag that would run Python code (except for arithmetic under
                 `!!python/object/apply:eval`, which is evaluated without running it), or holds no mapping.
         """
         try:
@@ -89,9 +89,9 @@ class CfgNode(_CfgNode):
             allow_unsafe: accepted for compatibility; the safe loader is used in either case.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            KeyError: the file has a key that this config does not have.
-            ValueError: a value has another type than the default, or the file cannot be read as a config.
+            FileNotFoundError: if there is no such file.
+            KeyError: if the file has a key that this config does not have.
+            ValueError: if a value has another type than the default, or the file cannot be read as a config.
         """
         loaded = self.load_yaml_with_base(cfg_filename)
         if upgrade_old_keys(loaded, self.get("VERSION")):
@@ -109,7 +109,7 @@ class CfgNode(_CfgNode):
         """Overrides this config by `[key, value, key, value, ...]`. String values are read as Python literals.
 
         Raises:
-            AssertionError: the number of entries is odd, or a key does not exist.
+            AssertionError: if the number of entries is odd, or a key does not exist.
         """
         try:
             super().merge_from_list(cfg_list)
@@ -177,7 +177,7 @@ def configurable(
 
     Raises:
         AttributeError: (when called) the class has no `from_config`.
-        TypeError: (when called) its `from_config` is no classmethod, or its first parameter is not `cfg`.
+        TypeError: (when called) its `from_config` is not a classmethod, or its first parameter is not `cfg`.
     """
     if init_func is not None:
         if not (inspect.isfunction(init_func) and init_func.__name__ == "__init__" and from_config is None):
@@ -222,7 +222,7 @@ def _called_with_cfg(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    # omegaconf is no dependency; its nodes are recognized by where their class comes from.
+    # omegaconf is not a dependency; its nodes are recognized by the module of their class.
     return isinstance(value, _CfgNode) or (
         type(value).__name__ == "DictConfig" and type(value).__module__.startswith("omegaconf")
     )

@@ -69,7 +69,7 @@ def upgrade_old_keys(loaded: dict[str, Any], version: int | None) -> bool:
         Whether any key was renamed.
 
     Raises:
-        ValueError: the file has a newer version than the config.
+        ValueError: if the file has a newer version than the config.
     """
     if version is None:
         return False

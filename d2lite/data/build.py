@@ -1,4 +1,4 @@
-"""From a config, or a dataset, to data loaders."""
+"""Data loaders from a config or a dataset."""
 
 import logging
 import operator
@@ -151,7 +151,7 @@ def build_batch_data_loader(
         assert sampler is None, "an iterable dataset comes in its own order: sampler must be None"
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if num_workers == 0:
-        # The DataLoader refuses what only workers could use.
+        # The DataLoader rejects options that apply to workers only.
         kwargs = {k: v for k, v in kwargs.items() if k not in ("prefetch_factor", "persistent_workers")}
     kwargs.update(num_workers=num_workers, worker_init_fn=worker_init_reset_seed, generator=generator)
     if not aspect_ratio_grouping:
@@ -237,7 +237,7 @@ def _mapped_and_ordered(
     sampler: torchdata.Sampler | None,
     default_sampler: Callable[[int], torchdata.Sampler],
 ) -> tuple[torchdata.Dataset, torchdata.Sampler | None]:
-    """The dataset with `mapper` applied, and its sampler, which only an iterable dataset goes without."""
+    """The dataset with `mapper` applied, and its sampler, which only an iterable dataset lacks."""
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
     if mapper is not None:
@@ -250,7 +250,7 @@ def _mapped_and_ordered(
 
 
 def trivial_batch_collator(batch: list[Any]) -> list[Any]:
-    """The batch as it is: a list."""
+    """Returns the batch unchanged, as a list."""
     return batch
 
 

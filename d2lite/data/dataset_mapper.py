@@ -47,10 +47,10 @@ class DatasetMapper:
             recompute_boxes: take the boxes from the transformed masks, which are tighter after a crop.
 
         Raises:
-            NotImplementedError: for key points or precomputed proposals.
+            NotImplementedError: for keypoints or precomputed proposals.
         """
         if use_keypoint or keypoint_hflip_indices is not None:
-            raise NotImplementedError("MODEL.KEYPOINT_ON: d2lite has no key points; Detectron2 has them")
+            raise NotImplementedError("MODEL.KEYPOINT_ON: d2lite has no keypoints; Detectron2 has them")
         if precomputed_proposal_topk is not None:
             raise NotImplementedError("MODEL.LOAD_PROPOSALS: d2lite has no stored proposals; Detectron2 has them")
         assert use_instance_mask or not recompute_boxes, "recompute_boxes needs use_instance_mask"
@@ -89,7 +89,7 @@ class DatasetMapper:
             dataset_dict: the annotations of one image, in Detectron2's standard format. It is not changed.
 
         Returns:
-            what the model takes.
+            What the model takes.
         """
         dataset_dict = dict(dataset_dict)
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)

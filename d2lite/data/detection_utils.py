@@ -1,4 +1,4 @@
-"""Turning the annotations of one image into training targets; and the names of what reads images."""
+"""Training targets from the annotations of one image; re-exports the functions that read images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +49,7 @@ def transform_instance_annotations(
     *,
     keypoint_hflip_indices: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Moves the box and the segmentation of one annotation as its image was moved.
+    """Applies the transforms of an image to the box and the segmentation of one annotation.
 
     Args:
         annotation: with "bbox" and "bbox_mode", and perhaps "segmentation": polygons or RLE. It is changed.
@@ -57,10 +57,10 @@ def transform_instance_annotations(
         image_size: (height, width) after the transforms.
 
     Returns:
-        the annotation, with the box as XYXY_ABS inside the image and an RLE as a mask (H, W) uint8.
+        The annotation, with the box as XYXY_ABS inside the image and an RLE as a mask (H, W) uint8.
     """
     if keypoint_hflip_indices is not None or "keypoints" in annotation:
-        raise NotImplementedError("key points are not part of d2lite; Detectron2 has them")
+        raise NotImplementedError("keypoints are not part of d2lite; Detectron2 has them")
     if isinstance(transforms, (tuple, list)):
         transforms = TransformList(transforms)
     box = BoxMode.convert(np.array([annotation["bbox"]]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
@@ -145,7 +145,7 @@ def _polygon_masks(segmentations: list[Any], image_size: ImageSize) -> PolygonMa
         return PolygonMasks(segmentations)
     except ValueError as e:
         raise ValueError(
-            "the annotations have segmentations that are no polygons; set INPUT.MASK_FORMAT to bitmask"
+            "the annotations have segmentations that are not polygons; set INPUT.MASK_FORMAT to bitmask"
         ) from e
 
 
@@ -178,7 +178,7 @@ def filter_empty_instances(
     """Drops instances whose box (a side of at most `box_threshold` pixels) or mask is empty.
 
     Returns:
-        the instances that are kept, and with `return_mask` also which ones (N,) bool.
+        The instances that are kept, and with `return_mask` also which ones (N,) bool.
     """
     assert by_box or by_mask, "nothing to filter by: set by_box or by_mask"
     keep = torch.ones(len(instances), dtype=torch.bool)
@@ -194,7 +194,7 @@ def filter_empty_instances(
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """The augmentations that INPUT asks for: resize, and a flip in training."""
+    """The augmentations of INPUT: resize, and a flip in training."""
     node = cfg.INPUT
     if not is_train:
         return [T.ResizeShortestEdge(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, "choice")]

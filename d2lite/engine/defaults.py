@@ -89,13 +89,13 @@ class DefaultTrainer(TrainerBase):
         """Loads weights, and with `resume` the rest of the state.
 
         Args:
-            resume: go on from the last checkpoint in `OUTPUT_DIR`; where there is none, and without
+            resume: continue from the last checkpoint in `OUTPUT_DIR`; where there is none, and without
                 `resume`, load `MODEL.WEIGHTS` and start at iteration 0.
         """
         resuming = resume and self.checkpointer.has_checkpoint()
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resuming:
-            # The checkpoint knows the last iteration that was completed.
+            # The checkpoint stores the last completed iteration.
             self.start_iter = self.iter + 1
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -116,7 +116,7 @@ class DefaultTrainer(TrainerBase):
             return None
         cfg = self.cfg.clone()
         cfg.defrost()
-        # Rarely used, so worker processes for it would only take memory.
+        # Rarely used, so worker processes would only occupy memory.
         cfg.DATALOADER.NUM_WORKERS = 0
         loader = self.build_train_loader(cfg)
         return hooks.PreciseBN(self.cfg.TEST.EVAL_PERIOD, self.model, loader, options.NUM_ITER)
@@ -220,9 +220,7 @@ class DefaultTrainer(TrainerBase):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Builds the evaluator of a test dataset. Subclasses implement it, or pass some to `test`."""
-        raise NotImplementedError(
-            f"{cls.__name__} does not know how to evaluate '{dataset_name}': override build_evaluator."
-        )
+        raise NotImplementedError(f"{cls.__name__} has no evaluator for '{dataset_name}': override build_evaluator.")
 
     @classmethod
     def test(
@@ -337,7 +335,7 @@ def _build_step(
 
 
 class _ForwardAfterBackward(HookBase):
-    """The inner trainer does the backward pass, but the hooks to tell are the outer one's."""
+    """Forwards `after_backward` of the inner trainer, which runs the backward pass, to the hooks of the outer one."""
 
     def __init__(self, outer: TrainerBase) -> None:
         self._outer = weakref.proxy(outer)

@@ -46,7 +46,7 @@ class EvalHook(HookBase):
     def after_train(self) -> None:
         if self._eval_after_train and self.trainer.iter >= self.trainer.max_iter:
             self._do_eval()
-        # The function is likely to hold the trainer, which would keep it alive.
+        # The function may hold a reference to the trainer and would keep it alive.
         del self._func
 
     def _do_eval(self) -> None:
@@ -106,7 +106,7 @@ class PreciseBN(HookBase):
             self._data_iter = iter(self._data_loader)
         # What the model reports during these passes is no part of the training.
         with EventStorage():
-            logger.info("Running precise-BN for %d iterations; training goes on after that.", self._num_iter)
+            logger.info("Running precise-BN for %d iterations; training continues afterward.", self._num_iter)
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
 
 

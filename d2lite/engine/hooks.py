@@ -1,4 +1,4 @@
-"""Hooks that most trainings use: timing, metrics, learning rate and checkpoints; and the names of the others."""
+"""Common hooks: timing, metrics, learning rate and checkpoints; re-exports the others."""
 
 import datetime
 import logging
@@ -73,7 +73,7 @@ class CallbackHook(HookBase):
     def after_train(self) -> None:
         if self._after_train:
             self._after_train(self.trainer)
-        # The functions may hold the trainer, which would keep it alive.
+        # The functions may hold references to the trainer and would keep it alive.
         self._before_train = self._after_train = self._before_step = self._after_step = None
 
 
@@ -137,7 +137,7 @@ class PeriodicWriter(HookBase):
             period: in iterations.
 
         Raises:
-            TypeError: if one of them is no `EventWriter`.
+            TypeError: if one of them is not an `EventWriter`.
         """
         for writer in writers:
             if not isinstance(writer, EventWriter):
@@ -168,7 +168,7 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
 
 
 class LRScheduler(HookBase):
-    """Records the learning rate as `lr` and moves the schedule on after each iteration."""
+    """Records the learning rate as `lr` and steps the schedule after each iteration."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Set-up of a training program: arguments, folders, logs, seed, metric writers, DDP."""
+"""Setup of a training program: arguments, folders, logs, seed, metric writers, DDP."""
 
 import argparse
 import inspect
@@ -38,14 +38,14 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="path to the config file")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if there is one"
+        "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR, if there is one"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate the model, do not train it")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of processes *per machine*")
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     parser.add_argument(
-        "--dist-url", default="auto", help="where processes meet: tcp://host:port, or auto on one machine"
+        "--dist-url", default="auto", help="rendezvous address: tcp://host:port, or auto on one machine"
     )
     parser.add_argument(
         "opts",
@@ -81,7 +81,7 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
         PathManager.mkdirs(output_dir)
     logger = _setup_loggers(output_dir, rank)
     _set_float32_precision(cfg.FLOAT32_PRECISION)
-    # Drawn here, and not in seed_all_rng, so that the log's first lines can tell it.
+    # Drawn here, and not in seed_all_rng, so that the first lines of the log report it.
     seed = cfg.SEED + rank if cfg.SEED >= 0 else int.from_bytes(os.urandom(4), "little") >> 1
     drawn = "" if cfg.SEED >= 0 else " (drawn; set SEED to repeat it)"
     logger.info("Runtime: d2lite %s, torch %s", d2lite.__version__, torch.__version__)
@@ -95,7 +95,7 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
     if comm.is_main_process() and output_dir:
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
     seed_all_rng(seed)
-    # Choosing the fastest convolution for each image size pays off only if it is seen often.
+    # Timing the convolution algorithms for each image size pays off only if the size recurs often.
     if not getattr(args, "eval_only", False):
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from d2lite.engine.loss_transfer import LossesInTransit, average_over_processes, losses_to_floats
+from d2lite.engine.loss_transfer import PendingLosses, average_over_processes, losses_to_floats
 from d2lite.engine.trainer_base import HookBase, TrainerBase
 from d2lite.utils import comm
 from d2lite.utils.events import get_event_storage
@@ -37,7 +37,7 @@ class SimpleTrainer(TrainerBase):
             gather_metric_period: collect the processes' losses, and check them, every so many iterations.
             zero_grad_before_forward: clear the gradients before the forward pass, which needs less memory,
                 rather than after it.
-            async_write_metrics: write the losses one iteration later, so that a GPU is never waited for.
+            async_write_metrics: write the losses one iteration later, so that the CPU never waits for a GPU.
                 Losses that are not finite then end the training one iteration, and one update, later.
         """
         super().__init__()
@@ -49,7 +49,7 @@ class SimpleTrainer(TrainerBase):
         self.zero_grad_before_forward = zero_grad_before_forward
         self.async_write_metrics = async_write_metrics
         self._data_loader_iter_obj: Iterator[Any] | None = None
-        self._pending_metrics: LossesInTransit | None = None
+        self._pending_metrics: PendingLosses | None = None
 
     def run_step(self) -> None:
         """Runs forward pass, backward pass and optimizer step on the next batch."""
@@ -82,7 +82,7 @@ class SimpleTrainer(TrainerBase):
 
     @property
     def _data_loader_iter(self) -> Iterator[Any]:
-        # Made when first needed: worker processes start only if there is a training.
+        # Created on first use: worker processes start only if there is a training.
         if self._data_loader_iter_obj is None:
             self._data_loader_iter_obj = iter(self.data_loader)
         return self._data_loader_iter_obj
@@ -100,7 +100,7 @@ class SimpleTrainer(TrainerBase):
     def after_train(self) -> None:
         """Writes what is left to write if the training is complete, then calls the hooks' `after_train`."""
         try:
-            # Other processes may be elsewhere after a failure, and writing would wait for them.
+            # After a failure the other processes may not get here, and writing would wait for them.
             if self.iter >= self.max_iter:
                 self.flush_metrics()
         finally:
@@ -109,7 +109,7 @@ class SimpleTrainer(TrainerBase):
     def _submit_metrics(self, loss_dict: Mapping[str, torch.Tensor], data_time: float) -> None:
         self.flush_metrics()
         if self.async_write_metrics and all(loss.is_cuda for loss in loss_dict.values()):
-            self._pending_metrics = LossesInTransit(loss_dict, data_time, self.iter)
+            self._pending_metrics = PendingLosses(loss_dict, data_time, self.iter)
         else:
             self._write_metrics(loss_dict, data_time)
 
@@ -142,7 +142,7 @@ class SimpleTrainer(TrainerBase):
     def write_metrics(loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = "") -> None:
         """Puts the losses, their sum `total_loss` and `data_time` into the event storage of the main process.
 
-        Losses are averaged over the processes; of the data times the longest counts.
+        Losses are averaged over the processes; of the data times the maximum is taken.
 
         Args:
             loss_dict: scalar losses, the same names in all processes.
@@ -157,10 +157,10 @@ class SimpleTrainer(TrainerBase):
         data_time = metrics.pop("data_time")
         total = sum(metrics.values())
         if not np.isfinite(total):
-            culprits = [name for name, value in metrics.items() if not np.isfinite(value)]
+            not_finite = [name for name, value in metrics.items() if not np.isfinite(value)]
             raise FloatingPointError(
                 f"Loss became infinite or NaN at iteration={cur_iter}!\n"
-                f"Not finite: {', '.join(culprits) or 'the sum'}\nloss_dict = {metrics}"
+                f"Not finite: {', '.join(not_finite) or 'the sum'}\nloss_dict = {metrics}"
             )
         if comm.is_main_process():
             storage = get_event_storage()

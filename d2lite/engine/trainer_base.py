@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class HookBase:
-    """Something that happens at certain points of the training.
+    """Base class of callbacks at fixed points of the training loop.
 
     Each method is called by the trainer, in the order in which the hooks were registered. A hook finds the
     trainer as `self.trainer`.
@@ -70,7 +70,7 @@ class TrainerBase:
                 continue
             if not isinstance(hook, HookBase):
                 raise TypeError(f"A hook must be a HookBase, got {type(hook).__name__}.")
-            # Strong references would make a cycle and keep a finished trainer, with its GPU memory, alive.
+            # A strong reference would form a cycle and keep a finished trainer and its GPU memory alive.
             hook.trainer = weakref.proxy(self)
             self._hooks.append(hook)
 
@@ -89,7 +89,7 @@ class TrainerBase:
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                # This is how after_train can tell that the training is complete.
+                # after_train recognizes a complete training by this value.
                 self.iter = max(start_iter, max_iter)
             except KeyboardInterrupt:
                 logger.warning("Training was interrupted at iteration %d.", self.iter)

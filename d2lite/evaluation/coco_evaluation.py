@@ -117,7 +117,7 @@ class COCOEvaluator(DatasetEvaluator):
             img_ids: evaluate on these images only. By default on all images of the dataset.
 
         Raises:
-            AssertionError: a predicted class is not a class of the dataset.
+            AssertionError: if a predicted class is not a class of the dataset.
         """
         predictions = self._predictions
         if self._distributed:
@@ -176,7 +176,7 @@ class COCOEvaluator(DatasetEvaluator):
         # A result with a box would be counted as small, medium or large by its box and not by its mask
         left_out = {"bbox"} if task == "segm" else {"segmentation"}
         results = [{k: v for k, v in r.items() if k not in left_out} for r in coco_results]
-        # faster-coco-eval knows images by numbers only; those of Cityscapes have file names
+        # faster-coco-eval supports only numeric image ids; those of Cityscapes are file names
         numbered = all(isinstance(image_id, int) for image_id in self._coco_api.imgs)
         with contextlib.redirect_stdout(io.StringIO()):
             implementation = self._cocoeval if numbered else COCOeval

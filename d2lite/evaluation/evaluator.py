@@ -1,4 +1,4 @@
-"""The evaluation loop: runs a model over a dataset and feeds what it predicts to evaluators."""
+"""The evaluation loop: runs a model over a dataset and passes its predictions to evaluators."""
 
 import datetime
 import logging
@@ -50,7 +50,7 @@ class DatasetEvaluators(DatasetEvaluator):
     def evaluate(self) -> dict[str, dict[str, float]]:
         """
         Raises:
-            AssertionError: two evaluators report the same task.
+            AssertionError: if two evaluators report the same task.
         """
         results = OrderedDict()
         for evaluator in self._evaluators:
@@ -131,7 +131,7 @@ class _Callbacks:
 
 
 class _StageTimer:
-    """Adds up the seconds spent in each stage of the loop, and logs progress with the time left."""
+    """Accumulates the seconds spent in each stage of the loop, and logs progress with the time left."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -102,8 +102,8 @@ def class_average_precisions(
 
     Args:
         detections: image, score and XYXY box (1-based, inclusive) of each detection.
-        objects: for each image its boxes and whether they are difficult; detections of those count neither
-            way.
+        objects: for each image its boxes and whether they are difficult; detections of those are
+            ignored.
         use_11_points: average the precision at 11 recall values, not the area under the curve.
     """
     num_objects = sum(not difficult for found in objects.values() for _, difficult in found)
@@ -126,7 +126,7 @@ def class_average_precisions(
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray, use_11_points: bool) -> float:
-    """AP in 0..1 of a curve, (N,) and (N,), of detections in falling order of score."""
+    """AP in 0..1 of a curve, (N,) and (N,), of detections in descending order of score."""
     if use_11_points:
         levels = np.arange(11) / 10
         return float(np.mean([precision[recall >= level].max(initial=0) for level in levels]))

@@ -168,7 +168,7 @@ def label_boundary(labels: np.ndarray) -> np.ndarray:
     """The boundary of a label map (H, W), after Boundary IoU (Cheng et al., arXiv:2103.16562).
 
     A pixel gets its label less the smallest label nearby; the outside counts as 0. That is zero away from
-    boundaries. It tells a class apart only where it borders on class 0, but it is what Detectron2 reports.
+    boundaries. A class is separated only where it borders on class 0, but this is what Detectron2 reports.
     """
     height, width = labels.shape
     distance = max(1, int(round(BOUNDARY_RATIO * np.hypot(height, width))))

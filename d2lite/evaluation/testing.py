@@ -1,4 +1,4 @@
-"""Prints results in a form to paste into a table, and compares them with what a config expects."""
+"""Prints results in a form to paste into a table, and compares them with the expected results of a config."""
 
 import logging
 import sys
@@ -31,7 +31,7 @@ def verify_results(cfg: CfgNode, results: Mapping[str, Mapping[str, float]]) -> 
         True. A difference above the tolerance, or a value that is not finite, is logged and ends the program.
 
     Raises:
-        SystemExit: a result is not as expected.
+        SystemExit: if a result is not as expected.
     """
     failures = []
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:

@@ -20,7 +20,7 @@ def get_norm(norm: Norm, out_channels: int) -> nn.Module | None:
             "LN"; a callable that takes the number of channels; "" or None for no layer.
 
     Raises:
-        KeyError: the name is not one of these.
+        KeyError: if the name is not one of these.
     """
     if norm is None or norm == "":
         return None
@@ -119,7 +119,7 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, made of differentiable all-reduce; also works on CPU.
 
     Args:
-        stats_mode: "" gives every process the same weight; "N" weighs each by the size of its batch, so that
+        stats_mode: "" gives every process the same weight; "N" weights each by the size of its batch, so that
             batches may differ in size and be empty.
         *args, **kwargs: as for `torch.nn.BatchNorm2d`.
     """

@@ -35,14 +35,14 @@ class DefaultAnchorGenerator(nn.Module):
     """Axis-aligned anchors of fixed sizes and aspect ratios at every cell of every feature map
     (Faster R-CNN, arXiv 1506.01497, section 3.1.1).
 
-    The anchors of one batch shape are made once and kept for the next batches of that shape.
+    The anchors of one batch shape are computed once and cached for later batches of that shape.
     """
 
     box_dim: int = 4
     """Numbers that describe one anchor."""
 
     cache_size: int = 32
-    """How many different batch shapes are remembered; the least recently used one is dropped."""
+    """Number of batch shapes in the cache, which drops the least recently used one."""
 
     @configurable
     def __init__(
@@ -68,7 +68,7 @@ class DefaultAnchorGenerator(nn.Module):
         sizes = _one_per_level(sizes, len(self.strides), "sizes")
         aspect_ratios = _one_per_level(aspect_ratios, len(self.strides), "aspect_ratios")
         self.cell_anchors = BufferList(self.generate_cell_anchors(s, a).float() for s, a in zip(sizes, aspect_ratios))
-        # The keys are strings because TorchScript refuses a module with a dict of other keys.
+        # The keys are strings because TorchScript rejects a module with a dict of other keys.
         self._cache: OrderedDict[str, list[tuple[torch.Tensor, int]]] = OrderedDict()
 
     @classmethod
@@ -135,7 +135,7 @@ class DefaultAnchorGenerator(nn.Module):
         key = f"{grid_sizes} {cells[0].device} {cells[0].dtype}"
         entry = self._cache.get(key)
         if entry is None or any(x._version != version for x, version in entry):
-            # Made under inference mode they could not take part in a later training step.
+            # Tensors created in inference mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 anchors = [
                     _shifted(cell, size, stride, self.offset)

@@ -9,7 +9,7 @@ from torchvision.ops import generalized_box_iou_loss
 from d2lite.layers import ciou_loss, diou_loss
 from d2lite.structures import Boxes
 
-# exp() of a larger predicted scale is never useful: a box 1000 / 16 times its source exceeds any image.
+# Limits exp() of the predicted scale, because a box 1000 / 16 times its source exceeds any image.
 _DEFAULT_SCALE_CLAMP = math.log(1000.0 / 16)
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": diou_loss, "ciou": ciou_loss}
@@ -34,8 +34,8 @@ class Box2BoxTransform:
         """The deltas (N, 4) for which `apply_deltas(deltas, src_boxes) == target_boxes`; both are (N, 4) XYXY.
 
         Raises:
-            AssertionError: a source box has no width or height (not looked for on a GPU, which would have to
-                wait; the deltas are not finite then).
+            AssertionError: if a source box has no width or height (not checked on a GPU, which would
+                need a synchronization; the deltas are not finite then).
         """
         assert isinstance(src_boxes, torch.Tensor), type(src_boxes)
         assert isinstance(target_boxes, torch.Tensor), type(target_boxes)
@@ -147,7 +147,7 @@ def _dense_box_regression_loss(
         A scalar; 0, still connected to the predictions, where nothing is foreground.
 
     Raises:
-        ValueError: unknown loss type.
+        ValueError: for an unknown loss type.
     """
     if box_reg_loss_type != "smooth_l1" and box_reg_loss_type not in _IOU_LOSSES:
         raise ValueError(

@@ -6,14 +6,14 @@ import torch
 class Matcher:
     """Assigns at most one ground-truth element to each prediction.
 
-    Each prediction takes the ground truth that it overlaps most; the height of that overlap gives it a label,
+    Each prediction takes the ground truth that it overlaps most; the size of that overlap determines its label,
     e.g. 1 (foreground), 0 (background) or -1 (ignored).
     """
 
     def __init__(self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False) -> None:
         """
         Args:
-            thresholds: increasing positive limits t_1 < ... < t_k that cut the qualities into k + 1 intervals
+            thresholds: increasing positive limits t_1 < ... < t_k that split the qualities into k + 1 intervals
                 [-inf, t_1), [t_1, t_2), ..., [t_k, inf).
             labels: the label (-1, 0 or 1) of each interval; k + 1 of them.
             allow_low_quality_matches: also label 1 every prediction that no other prediction beats for some

@@ -26,8 +26,8 @@ class ROIPooler(nn.Module):
         canonical_level: log2 of the stride of that level.
 
     Raises:
-        ValueError: the scales are no pyramid, or the pooler type is unknown.
-        NotImplementedError: the pooler type is for rotated boxes.
+        ValueError: if the scales do not form a pyramid, or the pooler type is unknown.
+        NotImplementedError: if the pooler type is for rotated boxes.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ROIPooler(nn.Module):
         levels = assign_boxes_to_levels(
             box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
         ).to(rois.device)
-        # Sorting by level waits for the device once, for the counts, instead of once per level.
+        # Sorting by level synchronizes with the device once, for the counts, instead of once per level.
         order = torch.argsort(levels, stable=True)
         counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0)
         parts = rois[order].split(_sizes(counts))
@@ -119,7 +119,7 @@ def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> torch.Tensor:
 
 
 def _sizes(counts: torch.Tensor) -> list[int]:
-    """Reads integers from the device; a trace keeps them as tensors, so that it holds for other inputs."""
+    """Copies integers from the device; a trace keeps them as tensors, so that it is valid for other inputs."""
     if not torch.jit.is_scripting() and torch.jit.is_tracing():
         return list(counts.unbind())
     sizes: list[int] = counts.tolist()

@@ -1,4 +1,4 @@
-"""Maps predictions from the resolution of the network input to the resolution that the user asked for."""
+"""Maps predictions from the resolution of the network input to the requested resolution."""
 
 import torch
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ def detector_postprocess(
 
     Returns:
         New Instances of image size (output_height, output_width); `pred_masks` becomes (N, H, W) bool.
-        `results` is left as it was.
+        `results` is not changed.
     """
     height, width = int(output_height), int(output_width)
     scale_x, scale_y = width / results.image_size[1], height / results.image_size[0]

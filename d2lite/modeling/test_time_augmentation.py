@@ -134,7 +134,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
 
 
 class DatasetMapperTTA:
-    """Makes versions of an image at several scales, each also flipped if wanted."""
+    """Makes versions of an image at several scales, each also flipped on request."""
 
     @configurable
     def __init__(self, min_sizes: list[int], max_size: int, flip: bool) -> None:
@@ -185,7 +185,7 @@ class DatasetMapperTTA:
 
 @contextmanager
 def _without_masks(roi_heads: nn.Module) -> Iterator[None]:
-    """Switches the mask branch off for a while."""
+    """Disables the mask branch within the context."""
     mask_on = getattr(roi_heads, "mask_on", False)
     if not mask_on:
         yield

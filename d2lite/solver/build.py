@@ -45,7 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model: its trainable parameters are optimized, each once.
 
     Returns:
-        SGD with one parameter group per distinct set of hyper-parameters.
+        SGD with one parameter group per distinct set of hyperparameters.
     """
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
@@ -91,10 +91,10 @@ def get_default_optimizer_params(
         bias_lr_factor: multiplies `base_lr` for parameters named "bias".
         weight_decay_bias: weight decay for parameters named "bias".
         lr_factor_func: maps a full parameter name to a factor on `base_lr`.
-        overrides: last component of a parameter name -> hyper-parameters, such as `{"bias": {"lr": 0.1}}`.
+        overrides: last component of a parameter name -> hyperparameters, such as `{"bias": {"lr": 0.1}}`.
 
     Returns:
-        One `{"params": [...], hyper-parameter: value, ...}` per distinct set of hyper-parameters.
+        One `{"params": [...], hyperparameter: value, ...}` per distinct set of hyperparameters.
 
     Raises:
         ValueError: if a learning-rate factor is given without `base_lr`, or bias rules are given twice.
@@ -157,7 +157,7 @@ def _add_to_group(
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Builds the schedule named by `SOLVER.LR_SCHEDULER_NAME`, with warm-up, to be stepped once per iteration.
+    """Builds the schedule named by `SOLVER.LR_SCHEDULER_NAME`, with warmup, to be stepped once per iteration.
 
     Args:
         cfg: `SOLVER.LR_SCHEDULER_NAME` is WarmupMultiStepLR, WarmupCosineLR or WarmupStepWithFixedGammaLR.
@@ -197,7 +197,7 @@ def _cosine(solver: CfgNode) -> ParamScheduler:
 
 def _fixed_gamma(solver: CfgNode) -> ParamScheduler:
     # fvcore's scheduler for equal steps has no value at the very end, which the step after the last
-    # iteration asks for; the same steps as milestones have one.
+    # iteration needs; the same steps as milestones have one.
     parts, total = solver.NUM_DECAYS + 1, solver.MAX_ITER
     return MultiStepParamScheduler(
         values=[solver.GAMMA**k for k in range(parts)],

@@ -70,7 +70,7 @@ def clip_each_norm_(grads: list[torch.Tensor], limit: float, norm_type: float) -
 
 
 class _ClippingStep:
-    """Mix-in that clips before the step of the optimizer class after it."""
+    """Mixin that clips before the step of the optimizer class after it."""
 
     _base: type[torch.optim.Optimizer]
     _clip: Clip

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: fvcore's schedules with warm-up, driven by the iteration number."""
+"""Learning-rate schedules: fvcore's schedules with warmup, driven by the iteration number."""
 
 import math
 from bisect import bisect_right
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class WarmupParamScheduler(CompositeParamScheduler):
-    """A schedule whose first part is replaced by a warm-up."""
+    """A schedule whose first part is replaced by a warmup."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class WarmupParamScheduler(CompositeParamScheduler):
     ) -> None:
         """
         Args:
-            scheduler: the schedule after the warm-up.
-            warmup_factor: the warm-up starts at this times the schedule's first value.
-            warmup_length: length of the warm-up relative to the training, in [0, 1].
+            scheduler: the schedule after the warmup.
+            warmup_factor: the warmup starts at this times the schedule's first value.
+            warmup_length: length of the warmup relative to the training, in [0, 1].
             warmup_method: "linear", up to the value where the schedule goes on, or "constant".
             rescale_interval: False cuts off the schedule's beginning; True squeezes the whole
-                schedule into what follows the warm-up.
+                schedule into what follows the warmup.
 
         Raises:
             ValueError: if `warmup_method` is unknown.
@@ -93,7 +93,7 @@ class LRMultiplier(LRScheduler):
 
 
 class _WarmupLR(LRScheduler):
-    """Warm-up multiplied with a decay, which subclasses define. Older interface; see `LRMultiplier`."""
+    """Warmup multiplied with a decay, which subclasses define. Older interface; see `LRMultiplier`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class _WarmupLR(LRScheduler):
         Args:
             optimizer: its groups' present learning rates are the base.
             warmup_factor: factor at iteration 0.
-            warmup_iters: number of warm-up iterations.
+            warmup_iters: number of warmup iterations.
             warmup_method: "linear" or "constant".
             last_epoch: the last iteration done, -1 for none.
 
@@ -130,7 +130,7 @@ class _WarmupLR(LRScheduler):
 
 
 class WarmupMultiStepLR(_WarmupLR):
-    """Warm-up, then a decay by `gamma` at each milestone."""
+    """Warmup, then a decay by `gamma` at each milestone."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class WarmupMultiStepLR(_WarmupLR):
 
 
 class WarmupCosineLR(_WarmupLR):
-    """Warm-up multiplied with a half cosine down to 0."""
+    """Warmup multiplied with a half cosine down to 0."""
 
     def __init__(
         self,

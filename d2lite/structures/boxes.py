@@ -41,8 +41,8 @@ class BoxMode(IntEnum):
             The converted boxes, of the same type; `box` itself if the modes are equal.
 
         Raises:
-            AssertionError: a format is relative, or the number of coordinates does not fit `from_mode`.
-            NotImplementedError: there is no conversion between these formats.
+            AssertionError: if a format is relative, or the number of coordinates does not fit `from_mode`.
+            NotImplementedError: if there is no conversion between these formats.
         """
         if from_mode == to_mode:
             return box
@@ -120,7 +120,7 @@ class Boxes:
         return (x1 - x0) * (y1 - y0)
 
     def clip(self, box_size: tuple[int, int]) -> None:
-        """Limits the boxes, in place, to an image of size (height, width)."""
+        """Clips the boxes, in place, to an image of size (height, width)."""
         height, width = box_size
         x0, y0, x1, y1 = self.tensor.unbind(1)
         self.tensor = torch.stack(
@@ -168,7 +168,7 @@ class Boxes:
         """
         Args:
             item: an integer (one box is left), a slice, or a boolean or integer tensor of one dimension.
-                (It has no annotation because TorchScript knows no slices.)
+                (It has no annotation because TorchScript does not support slices.)
 
         Returns:
             The selected boxes. They may share memory with these.
@@ -182,7 +182,7 @@ class Boxes:
     def __len__(self) -> int:
         return self.tensor.shape[0]
 
-    # Without annotation: TorchScript knows no iterators, and reads those of unused methods too.
+    # Without annotation: TorchScript does not support iterators, and reads annotations of unused methods too.
     @torch.jit.unused
     def __iter__(self):  # type: ignore[no-untyped-def]
         """Iterates over the rows of the tensor, each of shape (4,)."""

@@ -80,7 +80,7 @@ class Instances:
             item: an integer (one instance is left), or whatever all fields can be indexed with.
 
         Raises:
-            IndexError: an integer is out of range.
+            IndexError: if an integer is out of range.
         """
         if isinstance(item, int):
             if not -len(self) <= item < len(self):
@@ -100,7 +100,7 @@ class Instances:
         raise NotImplementedError("Instances without fields have no length.")
 
     def __iter__(self) -> NoReturn:
-        # Without this, Python would iterate by __getitem__, which is rarely meant and slow.
+        # Without this, Python would iterate by __getitem__, which is slow and rarely intended.
         raise NotImplementedError("Instances are not iterable: index them, or iterate over a field.")
 
     @staticmethod
@@ -108,8 +108,8 @@ class Instances:
         """Concatenates instances of one image, field by field: tensors, lists, and types with a `cat` method.
 
         Raises:
-            ValueError: a field has another type.
-            KeyError: a field of the first is missing in another.
+            ValueError: if a field has another type.
+            KeyError: if a field of the first is missing in another.
         """
         assert len(instance_lists) > 0, "Instances.cat needs at least one Instances"
         assert all(isinstance(i, Instances) for i in instance_lists), "Instances.cat needs Instances only"

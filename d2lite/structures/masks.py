@@ -17,7 +17,7 @@ Polygon = np.ndarray | torch.Tensor | Sequence[float]
 """[x0, y0, x1, y1, ...] in pixels."""
 
 MIN_BOX_SIDE = 0.1
-"""Pixels; shorter sides of a box are taken as this long when its content is magnified."""
+"""Minimum side of a box, in pixels, when its content is magnified."""
 
 
 def polygon_area(x: np.ndarray, y: np.ndarray) -> float:
@@ -181,7 +181,7 @@ class PolygonMasks:
             polygons: for each instance a list of polygons of at least 3 corners, [x0, y0, x1, y1, ...] each.
 
         Raises:
-            ValueError: the lists are not nested like this, or a polygon has too few or an odd number of
+            ValueError: if the lists are not nested like this, or a polygon has too few or an odd number of
                 coordinates.
         """
         if not isinstance(polygons, (list, tuple)):

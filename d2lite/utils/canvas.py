@@ -1,4 +1,4 @@
-"""A picture with text, boxes, masks and lines drawn over it, on matplotlib."""
+"""An image with text, boxes, masks and lines drawn over it, on matplotlib."""
 
 from collections.abc import Sequence
 
@@ -22,13 +22,13 @@ MIN_FONT_PIXELS = 11
 
 
 class VisImage:
-    """A picture with a canvas over it. Coordinates on the canvas are pixels of the picture."""
+    """An image with a canvas over it. Coordinates on the canvas are pixels of the image."""
 
     def __init__(self, img: np.ndarray, scale: float = 1.0) -> None:
         """
         Args:
             img: (H, W, 3), RGB in [0, 255].
-            scale: size of the output relative to the picture.
+            scale: size of the output relative to the image.
         """
         self.img = img
         self.scale = scale
@@ -42,12 +42,12 @@ class VisImage:
         self.reset_image(img)
 
     def reset_image(self, img: np.ndarray) -> None:
-        """Replaces the picture under what was drawn; same size."""
+        """Replaces the image below the drawing by another one of the same size."""
         extent = (0, self.width, self.height, 0)
         self.ax.imshow(img.astype(np.uint8), extent=extent, interpolation="nearest", zorder=0)
 
     def save(self, filepath: str) -> None:
-        """Writes the result to an image file; its extension says the format."""
+        """Writes the result to an image file; its extension determines the format."""
         self.fig.savefig(filepath)
 
     def get_image(self) -> np.ndarray:
@@ -86,7 +86,7 @@ class Canvas:
         horizontal_alignment: str = "center",
         rotation: float = 0,
     ) -> VisImage:
-        """Writes text on a dark ground.
+        """Writes text on a dark background.
 
         Args:
             text: may have several lines.
@@ -188,7 +188,7 @@ class Canvas:
         text: str | None = None,
         alpha: float = 0.5,
     ) -> VisImage:
-        """Draws a mask whose values say how opaque the color is.
+        """Draws a mask whose values are the opacity of the color.
 
         Args:
             soft_mask: (H, W), in [0, 1].
@@ -205,7 +205,7 @@ class Canvas:
         return self.output
 
     def _overlay(self, opacity: np.ndarray, color: Color) -> None:
-        """Blends one color over the picture, (H, W) opacity in [0, 1]."""
+        """Blends one color over the image, (H, W) opacity in [0, 1]."""
         rgba = np.empty((*opacity.shape, 4))
         rgba[..., :3], rgba[..., 3] = mplc.to_rgb(color), opacity
         extent = (0, self.output.width, self.output.height, 0)
@@ -224,7 +224,7 @@ class Canvas:
         return self.output
 
     def _draw_rings(self, rings: list[np.ndarray], color: Color, edge_color: Color | None, alpha: float) -> None:
-        """Fills the area between closed lines of (K, 2) points; a line of opposite direction inside is a hole."""
+        """Fills the area between closed lines of (K, 2) points; a line of opposite orientation inside is a hole."""
         if not rings:
             return
         path = Path.make_compound_path(*(Path(np.vstack((r, r[:1])), closed=True) for r in rings))

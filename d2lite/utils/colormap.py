@@ -1,4 +1,4 @@
-"""Colors that are easy to tell apart, for classes and instances."""
+"""Distinct colors for classes and instances."""
 
 import colorsys
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import numpy as np
 __all__ = ["brighten", "colormap", "palette_color", "random_color", "random_colors", "scale_lightness"]
 
 Color = str | Sequence[float]
-"""A name that matplotlib knows, or RGB in [0, 1]."""
+"""A color name of matplotlib, or RGB in [0, 1]."""
 
-# Hues a golden section apart never come close to each other; three shades keep later rounds distinct as well.
+# Hues a golden section apart stay distant from each other; three shades keep later rounds distinct as well.
 _GOLDEN_SECTION = (5**0.5 - 1) / 2
 _SHADES = ((0.75, 0.95), (0.95, 0.75), (0.5, 1.0))
 _COLORS = np.array(
@@ -19,7 +19,7 @@ _COLORS = np.array(
     dtype=np.float32,
 )
 
-# A generator of its own: pictures must not change the random numbers of training.
+# A separate generator, because visualization must not change the random numbers of training.
 _GENERATOR = np.random.default_rng()
 
 

@@ -1,4 +1,4 @@
-"""The process: random seeds, library settings, versions."""
+"""Environment of the process: random seeds, library settings, versions."""
 
 import logging
 import os
@@ -31,6 +31,6 @@ def seed_all_rng(seed: int | None = None) -> None:
 
 
 def setup_environment() -> None:
-    """Settings of other libraries that must be made before they are first used."""
-    # OpenCV would otherwise look for OpenCL devices, and occupy GPU memory in every worker process.
+    """Applies settings of other libraries that must be made before they are first used."""
+    # OpenCV would otherwise search for OpenCL devices, and occupy GPU memory in every worker process.
     os.environ.setdefault("OPENCV_OPENCL_RUNTIME", "disabled")

@@ -38,7 +38,7 @@ class EventWriter:
 
 
 class _NewScalars:
-    """Picks the scalars that are newer than all that were picked before."""
+    """Selects the scalars that are newer than all that were returned before."""
 
     def __init__(self) -> None:
         self._last = -1
@@ -142,7 +142,7 @@ class CommonMetricPrinter(EventWriter):
             max_iter: iteration at which training ends; None: no time left is shown.
             window_size: of the medians shown.
         """
-        # Programs that follow a training catch or filter these lines by the name that they have in Detectron2.
+        # Programs that monitor a training catch or filter these lines by the name that they have in Detectron2.
         self.logger = logging.getLogger("detectron2.utils.events")
         self._max_iter = max_iter
         self._window_size = window_size

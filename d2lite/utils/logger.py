@@ -1,4 +1,4 @@
-"""Set-up of logging, messages that are not repeated too often, and small tables."""
+"""Setup of logging, messages that are not repeated too often, and small tables."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ class _ColorFormatter(logging.Formatter):
 
 
 class _Abbreviate(logging.Filter):
-    """Gives records the attribute `abbreviation`: the logger's name with its first part shortened."""
+    """Adds to records the attribute `abbreviation`: the logger's name with its first part shortened."""
 
     def __init__(self, name: str, abbreviation: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Abbreviate(logging.Filter):
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """The type marks the handler, so that a second set-up replaces it."""
+    """The type marks the handler, so that a second setup replaces it."""
 
 
 def setup_logger(
@@ -58,7 +58,7 @@ def setup_logger(
     configure_stdout: bool = True,
 ) -> logging.Logger:
     """Logs to stdout (rank 0 only) and to a file (every rank its own). "detectron2" stands for this runtime, so
-    it sets up the logger "d2lite" as well. Repeated calls add nothing twice.
+    it sets up the logger "d2lite" as well. Repeated calls do not duplicate handlers.
 
     Args:
         output: a file that ends in .txt or .log, or a folder that gets a log.txt; None: no file. Ranks above
@@ -68,7 +68,7 @@ def setup_logger(
         name: the logger to set up.
         abbrev_name: what its name is shortened to in messages; None: "d2" for "detectron2", else no change.
         enable_propagation: whether the messages also go to the handlers of parent loggers.
-        configure_stdout: False leaves stdout alone.
+        configure_stdout: False does not change the output to stdout.
 
     Returns:
         The logger called `name`.

@@ -17,7 +17,7 @@ def instance_rings(mask: Any, height: int, width: int) -> list[np.ndarray]:
         height, width: of the image, in pixels.
 
     Raises:
-        ValueError: the bitmap or RLE has another size.
+        ValueError: if the bitmap or RLE has another size.
     """
     if isinstance(mask, (list, tuple)):
         return [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in mask]
@@ -32,7 +32,7 @@ def instance_rings(mask: Any, height: int, width: int) -> list[np.ndarray]:
 
 
 def mask_contours(mask: np.ndarray) -> list[np.ndarray]:
-    """Returns the outlines of a bitmap (H, W), (K, 2) each; those of holes run in the opposite direction."""
+    """Returns the outlines of a bitmap (H, W), (K, 2) each; those of holes have the opposite orientation."""
     # Magnified by two, contours through pixel centers become contours along pixel edges.
     big = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     found = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[-2]

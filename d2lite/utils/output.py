@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def complete_file(path: str) -> Iterator[str]:
-    """Gives a temporary name to write to, which becomes `path` at the end unless there is an error."""
+    """Yields a temporary name to write to, which becomes `path` at the end unless there is an error."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp-{os.getpid()}"
     try:

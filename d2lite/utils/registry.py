@@ -29,7 +29,7 @@ def locate(name: str) -> Any:
     """Returns the object with a dotted path such as `"torch.nn.Module"`, importing what it needs.
 
     Raises:
-        ImportError: there is no such object.
+        ImportError: if there is no such object.
     """
     found = pydoc.locate(name)
     if found is None:

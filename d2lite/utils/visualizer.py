@@ -239,7 +239,7 @@ def _labels(
     names: list[str] | None,
     crowd: list[int] | None = None,
 ) -> list[str] | None:
-    """Texts such as "cat 97%" or "cat|crowd"; None if there is nothing to say."""
+    """Texts such as "cat 97%" or "cat|crowd"; None if there is no text."""
     if classes is None and scores is None:
         return None
     count = len(classes if classes is not None else scores)

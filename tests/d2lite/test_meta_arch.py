@@ -140,7 +140,7 @@ def test_rcnn_rejects_classes_outside_the_model():
         losses_of(make("GeneralizedRCNN"), [image(boxes=[[5, 5, 40, 40]], classes=[3], file_name="a.jpg")])
 
 
-def test_proposal_network_does_not_look_at_classes():
+def test_proposal_network_does_not_check_classes():
     losses, _ = losses_of(make("ProposalNetwork"), [image(boxes=[[5, 5, 40, 40]], classes=[99])])
     assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc"}
 

@@ -35,7 +35,7 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> Dicts:
         gt_dir: e.g. "gtFine/train".
 
     Returns:
-        dicts with "file_name", "sem_seg_file_name", "height" and "width".
+        Dicts with "file_name", "sem_seg_file_name", "height" and "width".
 
     Raises:
         FileNotFoundError: if a label map is missing.
@@ -63,7 +63,7 @@ def load_cityscapes_instances(image_dir: str, gt_dir: str, from_json: bool = Tru
         to_polygons: give polygons (from JSON only); False gives RLE.
 
     Returns:
-        dicts in Detectron2's standard format.
+        Dicts in Detectron2's standard format.
     """
     if to_polygons and not from_json:
         raise ValueError("instance maps have no polygons: with from_json=False set to_polygons=False as well")

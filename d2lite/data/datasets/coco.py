@@ -74,7 +74,7 @@ def load_coco_json(
 
 @contextlib.contextmanager
 def _without_gc() -> Iterator[None]:
-    """Switches the garbage collector off: it would scan millions of new objects again and again."""
+    """Switches the garbage collector off: it would scan millions of new objects repeatedly."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -192,7 +192,7 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
         gt_ext, image_ext: file extensions.
 
     Returns:
-        dicts with "file_name" and "sem_seg_file_name", ordered by path.
+        Dicts with "file_name" and "sem_seg_file_name", ordered by path.
     """
     images, labels = _files_by_stem(image_root, image_ext), _files_by_stem(gt_root, gt_ext)
     assert labels, f"no .{gt_ext} label map in {gt_root}"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class _EndlessSampler(Sampler):
-    """Gives this process its share of an endless stream of indices, the same stream in all processes."""
+    """Yields this process's share of an endless stream of indices, the same stream in all processes."""
 
     def _start(self, seed: int | None) -> None:
         self._seed = _agreed_seed(seed)
@@ -38,7 +38,7 @@ class _EndlessSampler(Sampler):
         yield from itertools.islice(self._infinite_indices(), self._rank, None, self._world_size)
 
     def _infinite_indices(self) -> Iterator[int]:
-        """The whole stream, made from `self._seed`."""
+        """The whole stream, generated from `self._seed`."""
         raise NotImplementedError
 
 
@@ -53,7 +53,7 @@ class TrainingSampler(_EndlessSampler):
             seed: must be equal in all processes; when None the processes agree on a random one.
 
         Raises:
-            TypeError, ValueError: if the size is no positive integer.
+            TypeError, ValueError: if the size is not a positive integer.
         """
         if not isinstance(size, int):
             raise TypeError(f"TrainingSampler(size=) must be an int, got {type(size).__name__}")
@@ -85,9 +85,9 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         Args:
             size: length of the dataset.
             subset_ratio: share of the dataset to use, in (0, 1].
-            shuffle: False keeps the drawn order of the subset.
+            shuffle: False keeps the sampled order of the subset.
             seed_shuffle: seed of the permutations, equal in all processes.
-            seed_subset: seed of the choice of the subset, equal in all processes.
+            seed_subset: seed of the selection of the subset, equal in all processes.
         """
         super().__init__(size=size, shuffle=shuffle, seed=seed_shuffle)
         assert 0.0 < subset_ratio <= 1.0, f"subset_ratio must be in (0, 1], got {subset_ratio}"

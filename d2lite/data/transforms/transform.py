@@ -31,7 +31,7 @@ class ResizeTransform(Transform):
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Resizes (H, W), (H, W, C) or (N, H, W, C).
 
-        uint8 goes through PIL, which filters when it shrinks; other types go through
+        uint8 goes through PIL, which antialiases when it downsamples; other types go through
         `torch.nn.functional.interpolate`, which does not.
         """
         height, width = img.shape[:2] if img.ndim < 4 else img.shape[1:3]
@@ -44,7 +44,7 @@ class ResizeTransform(Transform):
         return _interpolate(img, (self.new_h, self.new_w), interp)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Scales points (N, 2), given as (x, y). Integers stay integers, cut toward 0, as in Detectron2."""
+        """Scales points (N, 2), given as (x, y). Integers stay integers, truncated toward 0, as in Detectron2."""
         scale = np.array([self.new_w * 1.0 / self.w, self.new_h * 1.0 / self.h])
         return (coords * scale).astype(coords.dtype, copy=False)
 
@@ -58,7 +58,7 @@ class ResizeTransform(Transform):
 
 
 class ExtentTransform(Transform):
-    """Takes a rectangle of the input, which may reach out of it, and resizes it to the output size.
+    """Takes a rectangle of the input, which may extend beyond it, and resizes it to the output size.
 
     Label maps are resized as images are, as in Detectron2: give the nearest resampling number for them.
     """
@@ -93,7 +93,7 @@ class ExtentTransform(Transform):
         return _through_pil(img, extent)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Moves points (N, 2), given as (x, y)."""
+        """Transforms points (N, 2), given as (x, y)."""
         x0, y0, x1, y1 = self.src_rect
         height, width = self.output_size
         scale = np.array([width / (x1 - x0), height / (y1 - y0)])

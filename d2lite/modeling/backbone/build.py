@@ -18,8 +18,8 @@ def build_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> Backbo
         input_shape: shape of the images; by default as many channels as `cfg.MODEL.PIXEL_MEAN` has values.
 
     Raises:
-        KeyError: no backbone of that name is registered.
-        AssertionError: what was built is no `Backbone`.
+        KeyError: if no backbone of that name is registered.
+        AssertionError: if the result is not a `Backbone`.
     """
     if input_shape is None:
         input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))

@@ -92,7 +92,7 @@ class FPN(Backbone):
         if self.top_block is not None:
             source = _find_level(self.top_block.in_feature, features, results, self._out_features)
             results.extend(self.top_block(source))
-        assert len(results) == len(self._out_features), "the top block gives another number of levels than it says"
+        assert len(results) == len(self._out_features), "the top block gives another number of levels than it declares"
         return {name: level for name, level in zip(self._out_features, results)}
 
 

@@ -100,7 +100,7 @@ class ResNet(Backbone):
         x = self.stem(x)
         if "stem" in self._out_features:
             outputs["stem"] = x
-        # Not over self.stages: TorchScript does not understand a plain list of modules.
+        # Not over self.stages, because TorchScript does not support a plain list of modules.
         for name, stage in self.named_children():
             if name in self.stage_names:
                 x = stage(x)
@@ -203,7 +203,7 @@ def build_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Builds a ResNet or ResNeXt from `cfg.MODEL.RESNETS` and `cfg.MODEL.BACKBONE.FREEZE_AT`.
 
     Raises:
-        AssertionError: the keys under `MODEL.RESNETS` contradict each other.
+        AssertionError: if the keys under `MODEL.RESNETS` contradict each other.
     """
     c = cfg.MODEL.RESNETS
     _check_config(c)

@@ -87,7 +87,7 @@ class BottleneckBlock(CNNBlockBase):
 
 
 class DeformBottleneckBlock(CNNBlockBase):
-    """`BottleneckBlock` whose 3x3 convolution is deformable; `conv2_offset` predicts where it reads.
+    """`BottleneckBlock` whose 3x3 convolution is deformable; `conv2_offset` predicts its sampling offsets.
 
     Args:
         deform_modulated: version 2, with a mask (arXiv 1811.11168).

@@ -24,7 +24,7 @@ class SimpleFeaturePyramid(Backbone):
         square_pad: if positive, images are to be padded to squares of this size.
 
     Raises:
-        NotImplementedError: another scale factor.
+        NotImplementedError: for another scale factor.
     """
 
     def __init__(
@@ -99,4 +99,4 @@ def _rescale(scale: float, dim: int, norm: Norm) -> tuple[list[nn.Module], int]:
         return [], dim
     if scale == 0.5:
         return [nn.MaxPool2d(kernel_size=2, stride=2)], dim
-    raise NotImplementedError(f"scale_factors has {scale}; SimpleFeaturePyramid knows 4.0, 2.0, 1.0 and 0.5")
+    raise NotImplementedError(f"scale_factors has {scale}; SimpleFeaturePyramid supports 4.0, 2.0, 1.0 and 0.5")

@@ -1,4 +1,4 @@
-"""The registry of whole models, and how one is built from a config."""
+"""The registry of whole models, and building one from a config."""
 
 import torch
 from torch import nn

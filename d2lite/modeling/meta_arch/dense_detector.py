@@ -7,7 +7,7 @@ from torch import nn
 
 from d2lite.layers import batched_nms
 from d2lite.modeling.backbone import Backbone
-from d2lite.modeling.meta_arch.image_model import MAX_PICTURED_BOXES, ImageModel, picture_boxes
+from d2lite.modeling.meta_arch.image_model import MAX_VISUALIZED_BOXES, ImageModel, visualize_boxes
 from d2lite.modeling.meta_arch.inputs import ground_truth, output_size
 from d2lite.modeling.postprocessing import detector_postprocess
 from d2lite.structures import Boxes, ImageList, Instances
@@ -26,7 +26,7 @@ class DenseDetector(ImageModel):
     decoding.
 
     A subclass defines `forward_training` and `forward_inference`, and `num_classes` where it is trained.
-    The attributes are what `inference_single_image` needs of it.
+    `inference_single_image` needs its attributes.
 
     Attributes:
         test_score_thresh: detections need a higher score.
@@ -36,7 +36,7 @@ class DenseDetector(ImageModel):
     """
 
     num_classes_key: str = "num_classes"
-    """What sets `num_classes`; named when an annotation has a class outside its range."""
+    """Setting of `num_classes`, named in the error about an annotation with a class out of range."""
 
     vis_period: int = 0
     input_format: str = "BGR"
@@ -149,7 +149,7 @@ class DenseDetector(ImageModel):
             pred_scores: (R, K) in [0, 1].
             pred_deltas: (R, 4).
             score_thresh: only scores above this are kept.
-            topk_candidates: at most so many (anchor, class) pairs are kept.
+            topk_candidates: maximum number of (anchor, class) pairs to keep.
             image_size: (height, width).
         """
         candidates = (pred_scores > score_thresh).flatten().nonzero().squeeze(1)
@@ -206,7 +206,7 @@ class DenseDetector(ImageModel):
         )
 
     def visualize_training(self, batched_inputs: list[dict], results: list[Instances]) -> None:
-        """Puts a picture of the first image into the event storage, see `picture_boxes`.
+        """Adds a visualization of the first image to the event storage, see `visualize_boxes`.
 
         Args:
             batched_inputs: the input of a training step.
@@ -218,7 +218,7 @@ class DenseDetector(ImageModel):
         x, result = batched_inputs[0], results[0]
         image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
         result = detector_postprocess(result, image.shape[0], image.shape[1])
-        picture = picture_boxes(image, x["instances"].gt_boxes, result.pred_boxes)
+        picture = visualize_boxes(image, x["instances"].gt_boxes, result.pred_boxes)
         get_event_storage().put_image(
-            f"Left: ground truth; right: {MAX_PICTURED_BOXES} highest scoring results", picture
+            f"Left: ground truth; right: {MAX_VISUALIZED_BOXES} highest scoring results", picture
         )

@@ -54,8 +54,8 @@ class FCOS(DenseDetector):
                 centerness (N, 1, Hi, Wi).
             box2box_transform: how the deltas encode boxes; by default distances in units of the stride.
             num_classes: K, the classes without background.
-            center_sampling_radius: only cells so close to the center of an object, in strides, are positive;
-                0 admits all cells inside its box.
+            center_sampling_radius: only cells within this distance of the center of an object, in strides, are
+                positive; 0 admits all cells inside its box.
             focal_loss_alpha, focal_loss_gamma: parameters of the focal loss.
             test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
                 `DenseDetector`.
@@ -182,7 +182,7 @@ class FCOS(DenseDetector):
         }
 
     def _centerness(self, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Centerness of each cell (P, 4) is in its box (P, 4), in (0, 1] (arXiv 1904.01355, equation 3)."""
+        """Centerness of each cell (P, 4) in its box (P, 4), in (0, 1] (arXiv 1904.01355, equation 3)."""
         left, top, right, bottom = self.box2box_transform.get_deltas(cells, boxes).unbind(dim=1)
         horizontal = torch.minimum(left, right) / torch.maximum(left, right)
         vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
@@ -223,7 +223,7 @@ class FCOSHead(RetinaNetHead):
             features: (N, C, Hi, Wi) of each level.
 
         Returns:
-            logits (N, K, Hi, Wi), bbox_reg (N, 4, Hi, Wi) and ctrness (N, 1, Hi, Wi) of each level.
+            Logits (N, K, Hi, Wi), bbox_reg (N, 4, Hi, Wi) and ctrness (N, 1, Hi, Wi) of each level.
         """
         self._check_features(features)
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]

@@ -11,8 +11,7 @@ def dense_focal_loss(
     """Sum of the sigmoid focal loss (arXiv 1708.02002, equation 5) over all anchors that are not ignored.
 
     Same value as `fvcore.nn.sigmoid_focal_loss` on one-hot targets. Nearly all entries are background, so one
-    formula is applied to all, and the one foreground entry of an anchor is put in its place. Value and
-    gradient are made
+    formula is applied to all, and the one foreground entry of an anchor replaced. Value and gradient are computed
     together, level by level: neither one-hot targets nor a copy of all levels exist at any time.
 
     Args:
@@ -54,7 +53,7 @@ class _FocalLossSum(torch.autograd.Function):
 
         index = labels.clamp(0, num_classes - 1)[..., None]
         foreground = ((labels >= 0) & (labels < num_classes))[..., None]
-        # A class against the rest is the same loss with the sign of the logit turned.
+        # The loss of target 1 is that of target 0 at the negated logit.
         fg_loss, fg_grad = _background_term(-x.gather(-1, index), gamma)
         fg_loss, fg_grad = fg_loss * foreground_weight, fg_grad * -foreground_weight
         loss.scatter_(-1, index, torch.where(foreground, fg_loss, loss.gather(-1, index)))

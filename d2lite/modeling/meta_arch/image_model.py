@@ -10,8 +10,8 @@ from d2lite.modeling.backbone import Backbone
 from d2lite.modeling.meta_arch.inputs import batch_images
 from d2lite.structures import Boxes, ImageList
 
-MAX_PICTURED_BOXES = 20
-"""How many predictions a picture of the training shows."""
+MAX_VISUALIZED_BOXES = 20
+"""Number of predictions drawn in a visualization of the training."""
 
 
 class ImageModel(nn.Module):
@@ -38,19 +38,19 @@ class ImageModel(nn.Module):
         return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
 
 
-def picture_boxes(image: np.ndarray, truth: Boxes, predicted: Boxes) -> np.ndarray:
-    """The annotated boxes left, the predicted ones right.
+def visualize_boxes(image: np.ndarray, truth: Boxes, predicted: Boxes) -> np.ndarray:
+    """Draws the annotated boxes left, the predicted ones right.
 
     Args:
         image: (H, W, 3) RGB in [0, 255].
         truth: the annotation.
-        predicted: best first; the first `MAX_PICTURED_BOXES` are drawn.
+        predicted: best first; the first `MAX_VISUALIZED_BOXES` are drawn.
 
     Returns:
         (3, H, 2 * W) uint8 RGB.
     """
     from d2lite.utils.visualizer import Visualizer
 
-    shown = predicted.tensor[:MAX_PICTURED_BOXES].detach().cpu().numpy()
+    shown = predicted.tensor[:MAX_VISUALIZED_BOXES].detach().cpu().numpy()
     pair = [Visualizer(image, None).overlay_instances(boxes=boxes) for boxes in (truth.to("cpu"), shown)]
     return np.hstack([picture.get_image() for picture in pair]).transpose(2, 0, 1)

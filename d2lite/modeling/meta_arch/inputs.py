@@ -32,12 +32,12 @@ def ground_truth(
     Args:
         batched_inputs: dicts with the key "instances".
         device: where the instances are needed.
-        num_classes: the classes of the model; None where it does not look at classes.
+        num_classes: the classes of the model; None if classes are not checked.
         config_key: the config key that sets `num_classes`, for the error message.
 
     Raises:
-        AssertionError: an image has no annotations at all (an empty Instances is fine).
-        ValueError: a class that the model does not have, or a box that is empty or not finite.
+        AssertionError: if an image has no annotations at all (an empty Instances is fine).
+        ValueError: for a class that the model does not have, or a box that is empty or not finite.
     """
     for x in batched_inputs:
         assert "instances" in x, (
@@ -80,8 +80,8 @@ def semantic_labels(
     int64.
 
     Raises:
-        AssertionError: an image has no labels.
-        ValueError: a label that is neither one of `head.num_classes` classes nor `head.ignore_value`.
+        AssertionError: if an image has no labels.
+        ValueError: for a label that is neither one of `head.num_classes` classes nor `head.ignore_value`.
     """
     for x in batched_inputs:
         assert "sem_seg" in x, (

@@ -64,8 +64,8 @@ class RetinaNet(DenseDetector):
             box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
             test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
                 `DenseDetector`.
-            vis_period: iterations between two pictures of training detections; 0 for none.
-            input_format: channel order of the input image, for these pictures.
+            vis_period: iterations between two visualizations of training detections; 0 for none.
+            input_format: channel order of the input image, for these visualizations.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes

@@ -57,7 +57,7 @@ class RetinaNetHead(nn.Module):
         """Constructor arguments from MODEL.RETINANET.
 
         Raises:
-            AssertionError: MODEL.ANCHOR_GENERATOR gives the levels different numbers of anchors.
+            AssertionError: if MODEL.ANCHOR_GENERATOR gives the levels different numbers of anchors.
         """
         num_anchors = build_anchor_generator(cfg, input_shape).num_cell_anchors
         assert len(set(num_anchors)) == 1, (

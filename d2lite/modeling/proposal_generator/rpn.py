@@ -56,7 +56,7 @@ class RPN(nn.Module):
             anchor_matcher: labels anchors as 1 (object), 0 (background) or -1 (ignored) by their IoU.
             box2box_transform: how deltas encode boxes relative to anchors.
             batch_size_per_image: anchors per image that enter the loss.
-            positive_fraction: largest part of them that may be positive.
+            positive_fraction: maximum fraction of them that may be positive.
             pre_nms_topk: anchors per level before suppression, in (training, testing).
             post_nms_topk: proposals per image, in (training, testing).
             nms_thresh: IoU above which the lower score is suppressed.
@@ -148,11 +148,11 @@ class RPN(nn.Module):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Matches anchors (R in all levels together) with ground truth, and draws those that enter the loss.
+        """Matches anchors (R in all levels together) with ground truth, and samples those that enter the loss.
 
         Returns:
             Per image the labels (R,) int8: 1 object, 0 background, -1 not used; and the matched box (R, 4)
-            of each anchor, which has a meaning only for label 1.
+            of each anchor, which is defined only for label 1.
         """
         all_anchors = Boxes.cat(anchors)
         gt_labels, matched_boxes = [], []
@@ -160,7 +160,7 @@ class RPN(nn.Module):
             gt_boxes: Boxes = gt.gt_boxes
             quality = retry_if_cuda_oom(pairwise_iou)(gt_boxes, all_anchors)
             index, labels = retry_if_cuda_oom(self.anchor_matcher)(quality)
-            del quality  # the largest tensor here; the next image needs the room
+            del quality  # the largest tensor here; frees its memory for the next image
             labels = labels.to(all_anchors.device)
             if self.anchor_boundary_thresh >= 0:
                 labels[~all_anchors.inside_box(gt.image_size, self.anchor_boundary_thresh)] = -1

@@ -60,7 +60,7 @@ class StandardRPNHead(nn.Module):
         """Constructor arguments from MODEL.RPN and MODEL.ANCHOR_GENERATOR.
 
         Raises:
-            ValueError: the levels differ in channels, or in anchors per cell.
+            ValueError: if the levels differ in channels, or in anchors per cell.
         """
         channels = {shape.channels for shape in input_shape}
         if len(channels) != 1:

@@ -82,7 +82,7 @@ class FastRCNNConvFCHead(nn.Sequential):
             x = layer(x)
         return x
 
-    # TorchScript reads the annotations even of what it does not use, and cannot compile ShapeSpec.
+    # TorchScript reads the annotations even of unused methods, and cannot compile ShapeSpec.
     @property
     @torch.jit.unused
     def output_shape(self):  # type: ignore[no-untyped-def]

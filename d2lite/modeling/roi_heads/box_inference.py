@@ -1,4 +1,4 @@
-"""From the predictions for regions to detections."""
+"""Detections from the predictions for regions."""
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ def fast_rcnn_inference(
         image_shapes: (height, width) of the N images.
         score_thresh: detections need a higher score than this.
         nms_thresh: IoU above which the lower score of the same class is suppressed.
-        topk_per_image: largest number of detections per image; negative: all.
+        topk_per_image: maximum number of detections per image; negative: all.
 
     Returns:
         N `Instances` with `pred_boxes`, `scores` and `pred_classes`, by descending score; and for each the

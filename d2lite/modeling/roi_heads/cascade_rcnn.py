@@ -1,4 +1,4 @@
-"""Cascade R-CNN (arXiv 1712.00726): box heads in a row, each trained on the boxes of the one before."""
+"""Cascade R-CNN (arXiv 1712.00726): a sequence of box heads, each trained on the boxes of the previous one."""
 
 from typing import Any
 
@@ -167,7 +167,7 @@ class CascadeROIHeads(StandardROIHeads):
         """Scores and deltas of one stage for all proposals."""
         box_features = self.box_pooler(features, [x.proposal_boxes for x in proposals])
         if self.training and box_features.requires_grad:
-            # the stages share the features; their gradients are averaged, or the backbone would get the sum
+            # the stages share the features; their gradients are averaged, not summed, for the backbone
             box_features.register_hook(lambda gradient: gradient / self.num_cascade_stages)
         return self.box_predictor[stage](self.box_head[stage](box_features))
 

@@ -48,11 +48,11 @@ class FastRCNNOutputLayers(nn.Module):
             cls_agnostic_bbox_reg: one box for all classes instead of one per class.
             box_reg_loss_type: "smooth_l1" (L1 for a `smooth_l1_beta` of 0), "giou", "diou" or "ciou".
             loss_weight: one factor for both losses, or one per name ("loss_cls", "loss_box_reg").
-            use_fed_loss: count only a sample of the classes in the classification loss (federated loss,
+            use_fed_loss: use only a sample of the classes in the classification loss (federated loss,
                 arXiv 2103.07461); needs `use_sigmoid_ce`.
             use_sigmoid_ce: K independent binary classifications instead of a softmax over K + 1 classes.
-            get_fed_loss_cls_weights: gives the weights (K,) by which the federated loss draws classes.
-            fed_loss_num_classes: classes that the federated loss counts per batch, at least.
+            get_fed_loss_cls_weights: returns the weights (K,) by which the federated loss samples classes.
+            fed_loss_num_classes: minimum number of classes that the federated loss uses per batch.
         """
         super().__init__()
         if isinstance(input_shape, int):
@@ -185,7 +185,7 @@ class FastRCNNOutputLayers(nn.Module):
         """Binary cross entropy summed over the classes, and averaged over the regions.
 
         Args:
-            pred_class_logits: (R, K + 1); the last column, the background, has no part in it.
+            pred_class_logits: (R, K + 1); the last column, the background, is not used.
             gt_classes: (R,) in [0, K].
         """
         if gt_classes.numel() == 0:
@@ -203,13 +203,13 @@ class FastRCNNOutputLayers(nn.Module):
     def get_fed_loss_classes(
         self, gt_classes: Tensor, num_fed_loss_classes: int, num_classes: int, weight: Tensor
     ) -> Tensor:
-        """The classes that the federated loss counts: all that occur, filled up by a draw of others.
+        """The classes that the federated loss uses: all that occur, and samples of the others.
 
         Args:
             gt_classes: (R,) in [0, num_classes].
-            num_fed_loss_classes: how many, at least.
+            num_fed_loss_classes: minimum number of classes.
             num_classes: K.
-            weight: (K,) chance of each class to be drawn, relative to the others.
+            weight: (K,) sampling weight of each class.
 
         Returns:
             (S,) distinct classes; the background is among them if it occurs.

@@ -32,7 +32,7 @@ def mask_rcnn_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_per
         pred_mask_logits: (R, K, M, M) for the R foreground regions of all images and K classes, or K = 1 for
             all classes together.
         instances: of N images, R in all, with `proposal_boxes`, `gt_classes` and `gt_masks`.
-        vis_period: iterations between pictures in the event storage; 0 for none.
+        vis_period: iterations between visualizations in the event storage; 0 for none.
 
     Returns:
         A scalar; 0, still connected to the predictions, where R is 0.
@@ -105,7 +105,7 @@ class BaseMaskRCNNHead(nn.Module):
         """
         Args:
             loss_weight: factor of the loss.
-            vis_period: iterations between pictures in the event storage; 0 for none.
+            vis_period: iterations between visualizations in the event storage; 0 for none.
         """
         super().__init__()
         self.vis_period = vis_period

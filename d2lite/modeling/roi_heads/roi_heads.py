@@ -1,4 +1,4 @@
-"""The heads of FPN models, and the names of all that is common to heads on regions."""
+"""The heads of FPN models, and re-exports of the common parts of heads on regions."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ __all__ = [
 
 @ROI_HEADS_REGISTRY.register()
 class StandardROIHeads(ROIHeads):
-    """Boxes and, if wanted, masks, each with its own pooling and layers: the heads of FPN models."""
+    """Boxes and optionally masks, each with its own pooling and layers: the heads of FPN models."""
 
     @configurable
     def __init__(
@@ -123,7 +123,7 @@ class StandardROIHeads(ROIHeads):
         return proposals, losses
 
     def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
-        """Predicts what is left for given boxes: the masks. Only outside training.
+        """Predicts the masks of given boxes. Only outside training.
 
         Args:
             features: feature maps (N, C, H_i, W_i) by name.
@@ -139,7 +139,7 @@ class StandardROIHeads(ROIHeads):
     def _box_losses(
         self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Losses of the boxes for sampled proposals; heads that match boxes anew need the `targets`."""
+        """Losses of the boxes for sampled proposals; heads that match boxes again need the `targets`."""
         return self._forward_box(features, proposals)
 
     def _forward_box(
