@@ -41,7 +41,7 @@ def align_and_update_state_dicts(
     aligned: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
         model_name = model_name_of.get(name)
-        if model_name is not None and not _fits(value, model_state_dict[model_name]):
+        if model_name is not None and not _has_shape_of(value, model_state_dict[model_name]):
             logger.warning(
                 "Skipped '%s' %s of the checkpoint: the model's '%s' has shape %s.",
                 original_names[name],
@@ -79,7 +79,7 @@ def _match_by_suffix(model_names: Iterable[str], ckpt_names: Mapping[str, Any]) 
     return matched
 
 
-def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+def _has_shape_of(value: torch.Tensor, parameter: torch.Tensor) -> bool:
     # A lazy module's parameter has no shape before the first forward pass.
     is_lazy = isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin)
     return is_lazy or value.shape == parameter.shape

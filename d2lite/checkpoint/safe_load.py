@@ -65,11 +65,11 @@ def _explain(path: str, error: Exception) -> str:
             "code can do anything. If you trust it, convert it elsewhere to a dict of tensors or arrays."
         )
     detail = next((line for line in text.splitlines() if line.strip()), "").split(". ")[0][:200]
-    reason = _foreign_kind(path) or f"it is truncated or not a checkpoint ({type(error).__name__}: {detail})"
+    reason = _describe_foreign_file(path) or f"it is truncated or not a checkpoint ({type(error).__name__}: {detail})"
     return f"Cannot load {path}: {reason}. Download or copy the file again, and check the path."
 
 
-def _foreign_kind(path: str) -> str | None:
+def _describe_foreign_file(path: str) -> str | None:
     size = os.path.getsize(path)
     if size == 0:
         return "the file is empty"

@@ -48,7 +48,7 @@ def _train_loader_from_config(
     sampler: torchdata.Sampler | None = None,
 ) -> dict[str, Any]:
     if dataset is None:
-        _refuse_left_out(cfg)
+        _check_supported(cfg)
         dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     if sampler is None and not isinstance(dataset, torchdata.IterableDataset):
         sampler = _training_sampler(cfg.DATALOADER, dataset)
@@ -186,7 +186,7 @@ def _batch_size(total: int, single: int | None) -> int:
 def _test_loader_from_config(
     cfg: CfgNode, dataset_name: str | Sequence[str], mapper: Callable[[dict], Any] | None = None
 ) -> dict[str, Any]:
-    _refuse_left_out(cfg)
+    _check_supported(cfg)
     dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
     is_iterable = isinstance(dataset, torchdata.IterableDataset)
     return {
@@ -259,7 +259,7 @@ def worker_init_reset_seed(worker_id: int) -> None:
     seed_all_rng(torch.initial_seed() % 2**31 + worker_id)
 
 
-def _refuse_left_out(cfg: CfgNode) -> None:
+def _check_supported(cfg: CfgNode) -> None:
     """Raises where the config asks for data that d2lite cannot load."""
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:

@@ -99,7 +99,7 @@ class DatasetMapper:
             sem_seg = utils.read_image(dataset_dict.pop("sem_seg_file_name"), "L")[:, :, 0]
         inputs = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(inputs)
-        dataset_dict["image"] = _to_planes(inputs.image)
+        dataset_dict["image"] = _to_chw(inputs.image)
         if inputs.sem_seg is not None:
             dataset_dict["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
         if not self.is_train:
@@ -127,7 +127,7 @@ class DatasetMapper:
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
 
 
-def _to_planes(image: np.ndarray) -> torch.Tensor:
+def _to_chw(image: np.ndarray) -> torch.Tensor:
     """(H, W, C) or (H, W) as a contiguous tensor (C, H, W)."""
     image = image if image.ndim == 3 else image[:, :, None]
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

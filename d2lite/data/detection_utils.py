@@ -81,7 +81,7 @@ def _transform_segmentation(
         polygons = [np.array(p, dtype=float).reshape(-1, 2) for p in segmentation]
         return [p.reshape(-1) for p in transforms.apply_polygons(polygons)]
     if isinstance(segmentation, dict):
-        mask = transforms.apply_segmentation(mask_util.decode(_compressed(segmentation)))
+        mask = transforms.apply_segmentation(mask_util.decode(_compress_rle(segmentation)))
         assert tuple(mask.shape[:2]) == tuple(image_size), (
             f"a mask is {mask.shape[:2]} (height, width) after the transforms, its image {tuple(image_size)}"
         )
@@ -89,7 +89,7 @@ def _transform_segmentation(
     raise ValueError(f"a segmentation must be a list of polygons or an RLE dict, got {type(segmentation).__name__}")
 
 
-def _compressed(rle: dict[str, Any]) -> dict[str, Any]:
+def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
     """COCO's uncompressed RLE (counts as a list) as the compressed one."""
     return mask_util.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
 
@@ -158,7 +158,7 @@ def _to_bitmask(segmentation: Any, image_size: ImageSize) -> np.ndarray:
     if isinstance(segmentation, list):
         return polygons_to_bitmask(segmentation, *image_size).astype(bool)
     if isinstance(segmentation, dict):
-        return mask_util.decode(_compressed(segmentation)).astype(bool)
+        return mask_util.decode(_compress_rle(segmentation)).astype(bool)
     if isinstance(segmentation, np.ndarray):
         assert segmentation.ndim == 2, f"a mask must be (H, W), got shape {segmentation.shape}"
         return segmentation.astype(bool)

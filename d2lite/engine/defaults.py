@@ -104,7 +104,7 @@ class DefaultTrainer(TrainerBase):
         # Saved before the evaluation: if that fails, the checkpoint is there.
         if comm.is_main_process():
             hook_list.append(hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD))
-        hook_list.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_keep_results))
+        hook_list.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_store_results))
         # Last, so that the evaluation's results are written with the rest.
         if comm.is_main_process():
             hook_list.append(hooks.PeriodicWriter(self.build_writers(), period=20))
@@ -121,7 +121,7 @@ class DefaultTrainer(TrainerBase):
         loader = self.build_train_loader(cfg)
         return hooks.PreciseBN(self.cfg.TEST.EVAL_PERIOD, self.model, loader, options.NUM_ITER)
 
-    def _test_and_keep_results(self) -> Mapping[str, Any]:
+    def _test_and_store_results(self) -> Mapping[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 

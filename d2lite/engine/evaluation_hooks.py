@@ -52,12 +52,12 @@ class EvalHook(HookBase):
     def _do_eval(self) -> None:
         results = self._func()
         if results:
-            self.trainer.storage.put_scalars(**_flat_floats(results), smoothing_hint=False)
+            self.trainer.storage.put_scalars(**_flatten_floats(results), smoothing_hint=False)
         # Processes that evaluate nothing wait here, not in a collective operation of the next iteration.
         comm.synchronize()
 
 
-def _flat_floats(results: Any) -> dict[str, float]:
+def _flatten_floats(results: Any) -> dict[str, float]:
     if not isinstance(results, Mapping):
         raise TypeError(f"[EvalHook] eval_function must return a dict, got {type(results).__name__}.")
     flat = {}

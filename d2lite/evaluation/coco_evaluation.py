@@ -82,7 +82,7 @@ class COCOEvaluator(DatasetEvaluator):
         self._tasks = _check_tasks(tasks, kpt_oks_sigmas)
         self._distributed = distributed
         self._output_dir = output_dir
-        self._max_dets_per_image = _three_limits(max_dets_per_image)
+        self._max_dets_per_image = _parse_max_dets(max_dets_per_image)
         self._cocoeval: type[COCOeval] = COCOeval_opt if use_fast_impl else COCOeval
         self._metadata = MetadataCatalog.get(dataset_name)
         self._coco_api = _load_ground_truth(dataset_name, self._metadata, output_dir, allow_cached_coco)
@@ -265,7 +265,7 @@ def _check_tasks(tasks: Sequence[str] | None, kpt_oks_sigmas: Sequence[float]) -
     return set(tasks)
 
 
-def _three_limits(max_dets_per_image: int | Sequence[int] | None) -> list[int]:
+def _parse_max_dets(max_dets_per_image: int | Sequence[int] | None) -> list[int]:
     if max_dets_per_image is None:
         return list(DEFAULT_MAX_DETS)
     if isinstance(max_dets_per_image, int):

@@ -64,7 +64,7 @@ def _paste_chunks(
     bytes_per_mask = rows.shape[1] * columns.shape[1] * masks.element_size()
     n = max(1, max_bytes // max(1, bytes_per_mask))
     chunks = zip(masks.split(n), rows.split(n), columns.split(n))
-    return torch.cat([_finish(r @ m @ c.mT, threshold) for m, r, c in chunks])
+    return torch.cat([_to_output(r @ m @ c.mT, threshold) for m, r, c in chunks])
 
 
 def _paste_regions(masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
@@ -77,10 +77,10 @@ def _paste_regions(masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, 
     regions: list[list[int]] = torch.stack((y0, y1, x0, x1), dim=1).nan_to_num_().long().tolist()
     for i, (top, bottom, left, right) in enumerate(regions):
         values = rows[i, top:bottom] @ masks[i] @ columns[i, left:right].T
-        image[i, top:bottom, left:right] = _finish(values, threshold)
+        image[i, top:bottom, left:right] = _to_output(values, threshold)
     return image
 
 
-def _finish(values: Tensor, threshold: float) -> Tensor:
+def _to_output(values: Tensor, threshold: float) -> Tensor:
     """Binarizes at `threshold`, or scales to bytes if it is negative."""
     return values >= threshold if threshold >= 0 else (values * 255).to(torch.uint8)

@@ -126,7 +126,7 @@ class DefaultAnchorGenerator(nn.Module):
             return [Boxes(x) for x in self._grid_anchors(grid_sizes)]
         anchors: list[Boxes] = []
         for i, (_, cell) in enumerate(self.cell_anchors.named_buffers()):
-            anchors.append(Boxes(_shifted(cell, grid_sizes[i], self.strides[i], self.offset)))
+            anchors.append(Boxes(_shift_anchors(cell, grid_sizes[i], self.strides[i], self.offset)))
         return anchors
 
     @torch.jit.unused
@@ -138,7 +138,7 @@ class DefaultAnchorGenerator(nn.Module):
             # Tensors created in inference mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 anchors = [
-                    _shifted(cell, size, stride, self.offset)
+                    _shift_anchors(cell, size, stride, self.offset)
                     for cell, size, stride in zip(cells, grid_sizes, self.strides, strict=True)
                 ]
             self._cache[key] = entry = [(x, x._version) for x in anchors]
@@ -180,7 +180,7 @@ def _one_per_level(params: Sequence, num_levels: int, name: str) -> list:
     return list(params)
 
 
-def _shifted(cell: torch.Tensor, size: tuple[int, int], stride: int, offset: float) -> torch.Tensor:
+def _shift_anchors(cell: torch.Tensor, size: tuple[int, int], stride: int, offset: float) -> torch.Tensor:
     """Copies of the `cell` anchors (A, 4) at every point of a (H, W) grid: (H * W * A, 4)."""
     height, width = size
     y = (torch.arange(height, dtype=cell.dtype, device=cell.device) + offset) * stride

@@ -48,7 +48,7 @@ class Box2BoxTransform:
         shift = (target_center - src_center) / src_size
         scale = torch.log(target_size / src_size)
         wx, wy, ww, wh = self.weights
-        return torch.cat([_times(shift, wx, wy), _times(scale, ww, wh)], dim=1)
+        return torch.cat([_scale_pairs(shift, wx, wy), _scale_pairs(scale, ww, wh)], dim=1)
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Decodes predictions.
@@ -64,8 +64,8 @@ class Box2BoxTransform:
         center, size = _center_and_size(boxes.to(deltas.dtype)[:, None])
         shift, scale = deltas.unflatten(1, (-1, 4)).split(2, dim=2)
         wx, wy, ww, wh = self.weights
-        new_center = center + _times(shift, 1 / wx, 1 / wy) * size
-        half = 0.5 * size * _times(scale, 1 / ww, 1 / wh).clamp(max=self.scale_clamp).exp()
+        new_center = center + _scale_pairs(shift, 1 / wx, 1 / wy) * size
+        half = 0.5 * size * _scale_pairs(scale, 1 / ww, 1 / wh).clamp(max=self.scale_clamp).exp()
         return torch.cat([new_center - half, new_center + half], dim=2).flatten(1)
 
 
@@ -110,7 +110,7 @@ class Box2BoxTransformLinear:
         return torch.cat([center - before, center + after], dim=2).flatten(1)
 
 
-def _times(pairs: torch.Tensor, x: float, y: float) -> torch.Tensor:
+def _scale_pairs(pairs: torch.Tensor, x: float, y: float) -> torch.Tensor:
     """Multiplies pairs (..., 2) by (x, y), without a tensor of factors: copying it to a GPU would block."""
     return pairs * x if x == y else torch.stack([pairs[..., 0] * x, pairs[..., 1] * y], dim=-1)
 

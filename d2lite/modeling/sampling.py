@@ -22,8 +22,8 @@ def subsample_labels(
     negative = torch.nonzero(labels == bg_label).squeeze(1)
     num_positive = min(positive.numel(), int(num_samples * positive_fraction))
     num_negative = min(negative.numel(), num_samples - num_positive)
-    return _choose(positive, num_positive), _choose(negative, num_negative)
+    return _sample(positive, num_positive), _sample(negative, num_negative)
 
 
-def _choose(indices: torch.Tensor, count: int) -> torch.Tensor:
+def _sample(indices: torch.Tensor, count: int) -> torch.Tensor:
     return indices[torch.randperm(indices.numel(), device=indices.device)[:count]]

@@ -66,9 +66,9 @@ class GeneralizedRCNNWithTTA(nn.Module):
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections {"instances": Instances} of each input dict, which needs "image" or "file_name"."""
-        return [self._inference_one_image(self._complete(x)) for x in batched_inputs]
+        return [self._inference_one_image(self._with_image(x)) for x in batched_inputs]
 
-    def _complete(self, x: dict) -> dict:
+    def _with_image(self, x: dict) -> dict:
         x = copy.copy(x)
         if "image" not in x:
             image = read_image(x["file_name"], self.model.input_format)

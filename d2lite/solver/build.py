@@ -101,7 +101,7 @@ def get_default_optimizer_params(
     """
     if lr_factor_func is not None and base_lr is None:
         raise ValueError("lr_factor_func scales base_lr, but base_lr is not given.")
-    defaults = _given(lr=base_lr, weight_decay=weight_decay)
+    defaults = _drop_none(lr=base_lr, weight_decay=weight_decay)
     overrides = _add_bias_rules(dict(overrides or {}), base_lr, bias_lr_factor, weight_decay_bias)
 
     groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
@@ -121,7 +121,7 @@ def get_default_optimizer_params(
     return [{"params": params, **hyper} for hyper, params in groups]
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _drop_none(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -131,7 +131,7 @@ def _add_bias_rules(
     lr_factor: float | None,
     weight_decay: float | None,
 ) -> dict[str, dict[str, Any]]:
-    bias: dict[str, Any] = _given(weight_decay=weight_decay)
+    bias: dict[str, Any] = _drop_none(weight_decay=weight_decay)
     if lr_factor is not None and lr_factor != 1.0:
         if base_lr is None:
             raise ValueError("bias_lr_factor scales base_lr, but base_lr is not given.")

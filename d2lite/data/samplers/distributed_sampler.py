@@ -30,7 +30,7 @@ class _EndlessSampler(Sampler):
     """Yields this process's share of an endless stream of indices, the same stream in all processes."""
 
     def _start(self, seed: int | None) -> None:
-        self._seed = _agreed_seed(seed)
+        self._seed = _shared_seed(seed)
         self._rank = comm.get_rank()
         self._world_size = comm.get_world_size()
 
@@ -94,7 +94,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         self._size_subset = int(size * subset_ratio)
         assert self._size_subset > 0, f"subset_ratio {subset_ratio} of {size} images leaves none"
         g = torch.Generator()
-        g.manual_seed(_agreed_seed(seed_subset))
+        g.manual_seed(_shared_seed(seed_subset))
         self._indexes_subset = torch.randperm(size, generator=g)[: self._size_subset]
         logger.info("Training on %d of %d images (subset_ratio %s)", self._size_subset, size, subset_ratio)
 
@@ -194,5 +194,5 @@ class InferenceSampler(Sampler):
         return len(self._local_indices)
 
 
-def _agreed_seed(seed: int | None) -> int:
+def _shared_seed(seed: int | None) -> int:
     return int(comm.shared_random_seed() if seed is None else seed)

@@ -40,7 +40,7 @@ class ResizeTransform(Transform):
         )
         interp = self.interp if interp is None else interp
         if img.dtype == np.uint8 and img.ndim < 4:
-            return _through_pil(img, lambda image: image.resize((self.new_w, self.new_h), interp))
+            return _apply_pil(img, lambda image: image.resize((self.new_w, self.new_h), interp))
         return _interpolate(img, (self.new_h, self.new_w), interp)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ class ExtentTransform(Transform):
             method = Image.Transform.EXTENT
             return image.transform((width, height), method, tuple(self.src_rect), interp, fillcolor=fill)
 
-        return _through_pil(img, extent)
+        return _apply_pil(img, extent)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Transforms points (N, 2), given as (x, y)."""
@@ -213,16 +213,16 @@ class PILColorTransform(ColorTransform):
         return np.asarray(self.op(Image.fromarray(img)))
 
 
-def _through_pil(img: np.ndarray, operation: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def _apply_pil(img: np.ndarray, operation: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """Applies a PIL operation that treats all channels alike to (H, W) or (H, W, C)."""
     if img.ndim == 2:
         return np.asarray(operation(Image.fromarray(img)))
     if img.dtype == np.uint8 and img.shape[2] == 3:
         if img.strides[2] < 0:
             # A BGR view of RGB memory: PIL needs no copy if it gets the channels in the order of memory.
-            return _through_pil(img[:, :, ::-1], operation)[:, :, ::-1]
+            return _apply_pil(img[:, :, ::-1], operation)[:, :, ::-1]
         return np.asarray(operation(Image.fromarray(img)))
-    return np.stack([_through_pil(img[:, :, c], operation) for c in range(img.shape[2])], axis=2)
+    return np.stack([_apply_pil(img[:, :, c], operation) for c in range(img.shape[2])], axis=2)
 
 
 def _interpolate(img: np.ndarray, size: tuple[int, int], interp: int) -> np.ndarray:

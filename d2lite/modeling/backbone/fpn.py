@@ -63,7 +63,7 @@ class FPN(Backbone):
         self._top_down_features = tuple(reversed(in_features))
         self.bottom_up = bottom_up
         levels = [int(math.log2(stride)) for stride in strides]
-        _name_levels(self, levels, out_channels)
+        _declare_levels(self, levels, out_channels)
         self._size_divisibility = strides[-1]
         self._square_pad = square_pad
         self._fuse_type = fuse_type
@@ -96,7 +96,7 @@ class FPN(Backbone):
         return {name: level for name, level in zip(self._out_features, results)}
 
 
-def _name_levels(pyramid: Backbone, levels: list[int], channels: int) -> None:
+def _declare_levels(pyramid: Backbone, levels: list[int], channels: int) -> None:
     """Declares the outputs "p<level>" of a pyramid: its own `levels`, finest first, and those of its top block."""
     if pyramid.top_block is not None:
         levels = levels + [levels[-1] + 1 + i for i in range(pyramid.top_block.num_levels)]

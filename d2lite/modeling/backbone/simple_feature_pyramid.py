@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from d2lite.layers import Conv2d, get_norm
 from d2lite.layers.batch_norm import Norm
 from d2lite.modeling.backbone.backbone import Backbone
-from d2lite.modeling.backbone.fpn import _check_strides, _find_level, _name_levels
+from d2lite.modeling.backbone.fpn import _check_strides, _declare_levels, _find_level
 
 
 class SimpleFeaturePyramid(Backbone):
@@ -64,7 +64,7 @@ class SimpleFeaturePyramid(Backbone):
         self.net = net
         self.in_feature = in_feature
         self.top_block = top_block
-        _name_levels(self, levels, out_channels)
+        _declare_levels(self, levels, out_channels)
         self._size_divisibility = strides[-1]
         self._square_pad = square_pad
 
