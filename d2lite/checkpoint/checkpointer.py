@@ -47,7 +47,7 @@ class Checkpointer(FvcoreCheckpointer):
 
         basename = f"{name}.pth"
         if os.path.basename(basename) != basename:
-            raise ValueError(f"A checkpoint's name must not contain a folder, got '{name}'.")
+            raise ValueError(f"A checkpoint's name must not contain a directory, got '{name}'.")
         logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, basename))
         self._write(basename, "wb", lambda f: torch.save(data, f))
         self.tag_last_checkpoint(basename)

@@ -52,7 +52,7 @@ class CfgNode(_CfgNode):
         """Reads a YAML file and the files that its `_BASE_` names.
 
         Args:
-            filename: path of the file. A relative `_BASE_` is relative to its folder.
+            filename: path of the file. A relative `_BASE_` is relative to its directory.
             allow_unsafe: accepted for compatibility; the safe loader is used in either case.
 
         Returns:

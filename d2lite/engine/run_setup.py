@@ -1,4 +1,4 @@
-"""Setup of a training program: arguments, folders, logs, seed, metric writers, DDP."""
+"""Setup of a training program: arguments, directories, logs, seed, metric writers, DDP."""
 
 import argparse
 import inspect
@@ -67,7 +67,7 @@ Examples:
 
 
 def default_setup(cfg: CfgNode, args: Any) -> None:
-    """Prepares a run: output folder, logs, a record of versions, arguments and config, seed, backend settings.
+    """Prepares a run: output directory, logs, a record of versions, arguments and config, seed, backend settings.
 
     The full config goes to `<OUTPUT_DIR>/config.yaml`, the log to `<OUTPUT_DIR>/log.txt`.
 

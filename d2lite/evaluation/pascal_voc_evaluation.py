@@ -89,8 +89,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         listing = os.path.join(self._directory, "ImageSets", "Main", f"{self._split}.txt")
         with PathManager.open(listing) as file:
             names = file.read().split()
-        folder = os.path.join(self._directory, "Annotations")
-        return {name: _read_annotation(os.path.join(folder, f"{name}.xml")) for name in names}
+        directory = os.path.join(self._directory, "Annotations")
+        return {name: _read_annotation(os.path.join(directory, f"{name}.xml")) for name in names}
 
 
 def class_average_precisions(

@@ -58,6 +58,7 @@ class Matcher:
         for i in range(len(self.thresholds)):
             labels.masked_fill_(quality >= self.thresholds[i], self.labels[i + 1])
         if self.allow_low_quality_matches:
+            # Compared for equality, so that all predictions that tie for the best overlap are labeled.
             best_of_ground_truth = match_quality_matrix.max(dim=1, keepdim=True)[0]
             labels.masked_fill_((match_quality_matrix == best_of_ground_truth).any(dim=0), 1)
         return matches, labels

@@ -105,7 +105,7 @@ class TensorboardXWriter(EventWriter):
     def __init__(self, log_dir: str, window_size: int = 20, **kwargs: Any) -> None:
         """
         Args:
-            log_dir: folder of the event files.
+            log_dir: directory of the event files.
             window_size: of the median, for scalars to be smoothed.
             kwargs: of `torch.utils.tensorboard.SummaryWriter`.
         """

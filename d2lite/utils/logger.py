@@ -61,7 +61,7 @@ def setup_logger(
     it sets up the logger "d2lite" as well. Repeated calls do not duplicate handlers.
 
     Args:
-        output: a file that ends in .txt or .log, or a folder that gets a log.txt; None: no file. Ranks above
+        output: a file that ends in .txt or .log, or a directory that gets a log.txt; None: no file. Ranks above
             0 append ".rank<rank>".
         distributed_rank: rank of this process.
         color: color on stdout, if it is a terminal.

@@ -18,7 +18,7 @@ from d2lite.checkpoint.c2_model_loading import (
 
 
 class Payload:
-    """Unpickling it would create a folder."""
+    """Unpickling it would create a directory."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -169,8 +169,8 @@ def test_a_failed_save_leaves_the_last_checkpoint_alone(tmp_path):
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0.pth")
 
 
-def test_names_with_folders_are_refused_and_saving_can_be_off(tmp_path):
-    with pytest.raises(ValueError, match="must not contain a folder"):
+def test_names_with_directories_are_refused_and_saving_can_be_off(tmp_path):
+    with pytest.raises(ValueError, match="must not contain a directory"):
         DetectionCheckpointer(nn.Linear(2, 3), str(tmp_path)).save("a/b")
     DetectionCheckpointer(nn.Linear(2, 3), str(tmp_path), save_to_disk=False).save("model")
     assert os.listdir(tmp_path) == []

@@ -84,7 +84,7 @@ def _files(image_dir: str, gt_dir: str, suffix: str) -> list[tuple[str, str]]:
             if name.endswith(_IMAGE_SUFFIX):
                 label = os.path.join(gt_dir, city, name[: -len(_IMAGE_SUFFIX)] + suffix)
                 files.append((os.path.join(image_dir, city, name), label))
-    assert files, f"no *_{_IMAGE_SUFFIX} in the folders of {image_dir}"
+    assert files, f"no *_{_IMAGE_SUFFIX} in the directories of {image_dir}"
     return files
 
 

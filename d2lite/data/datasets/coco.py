@@ -1,4 +1,4 @@
-"""COCO's instance format: loading and registering. Also folders of label maps.
+"""COCO's instance format: loading and registering. Also directories of label maps.
 
 Format: https://cocodataset.org/#format-data
 """
@@ -42,7 +42,7 @@ def load_coco_json(
 
     Args:
         json_file: the annotations.
-        image_root: folder that the file names are relative to.
+        image_root: directory that the file names are relative to.
         dataset_name: if given, its metadata gets `thing_classes` and `thing_dataset_id_to_contiguous_id`, and
             the category ids are mapped to 0, 1, ... in the order of the ids; when None they stay.
         extra_annotation_keys: annotation entries to keep besides iscrowd, bbox, segmentation, category_id.
@@ -171,7 +171,7 @@ def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str,
         name: its name in the catalogs.
         metadata: extra metadata, may be empty.
         json_file: the annotations.
-        image_root: folder of the images.
+        image_root: directory of the images.
     """
     assert isinstance(name, str), f"the name of a dataset is a str, got {type(name).__name__}"
     for path in (json_file, image_root):
@@ -187,8 +187,8 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
     """Pairs images with label maps of the same relative path.
 
     Args:
-        gt_root: folder of the label maps: one channel, the pixel value is the class.
-        image_root: folder of the images.
+        gt_root: directory of the label maps: one channel, the pixel value is the class.
+        image_root: directory of the images.
         gt_ext, image_ext: file extensions.
 
     Returns:
@@ -214,9 +214,9 @@ def _files_by_stem(root: str, extension: str) -> dict[str, str]:
     """Path relative to `root`, without extension, to the full path, of the files with an extension."""
     found = {}
     local = PathManager.get_local_path(root)
-    for folder, _, names in os.walk(local):
+    for directory, _, names in os.walk(local):
         for name in names:
             if name.endswith("." + extension):
-                path = os.path.join(folder, name)
+                path = os.path.join(directory, name)
                 found[os.path.relpath(path, local)[: -len(extension) - 1]] = path
     return found

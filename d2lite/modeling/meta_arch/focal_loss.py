@@ -51,6 +51,7 @@ class _FocalLossSum(torch.autograd.Function):
         loss.mul_(weight)
         grad.mul_(weight)
 
+        # The clamped index keeps gather in range for background and ignored labels, which `foreground` masks out.
         index = labels.clamp(0, num_classes - 1)[..., None]
         foreground = ((labels >= 0) & (labels < num_classes))[..., None]
         # The loss of target 1 is that of target 0 at the negated logit.
@@ -77,5 +78,6 @@ def _background_term(x: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch
     p = x.sigmoid()
     nll = F.softplus(x)
     modulation = p.pow(gamma)
+    # The derivative is p^gamma (gamma (1 - p) nll + p), from dp/dx = p (1 - p) and dnll/dx = p.
     grad = torch.rsub(p, 1).mul_(nll).mul_(gamma).add_(p).mul_(modulation)
     return nll.mul_(modulation), grad
