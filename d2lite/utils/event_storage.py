@@ -156,7 +156,7 @@ class EventStorage:
 
     @contextmanager
     def name_scope(self, name: str) -> Iterator[None]:
-        """Within this block, put the names of scalars behind `<name>/`."""
+        """Prefixes the scalars that are put within this block by `<name>/`."""
         outer = self._current_prefix
         self._current_prefix = name.rstrip("/") + "/"
         try:
