@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_HOW = "d2lite does not have it; Detectron2 does: install Detectron2 and set D2KD_RUNTIME=detectron2."
+_ADVICE = "d2lite does not have it; Detectron2 does: install Detectron2 and set D2KD_RUNTIME=detectron2."
 
-#: Names of Detectron2's API that d2lite leaves out, by what they belong to.
+# Names of Detectron2's API that d2lite leaves out, by what they belong to.
 LEFT_OUT_NAMES = {
     "rotated boxes": (
         "RotatedBoxes",
@@ -25,7 +25,7 @@ LEFT_OUT_NAMES = {
         "pairwise_iou_rotated",
         "RotatedCOCOEvaluator",
     ),
-    "key points": (
+    "keypoints": (
         "Keypoints",
         "heatmaps_to_keypoints",
         "KRCNNConvDeconvUpsampleHead",
@@ -53,8 +53,8 @@ class _LeftOutFinder(importlib.abc.MetaPathFinder):
             return None
         parent, _, name = fullname.rpartition(".")
         if name in _REASON:
-            raise ImportError(f"{name} ({_REASON[name]}) is not in {parent}: {_HOW}", name=fullname)
-        raise ModuleNotFoundError(f"There is no module {fullname}: {_HOW}", name=fullname)
+            raise ImportError(f"{name} ({_REASON[name]}) is not in {parent}: {_ADVICE}", name=fullname)
+        raise ModuleNotFoundError(f"There is no module {fullname}: {_ADVICE}", name=fullname)
 
 
 class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -90,7 +90,7 @@ def install(alias: str = "detectron2") -> None:
     """Makes `import <alias>` and its submodules resolve to d2lite. Calling it again does nothing.
 
     Raises:
-        RuntimeError: another package is already imported under that name.
+        RuntimeError: if another package is already imported under that name.
     """
     if any(isinstance(finder, _AliasFinder) and finder.alias == alias for finder in sys.meta_path):
         return

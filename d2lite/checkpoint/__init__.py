@@ -4,6 +4,6 @@ from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from d2lite.checkpoint.checkpointer import Checkpointer
 from d2lite.checkpoint.detection_checkpoint import DetectionCheckpointer
-from d2lite.checkpoint.safe_load import CheckpointError
+from d2lite.checkpoint.safe_load import InvalidCheckpointError
 
-__all__ = ["CheckpointError", "Checkpointer", "DetectionCheckpointer", "PeriodicCheckpointer"]
+__all__ = ["Checkpointer", "DetectionCheckpointer", "InvalidCheckpointError", "PeriodicCheckpointer"]

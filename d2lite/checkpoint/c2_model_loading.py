@@ -15,8 +15,7 @@ def align_and_update_state_dicts(
     ckpt_state_dict: Mapping[str, torch.Tensor],
     c2_conversion: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """
-    Rename the entries of a checkpoint to the parameters of a model that they stand for.
+    """Renames the entries of a checkpoint to the parameters of a model that they stand for.
 
     A checkpoint's name stands for a model's name if it is equal to it or to its ending after a dot
     ("res2.0.conv1.weight" for "backbone.bottom_up.res2.0.conv1.weight"); of several, the longest one does.
@@ -42,7 +41,7 @@ def align_and_update_state_dicts(
     aligned: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
         model_name = model_name_of.get(name)
-        if model_name is not None and not _fits(value, model_state_dict[model_name]):
+        if model_name is not None and not _has_shape_of(value, model_state_dict[model_name]):
             logger.warning(
                 "Skipped '%s' %s of the checkpoint: the model's '%s' has shape %s.",
                 original_names[name],
@@ -62,7 +61,7 @@ def align_and_update_state_dicts(
 
 
 def _match_by_suffix(model_names: Iterable[str], ckpt_names: Mapping[str, Any]) -> dict[str, str]:
-    """Map names of the checkpoint to names of the model."""
+    """Maps names of the checkpoint to names of the model."""
     matched: dict[str, str] = {}
     for model_name in model_names:
         parts = model_name.split(".")
@@ -80,15 +79,14 @@ def _match_by_suffix(model_names: Iterable[str], ckpt_names: Mapping[str, Any]) 
     return matched
 
 
-def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+def _has_shape_of(value: torch.Tensor, parameter: torch.Tensor) -> bool:
     # A lazy module's parameter has no shape before the first forward pass.
     is_lazy = isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin)
     return is_lazy or value.shape == parameter.shape
 
 
 def convert_basic_c2_names(original_keys: Iterable[str]) -> list[str]:
-    """
-    Translate Caffe2's blob names of a classification network (ResNet, ResNeXt).
+    """Translates Caffe2's blob names of a classification network (ResNet, ResNeXt).
 
     Args:
         original_keys: names such as "res2_0_branch2a_bn_s".
@@ -102,8 +100,7 @@ def convert_basic_c2_names(original_keys: Iterable[str]) -> list[str]:
 def convert_c2_detectron_names(
     weights: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """
-    Translate the blobs of a Detectron (Caffe2) detector: their names and their class order.
+    """Translates the blobs of a Detectron (Caffe2) detector: their names and their class order.
 
     Caffe2 models count the background as class 0; here it is the last class of the box classifier and is
     absent from box regression and masks.
@@ -112,7 +109,7 @@ def convert_c2_detectron_names(
         weights: blob name -> tensor.
 
     Returns:
-        new name -> tensor, and new name -> blob name.
+        New name -> tensor, and new name -> blob name.
     """
     converted: dict[str, torch.Tensor] = {}
     original_names: dict[str, str] = {}

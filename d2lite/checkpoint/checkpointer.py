@@ -10,14 +10,14 @@ import torch
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
 
-from d2lite.checkpoint.safe_load import CheckpointError, load_torch_file
+from d2lite.checkpoint.safe_load import InvalidCheckpointError, load_torch_file
 from d2lite.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpointer(FvcoreCheckpointer):
-    """Saves and loads a model and other objects with ``state_dict`` and ``load_state_dict``."""
+    """Saves and loads a model and other objects with `state_dict` and `load_state_dict`."""
 
     def __init__(
         self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool = True, **checkpointables: Any
@@ -26,15 +26,14 @@ class Checkpointer(FvcoreCheckpointer):
         Args:
             model: the model; of one wrapped for data-parallel training the inner model is taken.
             save_dir: where to save, and to look for the last checkpoint.
-            save_to_disk: False makes ``save`` do nothing.
+            save_to_disk: False makes `save` do nothing.
             **checkpointables: saved under their names beside the model.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.path_manager = PathManager
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """
-        Write ``<save_dir>/<name>.pth`` and then make it the last checkpoint.
+        """Writes `<save_dir>/<name>.pth` and makes it the last checkpoint.
 
         Args:
             name: file name without ending.
@@ -48,18 +47,17 @@ class Checkpointer(FvcoreCheckpointer):
 
         basename = f"{name}.pth"
         if os.path.basename(basename) != basename:
-            raise ValueError(f"A checkpoint's name must not contain a folder, got '{name}'.")
+            raise ValueError(f"A checkpoint's name must not contain a directory, got '{name}'.")
         logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, basename))
         self._write(basename, "wb", lambda f: torch.save(data, f))
         self.tag_last_checkpoint(basename)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Note which file of ``save_dir`` a resumed run starts from."""
+        """Records which file of `save_dir` a resumed run starts from."""
         self._write("last_checkpoint", "w", lambda f: f.write(last_filename_basename))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """
-        Load a checkpoint into the model and the other objects.
+        """Loads a checkpoint into the model and the other objects.
 
         Args:
             path: a file, or an address that the path manager knows; empty loads nothing.
@@ -70,7 +68,7 @@ class Checkpointer(FvcoreCheckpointer):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            CheckpointError: if it is no usable checkpoint.
+            InvalidCheckpointError: if it is no usable checkpoint.
         """
         return super().load(self._local_path(path) if path else path, checkpointables)
 
@@ -105,18 +103,17 @@ class Checkpointer(FvcoreCheckpointer):
 
 
 def check_weights(checkpoint: Any) -> None:
-    """
-    Check that a checkpoint is a dict whose "model" is a dict of tensors or arrays of numbers.
+    """Checks that a checkpoint is a dict whose "model" is a dict of tensors or arrays of numbers.
 
     Raises:
-        CheckpointError: if it is not.
+        InvalidCheckpointError: if it is not.
     """
     advice = "It was written by another program: save its weights as {'model': {name: tensor}}."
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict):
-        raise CheckpointError(f"There is no dict of weights under 'model'. {advice}")
+        raise InvalidCheckpointError(f"There is no dict of weights under 'model'. {advice}")
     for name, value in weights.items():
         is_array = isinstance(value, np.ndarray) and value.dtype.kind in "bifuc"
         if not (is_array or isinstance(value, torch.Tensor)):
             kind = type(value).__name__
-            raise CheckpointError(f"The entry '{name}' of the weights is a {kind}, no tensor. {advice}")
+            raise InvalidCheckpointError(f"The entry '{name}' of the weights is a {kind}, no tensor. {advice}")

@@ -10,18 +10,18 @@ from torch import nn
 
 from d2lite.checkpoint.c2_model_loading import align_and_update_state_dicts
 from d2lite.checkpoint.checkpointer import Checkpointer, check_weights
-from d2lite.checkpoint.safe_load import CheckpointError, load_pickle_file, load_torch_file
+from d2lite.checkpoint.safe_load import InvalidCheckpointError, load_pickle_file, load_torch_file
 from d2lite.utils import comm
 
 logger = logging.getLogger(__name__)
 
 
 class DetectionCheckpointer(Checkpointer):
-    """
-    Reads ``.pth`` and ``.pkl`` files of Detectron2, Caffe2's ``.pkl`` and pycls' ``.pyth``.
+    """Reads `.pth` and `.pkl` files of Detectron2, Caffe2's `.pkl` and pycls' `.pyth`.
 
-    A path may end in ``?matching_heuristics=True``: the checkpoint's names are then matched to the model's by
-    their endings. Files of Caffe2 and pycls, and files that say so themselves, are always matched that way.
+    A path may end in `?matching_heuristics=True`: the checkpoint's names are then matched to the model's by
+    their endings. Files of Caffe2 and pycls, and files with an entry "matching_heuristics",
+    are always matched that way.
     """
 
     def __init__(
@@ -45,12 +45,11 @@ class DetectionCheckpointer(Checkpointer):
         self._use_heuristics = False
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """
-        Load a checkpoint into the model and the other objects. All processes must call this together.
+        """Loads a checkpoint into the model and the other objects. All processes must call this together.
 
         Args:
             path: a file, or an address that the path manager knows, with or without
-                ``?matching_heuristics=True``; empty loads nothing.
+                `?matching_heuristics=True`; empty loads nothing.
             checkpointables: names of the objects to load beside the model; None is all.
 
         Returns:
@@ -58,8 +57,8 @@ class DetectionCheckpointer(Checkpointer):
 
         Raises:
             FileNotFoundError: if a process does not find the file.
-            CheckpointError: if it is no usable checkpoint.
-            ValueError: if the path has other options than ``matching_heuristics``.
+            InvalidCheckpointError: if it is no usable checkpoint.
+            ValueError: if the path has other options than `matching_heuristics`.
         """
         path, self._use_heuristics = _split_options(path)
         return super().load(path, checkpointables)
@@ -94,8 +93,8 @@ class DetectionCheckpointer(Checkpointer):
             checkpoint["matching_heuristics"] = True
         try:
             check_weights(checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"Cannot load {f}: {error}") from None
+        except InvalidCheckpointError as error:
+            raise InvalidCheckpointError(f"Cannot load {f}: {error}") from None
         return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -107,18 +106,18 @@ class DetectionCheckpointer(Checkpointer):
                 self.model.state_dict(), checkpoint["model"], c2_conversion=is_caffe2
             )
         incompatible = super()._load_model(checkpoint)
-        _forget_constants(incompatible.missing_keys, incompatible.unexpected_keys)
+        _drop_constants(incompatible.missing_keys, incompatible.unexpected_keys)
         return incompatible
 
 
-def _forget_constants(missing: list[str], unexpected: list[str]) -> None:
-    """Drop what older versions saved, or do not save, though the config determines it."""
+def _drop_constants(missing: list[str], unexpected: list[str]) -> None:
+    """Removes keys that the config determines and that only some versions save."""
     missing[:] = [key for key in missing if key not in ("pixel_mean", "pixel_std")]
     unexpected[:] = [key for key in unexpected if "anchor_generator.cell_anchors" not in key]
 
 
 def _split_options(path: str) -> tuple[str, bool]:
-    """Separate ``?matching_heuristics=True`` from a path."""
+    """Splits `?matching_heuristics=True` off a path."""
     if "?" not in path or os.path.isfile(path):
         return path, False
     file, _, query = path.rpartition("?")
@@ -131,7 +130,7 @@ def _split_options(path: str) -> tuple[str, bool]:
 
 def _from_pickle(data: Any, path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise CheckpointError(f"Cannot load {path}: it holds a {type(data).__name__}, not a dict of weights.")
+        raise InvalidCheckpointError(f"Cannot load {path}: it holds a {type(data).__name__}, not a dict of weights.")
     if "model" in data and "__author__" in data:
         logger.info("The checkpoint was written by '%s'.", data["__author__"])
         return data
@@ -142,5 +141,5 @@ def _from_pickle(data: Any, path: str) -> dict[str, Any]:
 
 def _from_pycls(data: Any, path: str) -> dict[str, Any]:
     if not isinstance(data, dict) or "model_state" not in data:
-        raise CheckpointError(f"Cannot load {path}: pycls' .pyth files have weights under 'model_state'.")
+        raise InvalidCheckpointError(f"Cannot load {path}: pycls' .pyth files have weights under 'model_state'.")
     return {"model": data["model_state"], "__author__": "pycls", "matching_heuristics": True}

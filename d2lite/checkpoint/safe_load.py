@@ -11,27 +11,25 @@ import numpy as np
 import torch
 
 
-class CheckpointError(RuntimeError):
+class InvalidCheckpointError(RuntimeError):
     """A checkpoint file that cannot be used; the message names the file, the reason and what to do."""
 
 
 def load_torch_file(path: str) -> Any:
-    """
-    Read a file written by ``torch.save``, on the CPU; NumPy arrays and scalars inside are allowed.
+    """Reads a file written by `torch.save`, on the CPU; NumPy arrays and scalars inside are allowed.
 
     Args:
         path: a local file.
 
     Raises:
-        CheckpointError: if the file is truncated, is no such file, or asks for anything but data.
+        InvalidCheckpointError: if the file is truncated, is not such a file, or refers to anything but data.
     """
     with torch.serialization.safe_globals(_numpy_safe_globals()):
         return _read(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def load_pickle_file(path: str) -> Any:
-    """
-    Read a pickle that holds only NumPy arrays, numbers, strings and plain containers.
+    """Reads a pickle that holds only NumPy arrays, numbers, strings and plain containers.
 
     Pickles of Python 2 are read as well (Caffe2 and early Detectron models).
 
@@ -39,7 +37,7 @@ def load_pickle_file(path: str) -> Any:
         path: a local file.
 
     Raises:
-        CheckpointError: if the file is truncated, is no pickle, or asks for anything but data.
+        InvalidCheckpointError: if the file is truncated, is not a pickle, or refers to anything but data.
     """
 
     def load() -> Any:
@@ -55,7 +53,7 @@ def _read(path: str, load: Callable[[], Any]) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        raise CheckpointError(_explain(path, error)) from None
+        raise InvalidCheckpointError(_explain(path, error)) from None
 
 
 def _explain(path: str, error: Exception) -> str:
@@ -67,11 +65,11 @@ def _explain(path: str, error: Exception) -> str:
             "code can do anything. If you trust it, convert it elsewhere to a dict of tensors or arrays."
         )
     detail = next((line for line in text.splitlines() if line.strip()), "").split(". ")[0][:200]
-    reason = _foreign_kind(path) or f"it is truncated or not a checkpoint ({type(error).__name__}: {detail})"
+    reason = _describe_foreign_file(path) or f"it is truncated or not a checkpoint ({type(error).__name__}: {detail})"
     return f"Cannot load {path}: {reason}. Download or copy the file again, and check the path."
 
 
-def _foreign_kind(path: str) -> str | None:
+def _describe_foreign_file(path: str) -> str | None:
     size = os.path.getsize(path)
     if size == 0:
         return "the file is empty"
@@ -85,14 +83,14 @@ def _foreign_kind(path: str) -> str | None:
 
 
 def _numpy_safe_globals() -> list[Any]:
-    """What torch must be told to allow so that NumPy arrays of numbers can be read."""
+    """Globals that torch must allow so that NumPy arrays of numbers can be read."""
     dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefdFDSU"}
     names = [(obj, f"{module}.{name}") for (module, name), obj in _NUMPY_GLOBALS.items() if module != "numpy"]
     return [np.ndarray, np.dtype, (_encode, "_codecs.encode"), *dtypes, *names]
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Pickles of protocol 2 keep bytes as text; this turns it back."""
+    """Returns the bytes that pickles of protocol 2 store as text."""
     return text.encode("latin1" if encoding in ("latin1", "latin-1") else "utf-8")
 
 
@@ -117,7 +115,7 @@ _ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Knows the few names that arrays and containers need, and refuses every other."""
+    """Resolves the few names that arrays and containers need, and refuses all others."""
 
     def __init__(self, file: BinaryIO, *, encoding: str) -> None:
         super().__init__(file, encoding=encoding)

@@ -1,4 +1,4 @@
-"""Values that YAML files give as Python arithmetic, worked out without running any code."""
+"""Values that YAML files give as Python arithmetic, evaluated without running any code."""
 
 import ast
 import math
@@ -20,8 +20,7 @@ _UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: op
 
 
 def evaluate_arithmetic(expression: str) -> Any:
-    """
-    Work out an expression such as `[[x, x * 2**(1.0/3)] for x in [32, 64]]`.
+    """Evaluates an expression such as `[[x, x * 2**(1.0/3)] for x in [32, 64]]`.
 
     Args:
         expression: made of numbers, lists, tuples, `+ - * / **` between numbers, and comprehensions of one
@@ -31,7 +30,7 @@ def evaluate_arithmetic(expression: str) -> Any:
         A number, or lists and tuples of numbers.
 
     Raises:
-        ValueError: it has something else in it, or a result that is not a finite number.
+        ValueError: if it contains anything else, or a result is not a finite number.
     """
     if len(expression) > _MAX_LENGTH:
         raise ValueError(f"an expression of more than {_MAX_LENGTH} characters is not evaluated")

@@ -37,10 +37,9 @@ _SafeLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _SafeL
 
 
 class CfgNode(_CfgNode):
-    """
-    A tree of config keys with attribute access.
+    """A tree of config keys with attribute access.
 
-    Beyond :class:`fvcore.common.config.CfgNode`: YAML is only ever read by the safe loader, files of older
+    Beyond `fvcore.common.config.CfgNode`: YAML is only ever read by the safe loader, files of older
     Detectron2 versions get their keys renamed, and an unknown key is reported with its near matches.
     """
 
@@ -50,19 +49,18 @@ class CfgNode(_CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """
-        Read a YAML file and the files that its `_BASE_` names.
+        """Reads a YAML file and the files that its `_BASE_` names.
 
         Args:
-            filename: path of the file. A relative `_BASE_` is relative to its folder.
+            filename: path of the file. A relative `_BASE_` is relative to its directory.
             allow_unsafe: accepted for compatibility; the safe loader is used in either case.
 
         Returns:
             A plain nested dict in which the file overrides its base.
 
         Raises:
-            ValueError: the file is not YAML, uses a tag that would run Python code (except for arithmetic under
-                `!!python/object/apply:eval`, which is worked out without running it), or holds no mapping.
+            ValueError: if the file is not YAML, uses a tag that would run Python code (except for arithmetic under
+                `!!python/object/apply:eval`, which is evaluated without running it), or holds no mapping.
         """
         try:
             with cls._open_cfg(filename) as f:
@@ -83,8 +81,7 @@ class CfgNode(_CfgNode):
         return super().load_yaml_with_base(filename, allow_unsafe=False)
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
-        """
-        Override this config by a YAML file. Files of version 0 and 1, and files without a VERSION that use
+        """Overrides this config by a YAML file. Files of version 0 and 1, and files without a VERSION that use
         keys of those versions, are upgraded.
 
         Args:
@@ -92,9 +89,9 @@ class CfgNode(_CfgNode):
             allow_unsafe: accepted for compatibility; the safe loader is used in either case.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            KeyError: the file has a key that this config does not have.
-            ValueError: a value has another type than the default, or the file cannot be read as a config.
+            FileNotFoundError: if there is no such file.
+            KeyError: if the file has a key that this config does not have.
+            ValueError: if a value has another type than the default, or the file cannot be read as a config.
         """
         loaded = self.load_yaml_with_base(cfg_filename)
         if upgrade_old_keys(loaded, self.get("VERSION")):
@@ -102,18 +99,17 @@ class CfgNode(_CfgNode):
         self.merge_from_other_cfg(type(self)(loaded))
 
     def merge_from_other_cfg(self, cfg_other: "CfgNode") -> None:
-        """Override this config by another one. Raises KeyError for a key that this one does not have."""
+        """Overrides this config by another one. Raises KeyError for a key that this one does not have."""
         try:
             super().merge_from_other_cfg(cfg_other)
         except KeyError as e:
             raise KeyError(self._with_near_matches(e.args[0])) from None
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
-        """
-        Override this config by `[key, value, key, value, ...]`. String values are read as Python literals.
+        """Overrides this config by `[key, value, key, value, ...]`. String values are read as Python literals.
 
         Raises:
-            AssertionError: the number of entries is odd, or a key does not exist.
+            AssertionError: if the number of entries is odd, or a key does not exist.
         """
         try:
             super().merge_from_list(cfg_list)
@@ -136,18 +132,18 @@ def _dotted_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 global_cfg = CfgNode()
-"""The config last given to :func:`set_global_cfg`; empty before."""
+"""The config last given to `set_global_cfg`; empty before."""
 
 
 def get_cfg() -> CfgNode:
-    """Return a fresh copy of the default config."""
+    """Returns a fresh copy of the default config."""
     from d2lite.config.defaults import _C
 
     return _C.clone()
 
 
 def set_global_cfg(cfg: CfgNode) -> None:
-    """Make `cfg` visible as :data:`global_cfg`, for code that no config reaches otherwise."""
+    """Publishes `cfg` as `global_cfg`, for code that no config reaches otherwise."""
     global_cfg.clear()
     global_cfg.update(cfg)
 
@@ -155,12 +151,11 @@ def set_global_cfg(cfg: CfgNode) -> None:
 def configurable(
     init_func: Callable | None = None, *, from_config: Callable[..., dict[str, Any]] | None = None
 ) -> Callable:
-    """
-    Let a constructor or a function with explicit arguments also be called with a config.
+    """Lets a constructor or a function with explicit arguments also be called with a config.
 
-    On a constructor, the class provides the translation:
+    On a constructor, the class provides the translation.
 
-    .. code-block:: python
+    Example::
 
         class Head(nn.Module):
             @configurable
@@ -182,7 +177,7 @@ def configurable(
 
     Raises:
         AttributeError: (when called) the class has no `from_config`.
-        TypeError: (when called) its `from_config` is no classmethod, or its first parameter is not `cfg`.
+        TypeError: (when called) its `from_config` is not a classmethod, or its first parameter is not `cfg`.
     """
     if init_func is not None:
         if not (inspect.isfunction(init_func) and init_func.__name__ == "__init__" and from_config is None):
@@ -227,7 +222,7 @@ def _called_with_cfg(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    # omegaconf is no dependency; its nodes are recognised by where their class comes from.
+    # omegaconf is not a dependency; its nodes are recognized by the module of their class.
     return isinstance(value, _CfgNode) or (
         type(value).__name__ == "DictConfig" and type(value).__module__.startswith("omegaconf")
     )

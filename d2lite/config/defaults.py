@@ -4,17 +4,17 @@ from d2lite.config.config import CfgNode
 from d2lite.config.versions import LATEST_VERSION
 
 _GLOBAL = {
-    # Of which version the key names are.
+    # Version of the key names.
     "VERSION": LATEST_VERSION,
     # Checkpoints, logs and results go here.
     "OUTPUT_DIR": "./output",
     # Seed of every random generator; negative: a different one in each run.
     "SEED": -1,
-    # Let cuDNN time its convolution algorithms. Pays where input sizes hardly vary.
+    # Let cuDNN time its convolution algorithms. Pays off where input sizes hardly vary.
     "CUDNN_BENCHMARK": False,
     # Internal precision of float32 matrix products: highest | high | medium; empty: PyTorch's default.
     "FLOAT32_PRECISION": "",
-    # Iterations between pictures of training examples and predictions; 0: none.
+    # Iterations between visualizations of training examples and predictions; 0: none.
     "VIS_PERIOD": 0,
     # For quick experiments, where adding a key is not worth it.
     "GLOBAL": {"HACK": 1.0},
@@ -23,7 +23,7 @@ _GLOBAL = {
 _INPUT = {
     # Channel order in which the model gets images: BGR, RGB, or another format that Pillow converts to.
     "FORMAT": "BGR",
-    # Shorter side in training, pixels: values to choose from, or (min, max), as MIN_SIZE_TRAIN_SAMPLING says.
+    # Shorter side in training, pixels: values to choose from, or (min, max), see MIN_SIZE_TRAIN_SAMPLING.
     "MIN_SIZE_TRAIN": (800,),
     # choice | range
     "MIN_SIZE_TRAIN_SAMPLING": "choice",
@@ -119,7 +119,7 @@ _PROPOSALS = {
         "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         # Of rotated anchors, degrees.
         "ANGLES": [[-90, 0, 90]],
-        # Centre of the first anchor, in strides; 0.5 centres anchors in their cells.
+        # Center of the first anchor, in strides; 0.5 centers anchors in their cells.
         "OFFSET": 0.0,
     },
     "RPN": {
@@ -301,7 +301,7 @@ _SOLVER = {
     "MOMENTUM": 0.9,
     "NESTEROV": False,
     "WEIGHT_DECAY": 0.0001,
-    # Of normalisation layers; of biases (None: as all others).
+    # Of normalization layers; of biases (None: as all others).
     "WEIGHT_DECAY_NORM": 0.0,
     "WEIGHT_DECAY_BIAS": None,
     "BIAS_LR_FACTOR": 1.0,
@@ -318,7 +318,7 @@ _SOLVER = {
     "WARMUP_FACTOR": 0.001,
     "WARMUP_ITERS": 1000,
     "WARMUP_METHOD": "linear",
-    # Stretch the warm-up too when the schedule is scaled to another number of processes.
+    # Stretch the warmup too when the schedule is scaled to another number of processes.
     "RESCALE_INTERVAL": False,
     # Iterations between checkpoints.
     "CHECKPOINT_PERIOD": 5000,

@@ -36,7 +36,7 @@ _RENAMED: dict[int, dict[str, str]] = {
 
 
 def upgrade_config(cfg: "CfgNode", to_version: int | None = None) -> "CfgNode":
-    """Return a copy of `cfg` with the key names of `to_version` (None: the latest), which is not older."""
+    """Returns a copy of `cfg` with the key names of `to_version` (None: the latest), which is not older."""
     to_version = LATEST_VERSION if to_version is None else to_version
     if cfg.VERSION > to_version:
         raise ValueError(f"Cannot upgrade a config of version {cfg.VERSION} to version {to_version}.")
@@ -49,7 +49,7 @@ def upgrade_config(cfg: "CfgNode", to_version: int | None = None) -> "CfgNode":
 
 
 def downgrade_config(cfg: "CfgNode", to_version: int) -> "CfgNode":
-    """Return a copy of `cfg` with the key names of `to_version`, which is not newer."""
+    """Returns a copy of `cfg` with the key names of `to_version`, which is not newer."""
     if cfg.VERSION < to_version:
         raise ValueError(f"Cannot downgrade a config of version {cfg.VERSION} to version {to_version}.")
     cfg = cfg.clone()
@@ -61,8 +61,7 @@ def downgrade_config(cfg: "CfgNode", to_version: int) -> "CfgNode":
 
 
 def upgrade_old_keys(loaded: dict[str, Any], version: int | None) -> bool:
-    """
-    Rename, in place, the old keys of a config file that is to be merged into a config of `version`.
+    """Renames, in place, the old keys of a config file that is to be merged into a config of `version`.
 
     A file without a VERSION may be of any version: whatever old names it has are renamed.
 
@@ -70,7 +69,7 @@ def upgrade_old_keys(loaded: dict[str, Any], version: int | None) -> bool:
         Whether any key was renamed.
 
     Raises:
-        ValueError: the file has a newer version than the config.
+        ValueError: if the file has a newer version than the config.
     """
     if version is None:
         return False
@@ -83,7 +82,7 @@ def upgrade_old_keys(loaded: dict[str, Any], version: int | None) -> bool:
 
 
 def _move(tree: dict[str, Any], source: str, target: str) -> bool:
-    """Move the value at a dotted key, drop a parent left empty, and return whether there was a value."""
+    """Moves the value at a dotted key, drops a parent left empty, and returns whether there was a value."""
     parent, name = _parent(tree, source)
     if parent is None or name not in parent:
         return False

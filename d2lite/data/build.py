@@ -1,4 +1,4 @@
-"""From a config, or a dataset, to data loaders."""
+"""Data loaders from a config or a dataset."""
 
 import logging
 import operator
@@ -48,7 +48,7 @@ def _train_loader_from_config(
     sampler: torchdata.Sampler | None = None,
 ) -> dict[str, Any]:
     if dataset is None:
-        _refuse_left_out(cfg)
+        _check_supported(cfg)
         dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     if sampler is None and not isinstance(dataset, torchdata.IterableDataset):
         sampler = _training_sampler(cfg.DATALOADER, dataset)
@@ -65,7 +65,7 @@ def _train_loader_from_config(
 def _training_sampler(node: CfgNode, dataset: Sequence[Any]) -> torchdata.Sampler:
     """The sampler that DATALOADER.SAMPLER_TRAIN names."""
     name = node.SAMPLER_TRAIN
-    logger.info(f"Using training sampler {name}")
+    logger.info("Using training sampler %s", name)
     if name == "TrainingSampler":
         return TrainingSampler(len(dataset))
     if name == "RepeatFactorTrainingSampler":
@@ -151,7 +151,7 @@ def build_batch_data_loader(
         assert sampler is None, "an iterable dataset comes in its own order: sampler must be None"
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if num_workers == 0:
-        # The DataLoader refuses what only workers could use.
+        # The DataLoader rejects options that apply to workers only.
         kwargs = {k: v for k, v in kwargs.items() if k not in ("prefetch_factor", "persistent_workers")}
     kwargs.update(num_workers=num_workers, worker_init_fn=worker_init_reset_seed, generator=generator)
     if not aspect_ratio_grouping:
@@ -186,7 +186,7 @@ def _batch_size(total: int, single: int | None) -> int:
 def _test_loader_from_config(
     cfg: CfgNode, dataset_name: str | Sequence[str], mapper: Callable[[dict], Any] | None = None
 ) -> dict[str, Any]:
-    _refuse_left_out(cfg)
+    _check_supported(cfg)
     dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
     is_iterable = isinstance(dataset, torchdata.IterableDataset)
     return {
@@ -237,7 +237,7 @@ def _mapped_and_ordered(
     sampler: torchdata.Sampler | None,
     default_sampler: Callable[[int], torchdata.Sampler],
 ) -> tuple[torchdata.Dataset, torchdata.Sampler | None]:
-    """The dataset with `mapper` applied, and its sampler, which only an iterable dataset goes without."""
+    """The dataset with `mapper` applied, and its sampler, which only an iterable dataset lacks."""
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
     if mapper is not None:
@@ -250,7 +250,7 @@ def _mapped_and_ordered(
 
 
 def trivial_batch_collator(batch: list[Any]) -> list[Any]:
-    """The batch as it is: a list."""
+    """Returns the batch unchanged, as a list."""
     return batch
 
 
@@ -259,7 +259,7 @@ def worker_init_reset_seed(worker_id: int) -> None:
     seed_all_rng(torch.initial_seed() % 2**31 + worker_id)
 
 
-def _refuse_left_out(cfg: CfgNode) -> None:
+def _check_supported(cfg: CfgNode) -> None:
     """Raises where the config asks for data that d2lite cannot load."""
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:

@@ -16,7 +16,7 @@ class _DatasetCatalog(UserDict):
 
         Args:
             name: a name that is not taken.
-            func: called without arguments each time the dataset is wanted; must give the same data each time.
+            func: called without arguments each time the dataset is loaded; must return the same data each time.
         """
         assert callable(func), f"dataset {name!r} must come with a function, got {type(func).__name__}"
         assert name not in self, f"dataset {name!r} is already registered"
@@ -40,7 +40,7 @@ class _DatasetCatalog(UserDict):
         return [*self]
 
     def remove(self, name: str) -> None:
-        """Forgets a dataset."""
+        """Removes a dataset."""
         self.pop(name)
 
     def __str__(self) -> str:
@@ -50,10 +50,10 @@ class _DatasetCatalog(UserDict):
 
 
 class Metadata(types.SimpleNamespace):
-    """Facts about a dataset that are shared by all its images, such as the names of its classes.
+    """Properties of a dataset that are shared by all its images, such as the names of its classes.
 
-    A value can be set once; setting it again to something else is an error, so that nothing depends on who
-    came first.
+    A value can be set once; setting it again to something else is an error, so that nothing depends on the order
+    of import.
     """
 
     # The name is set even where nothing else is.
@@ -87,7 +87,7 @@ class Metadata(types.SimpleNamespace):
 
 
 class _MetadataCatalog(UserDict):
-    """Maps dataset names to their `Metadata`, which is made on first use."""
+    """Maps dataset names to their `Metadata`, which is created on first use."""
 
     def get(self, name: str) -> Metadata:
         """The metadata of a dataset; the same object for the same name."""
@@ -101,7 +101,7 @@ class _MetadataCatalog(UserDict):
         return [*self]
 
     def remove(self, name: str) -> None:
-        """Forgets the metadata of a dataset."""
+        """Removes the metadata of a dataset."""
         self.pop(name)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Dataset wrappers: compact storage, lazy mapping, iteration, and batches of like aspect ratio."""
+"""Dataset wrappers: compact storage, lazy mapping, iteration, and batches of similar aspect ratio."""
 
 import copy
 import itertools
@@ -43,7 +43,7 @@ class DatasetFromList(data.Dataset):
 
 
 class _PickledList:
-    """A list whose elements lie pickled in one numpy buffer."""
+    """A list whose elements are stored pickled in one numpy buffer."""
 
     def __init__(self, lst: Sequence[Any]) -> None:
         buffer = bytearray()
@@ -53,7 +53,7 @@ class _PickledList:
             ends[i + 1] = len(buffer)
         self._buffer = np.frombuffer(buffer, dtype=np.uint8)
         self._ends = ends
-        logger.info(f"Serialized a dataset of {len(lst)} elements to {len(buffer) / 2**20:.2f} MiB")
+        logger.info("Serialized a dataset of %d elements to %.2f MiB", len(lst), len(buffer) / 2**20)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -103,7 +103,7 @@ class MapDataset(data.Dataset):
             if item is not None:
                 return item
             if tried == 2:
-                logger.warning(f"Three elements in a row, from index {first} on, gave None; looking on")
+                logger.warning("Three consecutive elements, from index %d on, gave None; trying further ones", first)
         raise RuntimeError(f"the map function returned None for each of the {size} elements of the dataset")
 
 
@@ -189,7 +189,7 @@ def _every_nth_chunk(items: Iterator[Any], start: int, step: int, size: int) -> 
 
 
 class AspectRatioGroupedDataset(data.IterableDataset):
-    """Batches of images that are all wide or all not, to pad less. What is left at the end is dropped."""
+    """Batches of images that are all wide or all not, to pad less. Incomplete batches at the end are dropped."""
 
     def __init__(self, dataset: Iterable[dict], batch_size: int) -> None:
         """
@@ -207,6 +207,6 @@ class AspectRatioGroupedDataset(data.IterableDataset):
             bucket.append(item)
             if len(bucket) == self.batch_size:
                 batch = bucket[:]
-                # Before the yield: the consumer may stop here and iterate again later.
+                # Before the yield, because the consumer may stop here and iterate again later.
                 bucket.clear()
                 yield batch

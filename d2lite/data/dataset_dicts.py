@@ -1,4 +1,4 @@
-"""From dataset names to the list of their images and annotations."""
+"""Lists of images and annotations from dataset names."""
 
 import itertools
 import logging
@@ -30,7 +30,7 @@ def get_detection_dataset_dicts(
     proposal_files: Sequence[str] | None = None,
     check_consistency: bool = True,
 ) -> Dicts | torchdata.Dataset:
-    """Loads registered datasets and puts them together.
+    """Loads registered datasets and concatenates them.
 
     Args:
         names: name or names.
@@ -39,10 +39,10 @@ def get_detection_dataset_dicts(
         check_consistency: require that all datasets name the same classes, and log the instances per class.
 
     Raises:
-        NotImplementedError: for key points or precomputed proposals.
+        NotImplementedError: for keypoints or precomputed proposals.
     """
     if min_keypoints > 0:
-        raise NotImplementedError("min_keypoints: d2lite has no key points; Detectron2 has them")
+        raise NotImplementedError("min_keypoints: d2lite has no keypoints; Detectron2 has them")
     if proposal_files is not None:
         raise NotImplementedError("proposal_files: d2lite has no precomputed proposals; Detectron2 has them")
     names = [names] if isinstance(names, str) else list(names)
@@ -73,10 +73,10 @@ def _join_torch_datasets(datasets: list[torchdata.Dataset]) -> torchdata.Dataset
 
 
 def filter_images_with_only_crowd_annotations(dataset_dicts: Dicts) -> Dicts:
-    """The images that have at least one annotation that is no crowd."""
+    """The images that have at least one annotation that is not a crowd."""
     kept = [d for d in dataset_dicts if any(a.get("iscrowd", 0) == 0 for a in d["annotations"])]
     removed = len(dataset_dicts) - len(kept)
-    logger.info(f"Removed {removed} images without usable annotations; {len(kept)} images are left")
+    logger.info("Removed %d images without usable annotations; %d images are left", removed, len(kept))
     return kept
 
 
@@ -95,4 +95,4 @@ def print_instances_class_histogram(dataset_dicts: Dicts, class_names: Sequence[
     cells = [value for row in rows for value in row]
     table = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
     text = tabulate(table, headers=["category", "#instances"] * columns, tablefmt="pipe", stralign="center")
-    logger.info(f"{sum(counts.values())} instances in {len(dataset_dicts)} images:\n{text}")
+    logger.info("%d instances in %d images:\n%s", sum(counts.values()), len(dataset_dicts), text)

@@ -47,10 +47,10 @@ class DatasetMapper:
             recompute_boxes: take the boxes from the transformed masks, which are tighter after a crop.
 
         Raises:
-            NotImplementedError: for key points or precomputed proposals.
+            NotImplementedError: for keypoints or precomputed proposals.
         """
         if use_keypoint or keypoint_hflip_indices is not None:
-            raise NotImplementedError("MODEL.KEYPOINT_ON: d2lite has no key points; Detectron2 has them")
+            raise NotImplementedError("MODEL.KEYPOINT_ON: d2lite has no keypoints; Detectron2 has them")
         if precomputed_proposal_topk is not None:
             raise NotImplementedError("MODEL.LOAD_PROPOSALS: d2lite has no stored proposals; Detectron2 has them")
         assert use_instance_mask or not recompute_boxes, "recompute_boxes needs use_instance_mask"
@@ -60,7 +60,7 @@ class DatasetMapper:
         self.use_instance_mask = use_instance_mask
         self.instance_mask_format = instance_mask_format
         self.recompute_boxes = recompute_boxes
-        logger.info(f"Augmentations in {'training' if is_train else 'inference'}: {augmentations}")
+        logger.info("Augmentations in %s: %s", "training" if is_train else "inference", augmentations)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class DatasetMapper:
             dataset_dict: the annotations of one image, in Detectron2's standard format. It is not changed.
 
         Returns:
-            what the model takes.
+            What the model takes.
         """
         dataset_dict = dict(dataset_dict)
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
@@ -99,7 +99,7 @@ class DatasetMapper:
             sem_seg = utils.read_image(dataset_dict.pop("sem_seg_file_name"), "L")[:, :, 0]
         inputs = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(inputs)
-        dataset_dict["image"] = _to_planes(inputs.image)
+        dataset_dict["image"] = _to_chw(inputs.image)
         if inputs.sem_seg is not None:
             dataset_dict["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
         if not self.is_train:
@@ -127,7 +127,7 @@ class DatasetMapper:
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
 
 
-def _to_planes(image: np.ndarray) -> torch.Tensor:
+def _to_chw(image: np.ndarray) -> torch.Tensor:
     """(H, W, C) or (H, W) as a contiguous tensor (C, H, W)."""
     image = image if image.ndim == 3 else image[:, :, None]
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -1,4 +1,4 @@
-"""Turning the annotations of one image into training targets; and the names of what reads images."""
+"""Training targets from the annotations of one image; re-exports the functions that read images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +49,7 @@ def transform_instance_annotations(
     *,
     keypoint_hflip_indices: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Moves the box and the segmentation of one annotation as its image was moved.
+    """Applies the transforms of an image to the box and the segmentation of one annotation.
 
     Args:
         annotation: with "bbox" and "bbox_mode", and perhaps "segmentation": polygons or RLE. It is changed.
@@ -57,10 +57,10 @@ def transform_instance_annotations(
         image_size: (height, width) after the transforms.
 
     Returns:
-        the annotation, with the box as XYXY_ABS inside the image and an RLE as a mask (H, W) uint8.
+        The annotation, with the box as XYXY_ABS inside the image and an RLE as a mask (H, W) uint8.
     """
     if keypoint_hflip_indices is not None or "keypoints" in annotation:
-        raise NotImplementedError("key points are not part of d2lite; Detectron2 has them")
+        raise NotImplementedError("keypoints are not part of d2lite; Detectron2 has them")
     if isinstance(transforms, (tuple, list)):
         transforms = TransformList(transforms)
     box = BoxMode.convert(np.array([annotation["bbox"]]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
@@ -81,7 +81,7 @@ def _transform_segmentation(
         polygons = [np.array(p, dtype=float).reshape(-1, 2) for p in segmentation]
         return [p.reshape(-1) for p in transforms.apply_polygons(polygons)]
     if isinstance(segmentation, dict):
-        mask = transforms.apply_segmentation(mask_util.decode(_compressed(segmentation)))
+        mask = transforms.apply_segmentation(mask_util.decode(_compress_rle(segmentation)))
         assert tuple(mask.shape[:2]) == tuple(image_size), (
             f"a mask is {mask.shape[:2]} (height, width) after the transforms, its image {tuple(image_size)}"
         )
@@ -89,7 +89,7 @@ def _transform_segmentation(
     raise ValueError(f"a segmentation must be a list of polygons or an RLE dict, got {type(segmentation).__name__}")
 
 
-def _compressed(rle: dict[str, Any]) -> dict[str, Any]:
+def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
     """COCO's uncompressed RLE (counts as a list) as the compressed one."""
     return mask_util.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
 
@@ -145,7 +145,7 @@ def _polygon_masks(segmentations: list[Any], image_size: ImageSize) -> PolygonMa
         return PolygonMasks(segmentations)
     except ValueError as e:
         raise ValueError(
-            "the annotations have segmentations that are no polygons; set INPUT.MASK_FORMAT to bitmask"
+            "the annotations have segmentations that are not polygons; set INPUT.MASK_FORMAT to bitmask"
         ) from e
 
 
@@ -158,7 +158,7 @@ def _to_bitmask(segmentation: Any, image_size: ImageSize) -> np.ndarray:
     if isinstance(segmentation, list):
         return polygons_to_bitmask(segmentation, *image_size).astype(bool)
     if isinstance(segmentation, dict):
-        return mask_util.decode(_compressed(segmentation)).astype(bool)
+        return mask_util.decode(_compress_rle(segmentation)).astype(bool)
     if isinstance(segmentation, np.ndarray):
         assert segmentation.ndim == 2, f"a mask must be (H, W), got shape {segmentation.shape}"
         return segmentation.astype(bool)
@@ -178,7 +178,7 @@ def filter_empty_instances(
     """Drops instances whose box (a side of at most `box_threshold` pixels) or mask is empty.
 
     Returns:
-        the instances that are kept, and with `return_mask` also which ones (N,) bool.
+        The instances that are kept, and with `return_mask` also which ones (N,) bool.
     """
     assert by_box or by_mask, "nothing to filter by: set by_box or by_mask"
     keep = torch.ones(len(instances), dtype=torch.bool)
@@ -194,7 +194,7 @@ def filter_empty_instances(
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """The augmentations that INPUT asks for: resize, and a flip in training."""
+    """The augmentations of INPUT: resize, and a flip in training."""
     node = cfg.INPUT
     if not is_train:
         return [T.ResizeShortestEdge(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, "choice")]
@@ -211,7 +211,7 @@ build_transform_gens = build_augmentation
 def gen_crop_transform_with_instance(
     crop_size: Sequence[int], image_size: Sequence[int], instance: dict[str, Any]
 ) -> CropTransform:
-    """A random crop that contains the centre of an instance's box.
+    """A random crop that contains the center of an instance's box.
 
     Args:
         crop_size: (height, width) of the crop.
@@ -222,7 +222,7 @@ def gen_crop_transform_with_instance(
     box = BoxMode.convert(np.array([instance["bbox"]], float), instance["bbox_mode"], BoxMode.XYXY_ABS)[0]
     center = np.array([box[1] + box[3], box[0] + box[2]]) * 0.5
     assert (center >= 0).all() and (center <= size).all(), (
-        f"the box {box.tolist()} has its centre outside the image of {tuple(size)} (height, width)"
+        f"the box {box.tolist()} has its center outside the image of {tuple(size)} (height, width)"
     )
     assert (crop <= size).all(), f"the crop {tuple(crop)} is larger than the image {tuple(size)} (height, width)"
     low = np.maximum(np.floor(center).astype(np.int32) - crop, 0)

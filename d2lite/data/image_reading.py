@@ -1,4 +1,4 @@
-"""Reading images: channel orders, upright orientation, and the size that a dataset says they have."""
+"""Reading images: channel orders, upright orientation, and the size given by the dataset."""
 
 import struct
 from typing import Any
@@ -32,7 +32,7 @@ class SizeMismatchError(ValueError):
 
 
 def read_image(file_name: str, format: str | None = None) -> np.ndarray:
-    """Reads an image file, turned upright as its EXIF orientation says.
+    """Reads an image file, rotated upright by its EXIF orientation.
 
     Args:
         file_name: a path that the path manager knows.
@@ -46,7 +46,7 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
 
 
 def _apply_exif_orientation(image: Image.Image) -> Image.Image:
-    """The image turned upright; a damaged EXIF block leaves it as it is."""
+    """The image rotated upright; a damaged EXIF block leaves it as it is."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
@@ -94,7 +94,7 @@ def check_image_size(dataset_dict: dict[str, Any], image: np.ndarray) -> None:
         if expected != (width, height):
             where = f" of {dataset_dict['file_name']}" if "file_name" in dataset_dict else ""
             raise SizeMismatchError(
-                f"the image{where} is {width} x {height} (width x height), but its dataset says "
+                f"the image{where} is {width} x {height} (width x height), but its dataset gives "
                 f"{expected[0]} x {expected[1]}; check the annotations and the EXIF orientation"
             )
     dataset_dict.setdefault("width", width)

@@ -1,4 +1,4 @@
-"""Training: loop, hooks, the default trainer and its set-up, and the start of distributed jobs."""
+"""Training: loop, hooks, the default trainer and its setup, and the start of distributed jobs."""
 
 from d2lite.engine.defaults import (
     DefaultPredictor,

@@ -1,4 +1,4 @@
-"""``DefaultTrainer``: everything that a config asks for, put together, each part replaceable."""
+"""`DefaultTrainer`: everything that a config asks for, put together, each part replaceable."""
 
 import logging
 import weakref
@@ -45,8 +45,9 @@ __all__ = [
 
 
 class DefaultTrainer(TrainerBase):
-    """
-    Trains the model of a config with its data, optimiser, schedule, checkpoints and evaluations::
+    """Trains the model of a config with its data, optimizer, schedule, checkpoints and evaluations.
+
+    Example::
 
         trainer = DefaultTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
@@ -85,26 +86,25 @@ class DefaultTrainer(TrainerBase):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """
-        Load weights, and with ``resume`` the rest of the state.
+        """Loads weights, and with `resume` the rest of the state.
 
         Args:
-            resume: go on from the last checkpoint in ``OUTPUT_DIR``; where there is none, and without
-                ``resume``, load ``MODEL.WEIGHTS`` and start at iteration 0.
+            resume: continue from the last checkpoint in `OUTPUT_DIR`; where there is none, and without
+                `resume`, load `MODEL.WEIGHTS` and start at iteration 0.
         """
         resuming = resume and self.checkpointer.has_checkpoint()
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resuming:
-            # The checkpoint knows the last iteration that was completed.
+            # The checkpoint stores the last completed iteration.
             self.start_iter = self.iter + 1
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Return the hooks: timing, schedule, precise batch norm, checkpoints, evaluation, writers."""
+        """Returns the hooks: timing, schedule, precise batch norm, checkpoints, evaluation, writers."""
         hook_list: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler(), self._precise_bn()]
         # Saved before the evaluation: if that fails, the checkpoint is there.
         if comm.is_main_process():
             hook_list.append(hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD))
-        hook_list.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_keep_results))
+        hook_list.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_store_results))
         # Last, so that the evaluation's results are written with the rest.
         if comm.is_main_process():
             hook_list.append(hooks.PeriodicWriter(self.build_writers(), period=20))
@@ -116,25 +116,24 @@ class DefaultTrainer(TrainerBase):
             return None
         cfg = self.cfg.clone()
         cfg.defrost()
-        # Rarely used, so worker processes for it would only take memory.
+        # Rarely used, so worker processes would only occupy memory.
         cfg.DATALOADER.NUM_WORKERS = 0
         loader = self.build_train_loader(cfg)
         return hooks.PreciseBN(self.cfg.TEST.EVAL_PERIOD, self.model, loader, options.NUM_ITER)
 
-    def _test_and_keep_results(self) -> Mapping[str, Any]:
+    def _test_and_store_results(self) -> Mapping[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
-        """Return the writers of the metrics: by default log, ``metrics.json`` and TensorBoard."""
+        """Returns the writers of the metrics: by default log, `metrics.json` and TensorBoard."""
         return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
 
     def train(self) -> Mapping[str, Any] | None:
-        """
-        Train.
+        """Trains.
 
         Returns:
-            The last evaluation's results where ``TEST.EXPECTED_RESULTS`` are given, in the main process.
+            The last evaluation's results where `TEST.EXPECTED_RESULTS` are given, in the main process.
         """
         super().train(self.start_iter, self.max_iter)
         if len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
@@ -143,12 +142,12 @@ class DefaultTrainer(TrainerBase):
         return None
 
     def run_step(self) -> None:
-        """Do one iteration."""
+        """Runs one iteration."""
         self._trainer.iter = self.iter
         self._trainer.run_step()
 
     def after_train(self) -> None:
-        """Write what is left to write if the training is complete, then call the hooks' ``after_train``."""
+        """Writes what is left to write if the training is complete, then calls the hooks' `after_train`."""
         try:
             if self.iter >= self.max_iter and isinstance(self._trainer, SimpleTrainer):
                 self._trainer.flush_metrics()
@@ -156,11 +155,11 @@ class DefaultTrainer(TrainerBase):
             super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return iteration, hooks' states, and optimiser and loss scale under "_trainer"."""
+        """Returns iteration, hooks' states, and optimizer and loss scale under "_trainer"."""
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restores what `state_dict` returned."""
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
@@ -184,7 +183,7 @@ class DefaultTrainer(TrainerBase):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser."""
+        """The optimizer."""
         return self._trainer.optimizer
 
     @optimizer.setter
@@ -193,37 +192,35 @@ class DefaultTrainer(TrainerBase):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build the model, and log it."""
+        """Builds the model and logs it."""
         model = build_model(cfg)
         logging.getLogger(__name__).info("Model:\n%s", model)
         return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimiser."""
+        """Builds the optimizer."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        """Build the learning-rate schedule."""
+        """Builds the learning-rate schedule."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        """Build the training data loader."""
+        """Builds the training data loader."""
         return build_detection_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        """Build the data loader of a test dataset."""
+        """Builds the data loader of a test dataset."""
         return build_detection_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Build the evaluator of a test dataset. Subclasses implement it, or pass some to :meth:`test`."""
-        raise NotImplementedError(
-            f"{cls.__name__} does not know how to evaluate '{dataset_name}': override build_evaluator."
-        )
+        """Builds the evaluator of a test dataset. Subclasses implement it, or pass some to `test`."""
+        raise NotImplementedError(f"{cls.__name__} has no evaluator for '{dataset_name}': override build_evaluator.")
 
     @classmethod
     def test(
@@ -232,13 +229,12 @@ class DefaultTrainer(TrainerBase):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> Mapping[str, Any]:
-        """
-        Evaluate a model on ``cfg.DATASETS.TEST``.
+        """Evaluates a model on `cfg.DATASETS.TEST`.
 
         Args:
             cfg: the config.
             model: the model.
-            evaluators: one per dataset; None builds them by :meth:`build_evaluator`.
+            evaluators: one per dataset; None builds them by `build_evaluator`.
 
         Returns:
             Metrics by dataset, or just the metrics if there is one dataset. Empty for a dataset without
@@ -279,8 +275,7 @@ class DefaultTrainer(TrainerBase):
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """
-        Fit a config that was made for ``SOLVER.REFERENCE_WORLD_SIZE`` processes to another number.
+        """Fits a config that was made for `SOLVER.REFERENCE_WORLD_SIZE` processes to another number.
 
         Batch size and learning rate grow with the number of processes, the lengths in iterations shrink
         (Goyal et al., "Accurate, Large Minibatch SGD", arXiv 1706.02677, section 2.1).
@@ -340,7 +335,7 @@ def _build_step(
 
 
 class _ForwardAfterBackward(HookBase):
-    """The inner trainer does the backward pass, but the hooks to tell are the outer one's."""
+    """Forwards `after_backward` of the inner trainer, which runs the backward pass, to the hooks of the outer one."""
 
     def __init__(self, outer: TrainerBase) -> None:
         self._outer = weakref.proxy(outer)

@@ -46,18 +46,18 @@ class EvalHook(HookBase):
     def after_train(self) -> None:
         if self._eval_after_train and self.trainer.iter >= self.trainer.max_iter:
             self._do_eval()
-        # The function is likely to hold the trainer, which would keep it alive.
+        # The function may hold a reference to the trainer and would keep it alive.
         del self._func
 
     def _do_eval(self) -> None:
         results = self._func()
         if results:
-            self.trainer.storage.put_scalars(**_flat_floats(results), smoothing_hint=False)
+            self.trainer.storage.put_scalars(**_flatten_floats(results), smoothing_hint=False)
         # Processes that evaluate nothing wait here, not in a collective operation of the next iteration.
         comm.synchronize()
 
 
-def _flat_floats(results: Any) -> dict[str, float]:
+def _flatten_floats(results: Any) -> dict[str, float]:
     if not isinstance(results, Mapping):
         raise TypeError(f"[EvalHook] eval_function must return a dict, got {type(results).__name__}.")
     flat = {}
@@ -72,8 +72,7 @@ def _flat_floats(results: Any) -> dict[str, float]:
 
 
 class PreciseBN(HookBase):
-    """
-    Replaces batch normalisation's moving averages by the statistics of many batches, before evaluations.
+    """Replaces batch normalization's moving averages by the statistics of many batches, before evaluations.
 
     Only layers in training mode are touched (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", section 3).
     """
@@ -92,7 +91,7 @@ class PreciseBN(HookBase):
         self._period = period
         self._disabled = not get_bn_modules(model)
         if self._disabled:
-            logger.info("PreciseBN is off: no batch-normalisation layer is in training mode.")
+            logger.info("PreciseBN is off: no batch-normalization layer is in training mode.")
         self._data_iter: Iterator[Any] | None = None
 
     def after_step(self) -> None:
@@ -100,14 +99,14 @@ class PreciseBN(HookBase):
             self.update_stats()
 
     def update_stats(self) -> None:
-        """Compute the statistics and put them into the model."""
+        """Computes the statistics and puts them into the model."""
         if self._disabled:
             return
         if self._data_iter is None:
             self._data_iter = iter(self._data_loader)
         # What the model reports during these passes is no part of the training.
         with EventStorage():
-            logger.info("Running precise-BN for %d iterations; training goes on after that.", self._num_iter)
+            logger.info("Running precise-BN for %d iterations; training continues afterward.", self._num_iter)
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
 
 
@@ -131,7 +130,7 @@ class BestCheckpointer(HookBase):
             file_prefix: name of the checkpoint.
 
         Raises:
-            ValueError: if ``mode`` is neither.
+            ValueError: if `mode` is neither.
         """
         if mode not in ("max", "min"):
             raise ValueError(f"BestCheckpointer's mode must be 'max' or 'min', got '{mode}'.")
@@ -173,9 +172,9 @@ class BestCheckpointer(HookBase):
         logger.info("Saved the best model so far: %s is %.5f.", self._val_metric, metric)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value so far and its iteration."""
+        """Returns the best value so far and its iteration."""
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]

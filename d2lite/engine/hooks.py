@@ -1,4 +1,4 @@
-"""Hooks that most trainings use: timing, metrics, learning rate and checkpoints; and the names of the others."""
+"""Common hooks: timing, metrics, learning rate and checkpoints; re-exports the others."""
 
 import datetime
 import logging
@@ -73,12 +73,12 @@ class CallbackHook(HookBase):
     def after_train(self) -> None:
         if self._after_train:
             self._after_train(self.trainer)
-        # The functions may hold the trainer, which would keep it alive.
+        # The functions may hold references to the trainer and would keep it alive.
         self._before_train = self._after_train = self._before_step = self._after_step = None
 
 
 class IterationTimer(HookBase):
-    """Records the seconds of each iteration as ``time``, and logs the overall speed at the end."""
+    """Records the seconds of each iteration as `time`, and logs the overall speed at the end."""
 
     def __init__(self, warmup_iter: int = 3) -> None:
         """
@@ -133,11 +133,11 @@ class PeriodicWriter(HookBase):
     def __init__(self, writers: Sequence[EventWriter], period: int = 20) -> None:
         """
         Args:
-            writers: each has ``write`` and ``close``.
+            writers: each has `write` and `close`.
             period: in iterations.
 
         Raises:
-            TypeError: if one of them is no ``EventWriter``.
+            TypeError: if one of them is not an `EventWriter`.
         """
         for writer in writers:
             if not isinstance(writer, EventWriter):
@@ -158,7 +158,7 @@ class PeriodicWriter(HookBase):
 
 
 class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
-    """fvcore's ``PeriodicCheckpointer`` as a hook: ``model_<iteration>``, at the end ``model_final``."""
+    """fvcore's `PeriodicCheckpointer` as a hook: `model_<iteration>`, at the end `model_final`."""
 
     def before_train(self) -> None:
         self.max_iter = self.trainer.max_iter
@@ -168,7 +168,7 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
 
 
 class LRScheduler(HookBase):
-    """Records the learning rate as ``lr`` and moves the schedule on after each iteration."""
+    """Records the learning rate as `lr` and steps the schedule after each iteration."""
 
     def __init__(
         self,
@@ -194,8 +194,7 @@ class LRScheduler(HookBase):
 
     @staticmethod
     def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
-        """
-        Return the index of the parameter group whose learning rate says most about the training.
+        """Returns the index of the parameter group whose learning rate is most representative of the training.
 
         Where every group has one parameter, it is the first with the most frequent learning rate; else the
         group with the most parameters.
@@ -218,11 +217,11 @@ class LRScheduler(HookBase):
         return self._scheduler or self.trainer.scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state."""
+        """Returns the scheduler's state."""
         return self.scheduler.state_dict() if isinstance(self.scheduler, _LRScheduler) else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the scheduler's state."""
+        """Restores the scheduler's state."""
         if isinstance(self.scheduler, _LRScheduler):
             logger.info("Loading scheduler from state_dict ...")
             self.scheduler.load_state_dict(state_dict)

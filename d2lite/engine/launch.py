@@ -30,25 +30,24 @@ def launch(
     args: Sequence[Any] = (),
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Any:
-    """
-    Run ``main_func(*args)`` in every process of a distributed job; call this once on each machine.
+    """Runs `main_func(*args)` in every process of a distributed job; call this once on each machine.
 
-    With CUDA, each process gets a GPU and they talk through NCCL; without, they run on the CPU and use gloo.
-    Under torchrun the processes exist already: they are joined, and all arguments but the first, ``args`` and
-    ``timeout`` are ignored.
+    With CUDA, each process gets a GPU and they communicate through NCCL; without, they run on the CPU and use gloo.
+    Under torchrun the processes exist already: they are joined, and all arguments but the first, `args` and
+    `timeout` are ignored.
 
     Args:
         main_func: must be importable by name where processes are started.
         num_gpus_per_machine: number of processes per machine.
         num_machines: number of machines.
         machine_rank: which of them this is, from 0.
-        dist_url: where the processes meet, such as "tcp://host:port"; None and "auto" pick a free port
+        dist_url: the rendezvous address, such as "tcp://host:port"; None and "auto" pick a free port
             (one machine only).
-        args: of ``main_func``.
+        args: of `main_func`.
         timeout: of collective operations.
 
     Returns:
-        What ``main_func`` returns if this process runs it, None if it started others.
+        What `main_func` returns if this process runs it, None if it started others.
 
     Raises:
         ValueError: if the arguments do not fit each other or the machine.
@@ -60,7 +59,7 @@ def launch(
         return main_func(*args)
     if torch.cuda.is_available() and num_gpus_per_machine > torch.cuda.device_count():
         raise ValueError(
-            f"{num_gpus_per_machine} GPUs per machine were asked for, but this one has "
+            f"{num_gpus_per_machine} GPUs per machine were requested, but this one has "
             f"{torch.cuda.device_count()}. Set --num-gpus or CUDA_VISIBLE_DEVICES."
         )
     mp.start_processes(
@@ -71,7 +70,7 @@ def launch(
             world_size,
             num_gpus_per_machine,
             machine_rank,
-            _meeting_point(dist_url, num_machines),
+            _rendezvous_url(dist_url, num_machines),
             tuple(args),
             timeout,
         ),
@@ -93,20 +92,20 @@ def _join_torchrun(main_func: Callable[..., Any], args: Sequence[Any], timeout: 
     dist.init_process_group(_backend(), init_method="env://", timeout=timeout)
     comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     result = main_func(*args)
-    _leave()
+    _destroy_process_group()
     return result
 
 
-def _leave() -> None:
-    """Ends the process group, once every process is done with it."""
+def _destroy_process_group() -> None:
+    """Destroys the process group once all processes have reached this point."""
     comm.synchronize()
     # Trainers and their hooks refer to each other: without this, data-parallel models would outlive the group that
-    # they communicate through, and now and then end the process with an abort.
+    # they communicate through, and sometimes abort the process.
     gc.collect()
     dist.destroy_process_group()
 
 
-def _meeting_point(dist_url: str | None, num_machines: int) -> str:
+def _rendezvous_url(dist_url: str | None, num_machines: int) -> str:
     if dist_url in (None, "auto"):
         if num_machines > 1:
             raise ValueError("With several machines, --dist-url must name the first one: tcp://host:port.")
@@ -146,10 +145,10 @@ def _run_worker(
     try:
         dist.init_process_group(_backend(), init_method=dist_url, world_size=world_size, rank=rank, timeout=timeout)
     except Exception:
-        logger.error("Process %d of %d did not meet the others at %s.", rank, world_size, dist_url)
+        logger.error("Process %d of %d could not join the process group at %s.", rank, world_size, dist_url)
         raise
     comm.create_local_process_group(num_gpus_per_machine)
-    # Wait here: a process that fails or is slow to start would show up as a time-out somewhere later.
+    # Otherwise a process that fails or is slow to start would cause a timeout in a later collective operation.
     comm.synchronize()
     main_func(*args)
-    _leave()
+    _destroy_process_group()

@@ -1,4 +1,4 @@
-"""Brings losses from the GPU and from other processes to where they are recorded."""
+"""Transfer of losses from the GPU and from other processes to the process that records them."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,8 @@ import torch
 from d2lite.utils import comm
 
 
-class LossesInTransit:
-    """Losses on their way from the GPU, copied behind the work that computes them and nothing later."""
+class PendingLosses:
+    """Losses in an asynchronous copy from the GPU, which waits for their computation but not for later work."""
 
     def __init__(self, losses: Mapping[str, torch.Tensor], data_time: float, iteration: int) -> None:
         """
@@ -24,7 +24,7 @@ class LossesInTransit:
         self._arrived = torch.cuda.current_stream().record_event()
 
     def wait(self) -> dict[str, torch.Tensor]:
-        """Return the losses, on the CPU."""
+        """Returns the losses, on the CPU."""
         self._arrived.synchronize()
         return dict(zip(self._names, self._values))
 
@@ -34,12 +34,12 @@ def _stack(losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def losses_to_floats(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Fetch scalars with one wait for the GPU instead of one per loss."""
+    """Copies scalars to the CPU with one synchronization instead of one per loss."""
     return dict(zip(losses, _stack(losses).tolist())) if losses else {}
 
 
 def average_over_processes(metrics: dict[str, float]) -> dict[str, float]:
-    """Average over the processes, which all must call this; of the entry "data_time" take the largest."""
+    """Averages over the processes, which all must call this; the maximum is taken of the entry "data_time"."""
     if comm.get_world_size() == 1:
         return metrics
     gathered = comm.all_gather(metrics)

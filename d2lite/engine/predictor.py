@@ -13,8 +13,7 @@ from d2lite.modeling import build_model
 
 
 class DefaultPredictor:
-    """
-    Resizes an image, runs the model on it, and returns its result. One image at a time.
+    """Resizes an image, runs the model on it, and returns its result. One image at a time.
 
     Attributes:
         model: in eval mode.
@@ -24,10 +23,10 @@ class DefaultPredictor:
     def __init__(self, cfg: CfgNode) -> None:
         """
         Args:
-            cfg: names the model, ``MODEL.WEIGHTS`` and ``INPUT.{FORMAT, MIN_SIZE_TEST, MAX_SIZE_TEST}``.
+            cfg: names the model, `MODEL.WEIGHTS` and `INPUT.{FORMAT, MIN_SIZE_TEST, MAX_SIZE_TEST}`.
 
         Raises:
-            ValueError: if ``INPUT.FORMAT`` is neither "BGR" nor "RGB".
+            ValueError: if `INPUT.FORMAT` is neither "BGR" nor "RGB".
         """
         if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
             raise ValueError(f"DefaultPredictor needs INPUT.FORMAT BGR or RGB, got '{cfg.INPUT.FORMAT}'.")

@@ -16,7 +16,7 @@ Predicate = Callable[[TrainerBase], bool]
 
 
 class TorchProfiler(HookBase):
-    """Profiles chosen iterations with ``torch.profiler``: traces, and tables of the slowest operators."""
+    """Profiles chosen iterations with `torch.profiler`: traces, and tables of the slowest operators."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class TorchProfiler(HookBase):
         """
         Args:
             enable_predicate: called with the trainer before each iteration; True profiles it.
-            output_dir: traces and tables go to ``<output_dir>/log``.
+            output_dir: traces and tables go to `<output_dir>/log`.
             activities: what to watch; None is the CPU, and the GPU where there is one.
             save_tensorboard: whether to write traces.
         """
@@ -78,13 +78,13 @@ class TorchProfiler(HookBase):
 
 
 class AutogradProfiler(HookBase):
-    """Profiles chosen iterations with ``torch.autograd.profiler`` and writes them as Chrome traces."""
+    """Profiles chosen iterations with `torch.autograd.profiler` and writes them as Chrome traces."""
 
     def __init__(self, enable_predicate: Predicate, output_dir: str, *, use_cuda: bool = True) -> None:
         """
         Args:
             enable_predicate: called with the trainer before each iteration; True profiles it.
-            output_dir: gets ``profiler-trace-iter<iteration>.json``.
+            output_dir: gets `profiler-trace-iter<iteration>.json`.
             use_cuda: whether to time the GPU as well, where there is one.
         """
         self._enable_predicate = enable_predicate

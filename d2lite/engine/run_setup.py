@@ -1,4 +1,4 @@
-"""What a training program does before it trains: arguments, folders, logs, seed, metric writers, DDP."""
+"""Setup of a training program: arguments, directories, logs, seed, metric writers, DDP."""
 
 import argparse
 import inspect
@@ -27,8 +27,7 @@ FLOAT32_PRECISIONS = ("highest", "high", "medium")
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """
-    Return a parser with the arguments that Detectron2's training programs share.
+    """Returns a parser with the arguments that Detectron2's training programs share.
 
     Args:
         epilog: text after the help; None shows examples.
@@ -39,14 +38,14 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="path to the config file")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if there is one"
+        "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR, if there is one"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate the model, do not train it")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of processes *per machine*")
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     parser.add_argument(
-        "--dist-url", default="auto", help="where processes meet: tcp://host:port, or auto on one machine"
+        "--dist-url", default="auto", help="rendezvous address: tcp://host:port, or auto on one machine"
     )
     parser.add_argument(
         "opts",
@@ -68,14 +67,13 @@ Examples:
 
 
 def default_setup(cfg: CfgNode, args: Any) -> None:
-    """
-    Prepare a run: output folder, logs, a record of versions, arguments and config, seed, backend settings.
+    """Prepares a run: output directory, logs, a record of versions, arguments and config, seed, backend settings.
 
-    The full config goes to ``<OUTPUT_DIR>/config.yaml``, the log to ``<OUTPUT_DIR>/log.txt``.
+    The full config goes to `<OUTPUT_DIR>/config.yaml`, the log to `<OUTPUT_DIR>/log.txt`.
 
     Args:
         cfg: the full config.
-        args: the parsed command line; may be anything with or without ``config_file`` and ``eval_only``.
+        args: the parsed command line; may be anything with or without `config_file` and `eval_only`.
     """
     rank = comm.get_rank()
     output_dir = cfg.OUTPUT_DIR
@@ -83,7 +81,7 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
         PathManager.mkdirs(output_dir)
     logger = _setup_loggers(output_dir, rank)
     _set_float32_precision(cfg.FLOAT32_PRECISION)
-    # Drawn here, and not in seed_all_rng, so that the log's first lines can tell it.
+    # Drawn here, and not in seed_all_rng, so that the first lines of the log report it.
     seed = cfg.SEED + rank if cfg.SEED >= 0 else int.from_bytes(os.urandom(4), "little") >> 1
     drawn = "" if cfg.SEED >= 0 else " (drawn; set SEED to repeat it)"
     logger.info("Runtime: d2lite %s, torch %s", d2lite.__version__, torch.__version__)
@@ -97,7 +95,7 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
     if comm.is_main_process() and output_dir:
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
     seed_all_rng(seed)
-    # Choosing the fastest convolution for each image size pays off only if it is seen often.
+    # Timing the convolution algorithms for each image size pays off only if the size recurs often.
     if not getattr(args, "eval_only", False):
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
@@ -138,8 +136,7 @@ def _save_config(cfg: CfgNode, path: str) -> None:
 
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
-    """
-    Return writers to the log, to ``<output_dir>/metrics.json`` and to TensorBoard.
+    """Returns writers to the log, to `<output_dir>/metrics.json` and to TensorBoard.
 
     Args:
         output_dir: is made if it is missing.
@@ -154,13 +151,12 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
-    """
-    Wrap a model for training in several processes; with one process, return it as it is.
+    """Wraps a model for training in several processes; with one process, returns it as it is.
 
     Args:
         model: on its device.
         fp16_compression: exchange gradients in half precision.
-        **kwargs: of ``DistributedDataParallel``.
+        **kwargs: of `DistributedDataParallel`.
     """
     if comm.get_world_size() == 1:
         return model

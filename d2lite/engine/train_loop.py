@@ -1,4 +1,4 @@
-"""How one iteration of a training is done, in full and in mixed precision."""
+"""Trainers that run one iteration at a time, in full and in mixed precision."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from d2lite.engine.loss_transfer import LossesInTransit, average_over_processes, losses_to_floats
+from d2lite.engine.loss_transfer import PendingLosses, average_over_processes, losses_to_floats
 from d2lite.engine.trainer_base import HookBase, TrainerBase
 from d2lite.utils import comm
 from d2lite.utils.events import get_event_storage
@@ -18,7 +18,7 @@ __all__ = ["AMPTrainer", "HookBase", "SimpleTrainer", "TrainerBase"]
 
 
 class SimpleTrainer(TrainerBase):
-    """One data loader, one model that returns a dict of losses, one optimiser, one step per iteration."""
+    """One data loader, one model that returns a dict of losses, one optimizer, one step per iteration."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class SimpleTrainer(TrainerBase):
             gather_metric_period: collect the processes' losses, and check them, every so many iterations.
             zero_grad_before_forward: clear the gradients before the forward pass, which needs less memory,
                 rather than after it.
-            async_write_metrics: write the losses one iteration later, so that a GPU is never waited for.
+            async_write_metrics: write the losses one iteration later, so that the CPU never waits for a GPU.
                 Losses that are not finite then end the training one iteration, and one update, later.
         """
         super().__init__()
@@ -49,10 +49,10 @@ class SimpleTrainer(TrainerBase):
         self.zero_grad_before_forward = zero_grad_before_forward
         self.async_write_metrics = async_write_metrics
         self._data_loader_iter_obj: Iterator[Any] | None = None
-        self._pending_metrics: LossesInTransit | None = None
+        self._pending_metrics: PendingLosses | None = None
 
     def run_step(self) -> None:
-        """Do forward pass, backward pass and optimiser step on the next batch."""
+        """Runs forward pass, backward pass and optimizer step on the next batch."""
         batch, data_time = self._next_batch()
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
@@ -65,7 +65,7 @@ class SimpleTrainer(TrainerBase):
         self.optimizer.step()
 
     def _next_batch(self) -> tuple[Any, float]:
-        """Return a batch and the seconds that it took."""
+        """Returns a batch and the seconds that it took."""
         if not self.model.training:
             raise RuntimeError(
                 f"{type(self).__name__}: the model is in eval mode; call model.train() after evaluating it."
@@ -82,14 +82,13 @@ class SimpleTrainer(TrainerBase):
 
     @property
     def _data_loader_iter(self) -> Iterator[Any]:
-        # Made when first needed: worker processes start only if there is a training.
+        # Created on first use: worker processes start only if there is a training.
         if self._data_loader_iter_obj is None:
             self._data_loader_iter_obj = iter(self.data_loader)
         return self._data_loader_iter_obj
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
-        """
-        Replace the data loader; the old one is released before the new one is built.
+        """Replaces the data loader; the old one is released before the new one is built.
 
         Args:
             data_loader_builder: makes the new one.
@@ -99,9 +98,9 @@ class SimpleTrainer(TrainerBase):
         self.data_loader = data_loader_builder()
 
     def after_train(self) -> None:
-        """Write what is left to write if the training is complete, then call the hooks' ``after_train``."""
+        """Writes what is left to write if the training is complete, then calls the hooks' `after_train`."""
         try:
-            # Other processes may be elsewhere after a failure, and writing would wait for them.
+            # After a failure the other processes may not get here, and writing would wait for them.
             if self.iter >= self.max_iter:
                 self.flush_metrics()
         finally:
@@ -110,12 +109,12 @@ class SimpleTrainer(TrainerBase):
     def _submit_metrics(self, loss_dict: Mapping[str, torch.Tensor], data_time: float) -> None:
         self.flush_metrics()
         if self.async_write_metrics and all(loss.is_cuda for loss in loss_dict.values()):
-            self._pending_metrics = LossesInTransit(loss_dict, data_time, self.iter)
+            self._pending_metrics = PendingLosses(loss_dict, data_time, self.iter)
         else:
             self._write_metrics(loss_dict, data_time)
 
     def flush_metrics(self) -> None:
-        """Write the metrics that ``async_write_metrics`` held back. All processes must call this together."""
+        """Writes the metrics that `async_write_metrics` held back. All processes must call this together."""
         pending, self._pending_metrics = self._pending_metrics, None
         if pending is not None:
             self._write_metrics(pending.wait(), pending.data_time, iter=pending.iteration)
@@ -127,8 +126,7 @@ class SimpleTrainer(TrainerBase):
         prefix: str = "",
         iter: int | None = None,
     ) -> None:
-        """
-        Write the losses of an iteration, if it is the turn of one in ``gather_metric_period``.
+        """Writes the losses of an iteration, if it is the turn of one in `gather_metric_period`.
 
         Args:
             loss_dict: scalar losses.
@@ -142,10 +140,9 @@ class SimpleTrainer(TrainerBase):
 
     @staticmethod
     def write_metrics(loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = "") -> None:
-        """
-        Put the losses, their sum ``total_loss`` and ``data_time`` into the event storage of the main process.
+        """Puts the losses, their sum `total_loss` and `data_time` into the event storage of the main process.
 
-        Losses are averaged over the processes; of the data times the longest counts.
+        Losses are averaged over the processes; of the data times the maximum is taken.
 
         Args:
             loss_dict: scalar losses, the same names in all processes.
@@ -160,10 +157,10 @@ class SimpleTrainer(TrainerBase):
         data_time = metrics.pop("data_time")
         total = sum(metrics.values())
         if not np.isfinite(total):
-            culprits = [name for name, value in metrics.items() if not np.isfinite(value)]
+            not_finite = [name for name, value in metrics.items() if not np.isfinite(value)]
             raise FloatingPointError(
                 f"Loss became infinite or NaN at iteration={cur_iter}!\n"
-                f"Not finite: {', '.join(culprits) or 'the sum'}\nloss_dict = {metrics}"
+                f"Not finite: {', '.join(not_finite) or 'the sum'}\nloss_dict = {metrics}"
             )
         if comm.is_main_process():
             storage = get_event_storage()
@@ -173,17 +170,17 @@ class SimpleTrainer(TrainerBase):
                 storage.put_scalars(cur_iter=cur_iter, **metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base class's state and the optimiser's."""
+        """Returns the base class's state and the optimizer's."""
         return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restores what `state_dict` returned."""
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
 
 class AMPTrainer(SimpleTrainer):
-    """Like :class:`SimpleTrainer`, with a forward pass in mixed precision and, for float16, scaled losses."""
+    """Like `SimpleTrainer`, with a forward pass in mixed precision and, for float16, scaled losses."""
 
     def __init__(
         self,
@@ -199,10 +196,10 @@ class AMPTrainer(SimpleTrainer):
     ) -> None:
         """
         Args:
-            model: as in :class:`SimpleTrainer`, and so are the arguments not listed here.
+            model: as in `SimpleTrainer`, and so are the arguments not listed here.
             grad_scaler: scales the loss; None makes one that is active for float16 only.
             precision: torch.float16 or torch.bfloat16; the latter needs no scaling.
-            log_grad_scaler: record the scale as ``[metric]grad_scaler``.
+            log_grad_scaler: record the scale as `[metric]grad_scaler`.
 
         Raises:
             ValueError: if one process drives several GPUs.
@@ -221,7 +218,7 @@ class AMPTrainer(SimpleTrainer):
         self.log_grad_scaler = log_grad_scaler
 
     def run_step(self) -> None:
-        """Do forward pass, backward pass and optimiser step on the next batch, in mixed precision."""
+        """Runs forward pass, backward pass and optimizer step on the next batch, in mixed precision."""
         batch, data_time = self._next_batch()
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
@@ -238,14 +235,14 @@ class AMPTrainer(SimpleTrainer):
         self.grad_scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base class's state and, where the loss is scaled, the scaler's."""
+        """Returns the base class's state and, where the loss is scaled, the scaler's."""
         state = super().state_dict()
         if self.grad_scaler.is_enabled():
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, also that of another precision."""
+        """Restores what `state_dict` returned, also that of another precision."""
         super().load_state_dict(state_dict)
         if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

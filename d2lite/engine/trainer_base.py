@@ -11,11 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class HookBase:
-    """
-    Something that happens at certain points of the training.
+    """Base class of callbacks at fixed points of the training loop.
 
     Each method is called by the trainer, in the order in which the hooks were registered. A hook finds the
-    trainer as ``self.trainer``.
+    trainer as `self.trainer`.
     """
 
     trainer: "TrainerBase"
@@ -31,28 +30,26 @@ class HookBase:
         """Called before each iteration."""
 
     def after_backward(self) -> None:
-        """Called between the backward pass and the optimiser's step."""
+        """Called between the backward pass and the optimizer's step."""
 
     def after_step(self) -> None:
         """Called after each iteration."""
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        Return what must be saved with the trainer; empty if nothing.
+        """Returns what must be saved with the trainer; empty if nothing.
 
-        A hook that returns something has a ``load_state_dict`` as well.
+        A hook that returns something has a `load_state_dict` as well.
         """
         return {}
 
 
 class TrainerBase:
-    """
-    Iterates ``run_step`` and calls hooks around it.
+    """Iterates `run_step` and calls hooks around it.
 
     Attributes:
         iter: the present iteration, from 0.
         start_iter: the iteration that this run started from.
-        max_iter: the iteration to end before; equal to ``iter`` after a complete training.
+        max_iter: the iteration to end before; equal to `iter` after a complete training.
         storage: holds the metrics while the training runs.
     """
 
@@ -67,21 +64,20 @@ class TrainerBase:
         self.start_iter = 0
 
     def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
-        """Add hooks after those that are there; None entries are skipped."""
+        """Adds hooks after those that are there; None entries are skipped."""
         for hook in hooks:
             if hook is None:
                 continue
             if not isinstance(hook, HookBase):
                 raise TypeError(f"A hook must be a HookBase, got {type(hook).__name__}.")
-            # Strong references would make a cycle and keep a finished trainer, with its GPU memory, alive.
+            # A strong reference would form a cycle and keep a finished trainer and its GPU memory alive.
             hook.trainer = weakref.proxy(self)
             self._hooks.append(hook)
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """
-        Run the iterations ``start_iter`` to ``max_iter - 1``.
+        """Runs the iterations `start_iter` to `max_iter - 1`.
 
-        Whatever ends the training is logged with its iteration; ``after_train`` is called in any case.
+        Whatever ends the training is logged with its iteration; `after_train` is called in any case.
         """
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
@@ -93,7 +89,7 @@ class TrainerBase:
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                # This is how after_train can tell that the training is complete.
+                # after_train recognizes a complete training by this value.
                 self.iter = max(start_iter, max_iter)
             except KeyboardInterrupt:
                 logger.warning("Training was interrupted at iteration %d.", self.iter)
@@ -105,38 +101,38 @@ class TrainerBase:
                 self.after_train()
 
     def before_train(self) -> None:
-        """Call the hooks' ``before_train``."""
+        """Calls the hooks' `before_train`."""
         for hook in self._hooks:
             hook.before_train()
 
     def after_train(self) -> None:
-        """Call the hooks' ``after_train``."""
+        """Calls the hooks' `after_train`."""
         self.storage.iter = self.iter
         for hook in self._hooks:
             hook.after_train()
 
     def before_step(self) -> None:
-        """Call the hooks' ``before_step``."""
+        """Calls the hooks' `before_step`."""
         self.storage.iter = self.iter
         for hook in self._hooks:
             hook.before_step()
 
     def after_backward(self) -> None:
-        """Call the hooks' ``after_backward``."""
+        """Calls the hooks' `after_backward`."""
         for hook in self._hooks:
             hook.after_backward()
 
     def after_step(self) -> None:
-        """Call the hooks' ``after_step``."""
+        """Calls the hooks' `after_step`."""
         for hook in self._hooks:
             hook.after_step()
 
     def run_step(self) -> None:
-        """Do one iteration. Subclasses implement it."""
+        """Runs one iteration. Subclasses implement it."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last iteration and the state of every hook that has one, under its class name."""
+        """Returns the last iteration and the state of every hook that has one, under its class name."""
         state: dict[str, Any] = {"iteration": self.iter}
         hooks: dict[str, Any] = {}
         for hook in self._hooks:
@@ -150,7 +146,7 @@ class TrainerBase:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the hooks must have been registered."""
+        """Restores what `state_dict` returned; the hooks must have been registered."""
         self.iter = state_dict["iteration"]
         for name, hook_state in state_dict.get("hooks", {}).items():
             hook = next((hook for hook in self._hooks if type(hook).__qualname__ == name), None)
@@ -161,7 +157,7 @@ class TrainerBase:
 
 
 def is_turn(trainer: TrainerBase, period: int, at_end: bool) -> bool:
-    """Whether a period (0 is none) ends with this iteration; the training's end counts iff ``at_end``."""
+    """Returns whether a period (0 is none) ends with this iteration; the training's end counts iff `at_end`."""
     done = trainer.iter + 1
     if done == trainer.max_iter:
         return at_end

@@ -44,8 +44,7 @@ DEFAULT_MAX_DETS = (1, 10, 100)
 
 
 class COCOEvaluator(DatasetEvaluator):
-    """
-    Average precision of boxes ("bbox") and masks ("segm"), or average recall of proposals ("box_proposals").
+    """Average precision of boxes ("bbox") and masks ("segm"), or average recall of proposals ("box_proposals").
 
     All numbers are percentages; nan where the dataset has no object that the metric is about.
     """
@@ -64,13 +63,13 @@ class COCOEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: a registered dataset. Its metadata names a ``json_file`` in COCO format, or else
-                the dataset is converted to one under ``output_dir``.
+            dataset_name: a registered dataset. Its metadata names a `json_file` in COCO format, or else
+                the dataset is converted to one under `output_dir`.
             tasks: any of "bbox" and "segm". By default what the predictions allow.
             distributed: gather predictions from all processes, and evaluate on the main one. Otherwise
                 each process evaluates what it has seen.
-            output_dir: where ``coco_instances_results.json`` (COCO's result format) and
-                ``instances_predictions.pth`` go, or ``box_proposals.pkl`` for proposals. None writes nothing.
+            output_dir: where `coco_instances_results.json` (COCO's result format) and
+                `instances_predictions.pth` go, or `box_proposals.pkl` for proposals. None writes nothing.
             max_dets_per_image: AP counts this many detections per image, 100 by default; or COCO's three
                 limits.
             use_fast_impl: use faster-coco-eval if it is installed. Its numbers are those of pycocotools.
@@ -83,7 +82,7 @@ class COCOEvaluator(DatasetEvaluator):
         self._tasks = _check_tasks(tasks, kpt_oks_sigmas)
         self._distributed = distributed
         self._output_dir = output_dir
-        self._max_dets_per_image = _three_limits(max_dets_per_image)
+        self._max_dets_per_image = _parse_max_dets(max_dets_per_image)
         self._cocoeval: type[COCOeval] = COCOeval_opt if use_fast_impl else COCOeval
         self._metadata = MetadataCatalog.get(dataset_name)
         self._coco_api = _load_ground_truth(dataset_name, self._metadata, output_dir, allow_cached_coco)
@@ -97,9 +96,9 @@ class COCOEvaluator(DatasetEvaluator):
     def process(self, inputs: Iterable[dict[str, Any]], outputs: Iterable[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: dicts with ``image_id``.
-            outputs: dicts with ``instances`` (``pred_boxes``, ``scores``, ``pred_classes``[,
-                ``pred_masks``]) or ``proposals`` (``proposal_boxes``, ``objectness_logits``), at the size
+            inputs: dicts with `image_id`.
+            outputs: dicts with `instances` (`pred_boxes`, `scores`, `pred_classes`[,
+                `pred_masks`]) or `proposals` (`proposal_boxes`, `objectness_logits`), at the size
                 of the original image.
         """
         for entry, output in zip(inputs, outputs):
@@ -118,7 +117,7 @@ class COCOEvaluator(DatasetEvaluator):
             img_ids: evaluate on these images only. By default on all images of the dataset.
 
         Raises:
-            AssertionError: a predicted class is not a class of the dataset.
+            AssertionError: if a predicted class is not a class of the dataset.
         """
         predictions = self._predictions
         if self._distributed:
@@ -177,7 +176,7 @@ class COCOEvaluator(DatasetEvaluator):
         # A result with a box would be counted as small, medium or large by its box and not by its mask
         left_out = {"bbox"} if task == "segm" else {"segmentation"}
         results = [{k: v for k, v in r.items() if k not in left_out} for r in coco_results]
-        # faster-coco-eval knows images by numbers only; those of Cityscapes have file names
+        # faster-coco-eval supports only numeric image ids; those of Cityscapes are file names
         numbered = all(isinstance(image_id, int) for image_id in self._coco_api.imgs)
         with contextlib.redirect_stdout(io.StringIO()):
             implementation = self._cocoeval if numbered else COCOeval
@@ -192,7 +191,7 @@ class COCOEvaluator(DatasetEvaluator):
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """Reads the metrics, and the AP of each class if there are several, from ``coco_eval``."""
+        """Reads the metrics, and the AP of each class if there are several, from `coco_eval`."""
         if coco_eval is None:
             logger.warning("No predictions from the model!")
             return dict.fromkeys(METRICS, float("nan"))
@@ -230,17 +229,16 @@ class COCOEvaluator(DatasetEvaluator):
 
 
 def instances_to_coco_json(instances: Instances, img_id: int) -> list[dict[str, Any]]:
-    """
-    Turns the detections of one image into COCO's result format.
+    """Turns the detections of one image into COCO's result format.
 
     Args:
-        instances: on the CPU, with ``pred_boxes`` (N, 4) XYXY, ``scores`` (N,), ``pred_classes`` (N,) and
-            perhaps ``pred_masks`` (N, H, W).
+        instances: on the CPU, with `pred_boxes` (N, 4) XYXY, `scores` (N,), `pred_classes` (N,) and
+            perhaps `pred_masks` (N, H, W).
         img_id: the image's id in the dataset.
 
     Returns:
-        N dicts with ``image_id``, ``category_id`` (still the model's), ``bbox`` (XYWH), ``score`` and,
-        where there are masks, ``segmentation`` as compressed RLE.
+        N dicts with `image_id`, `category_id` (still the model's), `bbox` (XYWH), `score` and,
+        where there are masks, `segmentation` as compressed RLE.
     """
     if len(instances) == 0:
         return []
@@ -267,7 +265,7 @@ def _check_tasks(tasks: Sequence[str] | None, kpt_oks_sigmas: Sequence[float]) -
     return set(tasks)
 
 
-def _three_limits(max_dets_per_image: int | Sequence[int] | None) -> list[int]:
+def _parse_max_dets(max_dets_per_image: int | Sequence[int] | None) -> list[int]:
     if max_dets_per_image is None:
         return list(DEFAULT_MAX_DETS)
     if isinstance(max_dets_per_image, int):

@@ -1,4 +1,4 @@
-"""The evaluation loop: runs a model over a dataset and feeds what it predicts to evaluators."""
+"""The evaluation loop: runs a model over a dataset and passes its predictions to evaluators."""
 
 import datetime
 import logging
@@ -23,13 +23,13 @@ class DatasetEvaluator:
     """Collects inputs and outputs of a model, and turns them into metrics at the end. To be subclassed."""
 
     def reset(self) -> None:
-        """Forgets everything collected so far."""
+        """Discards everything collected so far."""
 
     def process(self, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:
         """Takes the inputs of one call of the model and its outputs, item by item in the same order."""
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Returns ``{task: {metric: value}}``, or None on the processes that gathered nothing."""
+        """Returns `{task: {metric: value}}`, or None on the processes that gathered nothing."""
 
 
 class DatasetEvaluators(DatasetEvaluator):
@@ -50,7 +50,7 @@ class DatasetEvaluators(DatasetEvaluator):
     def evaluate(self) -> dict[str, dict[str, float]]:
         """
         Raises:
-            AssertionError: two evaluators report the same task.
+            AssertionError: if two evaluators report the same task.
         """
         results = OrderedDict()
         for evaluator in self._evaluators:
@@ -70,15 +70,14 @@ def inference_on_dataset(
     evaluator: DatasetEvaluator | list[DatasetEvaluator] | None,
     callbacks: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """
-    Runs ``model`` over ``data_loader`` without gradient, in eval mode, and evaluates its outputs.
+    """Runs `model` over `data_loader` without gradient, in eval mode, and evaluates its outputs.
 
     Args:
-        model: called with each batch. If it is an ``nn.Module``, its training mode is restored afterwards.
+        model: called with each batch. If it is an `nn.Module`, its training mode is restored afterward.
         data_loader: must have a length.
         evaluator: one, several, or None to run the model only (to measure its speed).
-        callbacks: called at ``on_start``, ``before_inference``, ``after_inference`` (every batch) and
-            ``on_end``.
+        callbacks: called at `on_start`, `before_inference`, `after_inference` (every batch) and
+            `on_end`.
 
     Returns:
         What the evaluator returns, or an empty dict where it returns None.
@@ -114,7 +113,7 @@ def inference_on_dataset(
 
 @contextmanager
 def inference_context(model: nn.Module) -> Iterator[None]:
-    """Puts ``model`` in eval mode, and back in the mode it was in at the end."""
+    """Puts `model` in eval mode, and back in the mode it was in at the end."""
     training = model.training
     model.eval()
     try:
@@ -132,7 +131,7 @@ class _Callbacks:
 
 
 class _StageTimer:
-    """Adds up the seconds spent in each stage of the loop, and logs progress with the time left."""
+    """Accumulates the seconds spent in each stage of the loop, and logs progress with the time left."""
 
     def __init__(self, total: int) -> None:
         self.total = total

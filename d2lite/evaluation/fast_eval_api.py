@@ -12,7 +12,7 @@ except ImportError:
 else:
 
     class COCOeval_opt(faster_coco_eval.COCOeval_faster):
-        """Evaluates detections; takes data sets of pycocotools as well as those of faster-coco-eval."""
+        """Evaluates detections; takes datasets of pycocotools as well as those of faster-coco-eval."""
 
         def __init__(
             self, cocoGt: COCO | None = None, cocoDt: COCO | None = None, iouType: str = "segm", **kwargs: Any
@@ -31,7 +31,7 @@ def _with_faster_index(data: COCO | None) -> Any:
     if data is None or isinstance(data, faster_coco_eval.COCO):
         return data
     converted = faster_coco_eval.COCO()
-    # the index and the evaluation set entries of annotations anew, and change none in place
+    # the index and the evaluation replace entries of annotations, and change none in place
     converted.dataset = {
         key: [copy.copy(entry) for entry in section] if isinstance(section, list) else section
         for key, section in data.dataset.items()

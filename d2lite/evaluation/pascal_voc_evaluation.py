@@ -21,8 +21,7 @@ IOU_THRESHOLDS = tuple(range(50, 100, 5))  # percent
 
 
 class PascalVOCDetectionEvaluator(DatasetEvaluator):
-    """
-    AP over IoU 0.5:0.05:0.95, AP50 and AP75 of boxes, in percent, on datasets in Pascal VOC's format.
+    """AP over IoU 0.5:0.05:0.95, AP50 and AP75 of boxes, in percent, on datasets in Pascal VOC's format.
 
     The average over 11 recall values is used for VOC 2007 and the area under the curve for later ones.
     """
@@ -30,8 +29,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
     def __init__(self, dataset_name: str) -> None:
         """
         Args:
-            dataset_name: a dataset of which the metadata has ``dirname``, ``split``, ``year`` and
-                ``thing_classes``.
+            dataset_name: a dataset of which the metadata has `dirname`, `split`, `year` and
+                `thing_classes`.
         """
         metadata = MetadataCatalog.get(dataset_name)
         if metadata.year not in (2007, 2012):
@@ -48,8 +47,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
     def process(self, inputs: Iterable[dict[str, Any]], outputs: Iterable[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: dicts with ``image_id``, the stem of the image's file name.
-            outputs: dicts with ``instances`` (``pred_boxes``, ``scores``, ``pred_classes``).
+            inputs: dicts with `image_id`, the stem of the image's file name.
+            outputs: dicts with `instances` (`pred_boxes`, `scores`, `pred_classes`).
         """
         for entry, output in zip(inputs, outputs):
             found = output["instances"].to("cpu")
@@ -60,7 +59,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
                 self._predictions.append((label, entry["image_id"], score, box))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Returns ``{"bbox": {"AP", "AP50", "AP75"}}`` on the main process."""
+        """Returns `{"bbox": {"AP", "AP50", "AP75"}}` on the main process."""
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return None
@@ -90,8 +89,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         listing = os.path.join(self._directory, "ImageSets", "Main", f"{self._split}.txt")
         with PathManager.open(listing) as file:
             names = file.read().split()
-        folder = os.path.join(self._directory, "Annotations")
-        return {name: _read_annotation(os.path.join(folder, f"{name}.xml")) for name in names}
+        directory = os.path.join(self._directory, "Annotations")
+        return {name: _read_annotation(os.path.join(directory, f"{name}.xml")) for name in names}
 
 
 def class_average_precisions(
@@ -99,13 +98,12 @@ def class_average_precisions(
     objects: dict[str, list[tuple[list[float], bool]]],
     use_11_points: bool,
 ) -> np.ndarray:
-    """
-    AP of one class at each of IOU_THRESHOLDS, in 0..1; nan where the class has no object.
+    """AP of one class at each of IOU_THRESHOLDS, in 0..1; nan where the class has no object.
 
     Args:
         detections: image, score and XYXY box (1-based, inclusive) of each detection.
-        objects: for each image its boxes and whether they are difficult; detections of those count neither
-            way.
+        objects: for each image its boxes and whether they are difficult; detections of those are
+            ignored.
         use_11_points: average the precision at 11 recall values, not the area under the curve.
     """
     num_objects = sum(not difficult for found in objects.values() for _, difficult in found)
@@ -128,7 +126,7 @@ def class_average_precisions(
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray, use_11_points: bool) -> float:
-    """AP in 0..1 of a curve, (N,) and (N,), of detections in falling order of score."""
+    """AP in 0..1 of a curve, (N,) and (N,), of detections in descending order of score."""
     if use_11_points:
         levels = np.arange(11) / 10
         return float(np.mean([precision[recall >= level].max(initial=0) for level in levels]))

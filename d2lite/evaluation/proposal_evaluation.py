@@ -28,20 +28,19 @@ def evaluate_box_proposals(
     area: str = "all",
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """
-    Recall of ground-truth boxes, averaged over IoU thresholds (Hosang et al., arXiv:1502.05082).
+    """Recall of ground-truth boxes, averaged over IoU thresholds (Hosang et al., arXiv:1502.05082).
 
     Args:
-        dataset_predictions: per image ``image_id`` and ``proposals``: Instances with ``proposal_boxes`` and
-            ``objectness_logits``.
+        dataset_predictions: per image `image_id` and `proposals`: Instances with `proposal_boxes` and
+            `objectness_logits`.
         coco_api: the ground truth; crowds are left out.
         thresholds: IoU thresholds, 0.5:0.05:0.95 by default.
         area: counts the objects of this range of areas only, a key of AREA_RANGES.
         limit: the number of proposals per image that count, best first.
 
     Returns:
-        ``ar`` in 0..1 (nan without objects), ``recalls`` (T,), ``thresholds`` (T,), ``gt_overlaps``
-        (objects,) sorted, ``num_pos``.
+        `ar` in 0..1 (nan without objects), `recalls` (T,), `thresholds` (T,), `gt_overlaps`
+        (objects,) sorted, `num_pos`.
     """
     smallest, largest = AREA_RANGES[area]
     overlaps = [torch.zeros(0)]

@@ -50,12 +50,12 @@ class SemSegEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: a registered dataset with ``sem_seg_file_name`` in its records and
-                ``stuff_classes`` and ``ignore_label`` in its metadata.
+            dataset_name: a registered dataset with `sem_seg_file_name` in its records and
+                `stuff_classes` and `ignore_label` in its metadata.
             distributed: gather from all processes, and evaluate on the main one.
-            output_dir: where ``sem_seg_predictions.json`` and ``sem_seg_evaluation.pth`` go. None writes
+            output_dir: where `sem_seg_predictions.json` and `sem_seg_evaluation.pth` go. None writes
                 nothing.
-            sem_seg_loading_fn: reads a label map; called with the file name and ``dtype``.
+            sem_seg_loading_fn: reads a label map; called with the file name and `dtype`.
             num_classes, ignore_label: for compatibility; the metadata decides.
         """
         self._distributed = distributed
@@ -86,8 +86,8 @@ class SemSegEvaluator(DatasetEvaluator):
     def process(self, inputs: Iterable[dict[str, Any]], outputs: Iterable[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: dicts with ``file_name``.
-            outputs: dicts with ``sem_seg``, the scores (classes, H, W) at the size of the label map.
+            inputs: dicts with `file_name`.
+            outputs: dicts with `sem_seg`, the scores (classes, H, W) at the size of the label map.
         """
         for entry, output in zip(inputs, outputs):
             pred = output["sem_seg"].argmax(dim=0).cpu().numpy().astype(np.int64)
@@ -100,7 +100,7 @@ class SemSegEvaluator(DatasetEvaluator):
             self._predictions.extend(self.encode_json_sem_seg(pred, entry["file_name"]))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Returns ``{"sem_seg": metrics}``; nan for the classes that the ground truth does not have."""
+        """Returns `{"sem_seg": metrics}`; nan for the classes that the ground truth does not have."""
         confusion, boundary, predictions = self._conf_matrix, self._b_conf_matrix, self._predictions
         if self._distributed:
             comm.synchronize()
@@ -165,11 +165,10 @@ class SemSegEvaluator(DatasetEvaluator):
 
 
 def label_boundary(labels: np.ndarray) -> np.ndarray:
-    """
-    The boundary of a label map (H, W), after Boundary IoU (Cheng et al., arXiv:2103.16562).
+    """The boundary of a label map (H, W), after Boundary IoU (Cheng et al., arXiv:2103.16562).
 
     A pixel gets its label less the smallest label nearby; the outside counts as 0. That is zero away from
-    boundaries. It tells a class apart only where it borders on class 0, but it is what Detectron2 reports.
+    boundaries. A class is separated only where it borders on class 0, but this is what Detectron2 reports.
     """
     height, width = labels.shape
     distance = max(1, int(round(BOUNDARY_RATIO * np.hypot(height, width))))

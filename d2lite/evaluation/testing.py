@@ -1,4 +1,4 @@
-"""Prints results in a form to paste into a table, and compares them with what a config expects."""
+"""Prints results in a form to paste into a table, and compares them with the expected results of a config."""
 
 import logging
 import sys
@@ -25,14 +25,13 @@ def print_csv_format(results: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def verify_results(cfg: CfgNode, results: Mapping[str, Mapping[str, float]]) -> bool:
-    """
-    Compares ``results`` with ``cfg.TEST.EXPECTED_RESULTS``, a list of ``[task, metric, value, tolerance]``.
+    """Compares `results` with `cfg.TEST.EXPECTED_RESULTS`, a list of `[task, metric, value, tolerance]`.
 
     Returns:
         True. A difference above the tolerance, or a value that is not finite, is logged and ends the program.
 
     Raises:
-        SystemExit: a result is not as expected.
+        SystemExit: if a result is not as expected.
     """
     failures = []
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
@@ -52,7 +51,7 @@ def verify_results(cfg: CfgNode, results: Mapping[str, Mapping[str, float]]) -> 
 
 
 def flatten_results_dict(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns ``{"a": {"b": 1}}`` into ``{"a/b": 1}``, at any depth."""
+    """Turns `{"a": {"b": 1}}` into `{"a/b": 1}`, at any depth."""
     flat = {}
     for key, value in results.items():
         if isinstance(value, Mapping):

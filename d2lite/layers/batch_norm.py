@@ -1,4 +1,4 @@
-"""Normalisation layers, and `get_norm`, which makes them from the name in a config."""
+"""Normalization layers, and `get_norm`, which makes them from the name in a config."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ Norm = str | Callable[[int], nn.Module] | None
 
 
 def get_norm(norm: Norm, out_channels: int) -> nn.Module | None:
-    """Make the normalisation layer called `norm` for `out_channels` channels.
+    """Makes the normalization layer called `norm` for `out_channels` channels.
 
     Args:
         norm: "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "FrozenBN", "GN" (32 groups) or
             "LN"; a callable that takes the number of channels; "" or None for no layer.
 
     Raises:
-        KeyError: the name is not one of these.
+        KeyError: if the name is not one of these.
     """
     if norm is None or norm == "":
         return None
@@ -32,7 +32,7 @@ def get_norm(norm: Norm, out_channels: int) -> nn.Module | None:
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose statistics and affine parameters are constants: ``y = x * scale + shift``.
+    """Batch norm whose statistics and affine parameters are constants: `y = x * scale + shift`.
 
     The four tensors are buffers. A state dict without the statistics (old checkpoints had folded them into
     the affine parameters) loads as mean 0 and variance 1.
@@ -55,14 +55,14 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("num_batches_tracked", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, H, W); the result has the type of `x`."""
+        """Normalizes (N, C, H, W); the result has the type of `x`."""
         if x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad):
             # one kernel, and the arithmetic of half precision maps in float32
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         scale, shift = self.scale_and_shift()
         scale, shift = scale.to(x.dtype).view(1, -1, 1, 1), shift.to(x.dtype).view(1, -1, 1, 1)
         # Unlike F.batch_norm, neither keeps x for the backward pass. addcmul is one kernel instead of two,
-        # but is not vectorised on CPUs.
+        # but is not vectorized on CPUs.
         return torch.addcmul(shift, x, scale) if x.is_cuda else (x * scale).add_(shift)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def convert_frozen_batchnorm(cls, module: nn.Module) -> nn.Module:
-        """Replace every batch norm in `module` by a frozen one with copies of its tensors.
+        """Replaces every batch norm in `module` by a frozen one with copies of its tensors.
 
         Returns:
             `module`, changed in place; or its replacement if it is a batch norm itself. A batch norm that is
@@ -119,9 +119,9 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, made of differentiable all-reduce; also works on CPU.
 
     Args:
-        stats_mode: "" gives every process the same weight; "N" weighs each by the size of its batch, so that
+        stats_mode: "" gives every process the same weight; "N" weights each by the size of its batch, so that
             batches may differ in size and be empty.
-        *args, **kwargs: as for ``torch.nn.BatchNorm2d``.
+        *args, **kwargs: as for `torch.nn.BatchNorm2d`.
     """
 
     def __init__(self, *args: Any, stats_mode: str = "", **kwargs: Any) -> None:
@@ -131,9 +131,9 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         self._stats_mode = stats_mode
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, H, W)."""
-        synchronise = self.training and dist.is_available() and dist.is_initialized()
-        if not synchronise or dist.get_world_size() == 1:
+        """Normalizes (N, C, H, W)."""
+        synchronize = self.training and dist.is_available() and dist.is_initialized()
+        if not synchronize or dist.get_world_size() == 1:
             return super().forward(input)
         x = input.float()
         if self._stats_mode == "N":
@@ -189,7 +189,7 @@ class CycleBatchNormList(nn.ModuleList):
         self._pos = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, H, W) with the statistics whose turn it is."""
+        """Normalizes (N, C, H, W) with the statistics whose turn it is."""
         x = self[self._pos](x)
         self._pos = (self._pos + 1) % len(self)
         if self._affine:
@@ -216,7 +216,7 @@ class LayerNorm(nn.Module):
         self.normalized_shape = (normalized_shape,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, H, W)."""
+        """Normalizes (N, C, H, W)."""
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 

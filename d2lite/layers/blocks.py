@@ -19,7 +19,7 @@ class CNNBlockBase(nn.Module):
         self.stride = stride
 
     def freeze(self: Block) -> Block:
-        """Stop training this block: freeze its parameters and turn its batch norms into frozen ones."""
+        """Stops training this block: freezes its parameters and turns its batch norms into frozen ones."""
         for p in self.parameters():
             p.requires_grad = False
         FrozenBatchNorm2d.convert_frozen_batchnorm(self)

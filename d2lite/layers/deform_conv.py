@@ -72,7 +72,7 @@ class DeformConv(_DeformConvBase):
     Args:
         deformable_groups: the input channels are split into this many groups with offsets of their own.
         bias: must be False; accepted for symmetry with other convolutions.
-        norm, activation: applied to the output, as in :class:`d2lite.layers.Conv2d`.
+        norm, activation: applied to the output, as in `d2lite.layers.Conv2d`.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class DeformConv(_DeformConvBase):
         self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """Convolve `x` (N, C, H, W) at `offset` (N, 2 * deformable_groups * kh * kw, H', W'): (dy, dx)."""
+        """Convolves `x` (N, C, H, W) at `offset` (N, 2 * deformable_groups * kh * kw, H', W'): (dy, dx)."""
         return self._convolve(x, offset, None)
 
 

@@ -5,7 +5,7 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 
 def diou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
-    """Distance-IoU loss: 1 - IoU + (centre distance / diagonal of the enclosing box)^2.
+    """Distance-IoU loss: 1 - IoU + (center distance / diagonal of the enclosing box)^2.
 
     Args:
         boxes1, boxes2: (N, 4) in XYXY with x1 <= x2 and y1 <= y2.
@@ -18,6 +18,6 @@ def diou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: floa
 def ciou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
     """Complete-IoU loss: the distance-IoU loss plus a term for the difference of the aspect ratios.
 
-    Arguments as for :func:`diou_loss`.
+    Arguments as for `diou_loss`.
     """
     return complete_box_iou_loss(boxes1, boxes2, reduction, eps)

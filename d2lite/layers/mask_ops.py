@@ -7,7 +7,7 @@ _MAX_CHUNK_BYTES = 2**29
 
 
 def paste_masks_in_image(masks: Tensor, boxes: Tensor, image_shape: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Resize every mask to its box, bilinearly, and put it where the box is in an otherwise empty image.
+    """Resizes every mask to its box, bilinearly, and puts it where the box is in an otherwise empty image.
 
     Args:
         masks: (N, M, M) with values in [0, 1].
@@ -37,8 +37,8 @@ def paste_masks_in_image(masks: Tensor, boxes: Tensor, image_shape: tuple[int, i
 def _interpolation_weights(lo: Tensor, hi: Tensor, length: int, mask_size: int) -> Tensor:
     """Weights (N, length, mask_size) of the mask's cells in every pixel along one axis.
 
-    Bilinear interpolation is separable: a pixel centre that falls on the mask coordinate u takes
-    ``max(0, 1 - |u - j|)`` of cell j, and less than everything where u leaves the mask. Pixels more
+    Bilinear interpolation is separable: a pixel center that falls on the mask coordinate u takes
+    `max(0, 1 - |u - j|)` of cell j, and less than everything where u leaves the mask. Pixels more
     than one away from the box [lo, hi] take nothing.
     """
     lo, hi = lo.float()[:, None], hi.float()[:, None]
@@ -60,15 +60,15 @@ def _pixel_range(lo: Tensor, hi: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _paste_chunks(
     masks: Tensor, rows: Tensor, columns: Tensor, threshold: float, max_bytes: int = _MAX_CHUNK_BYTES
 ) -> Tensor:
-    """Paste all masks at once, or as many at a time as bounded memory allows."""
+    """Pastes all masks at once, or as many at a time as bounded memory allows."""
     bytes_per_mask = rows.shape[1] * columns.shape[1] * masks.element_size()
     n = max(1, max_bytes // max(1, bytes_per_mask))
     chunks = zip(masks.split(n), rows.split(n), columns.split(n))
-    return torch.cat([_finish(r @ m @ c.mT, threshold) for m, r, c in chunks])
+    return torch.cat([_to_output(r @ m @ c.mT, threshold) for m, r, c in chunks])
 
 
 def _paste_regions(masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
-    """Compute only the pixels around each box, because most of an image lies outside."""
+    """Computes only the pixels around each box, because most of an image lies outside."""
     height, width = rows.shape[1], columns.shape[1]
     dtype = torch.bool if threshold >= 0 else torch.uint8
     image = torch.zeros((len(masks), height, width), dtype=dtype)
@@ -77,10 +77,10 @@ def _paste_regions(masks: Tensor, boxes: Tensor, rows: Tensor, columns: Tensor, 
     regions: list[list[int]] = torch.stack((y0, y1, x0, x1), dim=1).nan_to_num_().long().tolist()
     for i, (top, bottom, left, right) in enumerate(regions):
         values = rows[i, top:bottom] @ masks[i] @ columns[i, left:right].T
-        image[i, top:bottom, left:right] = _finish(values, threshold)
+        image[i, top:bottom, left:right] = _to_output(values, threshold)
     return image
 
 
-def _finish(values: Tensor, threshold: float) -> Tensor:
-    """Binarise at `threshold`, or scale to bytes if it is negative."""
+def _to_output(values: Tensor, threshold: float) -> Tensor:
+    """Binarizes at `threshold`, or scales to bytes if it is negative."""
     return values >= threshold if threshold >= 0 else (values * 255).to(torch.uint8)

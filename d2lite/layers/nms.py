@@ -8,11 +8,11 @@ __all__ = ["batched_nms", "nms"]
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Suppress, within each group of equal `idxs`, the boxes that overlap a better one.
+    """Suppresses, within each group of equal `idxs`, the boxes that overlap a better one.
 
     Args:
-        boxes: (N, 4) in XYXY. Always compared in float32, because half precision cannot tell
-            apart the coordinates that separate the groups.
+        boxes: (N, 4) in XYXY. Always compared in float32, because half precision does not
+            resolve the coordinates that separate the groups.
         scores: (N,), compared in float32.
         idxs: (N,) group (class or level) of each box.
         iou_threshold: boxes with a larger IoU than this are suppressed; 0 to 1.

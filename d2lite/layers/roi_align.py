@@ -12,8 +12,8 @@ class ROIAlign(nn.Module):
         output_size: (height, width) of the result, or one number for both.
         spatial_scale: box coordinates are multiplied by this to become feature coordinates.
         sampling_ratio: samples per cell and axis; 0 takes as many as the cell has feature pixels.
-        aligned: pixel centres lie at half-integers, so boxes are shifted by -0.5. False gives the
-            original behaviour, which is off by half a pixel.
+        aligned: pixel centers lie at half-integers, so boxes are shifted by -0.5. False gives the
+            original behavior, which is off by half a pixel.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ROIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool (N, C, H, W) at `rois` (R, 5), rows of batch index and XYXY, into (R, C, *output_size)."""
+        """Pools (N, C, H, W) at `rois` (R, 5), rows of batch index and XYXY, into (R, C, *output_size)."""
         assert rois.dim() == 2 and rois.shape[1] == 5, f"rois must have shape (R, 5), got {list(rois.shape)}"
         # boxes in half precision would be pixels away
         dtype = torch.promote_types(input.dtype, rois.dtype)

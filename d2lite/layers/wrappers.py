@@ -14,12 +14,12 @@ interpolate = F.interpolate
 
 
 class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` followed by an optional normalisation and an optional activation.
+    """`torch.nn.Conv2d` followed by an optional normalization and an optional activation.
 
     Args:
-        norm: module applied to the output of the convolution, stored as ``self.norm``.
-        activation: callable applied last, e.g. ``F.relu``.
-        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        norm: module applied to the output of the convolution, stored as `self.norm`.
+        activation: callable applied last, e.g. `F.relu`.
+        *args, **kwargs: as for `torch.nn.Conv2d`.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Conv2d(nn.Conv2d):
 
 
 def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """``torch.cat`` that returns a single tensor as it is instead of copying it."""
+    """`torch.cat` that returns a single tensor as it is instead of copying it."""
     if not isinstance(tensors, (list, tuple)):
         raise AssertionError(f"cat() needs a list or tuple of tensors, got {type(tensors).__name__}")
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def empty_input_loss_func_wrapper(loss_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make the mean of `loss_func` over zero targets 0 (and still differentiable) instead of NaN."""
+    """Makes the mean of `loss_func` over zero targets 0 (and still differentiable) instead of NaN."""
 
     def wrapped_loss_func(input: Tensor, target: Tensor, *, reduction: str = "mean", **kwargs: Any) -> Tensor:
         if target.numel() == 0 and reduction == "mean":
@@ -70,10 +70,10 @@ def nonzero_tuple(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def shapes_to_tensor(x: list[int], device: torch.device | None = None) -> Tensor:
-    """Turn a list of sizes into an integer tensor of shape (len(x),) on `device`."""
+    """Turns a list of sizes into an integer tensor of shape (len(x),) on `device`."""
     return torch.as_tensor(x, device=device)
 
 
 def move_device_like(src: Tensor, dst: Tensor) -> Tensor:
-    """Return `src` on the device of `dst`."""
+    """Returns `src` on the device of `dst`."""
     return src.to(dst.device)

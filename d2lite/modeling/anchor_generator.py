@@ -14,13 +14,13 @@ from d2lite.utils.registry import Registry
 
 ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
 ANCHOR_GENERATOR_REGISTRY.__doc__ = """
-Modules that turn a list of feature maps into a list of :class:`Boxes`, one per level.
-Called as `cls(cfg, input_shape)` with `input_shape` a list of :class:`ShapeSpec`.
+Modules that turn a list of feature maps into a list of `Boxes`, one per level.
+Called as `cls(cfg, input_shape)` with `input_shape` a list of `ShapeSpec`.
 """
 
 
 def build_anchor_generator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
-    """Build the generator named by `cfg.MODEL.ANCHOR_GENERATOR.NAME` for feature maps of `input_shape`."""
+    """Builds the generator named by `cfg.MODEL.ANCHOR_GENERATOR.NAME` for feature maps of `input_shape`."""
     name = cfg.MODEL.ANCHOR_GENERATOR.NAME
     if name == "RotatedAnchorGenerator":
         raise NotImplementedError(
@@ -32,18 +32,17 @@ def build_anchor_generator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Mod
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class DefaultAnchorGenerator(nn.Module):
-    """
-    Axis-aligned anchors of fixed sizes and aspect ratios at every cell of every feature map
+    """Axis-aligned anchors of fixed sizes and aspect ratios at every cell of every feature map
     (Faster R-CNN, arXiv 1506.01497, section 3.1.1).
 
-    The anchors of one batch shape are made once and kept for the next batches of that shape.
+    The anchors of one batch shape are computed once and cached for later batches of that shape.
     """
 
     box_dim: int = 4
     """Numbers that describe one anchor."""
 
     cache_size: int = 32
-    """How many different batch shapes are remembered; the least recently used one is dropped."""
+    """Number of batch shapes in the cache, which drops the least recently used one."""
 
     @configurable
     def __init__(
@@ -60,7 +59,7 @@ class DefaultAnchorGenerator(nn.Module):
                 each level, or a single (possibly flat) list for all levels.
             aspect_ratios: height / width of the anchors, in the same form as `sizes`.
             strides: stride of each level, in pixels.
-            offset: where the centre of the first anchor lies, as a fraction of the stride, in [0, 1).
+            offset: where the center of the first anchor lies, as a fraction of the stride, in [0, 1).
         """
         super().__init__()
         assert 0.0 <= offset < 1.0, f"the anchor offset must be in [0, 1), got {offset}"
@@ -69,7 +68,7 @@ class DefaultAnchorGenerator(nn.Module):
         sizes = _one_per_level(sizes, len(self.strides), "sizes")
         aspect_ratios = _one_per_level(aspect_ratios, len(self.strides), "aspect_ratios")
         self.cell_anchors = BufferList(self.generate_cell_anchors(s, a).float() for s, a in zip(sizes, aspect_ratios))
-        # The keys are strings because TorchScript refuses a module with a dict of other keys.
+        # The keys are strings because TorchScript rejects a module with a dict of other keys.
         self._cache: OrderedDict[str, list[tuple[torch.Tensor, int]]] = OrderedDict()
 
     @classmethod
@@ -99,8 +98,7 @@ class DefaultAnchorGenerator(nn.Module):
         sizes: Sequence[float] = (32, 64, 128, 256, 512),
         aspect_ratios: Sequence[float] = (0.5, 1, 2),
     ) -> torch.Tensor:
-        """
-        Anchors centred at (0, 0).
+        """Anchors centered at (0, 0).
 
         Returns:
             (len(sizes) * len(aspect_ratios), 4) XYXY boxes; the aspect ratio varies fastest. A box of size
@@ -120,7 +118,7 @@ class DefaultAnchorGenerator(nn.Module):
             features: one feature map (N, C, Hi, Wi) per level.
 
         Returns:
-            One :class:`Boxes` of Hi * Wi * num_anchors[i] anchors per level, ordered by row, column, anchor.
+            One `Boxes` of Hi * Wi * num_anchors[i] anchors per level, ordered by row, column, anchor.
             They are shared between calls: do not change them in place.
         """
         grid_sizes = [(int(feature.shape[-2]), int(feature.shape[-1])) for feature in features]
@@ -128,7 +126,7 @@ class DefaultAnchorGenerator(nn.Module):
             return [Boxes(x) for x in self._grid_anchors(grid_sizes)]
         anchors: list[Boxes] = []
         for i, (_, cell) in enumerate(self.cell_anchors.named_buffers()):
-            anchors.append(Boxes(_shifted(cell, grid_sizes[i], self.strides[i], self.offset)))
+            anchors.append(Boxes(_shift_anchors(cell, grid_sizes[i], self.strides[i], self.offset)))
         return anchors
 
     @torch.jit.unused
@@ -137,10 +135,10 @@ class DefaultAnchorGenerator(nn.Module):
         key = f"{grid_sizes} {cells[0].device} {cells[0].dtype}"
         entry = self._cache.get(key)
         if entry is None or any(x._version != version for x, version in entry):
-            # Made under inference mode they could not take part in a later training step.
+            # Tensors created in inference mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 anchors = [
-                    _shifted(cell, size, stride, self.offset)
+                    _shift_anchors(cell, size, stride, self.offset)
                     for cell, size, stride in zip(cells, grid_sizes, self.strides, strict=True)
                 ]
             self._cache[key] = entry = [(x, x._version) for x in anchors]
@@ -169,7 +167,7 @@ class BufferList(nn.Module):
 
 
 def _one_per_level(params: Sequence, num_levels: int, name: str) -> list:
-    """Repeat a single list of anchor parameters for every level, or check that there is one for each."""
+    """Repeats a single list of anchor parameters for every level, or checks that there is one for each."""
     assert isinstance(params, Sequence) and len(params) > 0, f"anchor {name} must be a list, got {params!r}"
     if not isinstance(params[0], Sequence):
         params = [params]
@@ -182,7 +180,7 @@ def _one_per_level(params: Sequence, num_levels: int, name: str) -> list:
     return list(params)
 
 
-def _shifted(cell: torch.Tensor, size: tuple[int, int], stride: int, offset: float) -> torch.Tensor:
+def _shift_anchors(cell: torch.Tensor, size: tuple[int, int], stride: int, offset: float) -> torch.Tensor:
     """Copies of the `cell` anchors (A, 4) at every point of a (H, W) grid: (H * W * A, 4)."""
     height, width = size
     y = (torch.arange(height, dtype=cell.dtype, device=cell.device) + offset) * stride

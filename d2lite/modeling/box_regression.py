@@ -9,15 +9,14 @@ from torchvision.ops import generalized_box_iou_loss
 from d2lite.layers import ciou_loss, diou_loss
 from d2lite.structures import Boxes
 
-# exp() of a larger predicted scale is never useful: a box 1000 / 16 times its source exceeds any image.
+# Limits exp() of the predicted scale, because a box 1000 / 16 times its source exceeds any image.
 _DEFAULT_SCALE_CLAMP = math.log(1000.0 / 16)
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 
 class Box2BoxTransform:
-    """
-    The R-CNN parametrisation (dx, dy, dw, dh) of arXiv 1311.2524, appendix C: shift of the centre in units of
+    """The R-CNN parametrization (dx, dy, dw, dh) of arXiv 1311.2524, appendix C: shift of the center in units of
     the source's width and height, and logarithm of the ratio of widths and heights, each times a weight.
     """
 
@@ -32,12 +31,11 @@ class Box2BoxTransform:
         self.scale_clamp = scale_clamp
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """
-        The deltas (N, 4) for which `apply_deltas(deltas, src_boxes) == target_boxes`; both are (N, 4) XYXY.
+        """The deltas (N, 4) for which `apply_deltas(deltas, src_boxes) == target_boxes`; both are (N, 4) XYXY.
 
         Raises:
-            AssertionError: a source box has no width or height (not looked for on a GPU, which would have to
-                wait; the deltas are not finite then).
+            AssertionError: if a source box has no width or height (not checked on a GPU, which would
+                need a synchronization; the deltas are not finite then).
         """
         assert isinstance(src_boxes, torch.Tensor), type(src_boxes)
         assert isinstance(target_boxes, torch.Tensor), type(target_boxes)
@@ -50,11 +48,10 @@ class Box2BoxTransform:
         shift = (target_center - src_center) / src_size
         scale = torch.log(target_size / src_size)
         wx, wy, ww, wh = self.weights
-        return torch.cat([_times(shift, wx, wy), _times(scale, ww, wh)], dim=1)
+        return torch.cat([_scale_pairs(shift, wx, wy), _scale_pairs(scale, ww, wh)], dim=1)
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
-        Decode predictions.
+        """Decodes predictions.
 
         Args:
             deltas: (N, 4 * k), k >= 1 predictions for each box.
@@ -67,14 +64,13 @@ class Box2BoxTransform:
         center, size = _center_and_size(boxes.to(deltas.dtype)[:, None])
         shift, scale = deltas.unflatten(1, (-1, 4)).split(2, dim=2)
         wx, wy, ww, wh = self.weights
-        new_center = center + _times(shift, 1 / wx, 1 / wy) * size
-        half = 0.5 * size * _times(scale, 1 / ww, 1 / wh).clamp(max=self.scale_clamp).exp()
+        new_center = center + _scale_pairs(shift, 1 / wx, 1 / wy) * size
+        half = 0.5 * size * _scale_pairs(scale, 1 / ww, 1 / wh).clamp(max=self.scale_clamp).exp()
         return torch.cat([new_center - half, new_center + half], dim=2).flatten(1)
 
 
 class Box2BoxTransformLinear:
-    """
-    Distances (left, top, right, bottom) from the centre of the source box to the sides of the target, as in
+    """Distances (left, top, right, bottom) from the center of the source box to the sides of the target, as in
     FCOS (arXiv 1904.01355, equation 1).
     """
 
@@ -87,9 +83,8 @@ class Box2BoxTransformLinear:
         self.normalize_by_size = normalize_by_size
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """
-        The distances (N, 4), one row for each of the (N, 4) XYXY source and target boxes. They are negative
-        where the centre of the source is outside the target.
+        """The distances (N, 4), one row for each of the (N, 4) XYXY source and target boxes. They are negative
+        where the center of the source is outside the target.
         """
         assert isinstance(src_boxes, torch.Tensor), type(src_boxes)
         assert isinstance(target_boxes, torch.Tensor), type(target_boxes)
@@ -98,8 +93,7 @@ class Box2BoxTransformLinear:
         return deltas / size.repeat(1, 2) if self.normalize_by_size else deltas
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
-        Decode predictions.
+        """Decodes predictions.
 
         Args:
             deltas: (N, 4 * k), k >= 1 predictions for each box; negative distances count as 0.
@@ -116,13 +110,13 @@ class Box2BoxTransformLinear:
         return torch.cat([center - before, center + after], dim=2).flatten(1)
 
 
-def _times(pairs: torch.Tensor, x: float, y: float) -> torch.Tensor:
-    """Multiply pairs (..., 2) by (x, y), without a tensor of factors: copying it to a GPU would block."""
+def _scale_pairs(pairs: torch.Tensor, x: float, y: float) -> torch.Tensor:
+    """Multiplies pairs (..., 2) by (x, y), without a tensor of factors: copying it to a GPU would block."""
     return pairs * x if x == y else torch.stack([pairs[..., 0] * x, pairs[..., 1] * y], dim=-1)
 
 
 def _center_and_size(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres (..., 2) and (width, height) (..., 2) of XYXY boxes (..., 4)."""
+    """Centers (..., 2) and (width, height) (..., 2) of XYXY boxes (..., 4)."""
     corner, opposite = boxes.split(2, dim=-1)
     size = opposite - corner
     return corner + 0.5 * size, size
@@ -137,8 +131,7 @@ def _dense_box_regression_loss(
     box_reg_loss_type: str = "smooth_l1",
     smooth_l1_beta: float = 0.0,
 ) -> torch.Tensor:
-    """
-    Sum of the regression loss over all foreground anchors of a batch, R anchors per image in all levels
+    """Sum of the regression loss over all foreground anchors of a batch, R anchors per image in all levels
     together.
 
     Args:
@@ -154,7 +147,7 @@ def _dense_box_regression_loss(
         A scalar; 0, still connected to the predictions, where nothing is foreground.
 
     Raises:
-        ValueError: unknown loss type.
+        ValueError: for an unknown loss type.
     """
     if box_reg_loss_type != "smooth_l1" and box_reg_loss_type not in _IOU_LOSSES:
         raise ValueError(

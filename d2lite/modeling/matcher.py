@@ -4,17 +4,16 @@ import torch
 
 
 class Matcher:
-    """
-    Assigns at most one ground-truth element to each prediction.
+    """Assigns at most one ground-truth element to each prediction.
 
-    Each prediction takes the ground truth that it overlaps most; the height of that overlap gives it a label,
+    Each prediction takes the ground truth that it overlaps most; the size of that overlap determines its label,
     e.g. 1 (foreground), 0 (background) or -1 (ignored).
     """
 
     def __init__(self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False) -> None:
         """
         Args:
-            thresholds: increasing positive limits t_1 < ... < t_k that cut the qualities into k + 1 intervals
+            thresholds: increasing positive limits t_1 < ... < t_k that split the qualities into k + 1 intervals
                 [-inf, t_1), [t_1, t_2), ..., [t_k, inf).
             labels: the label (-1, 0 or 1) of each interval; k + 1 of them.
             allow_low_quality_matches: also label 1 every prediction that no other prediction beats for some
@@ -59,6 +58,7 @@ class Matcher:
         for i in range(len(self.thresholds)):
             labels.masked_fill_(quality >= self.thresholds[i], self.labels[i + 1])
         if self.allow_low_quality_matches:
+            # Compared for equality, so that all predictions that tie for the best overlap are labeled.
             best_of_ground_truth = match_quality_matrix.max(dim=1, keepdim=True)[0]
             labels.masked_fill_((match_quality_matrix == best_of_ground_truth).any(dim=0), 1)
         return matches, labels

@@ -22,12 +22,12 @@ class ROIPooler(nn.Module):
             (1/4, 1/8, 1/16).
         sampling_ratio: sampling points per bin and axis in ROIAlign; 0 means as many as the bin has pixels.
         pooler_type: "ROIAlign", "ROIAlignV2" (half-pixel shift corrected) or "ROIPool".
-        canonical_box_size: side in pixels of the box that is pooled from ``canonical_level``.
+        canonical_box_size: side in pixels of the box that is pooled from `canonical_level`.
         canonical_level: log2 of the stride of that level.
 
     Raises:
-        ValueError: the scales are no pyramid, or the pooler type is unknown.
-        NotImplementedError: the pooler type is for rotated boxes.
+        ValueError: if the scales do not form a pyramid, or the pooler type is unknown.
+        NotImplementedError: if the pooler type is for rotated boxes.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ROIPooler(nn.Module):
         )
 
     def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
-        """Pool all boxes of all images.
+        """Pools all boxes of all images.
 
         Args:
             x: one (N, C, H, W) feature map per scale.
@@ -77,7 +77,7 @@ class ROIPooler(nn.Module):
         levels = assign_boxes_to_levels(
             box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
         ).to(rois.device)
-        # Sorting by level waits for the device once, for the counts, instead of once per level.
+        # Sorting by level synchronizes with the device once, for the counts, instead of once per level.
         order = torch.argsort(levels, stable=True)
         counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0)
         parts = rois[order].split(_sizes(counts))
@@ -97,7 +97,7 @@ def assign_boxes_to_levels(
     """Level of each box by its size, equation 1 of the FPN paper.
 
     Returns:
-        (M,) int64, 0 for ``min_level`` and ``max_level - min_level`` for the coarsest.
+        (M,) int64, 0 for `min_level` and `max_level - min_level` for the coarsest.
     """
     if len(box_lists) == 0:
         return torch.zeros(0, dtype=torch.int64)
@@ -119,7 +119,7 @@ def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> torch.Tensor:
 
 
 def _sizes(counts: torch.Tensor) -> list[int]:
-    """Read integers from the device; a trace keeps them as tensors, so that it holds for other inputs."""
+    """Copies integers from the device; a trace keeps them as tensors, so that it is valid for other inputs."""
     if not torch.jit.is_scripting() and torch.jit.is_tracing():
         return list(counts.unbind())
     sizes: list[int] = counts.tolist()

@@ -1,4 +1,4 @@
-"""Maps predictions from the resolution of the network input to the resolution that the user asked for."""
+"""Maps predictions from the resolution of the network input to the requested resolution."""
 
 import torch
 from torch.nn import functional as F
@@ -10,8 +10,7 @@ from d2lite.structures import Instances
 def detector_postprocess(
     results: Instances, output_height: int, output_width: int, mask_threshold: float = 0.5
 ) -> Instances:
-    """
-    Scale the boxes of one image to the output size, clip them, drop those that become empty, and paste the
+    """Scales the boxes of one image to the output size, clips them, drops those that become empty, and pastes the
     masks.
 
     Args:
@@ -23,7 +22,7 @@ def detector_postprocess(
 
     Returns:
         New Instances of image size (output_height, output_width); `pred_masks` becomes (N, H, W) bool.
-        `results` is left as it was.
+        `results` is not changed.
     """
     height, width = int(output_height), int(output_width)
     scale_x, scale_y = width / results.image_size[1], height / results.image_size[0]
@@ -47,8 +46,7 @@ def detector_postprocess(
 def sem_seg_postprocess(
     result: torch.Tensor, img_size: tuple[int, int], output_height: int, output_width: int
 ) -> torch.Tensor:
-    """
-    Remove the padding from per-pixel predictions and resize them to the output size.
+    """Removes the padding from per-pixel predictions and resizes them to the output size.
 
     Args:
         result: (C, H, W) logits at the padded input resolution.

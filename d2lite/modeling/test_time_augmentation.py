@@ -29,12 +29,11 @@ __all__ = ["DatasetMapperTTA", "GeneralizedRCNNWithTTA"]
 
 
 class GeneralizedRCNNWithTTA(nn.Module):
-    """
-    A :class:`GeneralizedRCNN` that sees every image at several scales, each plain and flipped. Boxes of all
+    """A `GeneralizedRCNN` that sees every image at several scales, each plain and flipped. Boxes of all
     versions go through one non-maximum suppression; masks are predicted for the result in every version, and
     averaged.
 
-    Takes and returns what :meth:`GeneralizedRCNN.forward` does in inference.
+    Takes and returns what `GeneralizedRCNN.forward` does in inference.
     """
 
     def __init__(
@@ -67,9 +66,9 @@ class GeneralizedRCNNWithTTA(nn.Module):
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections {"instances": Instances} of each input dict, which needs "image" or "file_name"."""
-        return [self._inference_one_image(self._complete(x)) for x in batched_inputs]
+        return [self._inference_one_image(self._with_image(x)) for x in batched_inputs]
 
-    def _complete(self, x: dict) -> dict:
+    def _with_image(self, x: dict) -> dict:
         x = copy.copy(x)
         if "image" not in x:
             image = read_image(x["file_name"], self.model.input_format)
@@ -135,7 +134,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
 
 
 class DatasetMapperTTA:
-    """Makes versions of an image at several scales, each also flipped if wanted."""
+    """Makes versions of an image at several scales, each also flipped on request."""
 
     @configurable
     def __init__(self, min_sizes: list[int], max_size: int, flip: bool) -> None:
@@ -186,7 +185,7 @@ class DatasetMapperTTA:
 
 @contextmanager
 def _without_masks(roi_heads: nn.Module) -> Iterator[None]:
-    """Switch the mask branch off for a while."""
+    """Disables the mask branch within the context."""
     mask_on = getattr(roi_heads, "mask_on", False)
     if not mask_on:
         yield

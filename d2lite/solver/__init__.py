@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules built from the SOLVER node of the config."""
+"""Optimizers and learning-rate schedules built from the SOLVER node of the config."""
 
 from d2lite.solver.build import (
     GradientClipType,

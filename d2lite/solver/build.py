@@ -1,4 +1,4 @@
-"""From the SOLVER node of the config to an optimiser and its learning-rate schedule."""
+"""From the SOLVER node of the config to an optimizer and its learning-rate schedule."""
 
 import logging
 import math
@@ -38,15 +38,14 @@ NORM_MODULES = (
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """
-    Build SGD with the per-parameter rules and the gradient clipping of ``cfg.SOLVER``.
+    """Builds SGD with the per-parameter rules and the gradient clipping of `cfg.SOLVER`.
 
     Args:
-        cfg: reads ``SOLVER.{BASE_LR, MOMENTUM, NESTEROV, WEIGHT_DECAY*, BIAS_LR_FACTOR, CLIP_GRADIENTS}``.
-        model: its trainable parameters are optimised, each once.
+        cfg: reads `SOLVER.{BASE_LR, MOMENTUM, NESTEROV, WEIGHT_DECAY*, BIAS_LR_FACTOR, CLIP_GRADIENTS}`.
+        model: its trainable parameters are optimized, each once.
 
     Returns:
-        SGD with one parameter group per distinct set of hyper-parameters.
+        SGD with one parameter group per distinct set of hyperparameters.
     """
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
@@ -79,31 +78,30 @@ def get_default_optimizer_params(
     lr_factor_func: Callable[[str], float] | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """
-    Sort the trainable parameters of a model into groups for any ``torch.optim`` optimiser.
+    """Sorts the trainable parameters of a model into groups for any `torch.optim` optimizer.
 
-    The rules apply in this order, later ones win: ``base_lr`` and ``weight_decay``; ``weight_decay_norm``;
-    ``lr_factor_func``; ``overrides`` (which the two bias arguments are short for).
+    The rules apply in this order, later ones win: `base_lr` and `weight_decay`; `weight_decay_norm`;
+    `lr_factor_func`; `overrides` (which the two bias arguments are short for).
 
     Args:
         model: parameters that are shared between modules are taken once, frozen ones are left out.
-        base_lr: learning rate; None leaves it to the optimiser.
-        weight_decay: weight decay; None leaves it to the optimiser.
-        weight_decay_norm: weight decay of the parameters of normalisation layers.
-        bias_lr_factor: multiplies ``base_lr`` for parameters named "bias".
+        base_lr: learning rate; None leaves it to the optimizer.
+        weight_decay: weight decay; None leaves it to the optimizer.
+        weight_decay_norm: weight decay of the parameters of normalization layers.
+        bias_lr_factor: multiplies `base_lr` for parameters named "bias".
         weight_decay_bias: weight decay for parameters named "bias".
-        lr_factor_func: maps a full parameter name to a factor on ``base_lr``.
-        overrides: last component of a parameter name -> hyper-parameters, such as ``{"bias": {"lr": 0.1}}``.
+        lr_factor_func: maps a full parameter name to a factor on `base_lr`.
+        overrides: last component of a parameter name -> hyperparameters, such as `{"bias": {"lr": 0.1}}`.
 
     Returns:
-        One ``{"params": [...], hyper-parameter: value, ...}`` per distinct set of hyper-parameters.
+        One `{"params": [...], hyperparameter: value, ...}` per distinct set of hyperparameters.
 
     Raises:
-        ValueError: if a learning-rate factor is given without ``base_lr``, or bias rules are given twice.
+        ValueError: if a learning-rate factor is given without `base_lr`, or bias rules are given twice.
     """
     if lr_factor_func is not None and base_lr is None:
         raise ValueError("lr_factor_func scales base_lr, but base_lr is not given.")
-    defaults = _given(lr=base_lr, weight_decay=weight_decay)
+    defaults = _drop_none(lr=base_lr, weight_decay=weight_decay)
     overrides = _add_bias_rules(dict(overrides or {}), base_lr, bias_lr_factor, weight_decay_bias)
 
     groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
@@ -123,7 +121,7 @@ def get_default_optimizer_params(
     return [{"params": params, **hyper} for hyper, params in groups]
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _drop_none(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -133,7 +131,7 @@ def _add_bias_rules(
     lr_factor: float | None,
     weight_decay: float | None,
 ) -> dict[str, dict[str, Any]]:
-    bias: dict[str, Any] = _given(weight_decay=weight_decay)
+    bias: dict[str, Any] = _drop_none(weight_decay=weight_decay)
     if lr_factor is not None and lr_factor != 1.0:
         if base_lr is None:
             raise ValueError("bias_lr_factor scales base_lr, but base_lr is not given.")
@@ -159,15 +157,14 @@ def _add_to_group(
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """
-    Build the schedule named by ``SOLVER.LR_SCHEDULER_NAME``, with warm-up; step it once per iteration.
+    """Builds the schedule named by `SOLVER.LR_SCHEDULER_NAME`, with warmup, to be stepped once per iteration.
 
     Args:
-        cfg: ``SOLVER.LR_SCHEDULER_NAME`` is WarmupMultiStepLR, WarmupCosineLR or WarmupStepWithFixedGammaLR.
+        cfg: `SOLVER.LR_SCHEDULER_NAME` is WarmupMultiStepLR, WarmupCosineLR or WarmupStepWithFixedGammaLR.
         optimizer: its present learning rates are the base that the schedule multiplies.
 
     Raises:
-        ValueError: if the name is unknown or ``BASE_LR_END`` is not between 0 and ``BASE_LR``.
+        ValueError: if the name is unknown or `BASE_LR_END` is not between 0 and `BASE_LR`.
     """
     name = cfg.SOLVER.LR_SCHEDULER_NAME
     if name not in _SCHEDULES:
@@ -200,7 +197,7 @@ def _cosine(solver: CfgNode) -> ParamScheduler:
 
 def _fixed_gamma(solver: CfgNode) -> ParamScheduler:
     # fvcore's scheduler for equal steps has no value at the very end, which the step after the last
-    # iteration asks for; the same steps as milestones have one.
+    # iteration needs; the same steps as milestones have one.
     parts, total = solver.NUM_DECAYS + 1, solver.MAX_ITER
     return MultiStepParamScheduler(
         values=[solver.GAMMA**k for k in range(parts)],

@@ -1,4 +1,4 @@
-"""Gradient clipping per parameter, as part of the optimiser's step, for any torch optimiser."""
+"""Gradient clipping per parameter, as part of the optimizer's step, for any torch optimizer."""
 
 from collections.abc import Callable
 from enum import Enum
@@ -14,24 +14,23 @@ OptimizerOrClass = TypeVar("OptimizerOrClass", torch.optim.Optimizer, type[torch
 
 
 class GradientClipType(Enum):
-    """What ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be."""
+    """Values of `SOLVER.CLIP_GRADIENTS.CLIP_TYPE`."""
 
     VALUE = "value"
     NORM = "norm"
 
 
 def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: OptimizerOrClass) -> OptimizerOrClass:
-    """
-    Make an optimiser clip every parameter's gradient before it steps, if ``SOLVER.CLIP_GRADIENTS.ENABLED``.
+    """Makes an optimizer clip every parameter's gradient before it steps, if `SOLVER.CLIP_GRADIENTS.ENABLED`.
 
-    Under mixed precision the gradients are unscaled before ``step`` is called, so true gradients are clipped.
+    Under mixed precision the gradients are unscaled before `step` is called, so true gradients are clipped.
 
     Args:
-        cfg: reads ``SOLVER.CLIP_GRADIENTS.{ENABLED, CLIP_TYPE, CLIP_VALUE, NORM_TYPE}``.
-        optimizer: an optimiser, changed in place, or an optimiser class, which is subclassed.
+        cfg: reads `SOLVER.CLIP_GRADIENTS.{ENABLED, CLIP_TYPE, CLIP_VALUE, NORM_TYPE}`.
+        optimizer: an optimizer, changed in place, or an optimizer class, which is subclassed.
 
     Returns:
-        The optimiser or class; its class name gains the ending "WithGradientClip". Instances can be pickled.
+        The optimizer or class; its class name gains the ending "WithGradientClip". Instances can be pickled.
     """
     if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         return optimizer
@@ -55,13 +54,13 @@ def _build_clip(options: CfgNode) -> Clip:
 
 
 def clip_each_value_(grads: list[torch.Tensor], limit: float) -> None:
-    """Clamp every element of every gradient to [-limit, limit], in place."""
+    """Clamps every element of every gradient to [-limit, limit], in place."""
     torch._foreach_clamp_min_(grads, -limit)
     torch._foreach_clamp_max_(grads, limit)
 
 
 def clip_each_norm_(grads: list[torch.Tensor], limit: float, norm_type: float) -> None:
-    """Scale every gradient whose own norm is above ``limit`` down to it, in place."""
+    """Scales every gradient whose own norm is above `limit` down to it, in place."""
     factors = torch._foreach_norm(grads, norm_type)
     torch._foreach_add_(factors, 1e-6)
     torch._foreach_reciprocal_(factors)
@@ -71,7 +70,7 @@ def clip_each_norm_(grads: list[torch.Tensor], limit: float, norm_type: float) -
 
 
 class _ClippingStep:
-    """Mix-in that clips before the step of the optimiser class after it."""
+    """Mixin that clips before the step of the optimizer class after it."""
 
     _base: type[torch.optim.Optimizer]
     _clip: Clip
@@ -89,7 +88,7 @@ class _ClippingStep:
 
         return super().step(clipped_closure)
 
-    # The base class's step runs the optimiser's hooks; without the mark they would run here as well.
+    # The base class's step runs the optimizer's hooks; without the mark they would run here as well.
     step.hooked = True
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: fvcore's schedules with warm-up, driven by the iteration number."""
+"""Learning-rate schedules: fvcore's schedules with warmup, driven by the iteration number."""
 
 import math
 from bisect import bisect_right
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class WarmupParamScheduler(CompositeParamScheduler):
-    """A schedule whose first part is replaced by a warm-up."""
+    """A schedule whose first part is replaced by a warmup."""
 
     def __init__(
         self,
@@ -28,15 +28,15 @@ class WarmupParamScheduler(CompositeParamScheduler):
     ) -> None:
         """
         Args:
-            scheduler: the schedule after the warm-up.
-            warmup_factor: the warm-up starts at this times the schedule's first value.
-            warmup_length: length of the warm-up relative to the training, in [0, 1].
+            scheduler: the schedule after the warmup.
+            warmup_factor: the warmup starts at this times the schedule's first value.
+            warmup_length: length of the warmup relative to the training, in [0, 1].
             warmup_method: "linear", up to the value where the schedule goes on, or "constant".
             rescale_interval: False cuts off the schedule's beginning; True squeezes the whole
-                schedule into what follows the warm-up.
+                schedule into what follows the warmup.
 
         Raises:
-            ValueError: if ``warmup_method`` is unknown.
+            ValueError: if `warmup_method` is unknown.
         """
         start = warmup_factor * scheduler(0.0)
         end = scheduler(0.0) if rescale_interval else scheduler(warmup_length)
@@ -54,8 +54,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
 
 
 class LRMultiplier(LRScheduler):
-    """
-    Multiplies each group's initial learning rate by a schedule; ``step()`` is called once per iteration.
+    """Multiplies each group's initial learning rate by a schedule; `step()` is called once per iteration.
 
     Unlike most torch schedulers it saves only its position, so a resumed run may change the schedule.
     """
@@ -75,7 +74,7 @@ class LRMultiplier(LRScheduler):
             last_iter: the last iteration done, -1 for none.
 
         Raises:
-            ValueError: if ``multiplier`` is not a ``ParamScheduler``.
+            ValueError: if `multiplier` is not a `ParamScheduler`.
         """
         if not isinstance(multiplier, ParamScheduler):
             raise ValueError(f"multiplier must be an fvcore ParamScheduler, not {type(multiplier).__name__}.")
@@ -84,17 +83,17 @@ class LRMultiplier(LRScheduler):
         super().__init__(optimizer, last_epoch=last_iter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base learning rates and the position; the schedule itself comes from the config."""
+        """Returns the base learning rates and the position; the schedule itself comes from the config."""
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
     def get_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group for the present iteration."""
+        """Returns the learning rate of each parameter group for the present iteration."""
         factor = self._multiplier(self.last_epoch / self._max_iter)
         return [base_lr * factor for base_lr in self.base_lrs]
 
 
 class _WarmupLR(LRScheduler):
-    """Warm-up multiplied with a decay, which subclasses define. Older interface; see :class:`LRMultiplier`."""
+    """Warmup multiplied with a decay, which subclasses define. Older interface; see `LRMultiplier`."""
 
     def __init__(
         self,
@@ -108,12 +107,12 @@ class _WarmupLR(LRScheduler):
         Args:
             optimizer: its groups' present learning rates are the base.
             warmup_factor: factor at iteration 0.
-            warmup_iters: number of warm-up iterations.
+            warmup_iters: number of warmup iterations.
             warmup_method: "linear" or "constant".
             last_epoch: the last iteration done, -1 for none.
 
         Raises:
-            ValueError: if ``warmup_method`` is unknown.
+            ValueError: if `warmup_method` is unknown.
         """
         self.warmup_factor = warmup_factor
         self.warmup_iters = warmup_iters
@@ -121,7 +120,7 @@ class _WarmupLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group for the present iteration."""
+        """Returns the learning rate of each parameter group for the present iteration."""
         factor = _warmup_at(self.last_epoch, self.warmup_iters, self.warmup_factor, self.warmup_method)
         factor *= self._decay(self.last_epoch)
         return [base_lr * factor for base_lr in self.base_lrs]
@@ -131,7 +130,7 @@ class _WarmupLR(LRScheduler):
 
 
 class WarmupMultiStepLR(_WarmupLR):
-    """Warm-up, then a decay by ``gamma`` at each milestone."""
+    """Warmup, then a decay by `gamma` at each milestone."""
 
     def __init__(
         self,
@@ -145,7 +144,7 @@ class WarmupMultiStepLR(_WarmupLR):
     ) -> None:
         """
         Args:
-            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see :class:`_WarmupLR`.
+            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see `_WarmupLR`.
             milestones: increasing iteration numbers.
             gamma: factor per milestone.
 
@@ -163,7 +162,7 @@ class WarmupMultiStepLR(_WarmupLR):
 
 
 class WarmupCosineLR(_WarmupLR):
-    """Warm-up multiplied with a half cosine down to 0."""
+    """Warmup multiplied with a half cosine down to 0."""
 
     def __init__(
         self,
@@ -176,7 +175,7 @@ class WarmupCosineLR(_WarmupLR):
     ) -> None:
         """
         Args:
-            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see :class:`_WarmupLR`.
+            optimizer, warmup_factor, warmup_iters, warmup_method, last_epoch: see `_WarmupLR`.
             max_iters: the iteration where the learning rate reaches 0.
         """
         self.max_iters = max_iters

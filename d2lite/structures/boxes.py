@@ -14,7 +14,7 @@ RawBoxes = TypeVar("RawBoxes", list, tuple, np.ndarray, torch.Tensor)
 
 @unique
 class BoxMode(IntEnum):
-    """How the numbers of a box are to be read. "ABS": pixels; "REL": shares of the image's size."""
+    """Encodings of a box. "ABS": pixels; "REL": shares of the image's size."""
 
     XYXY_ABS = 0
     """(x0, y0, x1, y1)"""
@@ -29,8 +29,7 @@ class BoxMode(IntEnum):
 
     @staticmethod
     def convert(box: RawBoxes, from_mode: "BoxMode", to_mode: "BoxMode") -> RawBoxes:
-        """
-        Convert boxes between the absolute formats.
+        """Converts boxes between the absolute formats.
 
         Args:
             box: one box as a list or tuple of k numbers, or boxes as an array or tensor of shape (N, k),
@@ -42,8 +41,8 @@ class BoxMode(IntEnum):
             The converted boxes, of the same type; `box` itself if the modes are equal.
 
         Raises:
-            AssertionError: a format is relative, or the number of coordinates does not fit `from_mode`.
-            NotImplementedError: there is no conversion between these formats.
+            AssertionError: if a format is relative, or the number of coordinates does not fit `from_mode`.
+            NotImplementedError: if there is no conversion between these formats.
         """
         if from_mode == to_mode:
             return box
@@ -67,7 +66,7 @@ class BoxMode(IntEnum):
 
 
 def _convert_coordinates(c: Sequence, from_mode: BoxMode, to_mode: BoxMode) -> list:
-    """Convert a sequence of coordinates, each a number or a tensor of shape (N,)."""
+    """Converts a sequence of coordinates, each a number or a tensor of shape (N,)."""
     if from_mode == BoxMode.XYXY_ABS and to_mode == BoxMode.XYWH_ABS:
         return [c[0], c[1], c[2] - c[0], c[3] - c[1]]
     if from_mode == BoxMode.XYWH_ABS and to_mode == BoxMode.XYXY_ABS:
@@ -88,8 +87,7 @@ def _convert_coordinates(c: Sequence, from_mode: BoxMode, to_mode: BoxMode) -> l
 
 
 class Boxes:
-    """
-    Boxes of one image, stored as one float32 tensor.
+    """Boxes of one image, stored as one float32 tensor.
 
     Attributes:
         tensor: (N, 4), each row (x0, y0, x1, y1) in pixels.
@@ -98,7 +96,7 @@ class Boxes:
     def __init__(self, tensor: torch.Tensor) -> None:
         """
         Args:
-            tensor: (N, 4), or what :func:`torch.as_tensor` takes. Without elements it becomes (0, 4).
+            tensor: (N, 4), or what `torch.as_tensor` takes. Without elements it becomes (0, 4).
         """
         if not isinstance(tensor, torch.Tensor):
             tensor = torch.as_tensor(tensor)
@@ -109,20 +107,20 @@ class Boxes:
         self.tensor = tensor
 
     def clone(self) -> "Boxes":
-        """Return a copy with its own memory."""
+        """Returns a copy with its own memory."""
         return Boxes(self.tensor.clone())
 
     def to(self, device: torch.device) -> "Boxes":
-        """Return these boxes on another device."""
+        """Returns these boxes on another device."""
         return Boxes(self.tensor.to(device=device))
 
     def area(self) -> torch.Tensor:
-        """Return the areas, (N,), in square pixels."""
+        """Returns the areas, (N,), in square pixels."""
         x0, y0, x1, y1 = self.tensor.unbind(1)
         return (x1 - x0) * (y1 - y0)
 
     def clip(self, box_size: tuple[int, int]) -> None:
-        """Limit the boxes, in place, to an image of size (height, width)."""
+        """Clips the boxes, in place, to an image of size (height, width)."""
         height, width = box_size
         x0, y0, x1, y1 = self.tensor.unbind(1)
         self.tensor = torch.stack(
@@ -130,12 +128,11 @@ class Boxes:
         )
 
     def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
-        """Return (N,) booleans: both sides are longer than `threshold` pixels."""
+        """Returns (N,) booleans: both sides are longer than `threshold` pixels."""
         return ((self.tensor[:, 2:] - self.tensor[:, :2]) > threshold).all(dim=1)
 
     def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
-        """
-        Return (N,) booleans: the box exceeds a reference box at (0, 0) of size (height, width) by less than
+        """Returns (N,) booleans: the box exceeds a reference box at (0, 0) of size (height, width) by less than
         `boundary_threshold` pixels at its right and lower end, and at most that at its left and upper end.
         """
         height, width = box_size
@@ -144,18 +141,18 @@ class Boxes:
         return (x0 >= -margin) & (y0 >= -margin) & (x1 < width + margin) & (y1 < height + margin)
 
     def get_centers(self) -> torch.Tensor:
-        """Return the centres, (N, 2), as (x, y)."""
+        """Returns the centers, (N, 2), as (x, y)."""
         return (self.tensor[:, :2] + self.tensor[:, 2:]) / 2
 
     def scale(self, scale_x: float, scale_y: float) -> None:
-        """Multiply the coordinates, in place."""
+        """Multiplies the coordinates, in place."""
         self.tensor[:, 0::2] *= scale_x
         self.tensor[:, 1::2] *= scale_y
 
     @classmethod
     @torch.jit.unused
     def cat(cls, boxes_list: list["Boxes"]) -> "Boxes":
-        """Concatenate; an empty list gives no boxes."""
+        """Concatenates; an empty list gives no boxes."""
         assert isinstance(boxes_list, (list, tuple)), f"Boxes.cat takes a list, not {type(boxes_list)}"
         assert all(isinstance(boxes, Boxes) for boxes in boxes_list), "Boxes.cat takes a list of Boxes"
         if not boxes_list:
@@ -171,7 +168,7 @@ class Boxes:
         """
         Args:
             item: an integer (one box is left), a slice, or a boolean or integer tensor of one dimension.
-                (It has no annotation because TorchScript knows no slices.)
+                (It has no annotation because TorchScript does not support slices.)
 
         Returns:
             The selected boxes. They may share memory with these.
@@ -185,10 +182,10 @@ class Boxes:
     def __len__(self) -> int:
         return self.tensor.shape[0]
 
-    # Without annotation: TorchScript knows no iterators, and reads those of unused methods too.
+    # Without annotation: TorchScript does not support iterators, and reads annotations of unused methods too.
     @torch.jit.unused
     def __iter__(self):  # type: ignore[no-untyped-def]
-        """Iterate over the rows of the tensor, each of shape (4,)."""
+        """Iterates over the rows of the tensor, each of shape (4,)."""
         return iter(self.tensor)
 
     def __repr__(self) -> str:
@@ -202,7 +199,7 @@ def _overlap(lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
 
 
 def pairwise_intersection(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """Return the areas shared by each of N and each of M boxes, (N, M), in square pixels."""
+    """Returns the areas shared by each of N and each of M boxes, (N, M), in square pixels."""
     a, b = boxes1.tensor[:, None], boxes2.tensor[None]
     return _overlap(torch.max(a[..., :2], b[..., :2]), torch.min(a[..., 2:], b[..., 2:]))
 
@@ -213,18 +210,18 @@ def _ratio(intersection: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 
 def pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """Return intersection over union of each of N and each of M boxes, (N, M), in [0, 1]."""
+    """Returns intersection over union of each of N and each of M boxes, (N, M), in [0, 1]."""
     intersection = pairwise_intersection(boxes1, boxes2)
     return _ratio(intersection, boxes1.area()[:, None] + boxes2.area() - intersection)
 
 
 def pairwise_ioa(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """Return intersection over the area of `boxes2` of each of N and each of M boxes, (N, M), in [0, 1]."""
+    """Returns intersection over the area of `boxes2` of each of N and each of M boxes, (N, M), in [0, 1]."""
     return _ratio(pairwise_intersection(boxes1, boxes2), boxes2.area())
 
 
 def matched_pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """Return intersection over union of the i-th boxes of two lists of N, (N,), in [0, 1]."""
+    """Returns intersection over union of the i-th boxes of two lists of N, (N,), in [0, 1]."""
     assert len(boxes1) == len(boxes2), (
         f"matched_pairwise_iou needs as many boxes in both lists, not {len(boxes1)} and {len(boxes2)}"
     )
@@ -234,8 +231,7 @@ def matched_pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
 
 
 def pairwise_point_box_distance(points: torch.Tensor, boxes: Boxes) -> torch.Tensor:
-    """
-    Return the distances of P points to the sides of M boxes, in pixels.
+    """Returns the distances of P points to the sides of M boxes, in pixels.
 
     Args:
         points: (P, 2), each (x, y).

@@ -8,8 +8,7 @@ from torch import device
 
 
 class ImageList:
-    """
-    A batch of images, padded at the right and the bottom to a common size.
+    """A batch of images, padded at the right and the bottom to a common size.
 
     Attributes:
         tensor: (N, H, W) or (N, C, H, W).
@@ -27,8 +26,7 @@ class ImageList:
         pad_value: float = 0.0,
         padding_constraints: dict[str, int] | None = None,
     ) -> "ImageList":
-        """
-        Pad images and stack them.
+        """Pads images and stacks them.
 
         Args:
             tensors: images of shape (H_i, W_i) or (C, H_i, W_i), with the same C.
@@ -61,7 +59,7 @@ class ImageList:
 
     @torch.jit.unused
     def to(self, *args: Any, **kwargs: Any) -> "ImageList":
-        """Return the batch with its tensor moved or cast, as by :meth:`torch.Tensor.to`."""
+        """Returns the batch with its tensor moved or cast, as by `torch.Tensor.to`."""
         return ImageList(self.tensor.to(*args, **kwargs), self.image_sizes)
 
     @property
@@ -73,7 +71,7 @@ class ImageList:
         return len(self.image_sizes)
 
     def __getitem__(self, idx: int) -> torch.Tensor:
-        """Return image `idx` without its padding, (H_i, W_i) or (C, H_i, W_i)."""
+        """Returns image `idx` without its padding, (H_i, W_i) or (C, H_i, W_i)."""
         height, width = self.image_sizes[idx]
         return self.tensor[idx, ..., :height, :width]
 

@@ -7,12 +7,11 @@ import torch
 
 
 class Instances:
-    """
-    Labels or predictions of the instances in one image.
+    """Labels or predictions of the instances in one image.
 
     Fields are set and read as attributes. All have the same length N; indexing selects from all of them.
 
-    .. code-block:: python
+    Example::
 
         instances = Instances((480, 640))
         instances.gt_boxes = Boxes(...)
@@ -48,7 +47,7 @@ class Instances:
         return self._fields[name]
 
     def set(self, name: str, value: Any) -> None:
-        """Set a field. Raises AssertionError if its length is not that of the fields there are."""
+        """Sets a field. Raises AssertionError if its length is not that of the fields there are."""
         if self._fields:
             assert len(self) == len(value), (
                 f"Cannot add field '{name}' of length {len(value)} to Instances of length {len(self)}"
@@ -56,23 +55,23 @@ class Instances:
         self._fields[name] = value
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a field."""
+        """Returns whether there is such a field."""
         return name in self._fields
 
     def remove(self, name: str) -> None:
-        """Delete a field. Raises KeyError if there is none."""
+        """Deletes a field. Raises KeyError if there is none."""
         del self._fields[name]
 
     def get(self, name: str) -> Any:
-        """Return a field. Raises KeyError if there is none."""
+        """Returns a field. Raises KeyError if there is none."""
         return self._fields[name]
 
     def get_fields(self) -> dict[str, Any]:
-        """Return all fields by name; changing the dict changes the instances."""
+        """Returns all fields by name; changing the dict changes the instances."""
         return self._fields
 
     def to(self, *args: Any, **kwargs: Any) -> "Instances":
-        """Return these instances with every field that has a `to` method moved by it."""
+        """Returns these instances with every field that has a `to` method moved by it."""
         return self._map(lambda value: value.to(*args, **kwargs) if hasattr(value, "to") else value)
 
     def __getitem__(self, item: int | slice | torch.BoolTensor) -> "Instances":
@@ -81,7 +80,7 @@ class Instances:
             item: an integer (one instance is left), or whatever all fields can be indexed with.
 
         Raises:
-            IndexError: an integer is out of range.
+            IndexError: if an integer is out of range.
         """
         if isinstance(item, int):
             if not -len(self) <= item < len(self):
@@ -101,17 +100,16 @@ class Instances:
         raise NotImplementedError("Instances without fields have no length.")
 
     def __iter__(self) -> NoReturn:
-        # Without this, Python would iterate by __getitem__, which is rarely meant and slow.
+        # Without this, Python would iterate by __getitem__, which is slow and rarely intended.
         raise NotImplementedError("Instances are not iterable: index them, or iterate over a field.")
 
     @staticmethod
     def cat(instance_lists: list["Instances"]) -> "Instances":
-        """
-        Concatenate instances of one image, field by field: tensors, lists, and types with a `cat` method.
+        """Concatenates instances of one image, field by field: tensors, lists, and types with a `cat` method.
 
         Raises:
-            ValueError: a field has another type.
-            KeyError: a field of the first is missing in another.
+            ValueError: if a field has another type.
+            KeyError: if a field of the first is missing in another.
         """
         assert len(instance_lists) > 0, "Instances.cat needs at least one Instances"
         assert all(isinstance(i, Instances) for i in instance_lists), "Instances.cat needs Instances only"

@@ -17,17 +17,16 @@ Polygon = np.ndarray | torch.Tensor | Sequence[float]
 """[x0, y0, x1, y1, ...] in pixels."""
 
 MIN_BOX_SIDE = 0.1
-"""Pixels; shorter sides of a box are taken as this long when its content is magnified."""
+"""Minimum side of a box, in pixels, when its content is magnified."""
 
 
 def polygon_area(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the area enclosed by a polygon with corners (x[i], y[i]), by the shoelace formula."""
+    """Returns the area enclosed by a polygon with corners (x[i], y[i]), by the shoelace formula."""
     return 0.5 * abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
 
 
 def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """
-    Rasterise the polygons of one instance as COCO does.
+    """Rasterizes the polygons of one instance as COCO does.
 
     Args:
         polygons: each [x0, y0, x1, y1, ...] in pixels; their union is taken.
@@ -44,8 +43,7 @@ def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> 
 
 
 def rasterize_polygons_within_box(polygons: list[np.ndarray], box: np.ndarray, mask_size: int) -> torch.Tensor:
-    """
-    Rasterise the part of an instance that lies in a box on a square grid, the training target of Mask R-CNN.
+    """Rasterizes the part of an instance that lies in a box on a square grid, the training target of Mask R-CNN.
 
     Args:
         polygons: each [x0, y0, x1, y1, ...] in pixels.
@@ -62,8 +60,7 @@ def rasterize_polygons_within_box(polygons: list[np.ndarray], box: np.ndarray, m
 
 
 class BitMasks:
-    """
-    Masks of N instances as bitmaps of the image's size.
+    """Masks of N instances as bitmaps of the image's size.
 
     Attributes:
         tensor: (N, H, W) booleans.
@@ -81,7 +78,7 @@ class BitMasks:
         self.image_size = tuple(tensor.shape[1:])
 
     def to(self, *args: Any, **kwargs: Any) -> "BitMasks":
-        """Return these masks moved as by :meth:`torch.Tensor.to`."""
+        """Returns these masks moved as by `torch.Tensor.to`."""
         return BitMasks(self.tensor.to(*args, **kwargs))
 
     @property
@@ -104,7 +101,7 @@ class BitMasks:
         return BitMasks(selected)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Iterate over the masks, each (H, W)."""
+        """Iterates over the masks, each (H, W)."""
         yield from self.tensor
 
     def __len__(self) -> int:
@@ -114,14 +111,14 @@ class BitMasks:
         return f"BitMasks(num_instances={len(self)})"
 
     def nonempty(self) -> torch.Tensor:
-        """Return (N,) booleans: the mask has a pixel."""
+        """Returns (N,) booleans: the mask has a pixel."""
         return self.tensor.flatten(1).any(dim=1)
 
     @staticmethod
     def from_polygon_masks(
         polygon_masks: Union["PolygonMasks", list[list[np.ndarray]]], height: int, width: int
     ) -> "BitMasks":
-        """Rasterise polygons, one list per instance, on an image of the given size."""
+        """Rasterizes polygons, one list per instance, on an image of the given size."""
         if isinstance(polygon_masks, PolygonMasks):
             polygon_masks = polygon_masks.polygons
         bitmaps = [polygons_to_bitmask(polygons, height, width) for polygons in polygon_masks]
@@ -129,12 +126,11 @@ class BitMasks:
 
     @staticmethod
     def from_roi_masks(roi_masks: "ROIMasks", boxes: torch.Tensor, height: int, width: int) -> "BitMasks":
-        """Paste masks given within boxes, (N, 4) XYXY, on an image of the given size."""
+        """Pastes masks given within boxes, (N, 4) XYXY, on an image of the given size."""
         return roi_masks.to_bitmasks(boxes, height, width)
 
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
-        """
-        Resample each mask in its box to a square grid with ROIAlign (Mask R-CNN, section 3).
+        """Resamples each mask in its box to a square grid with ROIAlign (Mask R-CNN, section 3).
 
         Args:
             boxes: (N, 4), XYXY in pixels, one per mask.
@@ -151,14 +147,14 @@ class BitMasks:
         return roi_align(masks, rois, (mask_size, mask_size), sampling_ratio=0, aligned=True)[:, 0] >= 0.5
 
     def get_bounding_boxes(self) -> Boxes:
-        """Return the tight boxes around the masks; an empty mask has the box (0, 0, 0, 0)."""
+        """Returns the tight boxes around the masks; an empty mask has the box (0, 0, 0, 0)."""
         x0, x1 = _extent(self.tensor.any(dim=1))
         y0, y1 = _extent(self.tensor.any(dim=2))
         return Boxes(torch.stack((x0, y0, x1, y1), dim=1))
 
     @staticmethod
     def cat(bitmasks_list: list["BitMasks"]) -> "BitMasks":
-        """Concatenate masks of one image size."""
+        """Concatenates masks of one image size."""
         assert isinstance(bitmasks_list, (list, tuple)) and bitmasks_list, "BitMasks.cat takes a list"
         assert all(isinstance(m, BitMasks) for m in bitmasks_list), "BitMasks.cat takes a list of BitMasks"
         return BitMasks(torch.cat([m.tensor for m in bitmasks_list], dim=0))
@@ -173,8 +169,7 @@ def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class PolygonMasks:
-    """
-    Masks of N instances as polygons, kept on the CPU.
+    """Masks of N instances as polygons, kept on the CPU.
 
     Attributes:
         polygons: for each instance a list of polygons, each a float64 array [x0, y0, x1, y1, ...] in pixels.
@@ -186,7 +181,7 @@ class PolygonMasks:
             polygons: for each instance a list of polygons of at least 3 corners, [x0, y0, x1, y1, ...] each.
 
         Raises:
-            ValueError: the lists are not nested like this, or a polygon has too few or an odd number of
+            ValueError: if the lists are not nested like this, or a polygon has too few or an odd number of
                 coordinates.
         """
         if not isinstance(polygons, (list, tuple)):
@@ -194,7 +189,7 @@ class PolygonMasks:
         self.polygons: list[list[np.ndarray]] = [_instance_polygons(i, p) for i, p in enumerate(polygons)]
 
     def to(self, *args: Any, **kwargs: Any) -> "PolygonMasks":
-        """Return these polygons, which have no device."""
+        """Returns these polygons, which have no device."""
         return self
 
     @property
@@ -203,7 +198,7 @@ class PolygonMasks:
         return torch.device("cpu")
 
     def get_bounding_boxes(self) -> Boxes:
-        """Return the tight boxes around the polygons; an instance without any has the box (0, 0, 0, 0)."""
+        """Returns the tight boxes around the polygons; an instance without any has the box (0, 0, 0, 0)."""
         boxes = np.zeros((len(self), 4), dtype=np.float32)
         for box, polygons in zip(boxes, self.polygons):
             if polygons:
@@ -212,7 +207,7 @@ class PolygonMasks:
         return Boxes(torch.from_numpy(boxes))
 
     def nonempty(self) -> torch.Tensor:
-        """Return (N,) booleans: the instance has a polygon."""
+        """Returns (N,) booleans: the instance has a polygon."""
         return torch.tensor([len(polygons) > 0 for polygons in self.polygons], dtype=torch.bool)
 
     def __getitem__(self, item: int | slice | list[int] | torch.Tensor | np.ndarray) -> "PolygonMasks":
@@ -237,7 +232,7 @@ class PolygonMasks:
         return PolygonMasks([self.polygons[i] for i in index])
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
-        """Iterate over the instances, each a list of polygons."""
+        """Iterates over the instances, each a list of polygons."""
         return iter(self.polygons)
 
     def __len__(self) -> int:
@@ -247,8 +242,7 @@ class PolygonMasks:
         return f"PolygonMasks(num_instances={len(self)})"
 
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
-        """
-        Rasterise each instance in its box on a square grid.
+        """Rasterizes each instance in its box on a square grid.
 
         Args:
             boxes: (N, 4), XYXY in pixels, one per instance.
@@ -265,13 +259,13 @@ class PolygonMasks:
         return torch.stack(grids).to(boxes.device)
 
     def area(self) -> torch.Tensor:
-        """Return the areas, (N,), in square pixels; where polygons of an instance overlap, both count."""
+        """Returns the areas, (N,), in square pixels; where polygons of an instance overlap, both count."""
         areas = [sum(polygon_area(p[0::2], p[1::2]) for p in polygons) for polygons in self.polygons]
         return torch.tensor(areas, dtype=torch.float64)
 
     @staticmethod
     def cat(polymasks_list: list["PolygonMasks"]) -> "PolygonMasks":
-        """Concatenate."""
+        """Concatenates."""
         assert isinstance(polymasks_list, (list, tuple)) and polymasks_list, "PolygonMasks.cat takes a list"
         assert all(isinstance(m, PolygonMasks) for m in polymasks_list), "PolygonMasks.cat takes a list of PolygonMasks"
         return PolygonMasks(list(itertools.chain.from_iterable(m.polygons for m in polymasks_list)))
@@ -293,8 +287,7 @@ def _instance_polygons(index: int, polygons: list[Polygon]) -> list[np.ndarray]:
 
 
 class ROIMasks:
-    """
-    Masks of N instances as small soft grids, each of which covers the instance's box.
+    """Masks of N instances as small soft grids, each of which covers the instance's box.
 
     Attributes:
         tensor: (N, M, M), in [0, 1].
@@ -306,7 +299,7 @@ class ROIMasks:
         self.tensor = tensor
 
     def to(self, device: torch.device) -> "ROIMasks":
-        """Return these masks on another device."""
+        """Returns these masks on another device."""
         return ROIMasks(self.tensor.to(device))
 
     @property
@@ -318,7 +311,7 @@ class ROIMasks:
         return self.tensor.shape[0]
 
     def __getitem__(self, item: slice | torch.Tensor) -> "ROIMasks":
-        """Return the masks selected by a slice, or a boolean or integer tensor of one dimension."""
+        """Returns the masks selected by a slice, or a boolean or integer tensor of one dimension."""
         selected = self.tensor[item]
         if selected.dim() != 3:
             raise ValueError(f"Indexing ROIMasks with {item} does not give shape (N, M, M)")
@@ -328,8 +321,7 @@ class ROIMasks:
         return f"ROIMasks(num_instances={len(self)})"
 
     def to_bitmasks(self, boxes: torch.Tensor, height: int, width: int, threshold: float = 0.5) -> BitMasks:
-        """
-        Paste the masks into an image.
+        """Pastes the masks into an image.
 
         Args:
             boxes: (N, 4), XYXY in pixels of that image.

@@ -1,4 +1,4 @@
-"""A picture with text, boxes, masks and lines drawn over it, on matplotlib."""
+"""An image with text, boxes, masks and lines drawn over it, on matplotlib."""
 
 from collections.abc import Sequence
 
@@ -22,13 +22,13 @@ MIN_FONT_PIXELS = 11
 
 
 class VisImage:
-    """A picture with a canvas over it. Coordinates on the canvas are pixels of the picture."""
+    """An image with a canvas over it. Coordinates on the canvas are pixels of the image."""
 
     def __init__(self, img: np.ndarray, scale: float = 1.0) -> None:
         """
         Args:
             img: (H, W, 3), RGB in [0, 255].
-            scale: size of the output relative to the picture.
+            scale: size of the output relative to the image.
         """
         self.img = img
         self.scale = scale
@@ -42,22 +42,22 @@ class VisImage:
         self.reset_image(img)
 
     def reset_image(self, img: np.ndarray) -> None:
-        """Replace the picture under what was drawn; same size."""
+        """Replaces the image below the drawing by another one of the same size."""
         extent = (0, self.width, self.height, 0)
         self.ax.imshow(img.astype(np.uint8), extent=extent, interpolation="nearest", zorder=0)
 
     def save(self, filepath: str) -> None:
-        """Write the result to an image file; its extension says the format."""
+        """Writes the result to an image file; its extension determines the format."""
         self.fig.savefig(filepath)
 
     def get_image(self) -> np.ndarray:
-        """Return the result, (H * scale, W * scale, 3), RGB, uint8."""
+        """Returns the result, (H * scale, W * scale, 3), RGB, uint8."""
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
 
 class Canvas:
-    """What can be drawn on one image, with text and lines sized for it."""
+    """Drawing primitives on one image, with text and lines sized for it."""
 
     def __init__(self, img_rgb: np.ndarray, scale: float = 1.0, font_size_scale: float = 1.0) -> None:
         """
@@ -73,7 +73,7 @@ class Canvas:
         self._line_width = max(side / 320, 1.5) * 72 / DPI / scale
 
     def get_output(self) -> VisImage:
-        """Return the image with all that was drawn."""
+        """Returns the image with all that was drawn."""
         return self.output
 
     def draw_text(
@@ -86,8 +86,7 @@ class Canvas:
         horizontal_alignment: str = "center",
         rotation: float = 0,
     ) -> VisImage:
-        """
-        Write text on a dark ground.
+        """Writes text on a dark background.
 
         Args:
             text: may have several lines.
@@ -116,7 +115,7 @@ class Canvas:
     def draw_box(
         self, box_coord: Sequence[float], alpha: float = 0.5, edge_color: Color = "g", line_style: str = "-"
     ) -> VisImage:
-        """Draw the outline of a box (x0, y0, x1, y1)."""
+        """Draws the outline of a box (x0, y0, x1, y1)."""
         x0, y0, x1, y1 = (float(c) for c in box_coord)
         style = {
             "edgecolor": edge_color,
@@ -128,7 +127,7 @@ class Canvas:
         return self.output
 
     def draw_circle(self, circle_coord: Sequence[float], color: Color, radius: float = 3) -> VisImage:
-        """Draw a filled circle with its centre at (x, y)."""
+        """Draws a filled circle with its center at (x, y)."""
         self.output.ax.add_patch(Circle(tuple(circle_coord), radius=radius, fill=True, color=color))
         return self.output
 
@@ -140,7 +139,7 @@ class Canvas:
         linestyle: str = "-",
         linewidth: float | None = None,
     ) -> VisImage:
-        """Draw a line through points; its width is in points at scale 1."""
+        """Draws a line through points; its width is in points at scale 1."""
         width = (self._line_width if linewidth is None else linewidth) * self.output.scale
         self.output.ax.add_line(Line2D(x_data, y_data, linewidth=width, color=color, linestyle=linestyle))
         return self.output
@@ -155,8 +154,7 @@ class Canvas:
         alpha: float = 0.5,
         area_threshold: float = 10,
     ) -> VisImage:
-        """
-        Draw a mask, holes left free. One with holes is drawn pixel by pixel, others as outlined areas.
+        """Draws a mask, holes left free. One with holes is drawn pixel by pixel, others as outlined areas.
 
         Args:
             binary_mask: (H, W).
@@ -190,8 +188,7 @@ class Canvas:
         text: str | None = None,
         alpha: float = 0.5,
     ) -> VisImage:
-        """
-        Draw a mask whose values say how opaque the colour is.
+        """Draws a mask whose values are the opacity of the color.
 
         Args:
             soft_mask: (H, W), in [0, 1].
@@ -208,26 +205,26 @@ class Canvas:
         return self.output
 
     def _overlay(self, opacity: np.ndarray, color: Color) -> None:
-        """Lay one colour over the picture, (H, W) opacity in [0, 1]."""
+        """Blends one color over the image, (H, W) opacity in [0, 1]."""
         rgba = np.empty((*opacity.shape, 4))
         rgba[..., :3], rgba[..., 3] = mplc.to_rgb(color), opacity
         extent = (0, self.output.width, self.output.height, 0)
         self.output.ax.imshow(rgba, extent=extent, interpolation="nearest")
 
     def _write_at(self, region: np.ndarray, text: str, color: Color) -> None:
-        """Write at the median of the pixels that are set."""
+        """Writes at the median of the pixels that are set."""
         ys, xs = np.nonzero(region)
         self.draw_text(text, (float(np.median(xs)), float(np.median(ys))), color=color)
 
     def draw_polygon(
         self, segment: np.ndarray, color: Color, edge_color: Color | None = None, alpha: float = 0.5
     ) -> VisImage:
-        """Draw a filled polygon with corners (N, 2)."""
+        """Draws a filled polygon with corners (N, 2)."""
         self._draw_rings([np.asarray(segment, dtype=np.float64).reshape(-1, 2)], color, edge_color, alpha)
         return self.output
 
     def _draw_rings(self, rings: list[np.ndarray], color: Color, edge_color: Color | None, alpha: float) -> None:
-        """Fill the area between closed lines of (K, 2) points; a line of opposite direction inside is a hole."""
+        """Fills the area between closed lines of (K, 2) points; a line of opposite orientation inside is a hole."""
         if not rings:
             return
         path = Path.make_compound_path(*(Path(np.vstack((r, r[:1])), closed=True) for r in rings))

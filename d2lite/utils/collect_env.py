@@ -18,7 +18,7 @@ _LIBRARIES = ("torchvision", "fvcore", "iopath", "pycocotools", "cv2", "PIL")
 
 
 def collect_env_info() -> str:
-    """Return a table of the runtime, the versions of the libraries it is built on, and the devices."""
+    """Returns a table of the runtime, the versions of the libraries it is built on, and the devices."""
     rows: list[tuple[str, str]] = [
         ("runtime", f"d2lite {d2lite.__version__} @{os.path.dirname(d2lite.__file__)}"),
         ("Platform", platform.platform()),

@@ -16,23 +16,22 @@ def _is_distributed() -> bool:
 
 
 def get_world_size() -> int:
-    """Return the number of processes."""
+    """Returns the number of processes."""
     return dist.get_world_size() if _is_distributed() else 1
 
 
 def get_rank() -> int:
-    """Return the index of this process among all."""
+    """Returns the index of this process among all."""
     return dist.get_rank() if _is_distributed() else 0
 
 
 def is_main_process() -> bool:
-    """Return whether this is the process of rank 0."""
+    """Returns whether this is the process of rank 0."""
     return get_rank() == 0
 
 
 def create_local_process_group(num_workers_per_machine: int) -> None:
-    """
-    Create the groups of processes that share a machine. All processes must call it.
+    """Creates the groups of processes that share a machine. All processes must call it.
 
     Args:
         num_workers_per_machine: processes per machine; it divides the world size.
@@ -50,18 +49,18 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
 
 
 def get_local_process_group() -> dist.ProcessGroup:
-    """Return the group of the processes on this machine, made by :func:`create_local_process_group`."""
+    """Returns the group of the processes on this machine, made by `create_local_process_group`."""
     assert _LOCAL_PROCESS_GROUP is not None, "No local process group: start the processes with launch()."
     return _LOCAL_PROCESS_GROUP
 
 
 def get_local_rank() -> int:
-    """Return the index of this process among those on the same machine."""
+    """Returns the index of this process among those on the same machine."""
     return _local_info("LOCAL_RANK", dist.get_rank) if _is_distributed() else 0
 
 
 def get_local_size() -> int:
-    """Return the number of processes on this machine."""
+    """Returns the number of processes on this machine."""
     return _local_info("LOCAL_WORLD_SIZE", dist.get_world_size) if _is_distributed() else 1
 
 
@@ -73,7 +72,7 @@ def _local_info(variable: str, query: Any) -> int:
 
 
 def synchronize() -> None:
-    """Wait until all processes get here."""
+    """Waits until all processes get here."""
     if get_world_size() == 1:
         return
     if dist.get_backend() == dist.Backend.NCCL:
@@ -93,8 +92,7 @@ def _object_group() -> dist.ProcessGroup:
 
 
 def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """
-    Collect an object from every process in every process.
+    """Collects an object from every process in every process.
 
     Args:
         data: any picklable object.
@@ -112,8 +110,7 @@ def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """
-    Collect an object from every process in one.
+    """Collects an object from every process in one.
 
     Args:
         data: any picklable object.
@@ -132,14 +129,13 @@ def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> l
 
 
 def shared_random_seed() -> int:
-    """Return a random number below 2**31 that is the same in all processes. All must call it."""
+    """Returns a random number below 2**31 that is the same in all processes. All must call it."""
     return all_gather(np.random.randint(2**31))[0]
 
 
 @torch.no_grad()
 def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> dict[str, torch.Tensor]:
-    """
-    Sum or average scalar tensors over the processes.
+    """Sums or averages scalar tensors over the processes.
 
     Args:
         input_dict: scalars, with the same names in all processes.

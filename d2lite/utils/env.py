@@ -1,4 +1,4 @@
-"""The process: random seeds, library settings, versions."""
+"""Environment of the process: random seeds, library settings, versions."""
 
 import logging
 import os
@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def seed_all_rng(seed: int | None = None) -> None:
-    """
-    Seed the generators of Python, NumPy and PyTorch.
+    """Seeds the generators of Python, NumPy and PyTorch.
 
     Args:
         seed: in [0, 2**32); None takes one from the operating system, and logs it.
@@ -32,6 +31,6 @@ def seed_all_rng(seed: int | None = None) -> None:
 
 
 def setup_environment() -> None:
-    """Settings of other libraries that must be made before they are first used."""
-    # OpenCV would otherwise look for OpenCL devices, and occupy GPU memory in every worker process.
+    """Applies settings of other libraries that must be made before they are first used."""
+    # OpenCV would otherwise search for OpenCL devices, and occupy GPU memory in every worker process.
     os.environ.setdefault("OPENCV_OPENCL_RUNTIME", "disabled")

@@ -1,4 +1,4 @@
-"""Where a training run collects its scalars, images and histograms."""
+"""Storage in which a training run collects its scalars, images and histograms."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,21 +12,20 @@ _STORAGE_STACK: list["EventStorage"] = []
 
 
 def get_event_storage() -> "EventStorage":
-    """Return the storage of the innermost `with EventStorage()`. Raises AssertionError outside of any."""
+    """Returns the storage of the innermost `with EventStorage()`. Raises AssertionError outside of any."""
     assert _STORAGE_STACK, "get_event_storage() works only inside a `with EventStorage(...)` block."
     return _STORAGE_STACK[-1]
 
 
 def has_event_storage() -> bool:
-    """Return whether the code runs inside a `with EventStorage()` block."""
+    """Returns whether the code runs inside a `with EventStorage()` block."""
     return bool(_STORAGE_STACK)
 
 
 class EventStorage:
-    """
-    Collects what a training run reports, with the iteration at which it was reported.
+    """Collects what a training run reports, with the iteration at which it was reported.
 
-    Used as a context manager, it is what :func:`get_event_storage` returns inside the block.
+    Used as a context manager, it is what `get_event_storage` returns inside the block.
     """
 
     def __init__(self, start_iter: int = 0) -> None:
@@ -43,11 +42,10 @@ class EventStorage:
         self._histograms: list[dict[str, Any]] = []
 
     def put_scalar(self, name: str, value: float, smoothing_hint: bool = True, cur_iter: int | None = None) -> None:
-        """
-        Add a number.
+        """Adds a number.
 
         Args:
-            name: under which it is recorded, after the current :meth:`name_scope`.
+            name: under which it is recorded, after the current `name_scope`.
             value: a number, or a tensor with one element.
             smoothing_hint: whether writers should show a median over recent values; the same at every call.
             cur_iter: iteration it belongs to; None: the current one.
@@ -61,13 +59,12 @@ class EventStorage:
         assert known_hint == smoothing_hint, f"Scalar '{name}' had smoothing_hint={known_hint} before"
 
     def put_scalars(self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: float) -> None:
-        """Add several numbers, as by :meth:`put_scalar`: `storage.put_scalars(loss=1.0, accuracy=0.5)`."""
+        """Adds several numbers, as by `put_scalar`: `storage.put_scalars(loss=1.0, accuracy=0.5)`."""
         for name, value in kwargs.items():
             self.put_scalar(name, value, smoothing_hint=smoothing_hint, cur_iter=cur_iter)
 
     def put_image(self, img_name: str, img_tensor: torch.Tensor) -> None:
-        """
-        Add an image.
+        """Adds an image.
 
         Args:
             img_name: under which it is shown.
@@ -76,8 +73,7 @@ class EventStorage:
         self._vis_data.append((img_name, img_tensor, self._iter))
 
     def put_histogram(self, hist_name: str, hist_tensor: torch.Tensor, bins: int = 1000) -> None:
-        """
-        Add the histogram of a tensor's values.
+        """Adds the histogram of a tensor's values.
 
         Args:
             hist_name: under which it is shown.
@@ -101,22 +97,21 @@ class EventStorage:
         )
 
     def history(self, name: str) -> HistoryBuffer:
-        """Return all values of a scalar. Raises KeyError if it was never put."""
+        """Returns all values of a scalar. Raises KeyError if it was never put."""
         if name not in self._history:
             raise KeyError(f"No history metric available for '{name}'")
         return self._history[name]
 
     def histories(self) -> dict[str, HistoryBuffer]:
-        """Return the history of every scalar by name."""
+        """Returns the history of every scalar by name."""
         return self._history
 
     def latest(self) -> dict[str, tuple[float, int]]:
-        """Return the last value of every scalar, and its iteration."""
+        """Returns the last value of every scalar, and its iteration."""
         return self._latest_scalars
 
     def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
-        """
-        Return (value, iteration) of every scalar. The value of those to be smoothed is the median of what was
+        """Returns (value, iteration) of every scalar. The value of those to be smoothed is the median of what was
         put in the last `window_size` iterations.
         """
         return {
@@ -128,7 +123,7 @@ class EventStorage:
         return self._history[name].median(self.count_samples(name, window_size))
 
     def count_samples(self, name: str, window_size: int = 20) -> int:
-        """Return how many values of a scalar were put in the `window_size` iterations up to its last one."""
+        """Returns how many values of a scalar were put in the `window_size` iterations up to its last one."""
         values = self.history(name).values()
         first = values[-1][1] - window_size
         # Counting from the end: a history can be long, a window is short.
@@ -138,11 +133,11 @@ class EventStorage:
         return count
 
     def smoothing_hints(self) -> dict[str, bool]:
-        """Return for every scalar whether it should be smoothed when shown."""
+        """Returns for every scalar whether it should be smoothed when shown."""
         return self._smoothing_hints
 
     def step(self) -> None:
-        """Go to the next iteration. What is put belongs to it from now on."""
+        """Advances to the next iteration. What is put belongs to it from now on."""
         self._iter += 1
 
     @property
@@ -156,12 +151,12 @@ class EventStorage:
 
     @property
     def iteration(self) -> int:
-        """The current iteration; another name of :attr:`iter`."""
+        """The current iteration; another name of `iter`."""
         return self._iter
 
     @contextmanager
     def name_scope(self, name: str) -> Iterator[None]:
-        """Within this block, put the names of scalars behind `<name>/`."""
+        """Prefixes the scalars that are put within this block by `<name>/`."""
         outer = self._current_prefix
         self._current_prefix = name.rstrip("/") + "/"
         try:
@@ -170,11 +165,11 @@ class EventStorage:
             self._current_prefix = outer
 
     def clear_images(self) -> None:
-        """Forget the images put so far; called once they are written."""
+        """Removes the images put so far; called once they are written."""
         self._vis_data = []
 
     def clear_histograms(self) -> None:
-        """Forget the histograms put so far; called once they are written."""
+        """Removes the histograms put so far; called once they are written."""
         self._histograms = []
 
     def __enter__(self) -> "EventStorage":

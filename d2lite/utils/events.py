@@ -1,4 +1,4 @@
-"""The writers that publish what a training run has put into its :class:`EventStorage`."""
+"""The writers that publish what a training run has put into its `EventStorage`."""
 
 import datetime
 import json
@@ -27,18 +27,18 @@ __all__ = [
 
 
 class EventWriter:
-    """Publishes what the current :class:`EventStorage` holds."""
+    """Publishes what the current `EventStorage` holds."""
 
     def write(self) -> None:
-        """Publish what is new."""
+        """Publishes what is new."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release files."""
+        """Releases files."""
 
 
 class _NewScalars:
-    """Picks the scalars that are newer than all that were picked before."""
+    """Selects the scalars that are newer than all that were returned before."""
 
     def __init__(self) -> None:
         self._last = -1
@@ -50,8 +50,7 @@ class _NewScalars:
 
 
 class JSONWriter(EventWriter):
-    """
-    Appends scalars to a file, one JSON object per line and iteration; a resumed run continues its file.
+    """Appends scalars to a file, one JSON object per line and iteration; a resumed run continues its file.
 
     Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity", which strict JSON
     readers accept and `float()` understands.
@@ -69,7 +68,7 @@ class JSONWriter(EventWriter):
         self._new_scalars = _NewScalars()
 
     def write(self) -> None:
-        """Append the scalars put since the last call."""
+        """Appends the scalars put since the last call."""
         by_iteration: dict[int, dict[str, Any]] = defaultdict(dict)
         latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
         for name, value, iteration in self._new_scalars.take(latest):
@@ -80,7 +79,7 @@ class JSONWriter(EventWriter):
         self._file_handle.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file_handle.close()
 
 
@@ -91,7 +90,7 @@ def _strict_json_number(value: float) -> Any:
 
 
 def _drop_partial_line(path: str) -> None:
-    """Remove the line that a killed process may have left unfinished."""
+    """Removes the line that a killed process may have left unfinished."""
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
         return
     with open(path, "rb+") as f:
@@ -106,9 +105,9 @@ class TensorboardXWriter(EventWriter):
     def __init__(self, log_dir: str, window_size: int = 20, **kwargs: Any) -> None:
         """
         Args:
-            log_dir: folder of the event files.
+            log_dir: directory of the event files.
             window_size: of the median, for scalars to be smoothed.
-            kwargs: of :class:`torch.utils.tensorboard.SummaryWriter`.
+            kwargs: of `torch.utils.tensorboard.SummaryWriter`.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -117,7 +116,7 @@ class TensorboardXWriter(EventWriter):
         self._new_scalars = _NewScalars()
 
     def write(self) -> None:
-        """Write what is new; images and histograms are removed from the storage."""
+        """Writes what is new; images and histograms are removed from the storage."""
         storage = get_event_storage()
         latest = storage.latest_with_smoothing_hint(self._window_size)
         for name, value, iteration in self._new_scalars.take(latest):
@@ -130,7 +129,7 @@ class TensorboardXWriter(EventWriter):
         storage.clear_histograms()
 
     def close(self) -> None:
-        """Close the event file."""
+        """Closes the event file."""
         self._writer.close()
 
 
@@ -143,14 +142,14 @@ class CommonMetricPrinter(EventWriter):
             max_iter: iteration at which training ends; None: no time left is shown.
             window_size: of the medians shown.
         """
-        # Programs that follow a training catch or filter these lines by the name that they have in Detectron2.
+        # Programs that monitor a training catch or filter these lines by the name that they have in Detectron2.
         self.logger = logging.getLogger("detectron2.utils.events")
         self._max_iter = max_iter
         self._window_size = window_size
         self._last_write: tuple[int, float] | None = None
 
     def write(self) -> None:
-        """Log the line; nothing once training is over."""
+        """Logs the line; nothing once training is over."""
         storage = get_event_storage()
         iteration = storage.iter
         if iteration == self._max_iter:
@@ -166,7 +165,7 @@ class CommonMetricPrinter(EventWriter):
             parts.append(f"lr: {storage.history('lr').latest():.5g}")
         if torch.cuda.is_available():
             parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        self.logger.info(" " + "  ".join(part for part in parts if part))
+        self.logger.info(" %s", "  ".join(part for part in parts if part))
 
     def _timing(self, storage: EventStorage, name: str) -> str:
         if name not in storage.histories():

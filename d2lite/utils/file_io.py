@@ -14,8 +14,7 @@ PathManager = PathManagerBase()
 
 
 class Detectron2Handler(PathHandler):
-    """
-    Resolves `detectron2://...`, the published Detectron2 weights.
+    """Resolves `detectron2://...`, the published Detectron2 weights.
 
     A file is looked up in the local cache (`$FVCORE_CACHE`, default `~/.torch/iopath_cache`), under the same
     path as on the server, and downloaded where it is missing.

@@ -1,4 +1,4 @@
-"""Set-up of logging, messages that are not repeated too often, and small tables."""
+"""Setup of logging, messages that are not repeated too often, and small tables."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ class _ColorFormatter(logging.Formatter):
 
 
 class _Abbreviate(logging.Filter):
-    """Gives records the attribute `abbreviation`: the logger's name with its first part shortened."""
+    """Adds to records the attribute `abbreviation`: the logger's name with its first part shortened."""
 
     def __init__(self, name: str, abbreviation: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Abbreviate(logging.Filter):
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """Told apart by its type, so that a second set-up replaces it."""
+    """The type marks the handler, so that a second setup replaces it."""
 
 
 def setup_logger(
@@ -57,19 +57,18 @@ def setup_logger(
     enable_propagation: bool = False,
     configure_stdout: bool = True,
 ) -> logging.Logger:
-    """
-    Log to stdout (rank 0 only) and to a file (every rank its own). "detectron2" stands for this runtime, so
-    it sets up the logger "d2lite" as well. Repeated calls add nothing twice.
+    """Logs to stdout (rank 0 only) and to a file (every rank its own). "detectron2" stands for this runtime, so
+    it sets up the logger "d2lite" as well. Repeated calls do not duplicate handlers.
 
     Args:
-        output: a file that ends in .txt or .log, or a folder that gets a log.txt; None: no file. Ranks above
+        output: a file that ends in .txt or .log, or a directory that gets a log.txt; None: no file. Ranks above
             0 append ".rank<rank>".
         distributed_rank: rank of this process.
-        color: colour on stdout, if it is a terminal.
+        color: color on stdout, if it is a terminal.
         name: the logger to set up.
         abbrev_name: what its name is shortened to in messages; None: "d2" for "detectron2", else no change.
         enable_propagation: whether the messages also go to the handlers of parent loggers.
-        configure_stdout: False leaves stdout alone.
+        configure_stdout: False does not change the output to stdout.
 
     Returns:
         The logger called `name`.
@@ -134,11 +133,10 @@ def _caller() -> tuple[str, Key]:
 def log_first_n(
     lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: str | tuple[str, ...] = "caller"
 ) -> None:
-    """
-    Log only the first `n` times.
+    """Logs only the first `n` times.
 
     Args:
-        lvl: level of :mod:`logging`.
+        lvl: level of `logging`.
         msg: the message.
         n: how often.
         name: of the logger; by default that of the calling module.
@@ -156,7 +154,7 @@ def log_first_n(
 
 
 def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
-    """Log the first of every `n` calls from the same line of code. Arguments as in :func:`log_first_n`."""
+    """Logs the first of every `n` calls from the same line of code. Arguments as in `log_first_n`."""
     module, caller = _caller()
     _COUNTS[caller] += 1
     if n == 1 or _COUNTS[caller] % n == 1:
@@ -164,7 +162,7 @@ def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> N
 
 
 def log_every_n_seconds(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
-    """Log at most every `n` seconds from the same line of code. Arguments as in :func:`log_first_n`."""
+    """Logs at most every `n` seconds from the same line of code. Arguments as in `log_first_n`."""
     module, caller = _caller()
     now = time.monotonic()
     if caller not in _TIMES or now - _TIMES[caller] >= n:
@@ -173,7 +171,7 @@ def log_every_n_seconds(lvl: int, msg: str, n: int = 1, *, name: str | None = No
 
 
 def create_small_table(small_dict: dict[str, Any]) -> str:
-    """Return a table of one row, with the keys as header and numbers to three decimals."""
+    """Returns a table of one row, with the keys as header and numbers to three decimals."""
     return tabulate(
         [tuple(small_dict.values())],
         headers=list(small_dict),

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _note_cuda_oom(failures: list[str]) -> Iterator[None]:
+def _record_cuda_oom(failures: list[str]) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as e:
@@ -22,13 +22,12 @@ def _note_cuda_oom(failures: list[str]) -> Iterator[None]:
 
 
 def retry_if_cuda_oom(func: Callable) -> Callable:
-    """
-    Make a function cope with little GPU memory: where it runs out, it is called again with PyTorch's cache
-    emptied, and then with its arguments on the CPU.
+    """Retries a function that runs out of GPU memory: with PyTorch's cache emptied, then with its arguments on
+    the CPU.
 
     Args:
         func: a function without side effects. Arguments with a `device` and a method `to` are moved (tensors,
-            :class:`Boxes`, :class:`BitMasks`, ...), those inside of other containers are not. Its results may
+            `Boxes`, `BitMasks`, ...), those inside of other containers are not. Its results may
             be on the CPU.
 
     Returns:
@@ -38,10 +37,10 @@ def retry_if_cuda_oom(func: Callable) -> Callable:
     @wraps(func)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         failures: list[str] = []
-        with _note_cuda_oom(failures):
+        with _record_cuda_oom(failures):
             return func(*args, **kwargs)
         torch.cuda.empty_cache()
-        with _note_cuda_oom(failures):
+        with _record_cuda_oom(failures):
             return func(*args, **kwargs)
         logger.info("%s ran out of GPU memory; it is repeated on the CPU.", getattr(func, "__name__", func))
         return func(*map(_to_cpu, args), **{name: _to_cpu(value) for name, value in kwargs.items()})

@@ -10,15 +10,14 @@ __all__ = ["has_holes", "instance_rings", "mask_contours", "rings_box"]
 
 
 def instance_rings(mask: Any, height: int, width: int) -> list[np.ndarray]:
-    """
-    Return the outlines of one instance as closed lines of points (K, 2).
+    """Returns the outlines of one instance as closed lines of points (K, 2).
 
     Args:
         mask: COCO polygons, a COCO RLE (compressed or not), or a bitmap.
         height, width: of the image, in pixels.
 
     Raises:
-        ValueError: the bitmap or RLE has another size.
+        ValueError: if the bitmap or RLE has another size.
     """
     if isinstance(mask, (list, tuple)):
         return [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in mask]
@@ -33,22 +32,22 @@ def instance_rings(mask: Any, height: int, width: int) -> list[np.ndarray]:
 
 
 def mask_contours(mask: np.ndarray) -> list[np.ndarray]:
-    """Return the outlines of a bitmap (H, W), (K, 2) each; those of holes run in the opposite direction."""
-    # Magnified by two, contours through pixel centres become contours along pixel edges.
+    """Returns the outlines of a bitmap (H, W), (K, 2) each; those of holes have the opposite orientation."""
+    # Magnified by two, contours through pixel centers become contours along pixel edges.
     big = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     found = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[-2]
     return [(c.reshape(-1, 2) + 0.5) / 2 for c in found if len(c) >= 3]
 
 
 def has_holes(mask: np.ndarray) -> bool:
-    """Return whether a bitmap (H, W) has unset pixels that set ones enclose."""
+    """Returns whether a bitmap (H, W) has unset pixels that set ones enclose."""
     hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[-1]
     # The last number of a contour is the one around it, -1 for none.
     return hierarchy is not None and bool((hierarchy[..., 3] >= 0).any())
 
 
 def rings_box(rings: list[np.ndarray]) -> np.ndarray:
-    """Return the box (x0, y0, x1, y1) around all points; zeros without any."""
+    """Returns the box (x0, y0, x1, y1) around all points; zeros without any."""
     if not rings:
         return np.zeros(4)
     points = np.concatenate(rings)

@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def complete_file(path: str) -> Iterator[str]:
-    """Gives a temporary name to write to, which becomes ``path`` at the end unless there is an error."""
+    """Yields a temporary name to write to, which becomes `path` at the end unless there is an error."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
@@ -21,6 +21,6 @@ def complete_file(path: str) -> Iterator[str]:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Writes ``content`` as JSON."""
+    """Writes `content` as JSON."""
     with complete_file(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file)

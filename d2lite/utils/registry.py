@@ -13,7 +13,7 @@ class Registry(_Registry):
     """Objects by name, as in fvcore; an unknown name is reported with near matches."""
 
     def get(self, name: str) -> Any:
-        """Return the object registered under `name`. Raises KeyError if there is none."""
+        """Returns the object registered under `name`. Raises KeyError if there is none."""
         if name in self:
             return super().get(name)
         known = sorted(key for key, _ in self)
@@ -26,11 +26,10 @@ class Registry(_Registry):
 
 
 def locate(name: str) -> Any:
-    """
-    Return the object with a dotted path such as `"torch.nn.Module"`, importing what it needs.
+    """Returns the object with a dotted path such as `"torch.nn.Module"`, importing what it needs.
 
     Raises:
-        ImportError: there is no such object.
+        ImportError: if there is no such object.
     """
     found = pydoc.locate(name)
     if found is None:

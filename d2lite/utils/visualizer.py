@@ -19,21 +19,20 @@ __all__ = ["ColorMode", "VisImage", "Visualizer"]
 
 @unique
 class ColorMode(Enum):
-    """How instances are coloured."""
+    """Coloring of instances."""
 
     IMAGE = 0
-    """Each instance has its own colour."""
+    """Each instance has its own color."""
     SEGMENTATION = 1
-    """Instances of a class have shades of one colour."""
+    """Instances of a class have shades of one color."""
     IMAGE_BW = 2
-    """As IMAGE, and the image is grey outside of the masks."""
+    """As IMAGE, and the image is gray outside of the masks."""
 
 
 class Visualizer(Canvas):
-    """
-    Draws on one image.
+    """Draws on one image.
 
-    .. code-block:: python
+    Example::
 
         visualizer = Visualizer(image[:, :, ::-1], MetadataCatalog.get("coco_2017_val"))
         visualizer.draw_instance_predictions(outputs["instances"].to("cpu")).save("out.png")
@@ -53,7 +52,7 @@ class Visualizer(Canvas):
             metadata: of the dataset: `thing_classes`, `thing_colors`, `stuff_classes`, `stuff_colors` are used
                 where it has them.
             scale: size of the output relative to the image.
-            instance_mode: how instances are coloured.
+            instance_mode: how instances are colored.
             font_size_scale: of all text.
         """
         super().__init__(img_rgb, scale, font_size_scale)
@@ -61,8 +60,7 @@ class Visualizer(Canvas):
         self._instance_mode = instance_mode
 
     def draw_instance_predictions(self, predictions: Instances, jittering: bool = True) -> VisImage:
-        """
-        Draw the output of a detector.
+        """Draws the output of a detector.
 
         Args:
             predictions: on the CPU, with any of `pred_boxes`, `scores`, `pred_classes`, `pred_masks`.
@@ -87,8 +85,7 @@ class Visualizer(Canvas):
         )
 
     def draw_dataset_dict(self, dic: dict[str, Any]) -> VisImage:
-        """
-        Draw the annotations of one image in the standard dataset format.
+        """Draws the annotations of one image in the standard dataset format.
 
         Args:
             dic: `annotations` (each with `bbox` and `bbox_mode`, or `segmentation`, and `category_id`), and
@@ -124,8 +121,7 @@ class Visualizer(Canvas):
         area_threshold: int | None = None,
         alpha: float = 0.8,
     ) -> VisImage:
-        """
-        Draw a map of class labels.
+        """Draws a map of class labels.
 
         Args:
             sem_seg: (H, W) integers; labels that have no class name are left out.
@@ -159,8 +155,7 @@ class Visualizer(Canvas):
         assigned_colors: list[Color] | None = None,
         alpha: float = 0.5,
     ) -> VisImage:
-        """
-        Draw N instances, large ones first.
+        """Draws N instances, large ones first.
 
         Args:
             boxes: `Boxes`, or XYXY boxes as a tensor or array of shape (N, 4).
@@ -168,7 +163,7 @@ class Visualizer(Canvas):
             masks: `BitMasks`, `PolygonMasks`, booleans of shape (N, H, W), or a list of COCO polygons, RLEs or
                 bitmaps.
             keypoints: must be None; drawing them is left out.
-            assigned_colors: N colours; None takes them from the palette.
+            assigned_colors: N colors; None takes them from the palette.
             alpha: opacity of the masks in [0, 1].
         """
         if keypoints is not None:
@@ -244,7 +239,7 @@ def _labels(
     names: list[str] | None,
     crowd: list[int] | None = None,
 ) -> list[str] | None:
-    """Texts such as "cat 97%" or "cat|crowd"; None if there is nothing to say."""
+    """Texts such as "cat 97%" or "cat|crowd"; None if there is no text."""
     if classes is None and scores is None:
         return None
     count = len(classes if classes is not None else scores)

@@ -7,7 +7,7 @@ from d2lite.structures import Boxes, Instances, ROIMasks
 
 
 def random_boxes(num_boxes: int, max_coord: float = 100, device: str = "cpu") -> torch.Tensor:
-    """Return random XYXY boxes, (num_boxes, 4), with sides of at least 1 and coordinates up to `max_coord`."""
+    """Returns random XYXY boxes, (num_boxes, 4), with sides of at least 1 and coordinates up to `max_coord`."""
     corners = (torch.rand(num_boxes, 4, device=device) * (max_coord * 0.5)).clamp_(min=1.0)
     corners[:, 2:] += corners[:, :2]
     return corners
@@ -16,8 +16,7 @@ def random_boxes(num_boxes: int, max_coord: float = 100, device: str = "cpu") ->
 def assert_instances_allclose(
     input: Instances, other: Instances, *, rtol: float = 1e-5, msg: str = "", size_as_tensor: bool = False
 ) -> None:
-    """
-    Raise AssertionError unless both have the same fields with nearly the same content.
+    """Raises AssertionError unless both have the same fields with nearly the same content.
 
     Args:
         input, other: what to compare.

@@ -314,7 +314,7 @@ class TestViT:
         with pytest.raises(AssertionError, match="double"):
             SimpleFeaturePyramid(ViT(**self.sizes), "last_feat", 6, (4.0, 1.0))
 
-    def test_learning_rate_falls_towards_the_input(self):
+    def test_learning_rate_falls_toward_the_input(self):
         names = ["patch_embed.proj.bias", "blocks.0.norm1.bias", "blocks.1.attn.rel_pos_h", "norm.weight"]
         rates = [get_vit_lr_decay_rate("backbone.net." + name, 0.5, 2) for name in names]
         assert rates == [0.125, 0.25, 0.5, 1]

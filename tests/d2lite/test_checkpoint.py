@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2lite.checkpoint import Checkpointer, CheckpointError, DetectionCheckpointer, PeriodicCheckpointer
+from d2lite.checkpoint import Checkpointer, DetectionCheckpointer, InvalidCheckpointError, PeriodicCheckpointer
 from d2lite.checkpoint.c2_model_loading import (
     align_and_update_state_dicts,
     convert_basic_c2_names,
@@ -18,7 +18,7 @@ from d2lite.checkpoint.c2_model_loading import (
 
 
 class Payload:
-    """Unpickling it would create a folder."""
+    """Unpickling it would create a directory."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -55,7 +55,7 @@ def test_python_2_pickles_load(tmp_path):
 def test_a_pickle_that_calls_code_is_refused(tmp_path, protocol):
     data = {"model": {"weight": np.ones((3, 2))}, "__author__": Payload(tmp_path / "made")}
     path = write_pickle(tmp_path / "evil.pkl", data, protocol)
-    with pytest.raises(CheckpointError, match=r"Refused to load .*evil\.pkl.*mkdir.*convert"):
+    with pytest.raises(InvalidCheckpointError, match=r"Refused to load .*evil\.pkl.*mkdir.*convert"):
         DetectionCheckpointer(nn.Linear(2, 3)).load(path)
     assert not (tmp_path / "made").exists()
 
@@ -64,7 +64,7 @@ def test_a_pickle_that_calls_code_is_refused(tmp_path, protocol):
 def test_a_torch_file_that_calls_code_is_refused(tmp_path, name):
     path = tmp_path / name
     torch.save({"model": {"weight": torch.ones(3, 2)}, "extra": Payload(tmp_path / "made")}, path)
-    with pytest.raises(CheckpointError, match="Refused to load .*mkdir"):
+    with pytest.raises(InvalidCheckpointError, match="Refused to load .*mkdir"):
         DetectionCheckpointer(nn.Linear(2, 3)).load(str(path))
     assert not (tmp_path / "made").exists()
 
@@ -78,7 +78,7 @@ def test_only_data_can_be_named(tmp_path, name):
     for text in (module, attribute):
         opcodes += pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
     (tmp_path / "x.pkl").write_bytes(opcodes + pickle.STACK_GLOBAL + pickle.STOP)
-    with pytest.raises(CheckpointError, match=f"Refused to load .*{name}"):
+    with pytest.raises(InvalidCheckpointError, match=f"Refused to load .*{name}"):
         DetectionCheckpointer(nn.Linear(2, 3)).load(str(tmp_path / "x.pkl"))
 
 
@@ -110,7 +110,7 @@ def test_arrays_and_numpy_scalars_inside_torch_files_load(tmp_path):
 @pytest.mark.parametrize("name", ["w.pth", "w.pkl"])
 def test_foreign_files_are_one_clear_error(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"Cannot load .*{name}: .*{reason}.*Download") as caught:
+    with pytest.raises(InvalidCheckpointError, match=rf"Cannot load .*{name}: .*{reason}.*Download") as caught:
         DetectionCheckpointer(nn.Linear(2, 3)).load(str(tmp_path / name))
     assert caught.value.__cause__ is None and "\n" not in str(caught.value)
 
@@ -120,7 +120,7 @@ def test_truncated_files_are_one_clear_error(tmp_path, fraction):
     torch.save({"model": nn.Linear(30, 30).state_dict()}, tmp_path / "w.pth")
     content = (tmp_path / "w.pth").read_bytes()
     (tmp_path / "w.pth").write_bytes(content[: int(len(content) * fraction)])
-    with pytest.raises(CheckpointError, match=r"Cannot load .*w\.pth: it is truncated or not a checkpoint"):
+    with pytest.raises(InvalidCheckpointError, match=r"Cannot load .*w\.pth: it is truncated or not a checkpoint"):
         DetectionCheckpointer(nn.Linear(30, 30)).load(str(tmp_path / "w.pth"))
 
 
@@ -134,7 +134,7 @@ def test_truncated_files_are_one_clear_error(tmp_path, fraction):
 )
 def test_files_without_weights_are_named(tmp_path, data, reason):
     torch.save(data, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=rf"Cannot load .*w\.pth: .*{reason}"):
+    with pytest.raises(InvalidCheckpointError, match=rf"Cannot load .*w\.pth: .*{reason}"):
         DetectionCheckpointer(nn.Linear(2, 3)).load(str(tmp_path / "w.pth"))
 
 
@@ -169,8 +169,8 @@ def test_a_failed_save_leaves_the_last_checkpoint_alone(tmp_path):
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0.pth")
 
 
-def test_names_with_folders_are_refused_and_saving_can_be_off(tmp_path):
-    with pytest.raises(ValueError, match="must not contain a folder"):
+def test_names_with_directories_are_refused_and_saving_can_be_off(tmp_path):
+    with pytest.raises(ValueError, match="must not contain a directory"):
         DetectionCheckpointer(nn.Linear(2, 3), str(tmp_path)).save("a/b")
     DetectionCheckpointer(nn.Linear(2, 3), str(tmp_path), save_to_disk=False).save("model")
     assert os.listdir(tmp_path) == []

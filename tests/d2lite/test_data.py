@@ -51,7 +51,7 @@ TRIANGLE = [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
 
 @pytest.fixture
 def name(request):
-    """A dataset name that is free, and free again afterwards."""
+    """A dataset name that is free, and free again afterward."""
     name = f"test_{request.node.name}"
     yield name
     for catalog in (DatasetCatalog, MetadataCatalog):
@@ -256,7 +256,7 @@ def test_dataset_dicts_check_classes(name):
         get_detection_dataset_dicts(name)
     with pytest.raises(KeyError):
         get_detection_dataset_dicts("no_such_dataset")
-    with pytest.raises(NotImplementedError, match="key points"):
+    with pytest.raises(NotImplementedError, match="keypoints"):
         get_detection_dataset_dicts(name, min_keypoints=1)
 
 
@@ -548,7 +548,7 @@ def test_annotations_with_mixed_box_modes():
 
 def test_keypoints_are_refused():
     anno = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "keypoints": [1, 2, 2]}
-    with pytest.raises(NotImplementedError, match="key points"):
+    with pytest.raises(NotImplementedError, match="keypoints"):
         utils.transform_instance_annotations(anno, [], (10, 10))
 
 

@@ -133,7 +133,7 @@ def test_loss_normalizer_is_a_running_average_that_can_be_restored():
     assert {k: v.item() for k, v in again.items()} == {k: v.item() for k, v in first.items()}
 
 
-def test_a_box_that_no_anchor_covers_is_still_learnt():
+def test_a_box_that_no_anchor_covers_is_still_learned():
     model = make_retinanet().train()
     anchors = model.anchor_generator([torch.zeros(1, 8, 96 // s, 96 // s) for s in (8, 16, 32, 64, 96)])
     instances = image(96, 96, boxes=[[40, 40, 41, 41]], classes=[2])["instances"]

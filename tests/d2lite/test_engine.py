@@ -457,7 +457,7 @@ def test_default_trainers_parts_are_those_of_the_inner_trainer(tmp_path):
 def test_default_trainer_evaluates(tmp_path, caplog):
     cfg = tiny_cfg(tmp_path, "DATASETS.TEST", "('one',)")
     cfg.TEST.EXPECTED_RESULTS = [["task", "count", 3, 0]]
-    with pytest.raises(NotImplementedError, match="TinyTrainer does not know how to evaluate 'one'"):
+    with pytest.raises(NotImplementedError, match="TinyTrainer has no evaluator for 'one'"):
         TinyTrainer.build_evaluator(cfg, "one")
     assert TinyTrainer.test(cfg, TwoLosses()) == {}
     assert "No evaluation on one" in caplog.text

@@ -222,7 +222,7 @@ def test_both_implementations_agree(tmp_path, catalogs, task):
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
-def test_evaluation_leaves_the_data_sets_alone(tmp_path, task):
+def test_evaluation_leaves_the_datasets_alone(tmp_path, task):
     (tmp_path / "gt.json").write_text(json.dumps(ground_truth() | {"annotations": ground_truth()["annotations"][:3]}))
     truth = COCO(str(tmp_path / "gt.json"))
     results = [r for i in (10, 20) for r in instances_to_coco_json(perfect(i), i)]

@@ -1,4 +1,4 @@
-"""Layers: behaviour at the edges that the recorded fixtures do not cover."""
+"""Layers: behavior at the edges that the recorded fixtures do not cover."""
 
 import pytest
 import torch
@@ -129,13 +129,13 @@ class TestNorms:
         with pytest.raises(KeyError, match="BatchNorm.*FrozenBN"):
             get_norm("BatchNorm", 8)
 
-    def test_layer_norm_normalises_each_pixel(self):
+    def test_layer_norm_normalizes_each_pixel(self):
         norm = LayerNorm(6)
         norm.weight.data.normal_()
         norm.bias.data.normal_()
         x = torch.randn(2, 6, 3, 4)
-        centred = x - x.mean(1, keepdim=True)
-        expected = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        centered = x - x.mean(1, keepdim=True)
+        expected = centered / (centered.square().mean(1, keepdim=True) + 1e-6).sqrt()
         expected = expected * norm.weight[:, None, None] + norm.bias[:, None, None]
         torch.testing.assert_close(norm(x), expected)
         assert norm(x[:0]).shape == (0, 6, 3, 4)
@@ -263,7 +263,7 @@ class TestRoiAlign:
     def test_aligned_sampling_of_a_ramp(self):
         ramp = torch.arange(8.0).expand(1, 1, 8, 8)
         roi = torch.tensor([[0.0, 2, 2, 6, 6]])
-        # Pixel k has its centre at k + 0.5, so the cells centred at 3 and 5 show 2.5 and 4.5.
+        # Pixel k has its center at k + 0.5, so the cells centered at 3 and 5 show 2.5 and 4.5.
         assert ROIAlign((2, 2), 1.0, 0)(ramp, roi)[0, 0, 0].tolist() == [2.5, 4.5]
         assert ROIAlign((2, 2), 1.0, 0, aligned=False)(ramp, roi)[0, 0, 0].tolist() == [3.0, 5.0]
 
@@ -330,7 +330,7 @@ class TestDeformConv:
 
 
 def paste_by_sampling(mask: torch.Tensor, box: list[float], height: int, width: int) -> torch.Tensor:
-    """The definition: sample the mask bilinearly at the centre of every pixel of the image."""
+    """The definition: sample the mask bilinearly at the center of every pixel of the image."""
     x = (torch.arange(width) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
     y = (torch.arange(height) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
     grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1)
@@ -400,7 +400,7 @@ class TestBoxLosses:
 
     def test_distance_term(self):
         a, b = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[4.0, 0, 6, 2]])
-        # Centres 4 apart, enclosing box 6 x 2, equal shapes.
+        # Centers 4 apart, enclosing box 6 x 2, equal shapes.
         assert diou_loss(a, b).item() == pytest.approx(1 + 16 / 40)
         assert ciou_loss(a, b).item() == pytest.approx(1 + 16 / 40)
 

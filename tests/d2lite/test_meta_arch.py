@@ -67,7 +67,7 @@ def make(architecture, *options):
 
 
 def settle(model):
-    """Make the batch-norm statistics those of random images, so that activations stay in range in eval mode."""
+    """Makes the batch-norm statistics those of random images, so that activations stay in range in eval mode."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -140,7 +140,7 @@ def test_rcnn_rejects_classes_outside_the_model():
         losses_of(make("GeneralizedRCNN"), [image(boxes=[[5, 5, 40, 40]], classes=[3], file_name="a.jpg")])
 
 
-def test_proposal_network_does_not_look_at_classes():
+def test_proposal_network_does_not_check_classes():
     losses, _ = losses_of(make("ProposalNetwork"), [image(boxes=[[5, 5, 40, 40]], classes=[99])])
     assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc"}
 
@@ -194,7 +194,7 @@ def test_training_pictures():
 # ---- semantic segmentation -----------------------------------------------------------------------------------
 
 
-def test_semantic_loss_is_the_mean_over_labelled_pixels():
+def test_semantic_loss_is_the_mean_over_labeled_pixels():
     model = make("SemanticSegmentor", "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 0.5).train()
     x = image(64, 64)
     x["sem_seg"][:40] = 255

@@ -120,7 +120,7 @@ def test_rotated_anchors_are_left_out():
 def test_decoding_inverts_encoding(transform):
     torch.manual_seed(0)
     source = random_boxes(20)
-    # the linear encoding needs the centre of the source inside the target
+    # the linear encoding needs the center of the source inside the target
     target = source + torch.rand(20, 4) * torch.tensor([-1.0, -1.0, 1.0, 1.0]) * 5
     assert torch.allclose(transform.apply_deltas(transform.get_deltas(source, target), source), target, atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""d2lite against behaviour recorded from Detectron2: models and components."""
+"""d2lite against behavior recorded from Detectron2: models and components."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from recorded import components, models
 
-#: The release of Pillow that the recordings were made with.
+# The release of Pillow that the recordings were made with.
 RECORDED_PILLOW = 13
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 MODELS = sorted(path.parent.name for path in PARITY.glob("*/fixture.json"))

@@ -387,7 +387,7 @@ def make_predictor(**kwargs) -> FastRCNNOutputLayers:
     return FastRCNNOutputLayers(6, box2box_transform=transform, num_classes=3, **kwargs)
 
 
-def labelled_proposals() -> Instances:
+def labeled_proposals() -> Instances:
     x = Instances((50, 50))
     x.proposal_boxes = Boxes(torch.tensor([[1.0, 1, 20, 20], [5, 5, 30, 25], [2, 2, 9, 9]]))
     x.gt_boxes = Boxes(torch.tensor([[1.0, 2, 22, 20], [5, 5, 30, 30], [0, 0, 0, 0]]))
@@ -401,7 +401,7 @@ def test_box_loss_uses_the_true_class_only(loss_type):
     scores = torch.zeros(3, 4, requires_grad=True)
     deltas = torch.full((3, 12), 0.3, requires_grad=True)
     with EventStorage():
-        losses = predictor.losses((scores, deltas), [labelled_proposals()])
+        losses = predictor.losses((scores, deltas), [labeled_proposals()])
     losses["loss_box_reg"].backward()
     used = torch.zeros(3, 12, dtype=torch.bool)
     used[0, 8:] = used[1, :4] = True
@@ -413,14 +413,14 @@ def test_box_loss_uses_the_true_class_only(loss_type):
 def test_box_loss_is_averaged_over_all_regions_and_weighted():
     with EventStorage():
         plain, weighted, agnostic = (
-            make_predictor(**kwargs).losses((torch.zeros(3, 4), torch.zeros(3, width)), [labelled_proposals()])
+            make_predictor(**kwargs).losses((torch.zeros(3, 4), torch.zeros(3, width)), [labeled_proposals()])
             for kwargs, width in (
                 ({}, 12),
                 ({"loss_weight": {"loss_box_reg": 2.0}}, 12),
                 ({"cls_agnostic_bbox_reg": True}, 4),
             )
         )
-    x = labelled_proposals()
+    x = labeled_proposals()
     targets = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).get_deltas(x.proposal_boxes.tensor[:2], x.gt_boxes.tensor[:2])
     assert torch.isclose(plain["loss_box_reg"], targets.abs().sum() / 3)
     assert torch.isclose(weighted["loss_box_reg"], 2 * plain["loss_box_reg"])
@@ -432,7 +432,7 @@ def test_classification_statistics():
     scores = torch.zeros(3, 4)
     scores[0, 2] = scores[1, 3] = scores[2, 1] = 5  # right, missed, wrong
     with EventStorage() as storage:
-        make_predictor().losses((scores, torch.zeros(3, 12)), [labelled_proposals()])
+        make_predictor().losses((scores, torch.zeros(3, 12)), [labeled_proposals()])
     latest = {k: v[0] for k, v in storage.latest().items()}
     assert latest == {
         "fast_rcnn/cls_accuracy": pytest.approx(1 / 3),
@@ -443,7 +443,7 @@ def test_classification_statistics():
 
 def test_boxes_of_the_true_class():
     predictor = make_predictor()
-    x = labelled_proposals()
+    x = labeled_proposals()
     deltas = torch.randn(3, 12)
     (boxes,) = predictor.predict_boxes_for_gt_classes((None, deltas), [x])
     (every,) = predictor.predict_boxes((None, deltas), [x])
@@ -455,7 +455,7 @@ def test_boxes_of_the_true_class():
 
 def test_sigmoid_classification():
     predictor = make_predictor(use_sigmoid_ce=True)
-    x = labelled_proposals()
+    x = labeled_proposals()
     (probs,) = predictor.predict_probs(predictor(torch.zeros(3, 6)), [x])
     assert torch.allclose(probs, torch.full((3, 4), 0.01))
     scores = torch.randn(3, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Optimiser groups, gradient clipping and learning-rate schedules, beyond the recorded cases."""
+"""Optimizer groups, gradient clipping and learning-rate schedules, beyond the recorded cases."""
 
 import copy
 import math

@@ -188,13 +188,13 @@ def test_polygon_area_of_a_square():
     assert PolygonMasks([[SQUARE], [SQUARE, SQUARE], []]).area().tolist() == [16, 32, 0]
 
 
-def test_rasterised_square():
+def test_rasterized_square():
     mask = polygons_to_bitmask([np.array(SQUARE)], 8, 9)
     assert mask.dtype == bool and mask.shape == (8, 9) and mask.sum() == 16 and mask[1:5, 2:6].all()
     assert not polygons_to_bitmask([], 3, 4).any()
 
 
-def test_rasterised_within_box():
+def test_rasterized_within_box():
     grid = rasterize_polygons_within_box([np.array(SQUARE)], np.array([2.0, 1.0, 10.0, 5.0]), 4)
     assert grid.dtype == torch.bool and grid.tolist() == [[True, True, False, False]] * 4
     assert rasterize_polygons_within_box([np.array(SQUARE)], np.array([3.0, 3.0, 3.0, 3.0]), 4).all()

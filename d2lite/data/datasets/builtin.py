@@ -1,4 +1,4 @@
-"""Registers COCO, Cityscapes and PASCAL VOC under the folder DETECTRON2_DATASETS (default: datasets)."""
+"""Registers COCO, Cityscapes and PASCAL VOC under the directory DETECTRON2_DATASETS (default: datasets)."""
 
 import os
 

@@ -35,7 +35,7 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> Dicts:
         gt_dir: e.g. "gtFine/train".
 
     Returns:
-        dicts with "file_name", "sem_seg_file_name", "height" and "width".
+        Dicts with "file_name", "sem_seg_file_name", "height" and "width".
 
     Raises:
         FileNotFoundError: if a label map is missing.
@@ -63,7 +63,7 @@ def load_cityscapes_instances(image_dir: str, gt_dir: str, from_json: bool = Tru
         to_polygons: give polygons (from JSON only); False gives RLE.
 
     Returns:
-        dicts in Detectron2's standard format.
+        Dicts in Detectron2's standard format.
     """
     if to_polygons and not from_json:
         raise ValueError("instance maps have no polygons: with from_json=False set to_polygons=False as well")
@@ -72,7 +72,7 @@ def load_cityscapes_instances(image_dir: str, gt_dir: str, from_json: bool = Tru
     for image, label in _files(image_dir, gt_dir, suffix):
         record = _from_polygons(label, to_polygons) if from_json else _from_instance_map(label)
         out.append({"file_name": image, "image_id": os.path.basename(image), **record})
-    logger.info(f"Loaded the instances of {len(out)} images from {image_dir}")
+    logger.info("Loaded the instances of %d images from %s", len(out), image_dir)
     return out
 
 
@@ -84,7 +84,7 @@ def _files(image_dir: str, gt_dir: str, suffix: str) -> list[tuple[str, str]]:
             if name.endswith(_IMAGE_SUFFIX):
                 label = os.path.join(gt_dir, city, name[: -len(_IMAGE_SUFFIX)] + suffix)
                 files.append((os.path.join(image_dir, city, name), label))
-    assert files, f"no *_{_IMAGE_SUFFIX} in the folders of {image_dir}"
+    assert files, f"no *_{_IMAGE_SUFFIX} in the directories of {image_dir}"
     return files
 
 

@@ -1,4 +1,4 @@
-"""COCO's instance format: loading and registering. Also folders of label maps.
+"""COCO's instance format: loading and registering. Also directories of label maps.
 
 Format: https://cocodataset.org/#format-data
 """
@@ -42,7 +42,7 @@ def load_coco_json(
 
     Args:
         json_file: the annotations.
-        image_root: folder that the file names are relative to.
+        image_root: directory that the file names are relative to.
         dataset_name: if given, its metadata gets `thing_classes` and `thing_dataset_id_to_contiguous_id`, and
             the category ids are mapped to 0, 1, ... in the order of the ids; when None they stay.
         extra_annotation_keys: annotation entries to keep besides iscrowd, bbox, segmentation, category_id.
@@ -59,7 +59,7 @@ def load_coco_json(
         annotations = content.get("annotations", [])
         _check_annotation_ids(json_file, annotations)
         by_image = _annotations_by_image(annotations, images, id_map, ["iscrowd", *(extra_annotation_keys or [])])
-    logger.info(f"Loaded {len(images)} images in COCO format from {json_file}")
+    logger.info("Loaded %d images in COCO format from %s", len(images), json_file)
     return [
         {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -74,7 +74,7 @@ def load_coco_json(
 
 @contextlib.contextmanager
 def _without_gc() -> Iterator[None]:
-    """Switches the garbage collector off: it would scan millions of new objects again and again."""
+    """Switches the garbage collector off: it would scan millions of new objects repeatedly."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -92,7 +92,7 @@ def _set_class_metadata(dataset_name: str, categories: Dicts) -> dict[int, int]:
     meta.thing_classes = [c["name"] for c in categories]
     meta.thing_dataset_id_to_contiguous_id = id_map
     if list(id_map) != list(range(1, len(id_map) + 1)) and "coco" not in dataset_name:
-        logger.warning(f"Category ids of {dataset_name} are not 1 to {len(id_map)}; they are mapped to 0, 1, ...")
+        logger.warning("Category ids of %s are not 1 to %d; they are mapped to 0, 1, ...", dataset_name, len(id_map))
     return id_map
 
 
@@ -120,9 +120,11 @@ def _annotations_by_image(
         else:
             by_image[image_id].append(converted)
     if without_image:
-        logger.warning(f"Ignored {without_image} of {len(annotations)} annotations: their images are not listed")
+        logger.warning("Ignored %d of %d annotations: their images are not listed", without_image, len(annotations))
     if invalid:
-        logger.warning(f"Dropped {invalid} of {len(annotations)} annotations: no valid polygon in their segmentation")
+        logger.warning(
+            "Dropped %d of %d annotations: no valid polygon in their segmentation", invalid, len(annotations)
+        )
     return by_image
 
 
@@ -169,7 +171,7 @@ def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str,
         name: its name in the catalogs.
         metadata: extra metadata, may be empty.
         json_file: the annotations.
-        image_root: folder of the images.
+        image_root: directory of the images.
     """
     assert isinstance(name, str), f"the name of a dataset is a str, got {type(name).__name__}"
     for path in (json_file, image_root):
@@ -185,22 +187,26 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
     """Pairs images with label maps of the same relative path.
 
     Args:
-        gt_root: folder of the label maps: one channel, the pixel value is the class.
-        image_root: folder of the images.
+        gt_root: directory of the label maps: one channel, the pixel value is the class.
+        image_root: directory of the images.
         gt_ext, image_ext: file extensions.
 
     Returns:
-        dicts with "file_name" and "sem_seg_file_name", ordered by path.
+        Dicts with "file_name" and "sem_seg_file_name", ordered by path.
     """
     images, labels = _files_by_stem(image_root, image_ext), _files_by_stem(gt_root, gt_ext)
     assert labels, f"no .{gt_ext} label map in {gt_root}"
     pairs = sorted(images.keys() & labels.keys())
     if len(images) != len(labels) or len(pairs) != len(images):
         logger.warning(
-            f"{image_root} has {len(images)} images and {gt_root} {len(labels)} label maps; "
-            f"the {len(pairs)} that have both are used"
+            "%s has %d images and %s %d label maps; the %d that have both are used",
+            image_root,
+            len(images),
+            gt_root,
+            len(labels),
+            len(pairs),
         )
-    logger.info(f"Loaded {len(pairs)} images with label maps from {image_root}")
+    logger.info("Loaded %d images with label maps from %s", len(pairs), image_root)
     return [{"file_name": images[p], "sem_seg_file_name": labels[p]} for p in pairs]
 
 
@@ -208,9 +214,9 @@ def _files_by_stem(root: str, extension: str) -> dict[str, str]:
     """Path relative to `root`, without extension, to the full path, of the files with an extension."""
     found = {}
     local = PathManager.get_local_path(root)
-    for folder, _, names in os.walk(local):
+    for directory, _, names in os.walk(local):
         for name in names:
             if name.endswith("." + extension):
-                path = os.path.join(folder, name)
+                path = os.path.join(directory, name)
                 found[os.path.relpath(path, local)[: -len(extension) - 1]] = path
     return found

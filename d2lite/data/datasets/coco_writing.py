@@ -35,7 +35,7 @@ def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
             converted = _to_coco_annotation(anno, size["height"], size["width"])
             converted.update(id=len(annotations) + 1, image_id=image_id, category_id=to_id.get(category, category))
             annotations.append(converted)
-    logger.info(f"Converted {dataset_name} to COCO format: {len(images)} images, {len(annotations)} annotations")
+    logger.info("Converted %s to COCO format: %d images, %d annotations", dataset_name, len(images), len(annotations))
     return {
         "info": {
             "date_created": str(datetime.datetime.now()),
@@ -83,6 +83,6 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
         allow_cached: keep a file that is there already.
     """
     if PathManager.exists(output_file) and allow_cached:
-        logger.warning(f"Using {output_file}, which was there already; delete it if the dataset has changed")
+        logger.warning("Using %s, which was there already; delete it if the dataset has changed", output_file)
         return
     write_json(output_file, convert_to_coco_dict(dataset_name))

@@ -21,7 +21,7 @@ def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> 
     """Loads a split as dicts in Detectron2's standard format; "image_id" is the name of the image.
 
     Args:
-        dirname: folder with Annotations, ImageSets and JPEGImages.
+        dirname: directory with Annotations, ImageSets and JPEGImages.
         split: "train", "val", "trainval" or "test".
         class_names: the classes, in the order of their numbers.
 

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class _EndlessSampler(Sampler):
-    """Gives this process its share of an endless stream of indices, the same stream in all processes."""
+    """Yields this process's share of an endless stream of indices, the same stream in all processes."""
 
     def _start(self, seed: int | None) -> None:
-        self._seed = _agreed_seed(seed)
+        self._seed = _shared_seed(seed)
         self._rank = comm.get_rank()
         self._world_size = comm.get_world_size()
 
@@ -38,7 +38,7 @@ class _EndlessSampler(Sampler):
         yield from itertools.islice(self._infinite_indices(), self._rank, None, self._world_size)
 
     def _infinite_indices(self) -> Iterator[int]:
-        """The whole stream, made from `self._seed`."""
+        """The whole stream, generated from `self._seed`."""
         raise NotImplementedError
 
 
@@ -53,7 +53,7 @@ class TrainingSampler(_EndlessSampler):
             seed: must be equal in all processes; when None the processes agree on a random one.
 
         Raises:
-            TypeError, ValueError: if the size is no positive integer.
+            TypeError, ValueError: if the size is not a positive integer.
         """
         if not isinstance(size, int):
             raise TypeError(f"TrainingSampler(size=) must be an int, got {type(size).__name__}")
@@ -85,18 +85,18 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         Args:
             size: length of the dataset.
             subset_ratio: share of the dataset to use, in (0, 1].
-            shuffle: False keeps the drawn order of the subset.
+            shuffle: False keeps the sampled order of the subset.
             seed_shuffle: seed of the permutations, equal in all processes.
-            seed_subset: seed of the choice of the subset, equal in all processes.
+            seed_subset: seed of the selection of the subset, equal in all processes.
         """
         super().__init__(size=size, shuffle=shuffle, seed=seed_shuffle)
         assert 0.0 < subset_ratio <= 1.0, f"subset_ratio must be in (0, 1], got {subset_ratio}"
         self._size_subset = int(size * subset_ratio)
         assert self._size_subset > 0, f"subset_ratio {subset_ratio} of {size} images leaves none"
         g = torch.Generator()
-        g.manual_seed(_agreed_seed(seed_subset))
+        g.manual_seed(_shared_seed(seed_subset))
         self._indexes_subset = torch.randperm(size, generator=g)[: self._size_subset]
-        logger.info(f"Training on {self._size_subset} of {size} images (subset_ratio {subset_ratio})")
+        logger.info("Training on %d of %d images (subset_ratio %s)", self._size_subset, size, subset_ratio)
 
     def _infinite_indices(self) -> Iterator[int]:
         g = torch.Generator()
@@ -194,5 +194,5 @@ class InferenceSampler(Sampler):
         return len(self._local_indices)
 
 
-def _agreed_seed(seed: int | None) -> int:
+def _shared_seed(seed: int | None) -> int:
     return int(comm.shared_random_seed() if seed is None else seed)

@@ -9,17 +9,17 @@ __all__ = ["GroupedBatchSampler"]
 
 
 class GroupedBatchSampler(BatchSampler):
-    """Collects the indices of a sampler by group, and gives out a batch whenever a group is full."""
+    """Collects the indices of a sampler by group, and yields a batch whenever a group is full."""
 
     def __init__(self, sampler: Sampler, group_ids: Sequence[int], batch_size: int) -> None:
         """
         Args:
             sampler: gives indices.
             group_ids: the group of each index.
-            batch_size: number of indices per batch; what is left in incomplete groups at the end is dropped.
+            batch_size: number of indices per batch; incomplete batches at the end are dropped.
 
         Raises:
-            ValueError: if `sampler` is no torch Sampler.
+            ValueError: if `sampler` is not a torch Sampler.
         """
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler must be a torch.utils.data.Sampler, got {type(sampler).__name__}")

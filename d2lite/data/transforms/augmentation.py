@@ -1,4 +1,4 @@
-"""What an augmentation is: it looks at the inputs, chooses a transform, and applies it to all of them."""
+"""The interface of augmentations, which choose a transform from the inputs and apply it to all of them."""
 
 import inspect
 import pprint
@@ -22,7 +22,7 @@ __all__ = [
 class Augmentation:
     """A policy that chooses a `Transform` for given inputs.
 
-    Subclasses implement `get_transform`. Its argument names say which attributes of the `AugInput` it wants;
+    Subclasses implement `get_transform`. Its argument names determine which attributes of the `AugInput` it takes;
     a single argument always means the image. `input_args` overrides the names.
     """
 
@@ -34,7 +34,7 @@ class Augmentation:
 
     def __call__(self, aug_input: "AugInput") -> Transform:
         """Chooses a transform, applies it to `aug_input` in place and returns it."""
-        transform = self.get_transform(*_wanted_inputs(self, aug_input))
+        transform = self.get_transform(*_required_inputs(self, aug_input))
         assert isinstance(transform, (Transform, TransformList)), (
             f"{type(self).__name__}.get_transform must return a Transform, got {type(transform).__name__}"
         )
@@ -54,7 +54,7 @@ class Augmentation:
         return np.random.uniform(low, high, size)
 
     def __repr__(self) -> str:
-        """The class and the constructor arguments that were given."""
+        """The class name and the constructor arguments that differ from their defaults."""
         given = []
         for name, param in inspect.signature(type(self).__init__).parameters.items():
             if name == "self":
@@ -62,7 +62,7 @@ class Augmentation:
             if param.kind in (param.VAR_POSITIONAL, param.VAR_KEYWORD) or not hasattr(self, name):
                 return super().__repr__()
             value = getattr(self, name)
-            # By identity, so that a default that was spelt out still shows.
+            # By identity, so that a value equal to its default is still shown.
             if value is not param.default:
                 text = pprint.pformat(value)
                 given.append(f"{name}={'...' if chr(10) in text else text}")
@@ -135,7 +135,7 @@ def apply_augmentations(
     """Applies augmentations to an image or an `AugInput`.
 
     Returns:
-        the transformed image, or the same `AugInput`, and the transforms chosen.
+        The transformed image, or the same `AugInput`, and the transforms chosen.
     """
     is_image = isinstance(inputs, np.ndarray)
     aug_input = AugInput(inputs) if is_image else inputs
@@ -173,25 +173,25 @@ def _transform_to_aug(tfm_or_aug: Augmentation | Transform) -> Augmentation:
     return _FixedAugmentation(tfm_or_aug) if isinstance(tfm_or_aug, Transform) else tfm_or_aug
 
 
-def _wanted_inputs(aug: Augmentation, aug_input: Any) -> list[Any]:
+def _required_inputs(aug: Augmentation, aug_input: Any) -> list[Any]:
     """The attributes of `aug_input` that the augmentation's `get_transform` takes."""
     names = aug.input_args if aug.input_args is not None else _argument_names(type(aug))
     missing = [name for name in names if not hasattr(aug_input, name)]
     if missing:
         raise AttributeError(
-            f"{type(aug).__name__}.get_transform wants {missing[0]!r}, which the augmentation input lacks; "
+            f"{type(aug).__name__}.get_transform needs {missing[0]!r}, which the augmentation input lacks; "
             f"it has {sorted(k for k in vars(aug_input) if not k.startswith('_'))}"
         )
     return [getattr(aug_input, name) for name in names]
 
 
 def _argument_names(aug_class: type) -> tuple[str, ...]:
-    """Inputs wanted according to the signature of `get_transform`."""
+    """Names of the inputs in the signature of `get_transform`."""
     params = list(inspect.signature(aug_class.get_transform).parameters.values())[1:]
     if len(params) == 1 and params[0].kind is not params[0].VAR_KEYWORD:
         return ("image",)
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in params):
-        raise TypeError(f"cannot tell the inputs of {aug_class.__name__} from its get_transform; set input_args")
+        raise TypeError(f"cannot infer the inputs of {aug_class.__name__} from its get_transform; set input_args")
     return tuple(p.name for p in params)
 
 

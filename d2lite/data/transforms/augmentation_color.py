@@ -1,4 +1,4 @@
-"""The augmentations that change colours and leave places as they are."""
+"""Augmentations that change colors and keep the geometry."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ __all__ = ["RandomBrightness", "RandomContrast", "RandomLighting", "RandomSatura
 
 
 class _RandomBlend(Augmentation):
-    """Blends the image with something plainer; a drawn weight of 1 keeps it, above 1 exaggerates it."""
+    """Blends the image with a degenerate version of it; a weight of 1 keeps the image, above 1 extrapolates."""
 
     def __init__(self, intensity_min: float, intensity_max: float) -> None:
         """
@@ -22,38 +22,38 @@ class _RandomBlend(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws the weight."""
+        """Samples the weight."""
         weight = np.random.uniform(self.intensity_min, self.intensity_max)
-        return BlendTransform(src_image=self._plain(image), src_weight=1 - weight, dst_weight=weight)
+        return BlendTransform(src_image=self._degenerate(image), src_weight=1 - weight, dst_weight=weight)
 
-    def _plain(self, image: np.ndarray) -> Any:
+    def _degenerate(self, image: np.ndarray) -> Any:
         raise NotImplementedError
 
 
 class RandomContrast(_RandomBlend):
     """Blends with the image's mean value."""
 
-    def _plain(self, image: np.ndarray) -> float:
+    def _degenerate(self, image: np.ndarray) -> float:
         return image.mean()
 
 
 class RandomBrightness(_RandomBlend):
     """Blends with black."""
 
-    def _plain(self, image: np.ndarray) -> float:
+    def _degenerate(self, image: np.ndarray) -> float:
         return 0
 
 
 class RandomSaturation(_RandomBlend):
-    """Blends with the grey image (ITU-R BT.601 weights); expects RGB."""
+    """Blends with the gray image (ITU-R BT.601 weights); expects RGB."""
 
-    def _plain(self, image: np.ndarray) -> np.ndarray:
+    def _degenerate(self, image: np.ndarray) -> np.ndarray:
         assert image.shape[-1] == 3, f"RandomSaturation needs RGB images, got shape {image.shape}"
         return image.dot([0.299, 0.587, 0.114])[:, :, np.newaxis]
 
 
 class RandomLighting(Augmentation):
-    """Shifts the colour along ImageNet's principal components; expects RGB.
+    """Shifts the color along ImageNet's principal components; expects RGB.
 
     Source: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks", section 4.1.
     """
@@ -69,7 +69,7 @@ class RandomLighting(Augmentation):
         self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws three weights."""
+        """Samples three weights."""
         assert image.shape[-1] == 3, f"RandomLighting needs RGB images, got shape {image.shape}"
         weights = np.random.normal(scale=self.scale, size=3)
         shift = self.eigen_vecs.dot(weights * self.eigen_vals)

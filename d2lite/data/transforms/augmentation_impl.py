@@ -1,4 +1,4 @@
-"""The augmentations: each draws from numpy's global generator and returns the transform it chose."""
+"""The augmentations: each samples from numpy's global generator and returns the transform."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +61,7 @@ class RandomFlip(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws whether to flip."""
+        """Samples whether to flip."""
         h, w = image.shape[:2]
         if self._rand_range() >= self.prob:
             return NoOpTransform()
@@ -69,14 +69,14 @@ class RandomFlip(Augmentation):
 
 
 class RandomCrop(Augmentation):
-    """Crops a rectangle of a given or drawn size at a drawn place."""
+    """Crops a rectangle of a given or random size at a random position."""
 
     def __init__(self, crop_type: str, crop_size: Sequence[float]) -> None:
         """
         Args:
             crop_type: what `crop_size` means. "relative": fractions of height and width; "relative_range":
-                the least of these fractions, each is drawn from [fraction, 1]; "absolute": height and width,
-                cut to the image's; "absolute_range": [min, max], from which height and width are drawn.
+                the minimum of these fractions, each is sampled from [fraction, 1]; "absolute": height and width,
+                clipped to the image's; "absolute_range": [min, max], from which height and width are sampled.
             crop_size: two numbers.
         """
         super().__init__()
@@ -87,7 +87,7 @@ class RandomCrop(Augmentation):
             assert crop_size[0] <= crop_size[1], f"absolute_range needs [min, max], got {crop_size}"
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws the size, then the top, then the left."""
+        """Samples the size, then the top, then the left."""
         h, w = image.shape[:2]
         crop_h, crop_w = self.get_crop_size((h, w))
         assert h >= crop_h and w >= crop_w, f"cannot crop {crop_h} x {crop_w} from an image of {h} x {w}"
@@ -112,7 +112,7 @@ class RandomCrop(Augmentation):
 
 
 class RandomCrop_CategoryAreaConstraint(Augmentation):
-    """A `RandomCrop` that looks for a place where no category fills too much of the crop."""
+    """A `RandomCrop` that avoids crops in which one category fills too much of the area."""
 
     def __init__(
         self,
@@ -124,14 +124,14 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):
         """
         Args:
             crop_type, crop_size: as for `RandomCrop`.
-            single_category_max_area: largest share of the labelled crop that one category may fill.
-            ignored_category: a label that does not count.
+            single_category_max_area: maximum share of the labeled crop that one category may fill.
+            ignored_category: a label that is ignored.
         """
         self.crop_aug = RandomCrop(crop_type, crop_size)
         self._init(locals())
 
     def get_transform(self, image: np.ndarray, sem_seg: np.ndarray) -> Transform:
-        """Draws up to ten crops and returns the first that fits, else the last."""
+        """Samples up to ten crops and returns the first that fits, else the last."""
         if self.single_category_max_area >= 1.0:
             return self.crop_aug.get_transform(image)
         for _ in range(10):
@@ -144,7 +144,7 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):
 
 
 class FixedSizeCrop(Augmentation):
-    """Crops to a size at a drawn place where the image is larger, and pads at the end where it is smaller."""
+    """Crops to a size at a random position where the image is larger, and pads at the end where it is smaller."""
 
     def __init__(
         self, crop_size: tuple[int, int], pad: bool = True, pad_value: float = 128.0, seg_pad_value: int = 255
@@ -159,7 +159,7 @@ class FixedSizeCrop(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> TransformList:
-        """Draws the place; one number places both edges."""
+        """Samples the position; one random number determines both coordinates."""
         size, out = np.array(image.shape[:2]), np.array(self.crop_size)
         y0, x0 = np.round(np.maximum(size - out, 0) * np.random.uniform(0.0, 1.0)).astype(int).tolist()
         (h, w), (out_h, out_w) = size.tolist(), out.tolist()
@@ -172,19 +172,19 @@ class FixedSizeCrop(Augmentation):
 
 
 class RandomExtent(Augmentation):
-    """Takes a rectangle of drawn size around a drawn centre; it may reach out of the image."""
+    """Takes a rectangle of random size around a random center; it may extend beyond the image."""
 
     def __init__(self, scale_range: tuple[float, float], shift_range: tuple[float, float]) -> None:
         """
         Args:
             scale_range: (low, high) of the rectangle's size relative to the image.
-            shift_range: (x, y), twice the most by which the centre moves, as fractions of width and height.
+            shift_range: (x, y), twice the maximum shift of the center, as fractions of width and height.
         """
         super().__init__()
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws the scale, then the shift in x, then in y."""
+        """Samples the scale, then the shift in x, then in y."""
         h, w = image.shape[:2]
         half = 0.5 * np.random.uniform(*self.scale_range) * np.array([w, h])
         shift = np.array(self.shift_range) * [w, h] * (np.array([np.random.rand(), np.random.rand()]) - 0.5)
@@ -194,7 +194,7 @@ class RandomExtent(Augmentation):
 
 
 class RandomRotation(Augmentation):
-    """Rotates counter-clockwise by a drawn angle."""
+    """Rotates counter-clockwise by a random angle."""
 
     def __init__(
         self,
@@ -208,8 +208,8 @@ class RandomRotation(Augmentation):
         Args:
             angle: [min, max] for "range", the angles to choose from for "choice", in degrees; or one angle.
             expand: make the output large enough for the whole rotated image.
-            center: the same for the centre, [[min_x, min_y], [max_x, max_y]] or a list of (x, y), as
-                fractions of width and height; the image centre when None.
+            center: the same for the center, [[min_x, min_y], [max_x, max_y]] or a list of (x, y), as
+                fractions of width and height; the image center when None.
             sample_style: "range" or "choice".
             interp: as for `RotationTransform`.
         """
@@ -223,7 +223,7 @@ class RandomRotation(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws the angle, then the centre."""
+        """Samples the angle, then the center."""
         h, w = image.shape[:2]
         center = None
         if self.is_range:
@@ -256,9 +256,9 @@ class RandomApply(Augmentation):
         self.prob = prob
 
     def get_transform(self, *args: Any) -> Transform:
-        """Draws whether to apply, then lets the augmentation choose."""
+        """Samples whether to apply the transform, then takes that of the augmentation."""
         return self.aug.get_transform(*args) if self._rand_range() < self.prob else NoOpTransform()
 
     def __call__(self, aug_input: AugInput) -> Transform:
-        """As `get_transform`, with the inputs that the augmentation wants; applies the result in place."""
+        """As `get_transform`, with the inputs that the augmentation needs; applies the result in place."""
         return self.aug(aug_input) if self._rand_range() < self.prob else NoOpTransform()

@@ -14,7 +14,7 @@ __all__ = ["RandomResize", "Resize", "ResizeScale", "ResizeShortestEdge"]
 
 
 class ResizeShortestEdge(Augmentation):
-    """Resizes the shorter edge to a drawn length, and less where the longer edge would pass `max_size`."""
+    """Resizes the shorter edge to a random length, or less where the longer edge would exceed `max_size`."""
 
     @torch.jit.unused
     def __init__(
@@ -27,7 +27,7 @@ class ResizeShortestEdge(Augmentation):
         """
         Args:
             short_edge_length: [min, max] for "range", the lengths to choose from for "choice"; or one length.
-            max_size: the longest that the longer edge may become, in pixels.
+            max_size: upper limit of the longer edge, in pixels.
             sample_style: "range" or "choice".
             interp: a PIL resampling number.
         """
@@ -43,7 +43,7 @@ class ResizeShortestEdge(Augmentation):
     # TorchScript compiles get_output_shape with its class and would follow annotations even of unused methods.
     @torch.jit.unused
     def get_transform(self, image):  # type: ignore[no-untyped-def]
-        """Draws a length; a length of 0 leaves the image as it is."""
+        """Samples a length; a length of 0 leaves the image as it is."""
         if self.is_range:
             length = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
         else:
@@ -97,13 +97,13 @@ class RandomResize(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a size."""
+        """Samples a size."""
         h, w = self.shape_list[np.random.choice(len(self.shape_list))]
         return ResizeTransform(*image.shape[:2], h, w, self.interp)
 
 
 class ResizeScale(Augmentation):
-    """Scale jitter: fits the image into a drawn multiple of the target size, keeping its aspect ratio."""
+    """Scale jitter: fits the image into a random multiple of the target size, keeping its aspect ratio."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class ResizeScale(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a multiple."""
+        """Samples a multiple."""
         scale = np.random.uniform(self.min_scale, self.max_scale)
         size = np.array(image.shape[:2])
         ratio = (scale * np.array([self.target_height, self.target_width]) / size).min()

@@ -1,4 +1,4 @@
-"""Deterministic image transforms that fvcore does not have: resize, extent, rotation and colour changes."""
+"""Deterministic image transforms that fvcore does not have: resize, extent, rotation and color changes."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,7 +31,7 @@ class ResizeTransform(Transform):
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Resizes (H, W), (H, W, C) or (N, H, W, C).
 
-        uint8 goes through PIL, which filters when it shrinks; other types go through
+        uint8 goes through PIL, which antialiases when it downsamples; other types go through
         `torch.nn.functional.interpolate`, which does not.
         """
         height, width = img.shape[:2] if img.ndim < 4 else img.shape[1:3]
@@ -40,11 +40,11 @@ class ResizeTransform(Transform):
         )
         interp = self.interp if interp is None else interp
         if img.dtype == np.uint8 and img.ndim < 4:
-            return _through_pil(img, lambda image: image.resize((self.new_w, self.new_h), interp))
+            return _apply_pil(img, lambda image: image.resize((self.new_w, self.new_h), interp))
         return _interpolate(img, (self.new_h, self.new_w), interp)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Scales points (N, 2), given as (x, y). Integers stay integers, cut towards 0, as in Detectron2."""
+        """Scales points (N, 2), given as (x, y). Integers stay integers, truncated toward 0, as in Detectron2."""
         scale = np.array([self.new_w * 1.0 / self.w, self.new_h * 1.0 / self.h])
         return (coords * scale).astype(coords.dtype, copy=False)
 
@@ -58,7 +58,7 @@ class ResizeTransform(Transform):
 
 
 class ExtentTransform(Transform):
-    """Takes a rectangle of the input, which may reach out of it, and resizes it to the output size.
+    """Takes a rectangle of the input, which may extend beyond it, and resizes it to the output size.
 
     Label maps are resized as images are, as in Detectron2: give the nearest resampling number for them.
     """
@@ -90,10 +90,10 @@ class ExtentTransform(Transform):
             method = Image.Transform.EXTENT
             return image.transform((width, height), method, tuple(self.src_rect), interp, fillcolor=fill)
 
-        return _through_pil(img, extent)
+        return _apply_pil(img, extent)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Moves points (N, 2), given as (x, y)."""
+        """Transforms points (N, 2), given as (x, y)."""
         x0, y0, x1, y1 = self.src_rect
         height, width = self.output_size
         scale = np.array([width / (x1 - x0), height / (y1 - y0)])
@@ -117,7 +117,7 @@ class RotationTransform(Transform):
             h, w: size of the input, in pixels.
             angle: degrees, counter-clockwise.
             expand: make the output large enough for the whole rotated image; `center` then has no effect.
-            center: (x, y) of the centre of rotation; the image centre when None.
+            center: (x, y) of the center of rotation; the image center when None.
             interp: "bilinear" (default) or "nearest", or OpenCV's numbers for them (1, 0).
         """
         super().__init__()
@@ -147,7 +147,7 @@ class RotationTransform(Transform):
         return out.reshape(self.bound_h, self.bound_w, *img.shape[2:]).astype(img.dtype)
 
     def _grid(self) -> torch.Tensor:
-        """Where each output pixel centre comes from, (bound_h, bound_w, 2), in grid_sample's [-1, 1]."""
+        """Source position of each output pixel center, (bound_h, bound_w, 2), in grid_sample's [-1, 1]."""
         ys, xs = np.mgrid[: self.bound_h, : self.bound_w] + 0.5
         source = (np.stack([xs, ys], -1) - self.target) @ self.rotation + self.center
         return torch.from_numpy(source * (2 / np.array([self.w, self.h])) - 1)
@@ -201,7 +201,7 @@ class ColorTransform(Transform):
         return segmentation
 
     def inverse(self) -> Transform:
-        """Nothing moves, so nothing has to move back."""
+        """Returns the identity, because no coordinate changes."""
         return NoOpTransform()
 
 
@@ -213,16 +213,16 @@ class PILColorTransform(ColorTransform):
         return np.asarray(self.op(Image.fromarray(img)))
 
 
-def _through_pil(img: np.ndarray, operation: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def _apply_pil(img: np.ndarray, operation: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """Applies a PIL operation that treats all channels alike to (H, W) or (H, W, C)."""
     if img.ndim == 2:
         return np.asarray(operation(Image.fromarray(img)))
     if img.dtype == np.uint8 and img.shape[2] == 3:
         if img.strides[2] < 0:
             # A BGR view of RGB memory: PIL needs no copy if it gets the channels in the order of memory.
-            return _through_pil(img[:, :, ::-1], operation)[:, :, ::-1]
+            return _apply_pil(img[:, :, ::-1], operation)[:, :, ::-1]
         return np.asarray(operation(Image.fromarray(img)))
-    return np.stack([_through_pil(img[:, :, c], operation) for c in range(img.shape[2])], axis=2)
+    return np.stack([_apply_pil(img[:, :, c], operation) for c in range(img.shape[2])], axis=2)
 
 
 def _interpolate(img: np.ndarray, size: tuple[int, int], interp: int) -> np.ndarray:
@@ -243,8 +243,7 @@ def _interpolate(img: np.ndarray, size: tuple[int, int], interp: int) -> np.ndar
 
 
 def _resize_rotated_box(transform: ResizeTransform, boxes: np.ndarray) -> np.ndarray:
-    """
-    Resizes rotated boxes (N, 5): x and y of the centre, width, height, counter-clockwise angle in degrees.
+    """Resizes rotated boxes (N, 5): x and y of the center, width, height, counter-clockwise angle in degrees.
 
     Unequal scaling turns them into parallelograms; what is returned has the lengths of their sides and the
     direction of the side along the height.

@@ -10,13 +10,13 @@ from d2lite.layers import ShapeSpec
 class Backbone(nn.Module, metaclass=ABCMeta):
     """A network from images (N, C, H, W) to a dict of feature maps.
 
-    Subclasses set ``_out_features`` (names), ``_out_feature_channels`` and ``_out_feature_strides``
-    (dicts by name), or override :meth:`output_shape`.
+    Subclasses set `_out_features` (names), `_out_feature_channels` and `_out_feature_strides`
+    (dicts by name), or override `output_shape`.
     """
 
     @abstractmethod
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Return {name: (N, C_name, H / stride_name, W / stride_name)}."""
+        """Returns {name: (N, C_name, H / stride_name, W / stride_name)}."""
 
     @property
     def size_divisibility(self) -> int:
@@ -25,7 +25,7 @@ class Backbone(nn.Module, metaclass=ABCMeta):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """Further wishes for the padding of the input: "square_size" and "size_divisibility" (0 = none)."""
+        """Further constraints on the padding of the input: "square_size" and "size_divisibility" (0 = none)."""
         return {}
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -11,15 +11,15 @@ BACKBONE_REGISTRY.__doc__ = "Callables (cfg, input_shape: ShapeSpec) -> Backbone
 
 
 def build_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> Backbone:
-    """Build the backbone that ``cfg.MODEL.BACKBONE.NAME`` names.
+    """Builds the backbone that `cfg.MODEL.BACKBONE.NAME` names.
 
     Args:
         cfg: the full config.
-        input_shape: shape of the images; by default as many channels as ``cfg.MODEL.PIXEL_MEAN`` has values.
+        input_shape: shape of the images; by default as many channels as `cfg.MODEL.PIXEL_MEAN` has values.
 
     Raises:
-        KeyError: no backbone of that name is registered.
-        AssertionError: what was built is no `Backbone`.
+        KeyError: if no backbone of that name is registered.
+        AssertionError: if the result is not a `Backbone`.
     """
     if input_shape is None:
         input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))

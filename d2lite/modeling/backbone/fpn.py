@@ -18,10 +18,10 @@ class FPN(Backbone):
     """Adds a top-down path with lateral connections to a network; gives "p2", "p3", ... (stride 2^k).
 
     Args:
-        bottom_up: the network below, kept as ``self.bottom_up``.
+        bottom_up: the network below, kept as `self.bottom_up`.
         in_features: its features to use, finest first; each stride must be twice the one before.
         out_channels: channels of all pyramid levels.
-        norm: normalisation of the lateral and output convolutions, as for ``get_norm``.
+        norm: normalization of the lateral and output convolutions, as for `get_norm`.
         top_block: module that makes `num_levels` coarser levels out of the feature `in_feature` (a bottom-up
             feature or a pyramid level), and returns them as a list.
         fuse_type: how lateral and top-down features are joined, "sum" or "avg".
@@ -63,7 +63,7 @@ class FPN(Backbone):
         self._top_down_features = tuple(reversed(in_features))
         self.bottom_up = bottom_up
         levels = [int(math.log2(stride)) for stride in strides]
-        _name_levels(self, levels, out_channels)
+        _declare_levels(self, levels, out_channels)
         self._size_divisibility = strides[-1]
         self._square_pad = square_pad
         self._fuse_type = fuse_type
@@ -92,12 +92,12 @@ class FPN(Backbone):
         if self.top_block is not None:
             source = _find_level(self.top_block.in_feature, features, results, self._out_features)
             results.extend(self.top_block(source))
-        assert len(results) == len(self._out_features), "the top block gives another number of levels than it says"
+        assert len(results) == len(self._out_features), "the top block gives another number of levels than it declares"
         return {name: level for name, level in zip(self._out_features, results)}
 
 
-def _name_levels(pyramid: Backbone, levels: list[int], channels: int) -> None:
-    """Declare the outputs "p<level>" of a pyramid: its own `levels`, finest first, and those of its top block."""
+def _declare_levels(pyramid: Backbone, levels: list[int], channels: int) -> None:
+    """Declares the outputs "p<level>" of a pyramid: its own `levels`, finest first, and those of its top block."""
     if pyramid.top_block is not None:
         levels = levels + [levels[-1] + 1 + i for i in range(pyramid.top_block.num_levels)]
     pyramid._out_feature_strides = {f"p{level}": 2**level for level in levels}
@@ -106,7 +106,7 @@ def _name_levels(pyramid: Backbone, levels: list[int], channels: int) -> None:
 
 
 def _find_level(name: str, features: dict[str, Tensor], results: list[Tensor], names: list[str]) -> Tensor:
-    """What a top block starts from: a feature of the network below, or one of the levels made so far."""
+    """The input of a top block: a feature of the network below, or one of the levels made so far."""
     return features[name] if name in features else results[names.index(name)]
 
 
@@ -124,7 +124,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: Norm) -> 
 
 
 def _check_strides(strides: dict[str, int]) -> None:
-    """Check that each stride is a power of two and twice the one before."""
+    """Checks that each stride is a power of two and twice the one before."""
     values = list(strides.values())
     if any(s & (s - 1) for s in values) or any(b != 2 * a for a, b in zip(values, values[1:])):
         raise AssertionError(f"FPN needs features whose strides double from one to the next, got {strides}")
@@ -163,13 +163,13 @@ class LastLevelP6P7(nn.Module):
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build ResNet + FPN with a max-pooled P6, from ``cfg.MODEL.RESNETS`` and ``cfg.MODEL.FPN``."""
+    """Builds ResNet + FPN with a max-pooled P6, from `cfg.MODEL.RESNETS` and `cfg.MODEL.FPN`."""
     return _build_fpn(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build ResNet + FPN with P6 and P7 made from "res5"; config keys as above."""
+    """Builds ResNet + FPN with P6 and P7 made from "res5"; config keys as above."""
     bottom_up = build_resnet_backbone(cfg, input_shape)
     in_channels = bottom_up.output_shape()["res5"].channels
     return _build_fpn(cfg, bottom_up, LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS))

@@ -41,7 +41,7 @@ class ResNet(Backbone):
         stages: one list of blocks per stage; no more than `out_features` needs are kept.
         num_classes: if given, global pooling and a linear layer make the feature "linear", (N, num_classes).
         out_features: names to return; by default the last one only.
-        freeze_at: as for :meth:`freeze`.
+        freeze_at: as for `freeze`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ResNet(Backbone):
         x = self.stem(x)
         if "stem" in self._out_features:
             outputs["stem"] = x
-        # Not over self.stages: TorchScript does not understand a plain list of modules.
+        # Not over self.stages, because TorchScript does not support a plain list of modules.
         for name, stage in self.named_children():
             if name in self.stage_names:
                 x = stage(x)
@@ -112,7 +112,7 @@ class ResNet(Backbone):
         return outputs
 
     def freeze(self, freeze_at: int = 0) -> "ResNet":
-        """Freeze the first `freeze_at` parts (1: the stem, 2: the stem and "res2", ...); returns self."""
+        """Freezes the first `freeze_at` parts (1: the stem, 2: the stem and "res2", ...); returns self."""
         if freeze_at >= 1:
             self.stem.freeze()
         for stage in self.stages[: max(freeze_at - 1, 0)]:
@@ -129,14 +129,14 @@ class ResNet(Backbone):
         out_channels: int,
         **kwargs: Any,
     ) -> list[CNNBlockBase]:
-        """Make the blocks of one stage.
+        """Makes the blocks of one stage.
 
         Args:
             block_class: class of the blocks.
             num_blocks: how many.
             in_channels: input channels of the first block; the others have `out_channels`.
             out_channels: output channels of all blocks.
-            **kwargs: passed to `block_class`; ``X_per_block`` is a list of the values of X for the blocks.
+            **kwargs: passed to `block_class`; `X_per_block` is a list of the values of X for the blocks.
         """
         lists = [key for key in kwargs if key.endswith("_per_block")]
         per_block = {key.removesuffix("_per_block"): kwargs.pop(key) for key in lists}
@@ -156,7 +156,7 @@ class ResNet(Backbone):
     def make_default_stages(
         depth: int, block_class: type[CNNBlockBase] | None = None, **kwargs: Any
     ) -> list[list[CNNBlockBase]]:
-        """Make the four stages of the published ResNet of this `depth` (18, 34, 50, 101 or 152).
+        """Makes the four stages of the published ResNet of this `depth` (18, 34, 50, 101 or 152).
 
         Args:
             depth: number of layers.
@@ -194,16 +194,16 @@ def _num_stages_needed(stages: list[list[CNNBlockBase]], out_features: list[str]
 
 
 def make_stage(*args: Any, **kwargs: Any) -> list[CNNBlockBase]:
-    """The same as :meth:`ResNet.make_stage`."""
+    """The same as `ResNet.make_stage`."""
     return ResNet.make_stage(*args, **kwargs)
 
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Build a ResNet or ResNeXt from ``cfg.MODEL.RESNETS`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``.
+    """Builds a ResNet or ResNeXt from `cfg.MODEL.RESNETS` and `cfg.MODEL.BACKBONE.FREEZE_AT`.
 
     Raises:
-        AssertionError: the keys under ``MODEL.RESNETS`` contradict each other.
+        AssertionError: if the keys under `MODEL.RESNETS` contradict each other.
     """
     c = cfg.MODEL.RESNETS
     _check_config(c)
@@ -243,7 +243,7 @@ def build_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 
 def _check_config(c: CfgNode) -> None:
-    """Check the keys under MODEL.RESNETS."""
+    """Checks the keys under MODEL.RESNETS."""
     if c.DEPTH not in _BLOCKS_PER_STAGE:
         raise AssertionError(f"MODEL.RESNETS.DEPTH is {c.DEPTH}; choose one of {list(_BLOCKS_PER_STAGE)}")
     if c.RES5_DILATION not in (1, 2):

@@ -1,4 +1,4 @@
-"""What residual networks are made of: the stem, and plain, bottleneck and deformable blocks."""
+"""Building blocks of residual networks: the stem, and plain, bottleneck and deformable blocks."""
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class BottleneckBlock(CNNBlockBase):
 
 
 class DeformBottleneckBlock(CNNBlockBase):
-    """`BottleneckBlock` whose 3x3 convolution is deformable; `conv2_offset` predicts where it reads.
+    """`BottleneckBlock` whose 3x3 convolution is deformable; `conv2_offset` predicts its sampling offsets.
 
     Args:
         deform_modulated: version 2, with a mask (arXiv 1811.11168).

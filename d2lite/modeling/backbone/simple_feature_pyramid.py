@@ -8,23 +8,23 @@ from torch import Tensor, nn
 from d2lite.layers import Conv2d, get_norm
 from d2lite.layers.batch_norm import Norm
 from d2lite.modeling.backbone.backbone import Backbone
-from d2lite.modeling.backbone.fpn import _check_strides, _find_level, _name_levels
+from d2lite.modeling.backbone.fpn import _check_strides, _declare_levels, _find_level
 
 
 class SimpleFeaturePyramid(Backbone):
     """Makes pyramid levels "p2", "p3", ... (stride 2^k) of one feature map, by deconvolution or pooling.
 
     Args:
-        net: the network below, kept as ``self.net``.
+        net: the network below, kept as `self.net`.
         in_feature: its feature map.
         out_channels: channels of all levels.
         scale_factors: size of each level relative to that map, of 4.0, 2.0, 1.0 and 0.5, finest first.
         top_block: as for `FPN`.
-        norm: normalisation in the levels, as for ``get_norm``.
+        norm: normalization in the levels, as for `get_norm`.
         square_pad: if positive, images are to be padded to squares of this size.
 
     Raises:
-        NotImplementedError: another scale factor.
+        NotImplementedError: for another scale factor.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SimpleFeaturePyramid(Backbone):
         self.net = net
         self.in_feature = in_feature
         self.top_block = top_block
-        _name_levels(self, levels, out_channels)
+        _declare_levels(self, levels, out_channels)
         self._size_divisibility = strides[-1]
         self._square_pad = square_pad
 
@@ -99,4 +99,4 @@ def _rescale(scale: float, dim: int, norm: Norm) -> tuple[list[nn.Module], int]:
         return [], dim
     if scale == 0.5:
         return [nn.MaxPool2d(kernel_size=2, stride=2)], dim
-    raise NotImplementedError(f"scale_factors has {scale}; SimpleFeaturePyramid knows 4.0, 2.0, 1.0 and 0.5")
+    raise NotImplementedError(f"scale_factors has {scale}; SimpleFeaturePyramid supports 4.0, 2.0, 1.0 and 0.5")

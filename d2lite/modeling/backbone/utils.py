@@ -25,7 +25,7 @@ class PatchEmbed(nn.Module):
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
-    """Cut (B, H, W, C) into square windows, after padding with zeros at the right and at the bottom.
+    """Cuts (B, H, W, C) into square windows, after padding with zeros at the right and at the bottom.
 
     Returns:
         (B * windows, window_size, window_size, C), and the padded (H, W).
@@ -40,7 +40,7 @@ def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, in
 
 
 def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int], hw: tuple[int, int]) -> Tensor:
-    """Undo :func:`window_partition`: (B * windows, window_size, window_size, C) -> (B, H, W, C).
+    """Undoes `window_partition`: (B * windows, window_size, window_size, C) -> (B, H, W, C).
 
     Args:
         windows: the windows.
@@ -80,7 +80,7 @@ def decomposed_rel_pos(
 
     Args:
         q: (B, q_h * q_w, C) queries, not scaled.
-        rel_pos_h, rel_pos_w: tables as for :func:`get_rel_pos`.
+        rel_pos_h, rel_pos_w: tables as for `get_rel_pos`.
         q_size, k_size: (height, width) of the grids of the queries and of the keys.
 
     Returns:
@@ -104,7 +104,7 @@ def add_decomposed_rel_pos(
     q_size: tuple[int, int],
     k_size: tuple[int, int],
 ) -> Tensor:
-    """Add the terms of :func:`decomposed_rel_pos` to logits `attn` (B, q_h * q_w, k_h * k_w)."""
+    """Adds the terms of `decomposed_rel_pos` to logits `attn` (B, q_h * q_w, k_h * k_w)."""
     rel_h, rel_w = decomposed_rel_pos(q, rel_pos_h, rel_pos_w, q_size, k_size)
     grid = attn.view(attn.shape[0], *q_size, *k_size) + rel_h[..., :, None] + rel_w[..., None, :]
     return grid.view_as(attn)

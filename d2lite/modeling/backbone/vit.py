@@ -298,7 +298,7 @@ def get_vit_lr_decay_rate(name: str, lr_decay_rate: float = 1.0, num_layers: int
         num_layers: number of transformer blocks.
 
     Returns:
-        ``lr_decay_rate ** (num_layers + 1 - layer)``: patches and positions are layer 0, block i is layer
+        `lr_decay_rate ** (num_layers + 1 - layer)`: patches and positions are layer 0, block i is layer
         i + 1, and everything else, the convolutional residual blocks too, has the full rate.
     """
     layer = num_layers + 1

@@ -1,4 +1,4 @@
-"""The registry of whole models, and how one is built from a config."""
+"""The registry of whole models, and building one from a config."""
 
 import torch
 from torch import nn
@@ -14,6 +14,6 @@ losses, otherwise a list with one dict of predictions per image.
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """Build the model named by `cfg.MODEL.META_ARCHITECTURE` on `cfg.MODEL.DEVICE`. Loads no weights."""
+    """Builds the model named by `cfg.MODEL.META_ARCHITECTURE` on `cfg.MODEL.DEVICE`. Loads no weights."""
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
     return model.to(torch.device(cfg.MODEL.DEVICE))

@@ -1,4 +1,4 @@
-"""What detectors that predict at every cell of a feature pyramid (RetinaNet, FCOS) have in common."""
+"""Base class of detectors that predict at every cell of a feature pyramid (RetinaNet, FCOS)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from d2lite.layers import batched_nms
 from d2lite.modeling.backbone import Backbone
-from d2lite.modeling.meta_arch.image_model import MAX_PICTURED_BOXES, ImageModel, picture_boxes
+from d2lite.modeling.meta_arch.image_model import MAX_VISUALIZED_BOXES, ImageModel, visualize_boxes
 from d2lite.modeling.meta_arch.inputs import ground_truth, output_size
 from d2lite.modeling.postprocessing import detector_postprocess
 from d2lite.structures import Boxes, ImageList, Instances
@@ -15,19 +15,18 @@ from d2lite.utils.events import get_event_storage
 
 
 def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
-    """Rearrange predictions (N, A * K, H, W) of one level to (N, H * W * A, K)."""
+    """Rearranges predictions (N, A * K, H, W) of one level to (N, H * W * A, K)."""
     assert tensor.dim() == 4, f"expected predictions (N, A * K, H, W), got shape {list(tensor.shape)}"
     n, _, h, w = tensor.shape
     return tensor.view(n, -1, K, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, K)
 
 
 class DenseDetector(ImageModel):
-    """
-    Base of one-stage detectors: backbone, a head that is applied to several of its features, and box
+    """Base of one-stage detectors: backbone, a head that is applied to several of its features, and box
     decoding.
 
     A subclass defines `forward_training` and `forward_inference`, and `num_classes` where it is trained.
-    The attributes are what `inference_single_image` needs of it.
+    `inference_single_image` needs its attributes.
 
     Attributes:
         test_score_thresh: detections need a higher score.
@@ -37,7 +36,7 @@ class DenseDetector(ImageModel):
     """
 
     num_classes_key: str = "num_classes"
-    """What sets `num_classes`; named when an annotation has a class outside its range."""
+    """Setting of `num_classes`, named in the error about an annotation with a class out of range."""
 
     vis_period: int = 0
     input_format: str = "BGR"
@@ -53,7 +52,7 @@ class DenseDetector(ImageModel):
     ) -> None:
         """
         Args:
-            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
+            backbone, pixel_mean, pixel_std: see `ImageModel`.
             head: maps a list of features to a tuple of predictions, each a list with one (N, C, Hi, Wi) per
                 feature.
             head_in_features: names of the features that the head takes; by default all, by increasing stride.
@@ -122,14 +121,14 @@ class DenseDetector(ImageModel):
     def _transpose_dense_predictions(
         self, predictions: Sequence[list[torch.Tensor]], dims_per_anchor: Sequence[int]
     ) -> list[list[torch.Tensor]]:
-        """Bring every kind of prediction, of K = `dims_per_anchor[i]` numbers, to (N, Hi * Wi * A, K)."""
+        """Brings every kind of prediction, of K = `dims_per_anchor[i]` numbers, to (N, Hi * Wi * A, K)."""
         assert len(predictions) == len(dims_per_anchor), (
             f"the head gave {len(predictions)} kinds of predictions, expected {len(dims_per_anchor)}"
         )
         return [[permute_to_N_HWA_K(x, K) for x in levels] for levels, K in zip(predictions, dims_per_anchor)]
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
-        """Update and return the running average in the attribute `name`, first `initial_value`."""
+        """Updates and returns the running average in the attribute `name`, first `initial_value`."""
         average = getattr(self, name, initial_value) * momentum + value * (1 - momentum)
         setattr(self, name, average)
         return average
@@ -143,15 +142,14 @@ class DenseDetector(ImageModel):
         topk_candidates: int,
         image_size: tuple[int, int],
     ) -> Instances:
-        """
-        The best candidates of one level of one image, by decreasing score.
+        """The best candidates of one level of one image, by decreasing score.
 
         Args:
             anchors: R boxes.
             pred_scores: (R, K) in [0, 1].
             pred_deltas: (R, 4).
             score_thresh: only scores above this are kept.
-            topk_candidates: at most so many (anchor, class) pairs are kept.
+            topk_candidates: maximum number of (anchor, class) pairs to keep.
             image_size: (height, width).
         """
         candidates = (pred_scores > score_thresh).flatten().nonzero().squeeze(1)
@@ -171,8 +169,7 @@ class DenseDetector(ImageModel):
         box_delta: list[torch.Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
-        """
-        Decode the candidates of all levels and keep the best that do not overlap within a class, by the subclass's
+        """Decodes the candidates of all levels and keeps the best that do not overlap within a class, by the subclass's
         `test_score_thresh`, `test_topk_candidates`, `test_nms_thresh` and `max_detections_per_image`.
 
         Args:
@@ -209,8 +206,7 @@ class DenseDetector(ImageModel):
         )
 
     def visualize_training(self, batched_inputs: list[dict], results: list[Instances]) -> None:
-        """
-        Put a picture of the first image into the event storage, see `picture_boxes`.
+        """Adds a visualization of the first image to the event storage, see `visualize_boxes`.
 
         Args:
             batched_inputs: the input of a training step.
@@ -222,7 +218,7 @@ class DenseDetector(ImageModel):
         x, result = batched_inputs[0], results[0]
         image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
         result = detector_postprocess(result, image.shape[0], image.shape[1])
-        picture = picture_boxes(image, x["instances"].gt_boxes, result.pred_boxes)
+        picture = visualize_boxes(image, x["instances"].gt_boxes, result.pred_boxes)
         get_event_storage().put_image(
-            f"Left: ground truth; right: {MAX_PICTURED_BOXES} highest scoring results", picture
+            f"Left: ground truth; right: {MAX_VISUALIZED_BOXES} highest scoring results", picture
         )

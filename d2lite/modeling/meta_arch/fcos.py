@@ -23,9 +23,8 @@ __all__ = ["FCOS", "FCOSHead"]
 
 
 class FCOS(DenseDetector):
-    """
-    Every cell of a feature pyramid predicts classes, the distances from its centre to the sides of a box, and
-    how central it is in that box. A cell is represented by a box of the size of the stride around its centre.
+    """Every cell of a feature pyramid predicts classes, the distances from its center to the sides of a box, and
+    how central it is in that box. A cell is represented by a box of the size of the stride around its center.
     """
 
     num_classes_key = "the num_classes of FCOS"
@@ -50,16 +49,16 @@ class FCOS(DenseDetector):
     ) -> None:
         """
         Args:
-            backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
+            backbone, head_in_features, pixel_mean, pixel_std: see `DenseDetector`.
             head: maps a list of features to per-level logits (N, K, Hi, Wi), deltas (N, 4, Hi, Wi) and
-                centreness (N, 1, Hi, Wi).
+                centerness (N, 1, Hi, Wi).
             box2box_transform: how the deltas encode boxes; by default distances in units of the stride.
             num_classes: K, the classes without background.
-            center_sampling_radius: only cells so close to the centre of an object, in strides, are positive;
-                0 admits all cells inside its box.
+            center_sampling_radius: only cells within this distance of the center of an object, in strides, are
+                positive; 0 admits all cells inside its box.
             focal_loss_alpha, focal_loss_gamma: parameters of the focal loss.
             test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
-                :class:`DenseDetector`.
+                `DenseDetector`.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
@@ -96,8 +95,7 @@ class FCOS(DenseDetector):
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """
-        Assign the cells of all levels, R in total, to the ground truth of each image.
+        """Assigns the cells of all levels, R in total, to the ground truth of each image.
 
         Returns:
             gt_labels: for each image (R,) int64: a class in [0, K), or K for background.
@@ -119,10 +117,9 @@ class FCOS(DenseDetector):
         return gt_labels, matched_gt_boxes
 
     def _match_anchors(self, gt_boxes: Boxes, anchors: list[Boxes]) -> torch.Tensor:
-        """
-        The ground truth (M boxes) of each of R cells, or -1: (R,) int64.
+        """The ground truth (M boxes) of each of R cells, or -1: (R,) int64.
 
-        A cell belongs to a box if its centre is inside it and near its centre, and if the box is of the scale
+        A cell belongs to a box if its center is inside it and near its center, and if the box is of the scale
         of the level: its farthest side is 4 to 8 strides away, where the first level also takes smaller and
         the last level larger boxes. Among several, the smallest box wins.
         """
@@ -185,7 +182,7 @@ class FCOS(DenseDetector):
         }
 
     def _centerness(self, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """How central each cell (P, 4) is in its box (P, 4), in (0, 1] (arXiv 1904.01355, equation 3)."""
+        """Centerness of each cell (P, 4) in its box (P, 4), in (0, 1] (arXiv 1904.01355, equation 3)."""
         left, top, right, bottom = self.box2box_transform.get_deltas(cells, boxes).unbind(dim=1)
         horizontal = torch.minimum(left, right) / torch.maximum(left, right)
         vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
@@ -194,7 +191,7 @@ class FCOS(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: Sequence[list[torch.Tensor]]
     ) -> list[Instances]:
-        """The detections of each image, at the network's resolution; scores are sqrt(class * centreness)."""
+        """The detections of each image, at the network's resolution; scores are sqrt(class * centerness)."""
         logits, deltas, centerness = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
         anchors = self.anchor_generator(features)
         results = []
@@ -205,13 +202,13 @@ class FCOS(DenseDetector):
 
 
 class FCOSHead(RetinaNetHead):
-    """The head of RetinaNet with one prediction per cell, and a centreness branch on the box subnet."""
+    """The head of RetinaNet with one prediction per cell, and a centerness branch on the box subnet."""
 
     def __init__(self, *, input_shape: list[ShapeSpec], conv_dims: list[int], **kwargs: Any) -> None:
         """
         Args:
-            input_shape, conv_dims: as in :class:`RetinaNetHead`.
-            kwargs: `num_classes`, `norm` and `prior_prob` of :class:`RetinaNetHead`.
+            input_shape, conv_dims: as in `RetinaNetHead`.
+            kwargs: `num_classes`, `norm` and `prior_prob` of `RetinaNetHead`.
         """
         super().__init__(input_shape=input_shape, conv_dims=conv_dims, num_anchors=1, **kwargs)
         self.ctrness = nn.Conv2d(conv_dims[-1], 1, 3, padding=1)
@@ -226,7 +223,7 @@ class FCOSHead(RetinaNetHead):
             features: (N, C, Hi, Wi) of each level.
 
         Returns:
-            logits (N, K, Hi, Wi), bbox_reg (N, 4, Hi, Wi) and ctrness (N, 1, Hi, Wi) of each level.
+            Logits (N, K, Hi, Wi), bbox_reg (N, 4, Hi, Wi) and ctrness (N, 1, Hi, Wi) of each level.
         """
         self._check_features(features)
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]

@@ -8,12 +8,10 @@ from torch.nn import functional as F
 def dense_focal_loss(
     pred_logits: list[torch.Tensor], gt_labels: torch.Tensor, num_classes: int, alpha: float, gamma: float
 ) -> torch.Tensor:
-    """
-    Sum of the sigmoid focal loss (arXiv 1708.02002, equation 5) over all anchors that are not ignored.
+    """Sum of the sigmoid focal loss (arXiv 1708.02002, equation 5) over all anchors that are not ignored.
 
     Same value as `fvcore.nn.sigmoid_focal_loss` on one-hot targets. Nearly all entries are background, so one
-    formula is applied to all, and the one foreground entry of an anchor is put in its place. Value and
-    gradient are made
+    formula is applied to all, and the one foreground entry of an anchor replaced. Value and gradient are computed
     together, level by level: neither one-hot targets nor a copy of all levels exist at any time.
 
     Args:
@@ -53,9 +51,10 @@ class _FocalLossSum(torch.autograd.Function):
         loss.mul_(weight)
         grad.mul_(weight)
 
+        # The clamped index keeps gather in range for background and ignored labels, which `foreground` masks out.
         index = labels.clamp(0, num_classes - 1)[..., None]
         foreground = ((labels >= 0) & (labels < num_classes))[..., None]
-        # A class against the rest is the same loss with the sign of the logit turned.
+        # The loss of target 1 is that of target 0 at the negated logit.
         fg_loss, fg_grad = _background_term(-x.gather(-1, index), gamma)
         fg_loss, fg_grad = fg_loss * foreground_weight, fg_grad * -foreground_weight
         loss.scatter_(-1, index, torch.where(foreground, fg_loss, loss.gather(-1, index)))
@@ -79,5 +78,6 @@ def _background_term(x: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch
     p = x.sigmoid()
     nll = F.softplus(x)
     modulation = p.pow(gamma)
+    # The derivative is p^gamma (gamma (1 - p) nll + p), from dp/dx = p (1 - p) and dnll/dx = p.
     grad = torch.rsub(p, 1).mul_(nll).mul_(gamma).add_(p).mul_(modulation)
     return nll.mul_(modulation), grad

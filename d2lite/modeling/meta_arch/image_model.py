@@ -1,4 +1,4 @@
-"""What all models have in common: a backbone, and images that are normalised before it sees them."""
+"""Base class of all models: a backbone, and normalization of the images it takes."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from d2lite.modeling.backbone import Backbone
 from d2lite.modeling.meta_arch.inputs import batch_images
 from d2lite.structures import Boxes, ImageList
 
-MAX_PICTURED_BOXES = 20
-"""How many predictions a picture of the training shows."""
+MAX_VISUALIZED_BOXES = 20
+"""Number of predictions drawn in a visualization of the training."""
 
 
 class ImageModel(nn.Module):
@@ -21,7 +21,7 @@ class ImageModel(nn.Module):
         """
         Args:
             backbone: maps a batch of images to a dict of features.
-            pixel_mean, pixel_std: per channel, to normalise the input image.
+            pixel_mean, pixel_std: per channel, to normalize the input image.
         """
         super().__init__()
         self.backbone = backbone
@@ -30,28 +30,27 @@ class ImageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives; inputs are moved there."""
+        """The device of the model; inputs are moved there."""
         return self.pixel_mean.device
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the input images."""
+        """Normalizes, pads and batches the input images."""
         return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
 
 
-def picture_boxes(image: np.ndarray, truth: Boxes, predicted: Boxes) -> np.ndarray:
-    """
-    The annotated boxes left, the predicted ones right.
+def visualize_boxes(image: np.ndarray, truth: Boxes, predicted: Boxes) -> np.ndarray:
+    """Draws the annotated boxes left, the predicted ones right.
 
     Args:
         image: (H, W, 3) RGB in [0, 255].
         truth: the annotation.
-        predicted: best first; the first `MAX_PICTURED_BOXES` are drawn.
+        predicted: best first; the first `MAX_VISUALIZED_BOXES` are drawn.
 
     Returns:
         (3, H, 2 * W) uint8 RGB.
     """
     from d2lite.utils.visualizer import Visualizer
 
-    shown = predicted.tensor[:MAX_PICTURED_BOXES].detach().cpu().numpy()
+    shown = predicted.tensor[:MAX_VISUALIZED_BOXES].detach().cpu().numpy()
     pair = [Visualizer(image, None).overlay_instances(boxes=boxes) for boxes in (truth.to("cpu"), shown)]
     return np.hstack([picture.get_image() for picture in pair]).transpose(2, 0, 1)

@@ -1,4 +1,4 @@
-"""What every model does with its input dicts: batching images, and fetching and checking the targets."""
+"""Input handling of all models: batching images, and fetching and checking the targets."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,7 @@ from d2lite.structures import ImageList, Instances
 def batch_images(
     batched_inputs: Sequence[dict], backbone: nn.Module, pixel_mean: torch.Tensor, pixel_std: torch.Tensor
 ) -> ImageList:
-    """
-    Normalise the images (C, H, W) of a batch on the model's device, and pad them to a size that the backbone
+    """Normalizes the images (C, H, W) of a batch on the model's device, and pads them to a size that the backbone
     can take.
 
     Args:
@@ -28,18 +27,17 @@ def batch_images(
 def ground_truth(
     batched_inputs: Sequence[dict], device: torch.device, num_classes: int | None = None, config_key: str = ""
 ) -> list[Instances]:
-    """
-    The annotated instances of each image, checked, on `device`.
+    """The annotated instances of each image, checked, on `device`.
 
     Args:
         batched_inputs: dicts with the key "instances".
         device: where the instances are needed.
-        num_classes: the classes of the model; None where it does not look at classes.
+        num_classes: the classes of the model; None if classes are not checked.
         config_key: the config key that sets `num_classes`, for the error message.
 
     Raises:
-        AssertionError: an image has no annotations at all (an empty Instances is fine).
-        ValueError: a class that the model does not have, or a box that is empty or not finite.
+        AssertionError: if an image has no annotations at all (an empty Instances is fine).
+        ValueError: for a class that the model does not have, or a box that is empty or not finite.
     """
     for x in batched_inputs:
         assert "instances" in x, (
@@ -78,13 +76,12 @@ def _check_classes(x: dict, num_classes: int, config_key: str) -> None:
 def semantic_labels(
     batched_inputs: Sequence[dict], backbone: nn.Module, device: torch.device, head: nn.Module
 ) -> torch.Tensor:
-    """
-    The per-pixel labels of a batch, checked and padded like its images with `head.ignore_value`: (N, H, W)
+    """The per-pixel labels of a batch, checked and padded like its images with `head.ignore_value`: (N, H, W)
     int64.
 
     Raises:
-        AssertionError: an image has no labels.
-        ValueError: a label that is neither one of `head.num_classes` classes nor `head.ignore_value`.
+        AssertionError: if an image has no labels.
+        ValueError: for a label that is neither one of `head.num_classes` classes nor `head.ignore_value`.
     """
     for x in batched_inputs:
         assert "sem_seg" in x, (

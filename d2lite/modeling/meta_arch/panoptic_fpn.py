@@ -38,7 +38,7 @@ class PanopticFPN(GeneralizedRCNN):
             sem_seg_head: turns features (and, in training, labels) into (scores, losses).
             combine_overlap_thresh, combine_stuff_area_thresh, combine_instances_score_thresh: see
                 `combine_semantic_and_instance_outputs`.
-            kwargs: the arguments of :class:`GeneralizedRCNN`.
+            kwargs: the arguments of `GeneralizedRCNN`.
         """
         super().__init__(**kwargs)
         self.sem_seg_head = sem_seg_head
@@ -66,7 +66,7 @@ class PanopticFPN(GeneralizedRCNN):
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: as in :class:`GeneralizedRCNN`, and in training "sem_seg" (H, W): 0 for all
+            batched_inputs: as in `GeneralizedRCNN`, and in training "sem_seg" (H, W): 0 for all
                 things, stuff classes from 1.
 
         Returns:
@@ -132,8 +132,7 @@ def combine_semantic_and_instance_outputs(
     stuff_area_thresh: float,
     instances_score_thresh: float,
 ) -> tuple[torch.Tensor, list[dict]]:
-    """
-    Merge detections and per-pixel classes: instances claim free pixels by decreasing score, then stuff fills
+    """Merges detections and per-pixel classes: instances claim free pixels by decreasing score, then stuff fills
     the rest (arXiv 1901.02446, section 3.2).
 
     Args:
@@ -185,7 +184,7 @@ def combine_semantic_and_instance_outputs(
 
 
 def _scale_instance_losses(roi_heads: nn.Module, weight: float) -> None:
-    """Apply MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT to all losses of the box and mask heads."""
+    """Applies MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT to all losses of the box and mask heads."""
     if weight == 1.0:
         return
     for head in roi_heads.modules():

@@ -8,7 +8,7 @@ from torch import nn
 from d2lite.config import CfgNode, configurable
 from d2lite.modeling.backbone import Backbone, build_backbone
 from d2lite.modeling.meta_arch.build import META_ARCH_REGISTRY
-from d2lite.modeling.meta_arch.image_model import ImageModel, picture_boxes
+from d2lite.modeling.meta_arch.image_model import ImageModel, visualize_boxes
 from d2lite.modeling.meta_arch.inputs import ground_truth, output_size
 from d2lite.modeling.postprocessing import detector_postprocess
 from d2lite.modeling.proposal_generator import build_proposal_generator
@@ -21,8 +21,7 @@ __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
 
 @META_ARCH_REGISTRY.register()
 class GeneralizedRCNN(ImageModel):
-    """
-    Any model made of a backbone, a proposal generator and heads on the regions that it proposes: Faster, Mask
+    """Any model made of a backbone, a proposal generator and heads on the regions that it proposes: Faster, Mask
     and Cascade R-CNN, and, with proposals from the input, Fast R-CNN.
     """
 
@@ -40,18 +39,18 @@ class GeneralizedRCNN(ImageModel):
     ) -> None:
         """
         Args:
-            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
+            backbone, pixel_mean, pixel_std: see `ImageModel`.
             proposal_generator: maps images and features to proposals; None to read them from the input.
             roi_heads: turns features and proposals into detections or losses.
-            input_format: channel order of the input image, for the pictures of `vis_period`.
-            vis_period: iterations between two pictures of training proposals; 0 for none.
+            input_format: channel order of the input image, for the visualizations of `vis_period`.
+            vis_period: iterations between two visualizations of training proposals; 0 for none.
         """
         super().__init__(backbone, pixel_mean, pixel_std)
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.input_format = input_format
         self.vis_period = vis_period
-        assert vis_period == 0 or input_format is not None, "pictures of the training need input_format"
+        assert vis_period == 0 or input_format is not None, "visualizations of the training need input_format"
         assert len(pixel_mean) == len(pixel_std), "pixel_mean and pixel_std have different lengths"
 
     @classmethod
@@ -83,7 +82,7 @@ class GeneralizedRCNN(ImageModel):
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
-        gt_instances = self._ground_truth(batched_inputs)  # the host waits here for the device, with work queued for it
+        gt_instances = self._ground_truth(batched_inputs)  # synchronizes with the device, which has work queued
         proposals, proposal_losses = self._propose(batched_inputs, images, features, gt_instances)
         _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
@@ -101,7 +100,7 @@ class GeneralizedRCNN(ImageModel):
             batched_inputs: as in `forward`.
             detected_instances: boxes of each image at the network's resolution (`pred_boxes`,
                 `pred_classes`). Only the other outputs, such as masks, are predicted for them.
-            do_postprocess: whether predictions are mapped to the resolution that the input dicts ask for.
+            do_postprocess: whether predictions are mapped to the resolution that the input dicts request.
 
         Returns:
             As `forward`; without postprocessing the plain Instances at the network's resolution, with masks
@@ -142,15 +141,14 @@ class GeneralizedRCNN(ImageModel):
     def _postprocess(
         instances: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Instances]]:
-        """Map the predictions of each image to the resolution that its input dict asks for."""
+        """Maps the predictions of each image to the resolution that its input dict requests."""
         return [
             {"instances": detector_postprocess(r, *output_size(x, size))}
             for r, x, size in zip(instances, batched_inputs, image_sizes)
         ]
 
     def visualize_training(self, batched_inputs: list[dict], proposals: list[Instances]) -> None:
-        """
-        Put a picture of each image into the event storage, see `picture_boxes`.
+        """Adds a visualization of each image to the event storage, see `visualize_boxes`.
 
         Args:
             batched_inputs: the input of a training step.
@@ -160,7 +158,7 @@ class GeneralizedRCNN(ImageModel):
 
         for x, found in zip(batched_inputs, proposals):
             image = convert_image_to_rgb(x["image"].permute(1, 2, 0).cpu(), self.input_format)
-            picture = picture_boxes(image, x["instances"].gt_boxes, found.proposal_boxes)
+            picture = visualize_boxes(image, x["instances"].gt_boxes, found.proposal_boxes)
             get_event_storage().put_image("Left: ground truth; right: proposals", picture)
 
 
@@ -179,7 +177,7 @@ class ProposalNetwork(ImageModel):
     ) -> None:
         """
         Args:
-            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
+            backbone, pixel_mean, pixel_std: see `ImageModel`.
             proposal_generator: maps images and features to proposals.
         """
         super().__init__(backbone, pixel_mean, pixel_std)
@@ -199,7 +197,7 @@ class ProposalNetwork(ImageModel):
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
         """
         Args:
-            batched_inputs: as in :class:`GeneralizedRCNN`.
+            batched_inputs: as in `GeneralizedRCNN`.
 
         Returns:
             In training a dict of losses. Otherwise one {"proposals": Instances} per image with

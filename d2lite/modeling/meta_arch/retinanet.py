@@ -52,7 +52,7 @@ class RetinaNet(DenseDetector):
     ) -> None:
         """
         Args:
-            backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
+            backbone, head_in_features, pixel_mean, pixel_std: see `DenseDetector`.
             head: maps a list of features to per-level logits (N, A * K, Hi, Wi) and deltas (N, A * 4, Hi,
                 Wi).
             anchor_generator: makes the anchors of these features.
@@ -63,9 +63,9 @@ class RetinaNet(DenseDetector):
             smooth_l1_beta: where smooth L1 turns from quadratic to linear.
             box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
             test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
-                :class:`DenseDetector`.
-            vis_period: iterations between two pictures of training detections; 0 for none.
-            input_format: channel order of the input image, for these pictures.
+                `DenseDetector`.
+            vis_period: iterations between two visualizations of training detections; 0 for none.
+            input_format: channel order of the input image, for these visualizations.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
@@ -170,8 +170,7 @@ class RetinaNet(DenseDetector):
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """
-        Match the anchors of all levels, R in total, to the ground truth of each image.
+        """Matches the anchors of all levels, R in total, to the ground truth of each image.
 
         Returns:
             gt_labels: for each image (R,) int64: a class in [0, K), K for background, or -1 for ignored.

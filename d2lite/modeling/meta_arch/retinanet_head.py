@@ -34,7 +34,7 @@ class RetinaNetHead(nn.Module):
             num_classes: K, the classes without background.
             num_anchors: A, the anchors per cell.
             conv_dims: width of each convolution of a subnet.
-            norm: normalisation after each of them. "BN" and "SyncBN" keep separate statistics for each level,
+            norm: normalization after each of them. "BN" and "SyncBN" keep separate statistics for each level,
                 as these differ in scale; the features must then always come in the same order.
             prior_prob: initial probability of the foreground (section 4.1 of the paper).
         """
@@ -54,11 +54,10 @@ class RetinaNetHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
-        """
-        Constructor arguments from MODEL.RETINANET.
+        """Constructor arguments from MODEL.RETINANET.
 
         Raises:
-            AssertionError: MODEL.ANCHOR_GENERATOR gives the levels different numbers of anchors.
+            AssertionError: if MODEL.ANCHOR_GENERATOR gives the levels different numbers of anchors.
         """
         num_anchors = build_anchor_generator(cfg, input_shape).num_cell_anchors
         assert len(set(num_anchors)) == 1, (

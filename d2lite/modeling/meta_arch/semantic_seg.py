@@ -26,7 +26,7 @@ Heads that turn a dict of features into per-pixel class scores or losses, called
 
 
 def build_sem_seg_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the head named by `cfg.MODEL.SEM_SEG_HEAD.NAME` for features of `input_shape`."""
+    """Builds the head named by `cfg.MODEL.SEM_SEG_HEAD.NAME` for features of `input_shape`."""
     return SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, input_shape)
 
 
@@ -45,7 +45,7 @@ class SemanticSegmentor(ImageModel):
     ) -> None:
         """
         Args:
-            backbone, pixel_mean, pixel_std: see :class:`ImageModel`.
+            backbone, pixel_mean, pixel_std: see `ImageModel`.
             sem_seg_head: turns features (and, in training, labels) into (scores, losses).
         """
         super().__init__(backbone, pixel_mean, pixel_std)
@@ -89,8 +89,7 @@ class SemanticSegmentor(ImageModel):
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class SemSegFPNHead(nn.Module):
-    """
-    The semantic branch of Panoptic FPN (arXiv 1901.02446, section 3.1): every level is brought to a common
+    """The semantic branch of Panoptic FPN (arXiv 1901.02446, section 3.1): every level is brought to a common
     stride by convolutions and upsampling, the levels are summed, and a 1x1 convolution scores the classes.
     """
 
@@ -113,7 +112,7 @@ class SemSegFPNHead(nn.Module):
             conv_dims: width of the convolutions.
             common_stride: stride at which the levels are summed.
             loss_weight: factor of the loss.
-            norm: normalisation after each convolution.
+            norm: normalization after each convolution.
             ignore_value: label of the pixels without a class.
         """
         super().__init__()
@@ -166,8 +165,7 @@ class SemSegFPNHead(nn.Module):
         return self.predictor(x)
 
     def losses(self, predictions: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        The mean cross-entropy "loss_sem_seg" over the pixels that have a class; 0 where none has.
+        """The mean cross-entropy "loss_sem_seg" over the pixels that have a class; 0 where none has.
 
         Args:
             predictions: logits at the common stride, as returned by `layers`.

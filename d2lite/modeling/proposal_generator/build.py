@@ -9,13 +9,12 @@ from d2lite.utils.registry import Registry
 PROPOSAL_GENERATOR_REGISTRY = Registry("PROPOSAL_GENERATOR")
 PROPOSAL_GENERATOR_REGISTRY.__doc__ = """
 Modules that turn images and features into region proposals.
-Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to :class:`ShapeSpec`.
+Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to `ShapeSpec`.
 """
 
 
 def build_proposal_generator(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module | None:
-    """
-    Build the generator named by `cfg.MODEL.PROPOSAL_GENERATOR.NAME` for features of `input_shape`.
+    """Builds the generator named by `cfg.MODEL.PROPOSAL_GENERATOR.NAME` for features of `input_shape`.
 
     Returns None for "PrecomputedProposals": proposals then come with the input.
     """

@@ -1,4 +1,4 @@
-"""From scored boxes at every anchor to a short list of proposals per image."""
+"""Selection of proposals per image from the scored boxes of all anchors."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from d2lite.layers import batched_nms
 from d2lite.structures import Boxes, Instances
 
-# Ground truth that joins the proposals gets the logit of a probability just below one: certain, but finite.
+# Ground truth that joins the proposals gets the logit of a probability just below 1, so that it is finite.
 _GT_OBJECTNESS = 1.0 - 1e-10
 _GT_LOGIT = math.log(_GT_OBJECTNESS / (1.0 - _GT_OBJECTNESS))
 
@@ -23,8 +23,7 @@ def find_top_rpn_proposals(
     min_box_size: float,
     training: bool,
 ) -> list[Instances]:
-    """
-    The best proposals of each image: per level the `pre_nms_topk` best scores, clipped to the image, without
+    """The best proposals of each image: per level the `pre_nms_topk` best scores, clipped to the image, without
     small boxes, then non-maximum suppression within each level, and of what is left the `post_nms_topk` best.
 
     Args:
@@ -35,7 +34,7 @@ def find_top_rpn_proposals(
         pre_nms_topk: per image and level.
         post_nms_topk: per image.
         min_box_size: boxes survive if both sides are longer than this, in pixels.
-        training: whether non-finite predictions are an error or silently dropped.
+        training: whether non-finite predictions raise an error or are dropped.
 
     Returns:
         N `Instances` with `proposal_boxes` and `objectness_logits`, by descending score.
@@ -70,8 +69,7 @@ def suppress_proposals(
     min_box_size: float,
     training: bool,
 ) -> list[Instances]:
-    """
-    The part of :func:`find_top_rpn_proposals` after the choice of the best anchors: `boxes` (N, K_i, 4) and
+    """The part of `find_top_rpn_proposals` after the choice of the best anchors: `boxes` (N, K_i, 4) and
     `scores` (N, K_i) of each level are what is left of them.
     """
     levels = torch.cat([torch.full((b.shape[1],), i, device=b.device) for i, b in enumerate(boxes)])
@@ -81,7 +79,7 @@ def suppress_proposals(
     all_boxes = all_boxes.clamp(min=0).minimum(limits[:, None])
     keep = finite & (all_boxes[..., 2:] - all_boxes[..., :2] > min_box_size).all(dim=2)
 
-    # one read from the device for the whole batch
+    # one synchronization with the device for the whole batch
     all_finite, *counts = torch.cat([finite.all()[None], keep.sum(dim=1)]).tolist()
     if training and not all_finite:
         raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
@@ -100,8 +98,7 @@ def suppress_proposals(
 
 
 def add_ground_truth_to_proposals(gt: list[Instances] | list[Boxes], proposals: list[Instances]) -> list[Instances]:
-    """
-    Append the ground-truth boxes of each image to its proposals, so that the heads see good boxes from the
+    """Appends the ground-truth boxes of each image to its proposals, so that the heads see good boxes from the
     start.
 
     Args:
@@ -113,7 +110,7 @@ def add_ground_truth_to_proposals(gt: list[Instances] | list[Boxes], proposals: 
         N new `Instances` with the fields of the proposals.
 
     Raises:
-        AssertionError: a field of the proposals is missing in the ground truth.
+        AssertionError: if a field of the proposals is missing in the ground truth.
     """
     if len(gt) != len(proposals):
         raise ValueError(f"got ground truth of {len(gt)} images for proposals of {len(proposals)} images")
@@ -121,7 +118,7 @@ def add_ground_truth_to_proposals(gt: list[Instances] | list[Boxes], proposals: 
 
 
 def add_ground_truth_to_proposals_single_image(gt: Instances | Boxes, proposals: Instances) -> Instances:
-    """As :func:`add_ground_truth_to_proposals`, for one image."""
+    """As `add_ground_truth_to_proposals`, for one image."""
     fields = {} if isinstance(gt, Boxes) else gt.get_fields()
     boxes = gt if isinstance(gt, Boxes) else gt.gt_boxes
     device = proposals.objectness_logits.device

@@ -51,12 +51,12 @@ class RPN(nn.Module):
         """
         Args:
             in_features: names of the feature maps to use.
-            head: from feature maps to logits and deltas, see :class:`StandardRPNHead`.
+            head: from feature maps to logits and deltas, see `StandardRPNHead`.
             anchor_generator: from feature maps to anchors.
             anchor_matcher: labels anchors as 1 (object), 0 (background) or -1 (ignored) by their IoU.
             box2box_transform: how deltas encode boxes relative to anchors.
             batch_size_per_image: anchors per image that enter the loss.
-            positive_fraction: largest part of them that may be positive.
+            positive_fraction: maximum fraction of them that may be positive.
             pre_nms_topk: anchors per level before suppression, in (training, testing).
             post_nms_topk: proposals per image, in (training, testing).
             nms_thresh: IoU above which the lower score is suppressed.
@@ -148,12 +148,11 @@ class RPN(nn.Module):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """
-        Match anchors (R in all levels together) with ground truth, and draw those that enter the loss.
+        """Matches anchors (R in all levels together) with ground truth, and samples those that enter the loss.
 
         Returns:
             Per image the labels (R,) int8: 1 object, 0 background, -1 not used; and the matched box (R, 4)
-            of each anchor, which has a meaning only for label 1.
+            of each anchor, which is defined only for label 1.
         """
         all_anchors = Boxes.cat(anchors)
         gt_labels, matched_boxes = [], []
@@ -161,7 +160,7 @@ class RPN(nn.Module):
             gt_boxes: Boxes = gt.gt_boxes
             quality = retry_if_cuda_oom(pairwise_iou)(gt_boxes, all_anchors)
             index, labels = retry_if_cuda_oom(self.anchor_matcher)(quality)
-            del quality  # the largest tensor here; the next image needs the room
+            del quality  # the largest tensor here; frees its memory for the next image
             labels = labels.to(all_anchors.device)
             if self.anchor_boundary_thresh >= 0:
                 labels[~all_anchors.inside_box(gt.image_size, self.anchor_boundary_thresh)] = -1
@@ -173,7 +172,7 @@ class RPN(nn.Module):
         return gt_labels, matched_boxes
 
     def _subsample_labels(self, label: torch.Tensor) -> torch.Tensor:
-        """Keep the labels of a random sample, in place, and set all others to -1."""
+        """Keeps the labels of a random sample, in place, and sets all others to -1."""
         positive, negative = subsample_labels(label, self.batch_size_per_image, self.positive_fraction, 0)
         return label.fill_(-1).index_fill_(0, positive, 1).index_fill_(0, negative, 0)
 
@@ -185,14 +184,13 @@ class RPN(nn.Module):
         pred_anchor_deltas: list[torch.Tensor],
         gt_boxes: list[torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """
-        Binary cross entropy of the objectness and regression loss of the positives, both divided by the
+        """Binary cross entropy of the objectness and regression loss of the positives, both divided by the
         number of anchors that the batch may use.
 
         Args:
             anchors: boxes (R_i, 4) of each level, or one element with all of them.
             pred_objectness_logits: (N, R_i) of each level.
-            gt_labels: N tensors (R,), see :meth:`label_and_sample_anchors`.
+            gt_labels: N tensors (R,), see `label_and_sample_anchors`.
             pred_anchor_deltas: (N, R_i, 4) of each level.
             gt_boxes: N tensors (R, 4).
 
@@ -237,8 +235,7 @@ class RPN(nn.Module):
         pred_anchor_deltas: list[torch.Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """
-        Decode and filter the predictions, see `find_top_rpn_proposals`. Only the best anchors of each level
+        """Decodes and filters the predictions, see `find_top_rpn_proposals`. Only the best anchors of each level
         are decoded. The heads treat the proposals as constants: no gradient flows through their coordinates.
 
         Args:

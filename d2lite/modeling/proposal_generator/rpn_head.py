@@ -13,12 +13,12 @@ from d2lite.utils.registry import Registry
 RPN_HEAD_REGISTRY = Registry("RPN_HEAD")
 RPN_HEAD_REGISTRY.__doc__ = """
 Modules that turn a list of feature maps into objectness logits and anchor deltas per level.
-Called as `cls(cfg, input_shape)` with `input_shape` a list of :class:`ShapeSpec`.
+Called as `cls(cfg, input_shape)` with `input_shape` a list of `ShapeSpec`.
 """
 
 
 def build_rpn_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
-    """Build the head named by `cfg.MODEL.RPN.HEAD_NAME` for feature maps of `input_shape`."""
+    """Builds the head named by `cfg.MODEL.RPN.HEAD_NAME` for feature maps of `input_shape`."""
     return RPN_HEAD_REGISTRY.get(cfg.MODEL.RPN.HEAD_NAME)(cfg, input_shape)
 
 
@@ -57,11 +57,10 @@ class StandardRPNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
-        """
-        Constructor arguments from MODEL.RPN and MODEL.ANCHOR_GENERATOR.
+        """Constructor arguments from MODEL.RPN and MODEL.ANCHOR_GENERATOR.
 
         Raises:
-            ValueError: the levels differ in channels, or in anchors per cell.
+            ValueError: if the levels differ in channels, or in anchors per cell.
         """
         channels = {shape.channels for shape in input_shape}
         if len(channels) != 1:

@@ -1,4 +1,4 @@
-"""What all heads on regions have in common: how proposals are sampled, and how features are pooled."""
+"""Base class of heads on regions: sampling of proposals and pooling of features."""
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from d2lite.utils.registry import Registry
 ROI_HEADS_REGISTRY = Registry("ROI_HEADS")
 ROI_HEADS_REGISTRY.__doc__ = """
 Modules that turn features and proposals into losses or detections.
-Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to :class:`ShapeSpec`.
+Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to `ShapeSpec`.
 """
 
 
 def build_roi_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the heads named by `cfg.MODEL.ROI_HEADS.NAME` for features of `input_shape`."""
+    """Builds the heads named by `cfg.MODEL.ROI_HEADS.NAME` for features of `input_shape`."""
     name = cfg.MODEL.ROI_HEADS.NAME
     if name == "RROIHeads":
         raise NotImplementedError(
@@ -47,7 +47,7 @@ class ROIHeads(nn.Module):
         Args:
             num_classes: foreground classes, K; the label K is the background.
             batch_size_per_image: proposals per image that enter the losses.
-            positive_fraction: largest part of them that may be foreground.
+            positive_fraction: maximum fraction of them that may be foreground.
             proposal_matcher: labels proposals as 1 (foreground), 0 (background) or -1 (ignored) by their IoU.
             proposal_append_gt: add the ground truth to the proposals in training.
         """
@@ -60,15 +60,14 @@ class ROIHeads(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """
-        Constructor arguments from MODEL.ROI_HEADS; subclasses add their own.
+        """Constructor arguments from MODEL.ROI_HEADS; subclasses add their own.
 
         Raises:
-            NotImplementedError: MODEL.KEYPOINT_ON is set.
+            NotImplementedError: if MODEL.KEYPOINT_ON is set.
         """
         if cfg.MODEL.KEYPOINT_ON:
             raise NotImplementedError(
-                "MODEL.KEYPOINT_ON is True: d2lite leaves out key points; install Detectron2 to use them."
+                "MODEL.KEYPOINT_ON is True: d2lite leaves out keypoints; install Detectron2 to use them."
             )
         heads = cfg.MODEL.ROI_HEADS
         return {
@@ -102,8 +101,7 @@ class ROIHeads(nn.Module):
 
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
-        """
-        Match proposals with ground truth, and draw those that enter the losses.
+        """Matches proposals with ground truth, and samples those that enter the losses.
 
         Args:
             proposals: N `Instances` with `proposal_boxes` and `objectness_logits`.
@@ -111,10 +109,10 @@ class ROIHeads(nn.Module):
 
         Returns:
             N `Instances` with the fields of the proposals, `gt_classes` (K for background), and, where the
-            image has objects, all `gt_*` fields of the matched object; these mean nothing for background.
+            image has objects, all `gt_*` fields of the matched object; these are undefined for background.
 
         Raises:
-            ValueError: a class of the ground truth is not below the number of classes.
+            ValueError: if a class of the ground truth is not below the number of classes.
         """
         if self.proposal_append_gt:
             proposals = add_ground_truth_to_proposals(targets, proposals)
@@ -138,15 +136,14 @@ class ROIHeads(nn.Module):
     def _sample_proposals(
         self, matched_idxs: Tensor, matched_labels: Tensor, gt_classes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """
-        Draw from the R proposals of one image.
+        """Samples from the R proposals of one image.
 
         Args:
             matched_idxs, matched_labels: (R,), what the matcher returned.
             gt_classes: (M,) classes of the ground truth.
 
         Returns:
-            Indices (S,) of the drawn proposals, foreground first, and their classes (S,) in [0, K].
+            Indices (S,) of the sampled proposals, foreground first, and their classes (S,) in [0, K].
         """
         gt_classes = self._classes_of_matches(matched_idxs, matched_labels, gt_classes)
         foreground, background = subsample_labels(
@@ -165,7 +162,7 @@ class ROIHeads(nn.Module):
     def _check_classes_and_log(self, sampled: list[Instances], targets: list[Instances]) -> None:
         num_background = [(x.gt_classes == self.num_classes).sum() for x in sampled]
         largest = [x.gt_classes.max() for x in targets if len(x) > 0]
-        # one read from the device for the counts and the check
+        # one synchronization with the device for the counts and the check
         values = torch.stack(num_background + largest).tolist() if num_background else []
         background, largest = values[: len(sampled)], values[len(sampled) :]
         if largest and max(largest) >= self.num_classes:
@@ -178,7 +175,7 @@ class ROIHeads(nn.Module):
 
 
 def log_sample_counts(sizes: list[int], num_background: list[int]) -> None:
-    """Record how many of the sampled proposals, `sizes` per image, are foreground and background, on average."""
+    """Records how many of the sampled proposals, `sizes` per image, are foreground and background, on average."""
     if not sizes:
         return
     storage = get_event_storage()
@@ -187,28 +184,27 @@ def log_sample_counts(sizes: list[int], num_background: list[int]) -> None:
 
 
 def select_foreground_proposals(proposals: list[Instances], bg_label: int) -> tuple[list[Instances], list[Tensor]]:
-    """
-    The proposals with a class other than `bg_label` and -1 (ignored).
+    """The proposals with a class other than `bg_label` and -1 (ignored).
 
     Args:
         proposals: N `Instances` with `gt_classes`.
         bg_label: label of the background.
 
     Returns:
-        N `Instances` with the foreground only, and N masks (R_i,) bool that say which these were.
+        N `Instances` with the foreground only, and N masks (R_i,) bool that mark these.
     """
     assert isinstance(proposals, (list, tuple)), f"expected a list of Instances, got {type(proposals).__name__}"
     foreground, masks = [], []
     for x in proposals:
         mask = (x.gt_classes != -1) & (x.gt_classes != bg_label)
-        # indices, because every field would otherwise look for the set bits again, and wait for them
+        # indices, because with a mask every field would repeat nonzero() and its synchronization
         foreground.append(x[mask.nonzero().squeeze(1)])
         masks.append(mask)
     return foreground, masks
 
 
 def build_pooler(cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]) -> tuple[ROIPooler, ShapeSpec]:
-    """The pooler that `head` (MODEL.ROI_BOX_HEAD or ROI_MASK_HEAD) asks for, and the shape of its output."""
+    """The pooler that `head` (MODEL.ROI_BOX_HEAD or ROI_MASK_HEAD) configures, and the shape of its output."""
     shapes = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
     if len({shape.channels for shape in shapes}) != 1:
         raise ValueError(

@@ -13,12 +13,12 @@ from d2lite.utils.registry import Registry
 ROI_BOX_HEAD_REGISTRY = Registry("ROI_BOX_HEAD")
 ROI_BOX_HEAD_REGISTRY.__doc__ = """
 Modules that turn pooled features (R, C, H, W) into those of the box predictor, and have an `output_shape`.
-Called as `cls(cfg, input_shape)` with a :class:`ShapeSpec`.
+Called as `cls(cfg, input_shape)` with a `ShapeSpec`.
 """
 
 
 def build_box_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-    """Build the head named by `cfg.MODEL.ROI_BOX_HEAD.NAME` for pooled features of `input_shape`."""
+    """Builds the head named by `cfg.MODEL.ROI_BOX_HEAD.NAME` for pooled features of `input_shape`."""
     return ROI_BOX_HEAD_REGISTRY.get(cfg.MODEL.ROI_BOX_HEAD.NAME)(cfg, input_shape)
 
 
@@ -35,7 +35,7 @@ class FastRCNNConvFCHead(nn.Sequential):
             input_shape: channels, height and width of the pooled features.
             conv_dims: output channels of each convolution.
             fc_dims: output size of each fully connected layer.
-            conv_norm: normalisation of the convolutions, see :func:`get_norm`.
+            conv_norm: normalization of the convolutions, see `get_norm`.
         """
         super().__init__()
         if not conv_dims and not fc_dims:
@@ -82,9 +82,9 @@ class FastRCNNConvFCHead(nn.Sequential):
             x = layer(x)
         return x
 
-    # TorchScript reads the annotations even of what it does not use, and cannot compile ShapeSpec.
+    # TorchScript reads the annotations even of unused methods, and cannot compile ShapeSpec.
     @property
     @torch.jit.unused
     def output_shape(self):  # type: ignore[no-untyped-def]
-        """The :class:`ShapeSpec` of the output: channels, and height and width where it has them."""
+        """The `ShapeSpec` of the output: channels, and height and width where it has them."""
         return ShapeSpec(*self._output_size)

@@ -1,4 +1,4 @@
-"""From the predictions for regions to detections."""
+"""Detections from the predictions for regions."""
 
 from torch import Tensor
 
@@ -14,8 +14,7 @@ def fast_rcnn_inference(
     nms_thresh: float,
     topk_per_image: int,
 ) -> tuple[list[Instances], list[Tensor]]:
-    """
-    Detections of each image: scores above a threshold, non-maximum suppression per class, the best ones.
+    """Detections of each image: scores above a threshold, non-maximum suppression per class, the best ones.
     Predictions that are not finite are dropped.
 
     Args:
@@ -24,7 +23,7 @@ def fast_rcnn_inference(
         image_shapes: (height, width) of the N images.
         score_thresh: detections need a higher score than this.
         nms_thresh: IoU above which the lower score of the same class is suppressed.
-        topk_per_image: largest number of detections per image; negative: all.
+        topk_per_image: maximum number of detections per image; negative: all.
 
     Returns:
         N `Instances` with `pred_boxes`, `scores` and `pred_classes`, by descending score; and for each the
@@ -45,7 +44,7 @@ def fast_rcnn_inference_single_image(
     nms_thresh: float,
     topk_per_image: int,
 ) -> tuple[Instances, Tensor]:
-    """As :func:`fast_rcnn_inference`, for one image."""
+    """As `fast_rcnn_inference`, for one image."""
     finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
     foreground = scores[:, :-1]
     region, classes = (finite[:, None] & (foreground > score_thresh)).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Cascade R-CNN (arXiv 1712.00726): box heads in a row, each trained on the boxes of the one before."""
+"""Cascade R-CNN (arXiv 1712.00726): a sequence of box heads, each trained on the boxes of the previous one."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class CascadeROIHeads(StandardROIHeads):
             box_heads: one per stage.
             box_predictors: one per stage, with one box for all classes.
             proposal_matchers: one per stage; the first one labels the proposals themselves.
-            kwargs: see :class:`StandardROIHeads`.
+            kwargs: see `StandardROIHeads`.
         """
         if "proposal_matcher" in kwargs:
             raise ValueError("CascadeROIHeads takes `proposal_matchers`, one per stage, not `proposal_matcher`")
@@ -148,7 +148,7 @@ class CascadeROIHeads(StandardROIHeads):
     def _match_and_label_boxes(
         self, proposals: list[Instances], stage: int, targets: list[Instances]
     ) -> list[Instances]:
-        """Give all proposals of a later stage `gt_classes` and `gt_boxes`, in place; none is dropped."""
+        """Assigns all proposals of a later stage `gt_classes` and `gt_boxes`, in place; none is dropped."""
         for x, target in zip(proposals, targets):
             quality = pairwise_iou(target.gt_boxes, x.proposal_boxes)
             matched_idxs, labels = self.proposal_matchers[stage](quality)
@@ -167,7 +167,7 @@ class CascadeROIHeads(StandardROIHeads):
         """Scores and deltas of one stage for all proposals."""
         box_features = self.box_pooler(features, [x.proposal_boxes for x in proposals])
         if self.training and box_features.requires_grad:
-            # the stages share the features; their gradients are averaged, or the backbone would get the sum
+            # the stages share the features; their gradients are averaged, not summed, for the backbone
             box_features.register_hook(lambda gradient: gradient / self.num_cascade_stages)
         return self.box_predictor[stage](self.box_head[stage](box_features))
 

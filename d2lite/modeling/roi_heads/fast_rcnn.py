@@ -44,15 +44,15 @@ class FastRCNNOutputLayers(nn.Module):
             input_shape: of the features, or their number.
             box2box_transform: how deltas encode boxes relative to proposals.
             num_classes: foreground classes, K.
-            test_score_thresh, test_nms_thresh, test_topk_per_image: see :func:`fast_rcnn_inference`.
+            test_score_thresh, test_nms_thresh, test_topk_per_image: see `fast_rcnn_inference`.
             cls_agnostic_bbox_reg: one box for all classes instead of one per class.
             box_reg_loss_type: "smooth_l1" (L1 for a `smooth_l1_beta` of 0), "giou", "diou" or "ciou".
             loss_weight: one factor for both losses, or one per name ("loss_cls", "loss_box_reg").
-            use_fed_loss: count only a sample of the classes in the classification loss (federated loss,
+            use_fed_loss: use only a sample of the classes in the classification loss (federated loss,
                 arXiv 2103.07461); needs `use_sigmoid_ce`.
             use_sigmoid_ce: K independent binary classifications instead of a softmax over K + 1 classes.
-            get_fed_loss_cls_weights: gives the weights (K,) by which the federated loss draws classes.
-            fed_loss_num_classes: classes that the federated loss counts per batch, at least.
+            get_fed_loss_cls_weights: returns the weights (K,) by which the federated loss samples classes.
+            fed_loss_num_classes: minimum number of classes that the federated loss uses per batch.
         """
         super().__init__()
         if isinstance(input_shape, int):
@@ -132,7 +132,7 @@ class FastRCNNOutputLayers(nn.Module):
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         """
         Args:
-            predictions: what :meth:`forward` returned for all proposals.
+            predictions: what `forward` returned for all proposals.
             proposals: with `proposal_boxes`, `gt_classes`, and `gt_boxes` where there is ground truth.
 
         Returns:
@@ -156,8 +156,7 @@ class FastRCNNOutputLayers(nn.Module):
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
     def box_reg_loss(self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor) -> Tensor:
-        """
-        Regression loss of the foreground, summed and divided by the number of all regions R. So every
+        """Regression loss of the foreground, summed and divided by the number of all regions R. So every
         foreground region weighs the same, however many there are in its image.
 
         Args:
@@ -183,11 +182,10 @@ class FastRCNNOutputLayers(nn.Module):
         return loss / max(gt_classes.numel(), 1.0)
 
     def sigmoid_cross_entropy_loss(self, pred_class_logits: Tensor, gt_classes: Tensor) -> Tensor:
-        """
-        Binary cross entropy summed over the classes, and averaged over the regions.
+        """Binary cross entropy summed over the classes, and averaged over the regions.
 
         Args:
-            pred_class_logits: (R, K + 1); the last column, the background, has no part in it.
+            pred_class_logits: (R, K + 1); the last column, the background, is not used.
             gt_classes: (R,) in [0, K].
         """
         if gt_classes.numel() == 0:
@@ -205,14 +203,13 @@ class FastRCNNOutputLayers(nn.Module):
     def get_fed_loss_classes(
         self, gt_classes: Tensor, num_fed_loss_classes: int, num_classes: int, weight: Tensor
     ) -> Tensor:
-        """
-        The classes that the federated loss counts: all that occur, filled up by a draw of others.
+        """The classes that the federated loss uses: all that occur, and samples of the others.
 
         Args:
             gt_classes: (R,) in [0, num_classes].
-            num_fed_loss_classes: how many, at least.
+            num_fed_loss_classes: minimum number of classes.
             num_classes: K.
-            weight: (K,) chance of each class to be drawn, relative to the others.
+            weight: (K,) sampling weight of each class.
 
         Returns:
             (S,) distinct classes; the background is among them if it occurs.
@@ -227,7 +224,7 @@ class FastRCNNOutputLayers(nn.Module):
     def inference(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[Tensor]]:
-        """What :func:`fast_rcnn_inference` returns, for the `predictions` of :meth:`forward`."""
+        """Returns the results of `fast_rcnn_inference` for the `predictions` of `forward`."""
         return fast_rcnn_inference(
             self.predict_boxes(predictions, proposals),
             self.predict_probs(predictions, proposals),
@@ -290,7 +287,7 @@ def _class_frequency_weights(dataset_names: list[str], power: float) -> Tensor:
 
 
 def _log_classification_stats(pred_logits: Tensor, gt_classes: Tensor, prefix: str = "fast_rcnn") -> None:
-    """Log the accuracy over all regions, and over the foreground, and the part of it taken for background."""
+    """Logs the accuracy over all regions, and over the foreground, and the part of it taken for background."""
     total = gt_classes.numel()
     if total == 0:
         return

@@ -16,24 +16,23 @@ from d2lite.utils.registry import Registry
 ROI_MASK_HEAD_REGISTRY = Registry("ROI_MASK_HEAD")
 ROI_MASK_HEAD_REGISTRY.__doc__ = """
 Modules that turn pooled features (R, C, H, W) and the instances of their regions into mask losses or masks.
-Called as `cls(cfg, input_shape)` with a :class:`ShapeSpec`.
+Called as `cls(cfg, input_shape)` with a `ShapeSpec`.
 """
 
 
 def build_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-    """Build the head named by `cfg.MODEL.ROI_MASK_HEAD.NAME` for pooled features of `input_shape`."""
+    """Builds the head named by `cfg.MODEL.ROI_MASK_HEAD.NAME` for pooled features of `input_shape`."""
     return ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.ROI_MASK_HEAD.NAME)(cfg, input_shape)
 
 
 def mask_rcnn_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_period: int = 0) -> Tensor:
-    """
-    Mean binary cross entropy between the predicted mask of the true class and the true mask in the region.
+    """Mean binary cross entropy between the predicted mask of the true class and the true mask in the region.
 
     Args:
         pred_mask_logits: (R, K, M, M) for the R foreground regions of all images and K classes, or K = 1 for
             all classes together.
         instances: of N images, R in all, with `proposal_boxes`, `gt_classes` and `gt_masks`.
-        vis_period: iterations between pictures in the event storage; 0 for none.
+        vis_period: iterations between visualizations in the event storage; 0 for none.
 
     Returns:
         A scalar; 0, still connected to the predictions, where R is 0.
@@ -81,8 +80,7 @@ def _log_mask_accuracy(storage: EventStorage, predicted: Tensor, targets: Tensor
 
 
 def mask_rcnn_inference(pred_mask_logits: Tensor, pred_instances: list[Instances]) -> None:
-    """
-    Store in each of the N `pred_instances` the field `pred_masks` (R_i, 1, M, M): for each detection the
+    """Stores in each of the N `pred_instances` the field `pred_masks` (R_i, 1, M, M): for each detection the
     probabilities of the mask of its class, relative to its box.
 
     Args:
@@ -107,7 +105,7 @@ class BaseMaskRCNNHead(nn.Module):
         """
         Args:
             loss_weight: factor of the loss.
-            vis_period: iterations between pictures in the event storage; 0 for none.
+            vis_period: iterations between visualizations in the event storage; 0 for none.
         """
         super().__init__()
         self.vis_period = vis_period
@@ -122,7 +120,7 @@ class BaseMaskRCNNHead(nn.Module):
         """
         Args:
             x: pooled features (R, C, H, W) of the regions of all images.
-            instances: of the same regions; see :func:`mask_rcnn_loss` and :func:`mask_rcnn_inference`.
+            instances: of the same regions; see `mask_rcnn_loss` and `mask_rcnn_inference`.
 
         Returns:
             In training {"loss_mask": scalar}, otherwise `instances` with the field `pred_masks`.
@@ -157,8 +155,8 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
             input_shape: of the pooled features; only the channels matter.
             num_classes: foreground classes, or 1 for one mask for all classes.
             conv_dims: output channels of the convolutions; the last one is the transposed convolution.
-            conv_norm: normalisation of the convolutions, see :func:`get_norm`.
-            kwargs: see :class:`BaseMaskRCNNHead`.
+            conv_norm: normalization of the convolutions, see `get_norm`.
+            kwargs: see `BaseMaskRCNNHead`.
         """
         super().__init__(**kwargs)
         if not conv_dims:

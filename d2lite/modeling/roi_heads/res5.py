@@ -40,9 +40,9 @@ class Res5ROIHeads(ROIHeads):
             in_features: name of the one feature map.
             pooler: pools it.
             res5: from pooled features to the features of box predictor and mask head.
-            box_predictor: from their spatial mean to scores and boxes, see :class:`FastRCNNOutputLayers`.
+            box_predictor: from their spatial mean to scores and boxes, see `FastRCNNOutputLayers`.
             mask_head: from them to losses or masks; None: no masks.
-            kwargs: see :class:`ROIHeads`.
+            kwargs: see `ROIHeads`.
         """
         super().__init__(**kwargs)
         self.in_features = in_features
@@ -101,7 +101,7 @@ class Res5ROIHeads(ROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """See :class:`ROIHeads`. In training the first result is empty."""
+        """See `ROIHeads`. In training the first result is empty."""
         if self.training:
             assert targets is not None, "ROI heads need `targets` in training"
             proposals = self.label_and_sample_proposals(proposals, targets)
@@ -118,7 +118,7 @@ class Res5ROIHeads(ROIHeads):
         return [], losses
 
     def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
-        """See :meth:`StandardROIHeads.forward_with_given_boxes`."""
+        """See `StandardROIHeads.forward_with_given_boxes`."""
         assert not self.training, "forward_with_given_boxes() is for inference"
         assert instances[0].has("pred_boxes") and instances[0].has("pred_classes")
         if not self.mask_on:

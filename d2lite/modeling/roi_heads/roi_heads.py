@@ -1,4 +1,4 @@
-"""The heads of FPN models, and the names of all that is common to heads on regions."""
+"""The heads of FPN models, and re-exports of the common parts of heads on regions."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ __all__ = [
 
 @ROI_HEADS_REGISTRY.register()
 class StandardROIHeads(ROIHeads):
-    """Boxes and, if wanted, masks, each with its own pooling and layers: the heads of FPN models."""
+    """Boxes and optionally masks, each with its own pooling and layers: the heads of FPN models."""
 
     @configurable
     def __init__(
@@ -54,12 +54,12 @@ class StandardROIHeads(ROIHeads):
             box_in_features: names of the feature maps for the boxes.
             box_pooler: pools them.
             box_head: from pooled features to the features of the predictor.
-            box_predictor: from these to scores and boxes, see :class:`FastRCNNOutputLayers`.
+            box_predictor: from these to scores and boxes, see `FastRCNNOutputLayers`.
             mask_in_features: names of the feature maps for the masks.
             mask_pooler: pools them. Without it the mask head gets the dict of feature maps itself.
             mask_head: from pooled features to losses or masks; None: no masks.
             train_on_pred_boxes: train the mask head on the boxes that the box predictor gives.
-            kwargs: see :class:`ROIHeads`.
+            kwargs: see `ROIHeads`.
         """
         super().__init__(**kwargs)
         self.in_features = self.box_in_features = box_in_features
@@ -111,7 +111,7 @@ class StandardROIHeads(ROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """See :class:`ROIHeads`."""
+        """See `ROIHeads`."""
         if not self.training:
             detections = self._forward_box(features, proposals)
             return self.forward_with_given_boxes(features, detections), {}
@@ -123,8 +123,7 @@ class StandardROIHeads(ROIHeads):
         return proposals, losses
 
     def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
-        """
-        Predict what is left for given boxes: the masks. Only outside training.
+        """Predicts the masks of given boxes. Only outside training.
 
         Args:
             features: feature maps (N, C, H_i, W_i) by name.
@@ -140,7 +139,7 @@ class StandardROIHeads(ROIHeads):
     def _box_losses(
         self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Losses of the boxes for sampled proposals; heads that match boxes anew need the `targets`."""
+        """Losses of the boxes for sampled proposals; heads that match boxes again need the `targets`."""
         return self._forward_box(features, proposals)
 
     def _forward_box(
