@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from helpers import same_tensors
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
-from runs import ROOT, in_two_processes
-from test_training import run, same, weights
+from runs import ROOT, in_two_processes, read_checkpoint, run_training
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
@@ -247,16 +247,18 @@ BALANCED = dict(
 def test_balanced_run_resumes_bit_equal_and_logs_shares(write_config, teacher, tmp_path, caplog):
     path = write_config(**BALANCED, **teacher)
     with caplog.at_level(logging.INFO):
-        run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert same(whole["model"], parts["model"]) and whole["balance"] == parts["balance"]
+        run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    whole, parts = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    assert same_tensors(whole["model"], parts["model"]) and whole["balance"] == parts["balance"]
     logged = {k for line in (tmp_path / "whole/metrics.json").read_text().splitlines() for k in json.loads(line)}
     assert {f"gradient_share/{name}" for name in ["task", *THREE]} <= logged
     assert re.search(r"gradient share: .*task 0\.\d+", caplog.text)
     with pytest.raises(CheckpointError, match="DISTILL.METHODS|state dict|state_dict"):
-        run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DISTILL__METHODS=["LogitKD"], SOLVER__MAX_ITER=8)
+        run_training(
+            path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DISTILL__METHODS=["LogitKD"], SOLVER__MAX_ITER=8
+        )
 
 
 def test_a_failed_step_leaves_neither_norms_nor_random_numbers_behind(write_config, teacher, tmp_path):
@@ -279,12 +281,12 @@ def test_a_failed_step_leaves_neither_norms_nor_random_numbers_behind(write_conf
     distiller.level_loss = level_loss
     with pytest.raises(NonFiniteLossError, match="iteration 4"):
         trainer.train()
-    kept = weights(tmp_path / "student", "model_before_failure_0000004")
+    kept = read_checkpoint(tmp_path / "student", "model_before_failure_0000004")
     assert torch.equal(kept["trainer"]["process_states"][0]["torch"], before[0])
-    run(path, resume=True)
-    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "student")
-    assert same(a["model"], b["model"]) and a["balance"] == b["balance"]
+    run_training(path, resume=True)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    a, b = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "student")
+    assert same_tensors(a["model"], b["model"]) and a["balance"] == b["balance"]
 
 
 def _two_processes(path, output):
@@ -304,7 +306,7 @@ def _two_processes(path, output):
 def test_two_processes_stay_in_step(write_config, teacher, tmp_path):
     path = write_config(**BALANCED, **teacher)
     in_two_processes(_two_processes, path, tmp_path / "two")
-    assert weights(tmp_path / "two")["balance"]["norms"][0] > 0
+    assert read_checkpoint(tmp_path / "two")["balance"]["norms"][0] > 0
 
 
 @pytest.mark.parametrize("name, methods", [("combined", THREE), ("LogitKD", ["LogitKD"])])

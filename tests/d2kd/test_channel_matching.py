@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers import same_tensors
 from models import batch, config, model, write_teacher
-from runs import in_two_processes
-from test_training import run, same, weights
+from runs import in_two_processes, read_checkpoint, run_training
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
@@ -265,7 +265,7 @@ def test_state_round_trip_continues_bit_by_bit(reducer):
         losses = [d(*maps(seed=step))["res4.pre_relu"].item() for d in (one, other)]
         assert losses[0] == losses[1]
     a, b = one.state_dict(), other.state_dict()
-    assert a.pop("_extra_state") == b.pop("_extra_state") and same(a, b)
+    assert a.pop("_extra_state") == b.pop("_extra_state") and same_tensors(a, b)
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
@@ -447,29 +447,29 @@ def test_pass_outside_the_trainer_says_what_to_do():
 @pytest.mark.parametrize("tracking", ["online", "pass"])
 def test_interrupted_and_resumed_is_bit_equal(write_config, teacher, tmp_path, tracking):
     path = write_config(**MATCHING, DISTILL__CHANNEL_MATCHING__TRACKING=tracking, DATASETS__TEST=[], **teacher)
-    whole = run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert same(a["model"], b["model"])
+    whole = run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    a, b = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    assert same_tensors(a["model"], b["model"])
     extra = "ChannelMatching._extra_state"
-    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same(a["distillers"], b["distillers"])
+    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same_tensors(a["distillers"], b["distillers"])
     assert whole.distilled.distillers["ChannelMatching"].batches == 6
 
 
 def _interrupted(path, output):
     torch.set_num_threads(1)
-    run(path, OUTPUT_DIR=f"{output}/whole")
-    run(path, OUTPUT_DIR=f"{output}/parts", stop_at=3)
-    run(path, OUTPUT_DIR=f"{output}/parts", resume=True)
+    run_training(path, OUTPUT_DIR=f"{output}/whole")
+    run_training(path, OUTPUT_DIR=f"{output}/parts", stop_at=3)
+    run_training(path, OUTPUT_DIR=f"{output}/parts", resume=True)
 
 
 def test_two_processes_with_passes_resume_bit_equal(write_config, teacher, tmp_path):
     # a pass looks at the student with its batch statistics, which differ between processes and are saved of one only
     changes = {"DISTILL__CHANNEL_MATCHING__TRACKING": "pass", "MODEL__RESNETS__NORM": "BN", "DATASETS__TEST": []}
     in_two_processes(_interrupted, write_config(**MATCHING, **changes, **teacher), tmp_path)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert same(whole["model"], parts["model"])
+    whole, parts = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    assert same_tensors(whole["model"], parts["model"])
     assert whole["distillers"].keys() == parts["distillers"].keys()
     members = [k for k in whole["distillers"] if "members" in k]
     assert members and all(torch.equal(whole["distillers"][k], parts["distillers"][k]) for k in members)
@@ -487,22 +487,22 @@ def test_a_failed_step_leaves_no_trace(write_config, teacher, tmp_path):
     distiller.level_loss = lambda level, s, t: plain(level, s, t) * (float("nan") if trainer.iter == 4 else 1.0)
     with pytest.raises(NonFiniteLossError, match="iteration 4"):
         trainer.train()
-    run(path, resume=True)
-    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "student")
-    assert same(a["model"], b["model"])
+    run_training(path, resume=True)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    a, b = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "student")
+    assert same_tensors(a["model"], b["model"])
     extra = "ChannelMatching._extra_state"
-    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same(a["distillers"], b["distillers"])
+    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same_tensors(a["distillers"], b["distillers"])
 
 
 def test_assignments_of_another_teacher_are_an_error(write_config, teacher, tmp_path):
     path = write_config(**MATCHING, DATASETS__TEST=[], **teacher)
-    run(path, stop_at=3)
+    run_training(path, stop_at=3)
     state = torch.load(teacher["DISTILL__TEACHER__WEIGHTS"], weights_only=True)
     state["model"]["backbone.bottom_up.res2.0.conv1.weight"] += 0.01
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="another teacher"):
-        run(path, resume=True, DISTILL__TEACHER__WEIGHTS=str(tmp_path / "other.pth"))
+        run_training(path, resume=True, DISTILL__TEACHER__WEIGHTS=str(tmp_path / "other.pth"))
 
 
 def _rank_losses():
