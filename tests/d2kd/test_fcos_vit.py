@@ -229,7 +229,7 @@ def test_transformer_block_of_a_teacher_is_distilled_as_a_map(tmp_path):
 
 def learning_rates(cfg: CfgNode, net: torch.nn.Module) -> dict:
     groups = build_optimizer(cfg, net).param_groups
-    of = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    of = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     return {name: of[id(p)] for name, p in net.named_parameters() if id(p) in of}
 
 
