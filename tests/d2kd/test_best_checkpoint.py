@@ -75,7 +75,7 @@ def test_nan_is_never_the_best_and_counts_as_no_rise():
 
 
 def test_unknown_metric_names_near_ones():
-    with pytest.raises(ConfigError, match="BEST_CHECKPOINT.METRIC is 'bbox/AP'.*bbox/AP50"):
+    with pytest.raises(ConfigError, match=r"TEST\.BEST_CHECKPOINT\.METRIC is 'bbox/AP'.*bbox/AP50"):
         hook = BestCheckpoint("bbox/AP")
         hook.trainer = SimpleNamespace(iter=0)
         hook.judge({"bbox": {"AP50": 1.0}})
@@ -84,10 +84,10 @@ def test_unknown_metric_names_near_ones():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"TEST__BEST_CHECKPOINT__METRIC": ""}, "set TEST.BEST_CHECKPOINT.METRIC"),
-        ({"TEST__EVAL_PERIOD": 0}, "set TEST.EVAL_PERIOD"),
-        ({"DATASETS__TEST": []}, "set DATASETS.TEST"),
-        ({"TEST__EARLY_STOP__PATIENCE": -1}, "must not be negative"),
+        ({"TEST__BEST_CHECKPOINT__METRIC": ""}, r"set TEST\.BEST_CHECKPOINT\.METRIC\b"),
+        ({"TEST__EVAL_PERIOD": 0}, r"set TEST\.EVAL_PERIOD\b"),
+        ({"DATASETS__TEST": []}, r"set DATASETS\.TEST\b"),
+        ({"TEST__EARLY_STOP__PATIENCE": -1}, r"TEST\.EARLY_STOP\.PATIENCE is -1\b.*must not be negative"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(changes, message):
@@ -189,7 +189,7 @@ def test_augmented_evaluation_comes_at_the_end_and_with_eval_only(write_config, 
 
 
 def test_augmentation_of_a_dense_detector_is_an_error_before_training(write_config):
-    with pytest.raises(ConfigError, match="TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN"):
+    with pytest.raises(ConfigError, match=r"TEST\.AUG\.ENABLED needs MODEL\.META_ARCHITECTURE GeneralizedRCNN"):
         run_training(write_config(TEST__AUG__ENABLED=True))
 
 

@@ -286,7 +286,7 @@ def test_weight_zero_gives_the_student_no_gradient_and_every_parameter_one(reduc
     assert all(p.grad is not None and not p.grad.any() for p in distiller.parameters())
 
 
-def test_standardised_loss_does_not_see_the_scale_of_the_teacher():
+def test_standardized_loss_does_not_see_the_scale_of_the_teacher():
     values = []
     for scale in (1.0, 100.0):
         distiller = matching([stage_pair(norm_scale=scale)], normalize="standardize", reduction="mean", adapter="bn")
@@ -294,7 +294,7 @@ def test_standardised_loss_does_not_see_the_scale_of_the_teacher():
         values.append(distiller(student, {k: scale * t for k, t in teacher.items()})["res4.pre_relu"].item())
     assert values[1] == pytest.approx(values[0], rel=1e-3)
     reduced = scale_to_unit(Reduced(100 * teacher["res4.pre_relu"] + 30, torch.zeros(8)))
-    assert reduced.map.mean() > 0.1  # not centred: zero stays where the ReLU cuts
+    assert reduced.map.mean() > 0.1  # not centered: zero stays where the ReLU cuts
 
 
 def test_sparse_matching_gives_one_channel_and_may_use_the_remainder():
@@ -399,7 +399,8 @@ def test_presets_set_the_published_numbers(name):
 
 
 def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
-    message = r"res2.pre_relu: the student's map has 32 channels, the teacher's only 16.*TAPS"
+    where = r"DISTILL\.CHANNEL_MATCHING\.TAPS, res2\.pre_relu <- res2\.pre_relu: "
+    message = where + r"the student's map has 32 channels, the teacher's only 16.*DISTILL\.CHANNEL_MATCHING\.TAPS\b"
     with pytest.raises(AlignmentError, match=message):
         distilled(tmp_path, teacher=config(), MODEL__RESNETS__RES2_OUT_CHANNELS=32)
 
@@ -420,20 +421,20 @@ def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
     ],
 )
 def test_arguments_out_of_range_name_the_key(changes, key):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=rf"DISTILL\.CHANNEL_MATCHING\.{key}\b"):
         matching([stage_pair()], **changes)
 
 
 @pytest.mark.parametrize("name, value", [("periods", (5, 6)), ("steps", (9, 3)), ("iterations", (-1,))])
 def test_schedule_out_of_range_names_the_key(name, value):
     key = {"periods": "REFRESH_PERIODS", "steps": "REFRESH_STEPS", "iterations": "REFRESH_ITERS"}[name]
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=rf"DISTILL\.CHANNEL_MATCHING\.{key}\b"):
         MatchingSchedule(**{"periods": (5,), "steps": (), name: value})
 
 
 def test_unknown_preset_names_the_known():
     node = config(DISTILL__CHANNEL_MATCHING__PRESET="coco").DISTILL.CHANNEL_MATCHING
-    with pytest.raises(ValueError, match="PRESET.*coco_retinanet_r50_r18"):
+    with pytest.raises(ValueError, match=r"DISTILL\.CHANNEL_MATCHING\.PRESET\b.*coco_retinanet_r50_r18"):
         ChannelMatching.from_config(node, [stage_pair()])
 
 
@@ -447,7 +448,7 @@ def test_features_that_are_not_finite_are_an_error_and_leave_the_statistics_alon
 
 
 def test_pass_outside_the_trainer_says_what_to_do():
-    with pytest.raises(AssignmentError, match="TRACKING"):
+    with pytest.raises(AssignmentError, match=r"DISTILL\.CHANNEL_MATCHING\.TRACKING\b"):
         matching([stage_pair()], tracking="pass")(*stage_maps())
 
 

@@ -141,15 +141,15 @@ def test_mask_ratio_zero_generates_from_everything():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(mask_ratio=1.5), "MASK_RATIO"),
-        (dict(mask="pixel"), "MASK"),
-        (dict(weight=-1.0), "WEIGHT"),
-        (dict(normalize="l2"), "NORMALIZE"),
-        (dict(reduction="sum"), "REDUCTION"),
-        (dict(pairs=[]), "TAPS"),
+        (dict(mask_ratio=1.5), r"DISTILL\.MASKED_GENERATIVE\.MASK_RATIO\b"),
+        (dict(mask="pixel"), r"\bMASK is 'pixel'"),
+        (dict(weight=-1.0), r"DISTILL\.MASKED_GENERATIVE\.WEIGHT\b"),
+        (dict(normalize="l2"), r"\bNORMALIZE is 'l2'"),
+        (dict(reduction="sum"), r"\bREDUCTION is 'sum'"),
+        (dict(pairs=[]), r"DISTILL\.MASKED_GENERATIVE\.TAPS\b"),
         (
             dict(pairs=[tap_pair("p3", channels=(4, 4)), tap_pair("p3", channels=(4, 8))]),
-            "MASKED_GENERATIVE.TAPS names p3 more than once",
+            r"DISTILL\.MASKED_GENERATIVE\.TAPS names p3 more than once",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def test_shared_parameters_are_averaged_once():
 
 @pytest.mark.parametrize("decay, warmup, key", [(1.0, 0.0, "DECAY"), (-0.1, 0.0, "DECAY"), (0.5, -1.0, "WARMUP")])
 def test_values_out_of_range_name_their_key(decay, warmup, key):
-    with pytest.raises(ValueError, match=f"SOLVER.EMA.{key}"):
+    with pytest.raises(ValueError, match=rf"SOLVER\.EMA\.{key}\b"):
         WeightAverage(network(), decay, warmup)
 
 

@@ -208,7 +208,7 @@ def test_interrupted_and_resumed_is_bit_equal(teacher_yaml, tmp_path):
     assert not same_tensors(whole.learner.state_dict(), first.learner.state_dict())
 
 
-def test_a_failed_step_leaves_the_teachers_normaliser_alone(teacher_yaml):
+def test_a_failed_step_leaves_the_teachers_normalizer_alone(teacher_yaml):
     cfg = load_config(str(teacher_yaml))
     register_datasets(cfg)
     torch.manual_seed(cfg.SEED)
@@ -323,7 +323,7 @@ def test_wrong_input(teacher_yaml, tmp_path):
 )
 def test_numbers_out_of_range_name_the_key(key, value):
     cfg = config(MODEL__WEIGHTS="teacher.pth", **{f"DISTILL__RECEPTIVE_TOKENS__LEARN__{key}": value})
-    with pytest.raises(ConfigError, match=f"LEARN.{key} is {value}"):
+    with pytest.raises(ConfigError, match=rf"DISTILL\.RECEPTIVE_TOKENS\.LEARN\.{key} is {value}"):
         token_learning.learning_config(cfg)
 
 

@@ -122,13 +122,13 @@ def test_half_precision_is_computed_in_float32():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(temperature=0.0), "TEMPERATURE"),
-        (dict(form="hinge"), "FORM"),
-        (dict(holds=""), "FORM"),
-        (dict(weight=-1.0), "WEIGHT"),
-        (dict(channels=(4, 6)), "4 numbers, the teacher 6"),
-        (dict(strides=(8.0, 16.0)), "stride 8, the teacher at stride 16"),
-        (dict(holds="region logits", strides=VECTORS, form="spatial"), "FORM is spatial"),
+        (dict(temperature=0.0), r"DISTILL\.LOGIT_KD\.TEMPERATURE\b"),
+        (dict(form="hinge"), r"DISTILL\.LOGIT_KD\.FORM\b"),
+        (dict(holds=""), r"DISTILL\.LOGIT_KD\.FORM\b"),
+        (dict(weight=-1.0), r"DISTILL\.LOGIT_KD\.WEIGHT\b"),
+        (dict(channels=(4, 6)), r"DISTILL\.LOGIT_KD\.TAPS, .* 4 numbers, the teacher 6"),
+        (dict(strides=(8.0, 16.0)), r"DISTILL\.LOGIT_KD\.TAPS, .* stride 8, the teacher at stride 16"),
+        (dict(holds="region logits", strides=VECTORS, form="spatial"), r"DISTILL\.LOGIT_KD\.FORM is spatial"),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
@@ -171,25 +171,30 @@ def test_form_of_the_box_predictor_follows_its_loss(tmp_path):
     net = distilled(tmp_path, FASTER_RCNN, sigmoid, **sigmoid)
     assert net.distillers["LogitKD"].pairs[0].holds == "region sigmoid logits"
     step(net)
-    with pytest.raises(AlignmentError, match="region sigmoid logits, the teacher's region logits"):
+    with pytest.raises(
+        AlignmentError, match=r"DISTILL\.LOGIT_KD\.TAPS, .* region sigmoid logits, the teacher's region logits"
+    ):
         distilled(tmp_path, FASTER_RCNN, **sigmoid)
 
 
 def test_other_classes_are_an_error_that_names_both_keys(tmp_path):
     with pytest.raises(
-        MethodError, match="3 classes .MODEL.RETINANET.NUM_CLASSES., the teacher 5 .MODEL.RETINANET.NUM_CLASSES"
+        MethodError,
+        match=r"3 classes \(MODEL\.RETINANET\.NUM_CLASSES\), the teacher 5 \(MODEL\.RETINANET\.NUM_CLASSES\b",
     ):
         distilled(tmp_path, RETINANET, {"MODEL__RETINANET__NUM_CLASSES": 5}, DISTILL__INHERIT__ENABLED=False)
 
 
 def test_other_anchors_are_an_error(tmp_path):
-    with pytest.raises(AlignmentError, match="MODEL.ANCHOR_GENERATOR.SIZES"):
+    with pytest.raises(AlignmentError, match=r"MODEL\.ANCHOR_GENERATOR\.SIZES\b"):
         distilled(tmp_path, RETINANET, {"MODEL__ANCHOR_GENERATOR__SIZES": [[20], [40], [80], [160], [320]]})
 
 
 def test_models_without_a_common_prediction_are_an_error(tmp_path):
     named = write_teacher(tmp_path, config(FASTER_RCNN))
-    with pytest.raises(TapError, match="RetinaNet and a GeneralizedRCNN make no logits"):
+    with pytest.raises(
+        TapError, match=r"DISTILL\.LOGIT_KD\.TAPS is empty, .* RetinaNet and a GeneralizedRCNN make no logits"
+    ):
         build_distilled_model(config(DISTILL__METHODS=["LogitKD"], **named))
 
 

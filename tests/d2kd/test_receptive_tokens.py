@@ -248,13 +248,13 @@ def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, reduc
     assert student.grad.abs().sum() > 0 and method.align[0].weight.grad.abs().sum() > 0
 
 
-def test_a_standardised_student_is_masked_on_the_teachers_scale():
+def test_a_standardized_student_is_masked_on_the_teachers_scale():
     torch.manual_seed(1)
     teacher = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 1.0, 5.0, 20.0]).view(-1, 1, 1) + 3
     method = distiller([some_tokens()], normalize="standardize", reduction="mean")
     level = method.levels[0]
-    standardised = (teacher - teacher.mean((0, 2, 3), True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
-    got = token_masks(standardised, *method._tokens_for_student(level, teacher))
+    standardized = (teacher - teacher.mean((0, 2, 3), True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
+    got = token_masks(standardized, *method._tokens_for_student(level, teacher))
     torch.testing.assert_close(got, token_masks(teacher, level.tokens), rtol=1e-3, atol=1e-4)
 
 
@@ -299,22 +299,25 @@ def test_the_warm_up_is_continued_by_a_checkpoint():
 
 def test_a_checkpoint_with_other_tokens_is_an_error():
     saved = distiller([some_tokens()]).state_dict()
-    with pytest.raises((TokenFileError, RuntimeError), match="other tokens"):
+    with pytest.raises((TokenFileError, RuntimeError), match=r"DISTILL\.RECEPTIVE_TOKENS\.FILE holds other tokens"):
         distiller([some_tokens(seed=1)]).load_state_dict(saved)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(weight=-1.0), "WEIGHT"),
-        (dict(align="linear"), "ALIGN"),
-        (dict(warmup=-1), "WARMUP_ITERS"),
-        (dict(eps=-1.0), "EPS"),
-        (dict(normalize="l2"), "NORMALIZE"),
-        (dict(reduction="sum"), "REDUCTION"),
-        (dict(level_weights=[1.0, 2.0]), "LEVEL_WEIGHTS"),
-        (dict(level_weights=[-1.0]), "LEVEL_WEIGHTS is .* negative"),
-        (dict(pairs=[tap_pair("p3", channels=(4, 4), strides=(1.0, 64.0))]), "RECEPTIVE_TOKENS.TAPS"),
+        (dict(weight=-1.0), r"DISTILL\.RECEPTIVE_TOKENS\.WEIGHT\b"),
+        (dict(align="linear"), r"DISTILL\.RECEPTIVE_TOKENS\.ALIGN\b"),
+        (dict(warmup=-1), r"DISTILL\.RECEPTIVE_TOKENS\.WARMUP_ITERS\b"),
+        (dict(eps=-1.0), r"DISTILL\.RECEPTIVE_TOKENS\.EPS\b"),
+        (dict(normalize="l2"), r"\bNORMALIZE is 'l2'"),
+        (dict(reduction="sum"), r"\bREDUCTION is 'sum'"),
+        (dict(level_weights=[1.0, 2.0]), r"DISTILL\.RECEPTIVE_TOKENS\.LEVEL_WEIGHTS\b"),
+        (dict(level_weights=[-1.0]), r"DISTILL\.RECEPTIVE_TOKENS\.LEVEL_WEIGHTS is .* negative"),
+        (
+            dict(pairs=[tap_pair("p3", channels=(4, 4), strides=(1.0, 64.0))]),
+            r"DISTILL\.RECEPTIVE_TOKENS\.TAPS, p3 <- p3",
+        ),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
@@ -346,10 +349,10 @@ def test_a_token_file_keeps_everything(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no such file"),
-        (b"text", "cannot be read"),
-        (b"import torch", "cannot be read"),
-        ({"model": {}}, "not a token file"),
+        (None, r"DISTILL\.RECEPTIVE_TOKENS\.FILE .*no such file"),
+        (b"text", r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* cannot be read"),
+        (b"import torch", r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* cannot be read"),
+        ({"model": {}}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* is not a token file"),
     ],
 )
 def test_files_that_are_no_token_files(tmp_path, content, message):
@@ -369,18 +372,22 @@ def test_a_damaged_token_file_is_an_error(tmp_path):
     content = torch.load(path)
     content["levels"]["p4"]["bias"] = torch.zeros(7)
     torch.save(content, path)
-    with pytest.raises(TokenFileError, match="damaged"):
+    with pytest.raises(TokenFileError, match=r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* is damaged"):
         TokenFile.load(str(path))
 
 
 @pytest.mark.parametrize(
     "file, keys, message",
     [
-        (dict(teacher="0" * 32), {}, "another teacher"),
-        (dict(taps=["p3", "p4"]), {}, "no tokens for the teacher's 'p5'"),
-        (dict(channels=16), {}, "16 channels"),
-        (dict(), {"DISTILL__RECEPTIVE_TOKENS__TOKEN_TAPS": ["p3"]}, "TOKEN_TAPS"),
-        (dict(), {"DISTILL__RECEPTIVE_TOKENS__FILE": ""}, "FILE is empty"),
+        (dict(teacher="0" * 32), {}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE was learned on another teacher"),
+        (dict(taps=["p3", "p4"]), {}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE has no tokens for the teacher's 'p5'"),
+        (dict(channels=16), {}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE: .* 16 channels"),
+        (
+            dict(),
+            {"DISTILL__RECEPTIVE_TOKENS__TOKEN_TAPS": ["p3"]},
+            r"DISTILL\.RECEPTIVE_TOKENS\.TOKEN_TAPS names 1 taps",
+        ),
+        (dict(), {"DISTILL__RECEPTIVE_TOKENS__FILE": ""}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE is empty"),
     ],
 )
 def test_a_token_file_that_does_not_fit_is_an_error(tmp_path, file, keys, message):

@@ -63,7 +63,7 @@ def test_k_batches_of_n_are_one_batch_of_k_times_n(k, precision):
 
 
 def test_accumulate_must_be_positive():
-    with pytest.raises(ValueError, match="SOLVER.ACCUMULATE is 0"):
+    with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE is 0"):
         trained([images(2)], 0)
 
 
