@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import config, model
@@ -21,6 +22,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "datasets/prepare_photo_digits.py", "--output", str(target), "--image-size", "64"]
     subprocess.run([*command, "--num-train", "24", "--num-val", "4"], check=True, cwd=ROOT, capture_output=True)
     return target
+
+
+@pytest.fixture
+def golden(data_dir: Path) -> Callable[..., dict[str, torch.Tensor]]:
+    """Reads values recorded from an official implementation, tests/data/golden/NAME.npz, by their names.
+
+    With a `dtype`, arrays of floating-point numbers are of that type; single numbers stay as they were recorded.
+    """
+
+    def read(name: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        with np.load(data_dir / "golden" / f"{name}.npz") as file:
+            recorded = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+        if dtype is not None:
+            recorded = {k: v.to(dtype) if v.is_floating_point() and v.dim() else v for k, v in recorded.items()}
+        return recorded
+
+    return read
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A tiny training run, and tools as processes of their own."""
+"""A tiny training run, in this process, as tools in processes of their own, and in two processes."""
 
 import os
 import subprocess
@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.data.datasets import register_datasets
+from d2kd.engine import DistillTrainer, load_config
 from detectron2.engine import launch
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +37,32 @@ TINY = {
     "SOLVER.WARMUP_ITERS": 2,
     "SOLVER.CHECKPOINT_PERIOD": 3,
 }
+
+
+def run_training(
+    path: Path, *, resume: bool = False, stop_at: int = 0, trainer_class: type = DistillTrainer, **changes: Any
+) -> Any:
+    """Trains in this process and returns the trainer.
+
+    `stop_at` ends the run early, after its checkpoint; `changes` are keys with '__' for '.'.
+    """
+    cfg = load_config(str(path), [x for key, value in changes.items() for x in (key.replace("__", "."), value)])
+    register_datasets(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(cfg.SEED)
+    trainer = trainer_class(cfg)
+    trainer.resume_or_load(resume=resume)
+    if stop_at:
+        trainer.max_iter, full = stop_at, trainer.max_iter
+        trainer._hooks = [hook for hook in trainer._hooks if type(hook).__name__ not in ("EvalHook", "ResultWriter")]
+        assert full > stop_at
+    trainer.train()
+    return trainer
+
+
+def read_checkpoint(directory: Path, name: str = "model_final") -> dict[str, Any]:
+    """What a run saved under that name."""
+    return torch.load(directory / f"{name}.pth", weights_only=True)
 
 
 def tool(name: str, *arguments: Any, check: bool = True, **popen: Any) -> subprocess.CompletedProcess:

@@ -209,7 +209,7 @@ def test_student_weights_that_cannot_be_read(write_config, tmp_path, content):
     if content is not None:
         (tmp_path / "start.pth").write_bytes(content)
     options = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.WEIGHTS", str(tmp_path / "start.pth")]
-    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS.*start.pth"):
+    with pytest.raises(CheckpointError, match=r"MODEL\.WEIGHTS\b.*start\.pth"):
         train_net.main(argument_parser().parse_args(["--config-file", str(write_config()), *options]))
 
 

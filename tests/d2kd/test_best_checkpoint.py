@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import same_tensors
 from models import FASTER_RCNN, config
-from runs import in_two_processes, tool
-from test_training import run, same, weights
+from runs import in_two_processes, read_checkpoint, run_training, tool
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import ConfigError, DistillTrainer, load_config
@@ -75,7 +75,7 @@ def test_nan_is_never_the_best_and_counts_as_no_rise():
 
 
 def test_unknown_metric_names_near_ones():
-    with pytest.raises(ConfigError, match="BEST_CHECKPOINT.METRIC is 'bbox/AP'.*bbox/AP50"):
+    with pytest.raises(ConfigError, match=r"TEST\.BEST_CHECKPOINT\.METRIC is 'bbox/AP'.*bbox/AP50"):
         hook = BestCheckpoint("bbox/AP")
         hook.trainer = SimpleNamespace(iter=0)
         hook.judge({"bbox": {"AP50": 1.0}})
@@ -84,10 +84,10 @@ def test_unknown_metric_names_near_ones():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"TEST__BEST_CHECKPOINT__METRIC": ""}, "set TEST.BEST_CHECKPOINT.METRIC"),
-        ({"TEST__EVAL_PERIOD": 0}, "set TEST.EVAL_PERIOD"),
-        ({"DATASETS__TEST": []}, "set DATASETS.TEST"),
-        ({"TEST__EARLY_STOP__PATIENCE": -1}, "must not be negative"),
+        ({"TEST__BEST_CHECKPOINT__METRIC": ""}, r"set TEST\.BEST_CHECKPOINT\.METRIC\b"),
+        ({"TEST__EVAL_PERIOD": 0}, r"set TEST\.EVAL_PERIOD\b"),
+        ({"DATASETS__TEST": []}, r"set DATASETS\.TEST\b"),
+        ({"TEST__EARLY_STOP__PATIENCE": -1}, r"TEST\.EARLY_STOP\.PATIENCE is -1\b.*must not be negative"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(changes, message):
@@ -97,48 +97,50 @@ def test_settings_that_cannot_work_are_errors(changes, message):
 
 def test_training_stops_keeps_the_best_and_leaves_complete_results(write_config, tmp_path, scripted):
     path = write_config(**STOP)
-    trainer = run(path)
+    trainer = run_training(path)
     out = tmp_path / "student"
     assert scripted == [1, 3, 5, 7] and trainer.stopped_early
-    best = weights(out, "model_best")
+    best = read_checkpoint(out, "model_best")
     assert best["best"] == {"metric": "bbox/AP", "value": 3.1, "iteration": 7}
-    assert same(best["model"], weights(out, "model_0000007")["model"])
-    final = weights(out)
-    assert final["iteration"] == 7 and same(final["model"], trainer.student.state_dict())
+    assert same_tensors(best["model"], read_checkpoint(out, "model_0000007")["model"])
+    final = read_checkpoint(out)
+    assert final["iteration"] == 7 and same_tensors(final["model"], trainer.student.state_dict())
     result = json.loads((out / "result.json").read_text())
     assert result["stopped_early"] and result["iterations"] == 8 and result["metrics"]["bbox"]["AP"] == 3.1
     assert [json.loads(x)["iteration"] for x in (out / "metrics.json").read_text().splitlines()][-1] == 7
     (out / "result.json").unlink()  # killed before it wrote that: what is missing is made up for
-    run(path, resume=True)
+    run_training(path, resume=True)
     assert json.loads((out / "result.json").read_text()) == {**result, "metrics": {"bbox": {"AP": 2.5}}}
     assert scripted.pop() == 8
     # a stopped run stays stopped, and with more patience goes on
-    assert run(path, resume=True).iter == 7 and scripted == [1, 3, 5, 7]
-    assert run(path, resume=True, TEST__EARLY_STOP__PATIENCE=4).start_iter == 8
-    assert weights(out, "model_best")["best"]["value"] == 9.0
+    assert run_training(path, resume=True).iter == 7 and scripted == [1, 3, 5, 7]
+    assert run_training(path, resume=True, TEST__EARLY_STOP__PATIENCE=4).start_iter == 8
+    assert read_checkpoint(out, "model_best")["best"]["value"] == 9.0
 
 
 def test_resumed_after_any_evaluation_it_stops_where_it_would_have(write_config, tmp_path, scripted):
     path = write_config(**STOP)
-    run(path)
+    run_training(path)
     for done in (2, 4, 6):
         (tmp_path / "student/last_checkpoint").write_text(f"model_{done - 1:07d}.pth")
-        trainer = run(path, resume=True)
+        trainer = run_training(path, resume=True)
         assert trainer.start_iter == done and trainer.stopped_early and trainer.iter == 7
 
 
 def test_without_patience_it_runs_to_the_end_and_judges_the_last_evaluation_too(write_config, tmp_path, scripted):
-    run(write_config(**{**STOP, "TEST__EARLY_STOP__PATIENCE": 0}))
+    run_training(write_config(**{**STOP, "TEST__EARLY_STOP__PATIENCE": 0}))
     assert scripted == [1, 3, 5, 7, 9, 12]
-    assert weights(tmp_path / "student", "model_best")["best"]["value"] == 9.0
+    assert read_checkpoint(tmp_path / "student", "model_best")["best"]["value"] == 9.0
     assert (tmp_path / "student/last_checkpoint").read_text().strip() == "model_final.pth"
 
 
 def test_a_metric_of_the_average_keeps_the_average(write_config, tmp_path):
     changes = {"TEST__BEST_CHECKPOINT__METRIC": "bbox_EMA/AP", "SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.5}
-    trainer = run(write_config(**changes))
-    best = weights(tmp_path / "student", "model_best")["model"]
-    assert same(best, trainer.average.model.state_dict()) and not same(best, trainer.student.state_dict())
+    trainer = run_training(write_config(**changes))
+    best = read_checkpoint(tmp_path / "student", "model_best")["model"]
+    assert same_tensors(best, trainer.average.model.state_dict()) and not same_tensors(
+        best, trainer.student.state_dict()
+    )
 
 
 def _stop_in_two(path: str) -> None:
@@ -156,7 +158,7 @@ def _stop_in_two(path: str) -> None:
 
 def test_all_processes_stop_together(write_config, tmp_path):
     in_two_processes(_stop_in_two, write_config(**STOP))
-    assert weights(tmp_path / "student")["iteration"] == 7
+    assert read_checkpoint(tmp_path / "student")["iteration"] == 7
 
 
 RCNN = {
@@ -172,7 +174,7 @@ RCNN = {
 
 def test_augmented_evaluation_comes_at_the_end_and_with_eval_only(write_config, tmp_path):
     path = write_config(**RCNN)
-    trainer = run(path)
+    trainer = run_training(path)
     result = json.loads((tmp_path / "student/result.json").read_text())["metrics"]
     assert {"bbox", "bbox_TTA"} <= set(result)
     assert (tmp_path / "student/inference_TTA/coco_instances_results.json").is_file()
@@ -187,8 +189,8 @@ def test_augmented_evaluation_comes_at_the_end_and_with_eval_only(write_config, 
 
 
 def test_augmentation_of_a_dense_detector_is_an_error_before_training(write_config):
-    with pytest.raises(ConfigError, match="TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN"):
-        run(write_config(TEST__AUG__ENABLED=True))
+    with pytest.raises(ConfigError, match=r"TEST\.AUG\.ENABLED needs MODEL\.META_ARCHITECTURE GeneralizedRCNN"):
+        run_training(write_config(TEST__AUG__ENABLED=True))
 
 
 class FakeRun:
@@ -238,10 +240,10 @@ def test_wandb_gets_every_scalar_once_with_its_iteration(wandb, tmp_path):
 
 def test_a_resumed_training_continues_its_wandb_run(wandb, write_config):
     path = write_config(WANDB__ENABLED=True)
-    run(path, stop_at=3)
+    run_training(path, stop_at=3)
     wandb[0].id = "changed"
-    run(path, resume=True)
-    run(path)
+    run_training(path, resume=True)
+    run_training(path)
     assert [r.arguments["id"] for r in wandb] == [None, "new", None]
     assert any("bbox/AP" in values for _, values in wandb[1].logged)
 
@@ -249,11 +251,11 @@ def test_a_resumed_training_continues_its_wandb_run(wandb, write_config):
 def test_wandb_that_is_not_installed_is_an_error_before_training(write_config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="wandb is not installed"):
-        run(write_config(WANDB__ENABLED=True))
+        run_training(write_config(WANDB__ENABLED=True))
 
 
 def test_best_file_loads_in_a_plain_model(write_config, tmp_path, scripted):
     path = write_config(**{**STOP, "SOLVER__MAX_ITER": 2})
-    run(path)
+    run_training(path)
     student = build_model(load_config(str(path)))
-    student.load_state_dict(weights(tmp_path / "student", "model_best")["model"])
+    student.load_state_dict(read_checkpoint(tmp_path / "student", "model_best")["model"])

@@ -1,20 +1,19 @@
 """Channel matching against recorded values, its schedule, its state, several processes, and bad input."""
 
-import numpy as np
 import pytest
 import torch
+from helpers import random_maps, same_tensors, tap_pair
 from models import batch, config, model, write_teacher
-from runs import in_two_processes
-from test_training import run, same, weights
+from runs import in_two_processes, read_checkpoint, run_training
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
-from d2kd.distillers import ChannelMatching, NormAffine, TapPair, channel_matching
+from d2kd.distillers import ChannelMatching, channel_matching
 from d2kd.distillers.channel_matching import build_adapter, owners
 from d2kd.distillers.matching_schedule import PRESETS, MatchingSchedule
 from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
 from d2kd.engine.checkpoint import CheckpointError
-from d2kd.layers import AlignmentError, TapShape
+from d2kd.layers import AlignmentError
 from d2kd.layers.assignment import AssignmentError
 from d2kd.layers.channel_groups import (
     REDUCERS,
@@ -40,14 +39,9 @@ MATCHING = {
 }
 
 
-def golden(data_dir, name):
-    with np.load(data_dir / "golden" / f"matching_{name}.npz") as z:
-        return {k: torch.from_numpy(np.asarray(z[k])) for k in z.files}
-
-
-def pair(students, teachers, name="res4.pre_relu", norm=True):
-    affine = NormAffine(torch.ones(teachers), torch.zeros(teachers)) if norm else None
-    return TapPair(name, name, TapShape(students, 16.0), TapShape(teachers, 16.0), teacher_norm=affine)
+def stage_pair(students=4, teachers=8, tap="res4.pre_relu", norm_scale=1.0):
+    """A stage of both networks with that many channels; `norm_scale` is None where no norm ends the teacher's."""
+    return tap_pair(tap, channels=(students, teachers), strides=(16.0, 16.0), norm_scale=norm_scale)
 
 
 def groups(cols, students):
@@ -59,23 +53,25 @@ def matching(pairs, iterations=(0,), images=1, tracking="online", weight=1.0, **
     return ChannelMatching(pairs=pairs, weight=weight, schedule=schedule, **{"adapter": "none", **changes})
 
 
-def maps(students=4, teachers=8, n=2, seed=0, size=(6, 5)):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda c: {"res4.pre_relu": torch.randn(n, c, *size, generator=generator)}  # noqa: E731
-    return draw(students), draw(teachers)
+def stage_maps(students=4, teachers=8, seed=0):
+    """Random maps for the default `stage_pair`."""
+    return random_maps("res4.pre_relu", (students, teachers), seed=seed)
 
 
 @pytest.mark.parametrize("case", ["div", "shave"])
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
-def test_golden_costs(data_dir, case, chunk):
-    g = golden(data_dir, "cost")
+def test_golden_costs(golden, case, chunk):
+    recorded = golden("matching_cost")
     for stage in STAGES[case]:
         name = f"{case}_st{stage}"
         total = sum(
-            channel_distances(g[f"{name}_student_b{j}"], g[f"{name}_teacher_b{j}"], chunk).double() for j in (0, 1)
+            channel_distances(recorded[f"{name}_student_b{j}"], recorded[f"{name}_teacher_b{j}"], chunk).double()
+            for j in (0, 1)
         )
-        torch.testing.assert_close(total, g[f"{name}_cost_sum"], rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(total / g[f"{case}_num_images"], g[f"{name}_cost_mean"], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(total, recorded[f"{name}_cost_sum"], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(
+            total / recorded[f"{case}_num_images"], recorded[f"{name}_cost_mean"], rtol=2e-5, atol=2e-5
+        )
 
 
 def test_an_empty_channel_is_at_distance_two_from_all():
@@ -84,9 +80,11 @@ def test_an_empty_channel_is_at_distance_two_from_all():
     assert torch.equal(channel_distances(s, t)[1], torch.full((5,), 6.0))
 
 
-def test_golden_margins(data_dir):
-    g = golden(data_dir, "margin")
-    torch.testing.assert_close(norm_margin(g["weight"], g["bias"]).float(), g["margin"], rtol=1e-6, atol=0)
+def test_golden_margins(golden):
+    recorded = golden("matching_margin")
+    torch.testing.assert_close(
+        norm_margin(recorded["weight"], recorded["bias"]).float(), recorded["margin"], rtol=1e-6, atol=0
+    )
 
 
 def test_margin_of_a_channel_that_is_switched_off():
@@ -95,23 +93,26 @@ def test_margin_of_a_channel_that_is_switched_off():
 
 
 @pytest.mark.parametrize("case, stage", CASES)
-def test_golden_reducers(data_dir, case, stage):
-    g = golden(data_dir, "reduce")
+def test_golden_reducers(golden, case, stage):
+    recorded = golden("matching_reduce")
     name = f"{case}_st{stage}"
-    teacher, margin = g[f"{name}_teacher"], g[f"{name}_margin"].flatten()
-    members = groups(g[f"{name}_cols"], int(g[f"{name}_sc"]))
+    teacher, margin = recorded[f"{name}_teacher"], recorded[f"{name}_margin"].flatten()
+    members = groups(recorded[f"{name}_cols"], int(recorded[f"{name}_sc"]))
 
     def check(got, kind):
-        assert torch.equal(got.map, g[f"{name}_{kind}_t"])
-        torch.testing.assert_close(got.margin, g[f"{name}_{kind}_m"].flatten(), rtol=0, atol=1e-6)
+        assert torch.equal(got.map, recorded[f"{name}_{kind}_t"])
+        torch.testing.assert_close(got.margin, recorded[f"{name}_{kind}_m"].flatten(), rtol=0, atol=1e-6)
 
     check(reduce_groups(teacher, margin, members, "amp", None), "amp")
     check(reduce_groups(teacher, margin, members, "sp", None), "sp")
     signed = reduce_groups(teacher, margin, members, "amp_signed", None)
-    assert torch.equal(signed.map, g[f"{name}_sp_t"])
-    torch.testing.assert_close(signed.margin, g[f"{name}_amp_m"].flatten(), rtol=0, atol=1e-6)
-    check(take_members(teacher, margin[members], members, g[f"{name}_rd_t_pick"], g[f"{name}_rd_m_pick"]), "rd")
-    check(reduce_groups(teacher, margin, g[f"{name}_sm_cols"][:, None], "sm", None), "sm")
+    assert torch.equal(signed.map, recorded[f"{name}_sp_t"])
+    torch.testing.assert_close(signed.margin, recorded[f"{name}_amp_m"].flatten(), rtol=0, atol=1e-6)
+    check(
+        take_members(teacher, margin[members], members, recorded[f"{name}_rd_t_pick"], recorded[f"{name}_rd_m_pick"]),
+        "rd",
+    )
+    check(reduce_groups(teacher, margin, recorded[f"{name}_sm_cols"][:, None], "sm", None), "sm")
 
 
 def test_random_reducer_draws_every_member_anywhere():
@@ -122,41 +123,45 @@ def test_random_reducer_draws_every_member_anywhere():
     assert all(m in group for m, group in zip(reduced.margin.tolist(), members.tolist()))
 
 
-def test_golden_loss_and_gradient(data_dir):
-    g = golden(data_dir, "loss")
-    source = g["source"].requires_grad_()
-    loss = one_sided_error(source, Reduced(g["target"], g["margin"].flatten()), "paper") * len(source)
+def test_golden_loss_and_gradient(golden):
+    recorded = golden("matching_loss")
+    source = recorded["source"].requires_grad_()
+    loss = one_sided_error(source, Reduced(recorded["target"], recorded["margin"].flatten()), "paper") * len(source)
     loss.backward()
-    torch.testing.assert_close(loss, g["loss"].to(loss.dtype), rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(source.grad, g["grad_source"], rtol=2e-5, atol=2e-5)
-    mean = one_sided_error(source, Reduced(g["target"], g["margin"].flatten()), "mean")
-    assert mean.item() * source.numel() == pytest.approx(float(g["loss"]), rel=1e-5)
+    torch.testing.assert_close(loss, recorded["loss"].to(loss.dtype), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(source.grad, recorded["grad_source"], rtol=2e-5, atol=2e-5)
+    mean = one_sided_error(source, Reduced(recorded["target"], recorded["margin"].flatten()), "mean")
+    assert mean.item() * source.numel() == pytest.approx(float(recorded["loss"]), rel=1e-5)
 
 
-def load_level(distiller, level, g, name, norm):
-    distiller.get_buffer(f"margin{level}").copy_(g[f"{name}_margin"].flatten())
+def load_level(distiller, level, recorded, name, norm):
+    distiller.get_buffer(f"margin{level}").copy_(recorded[f"{name}_margin"].flatten())
     members = distiller.get_buffer(f"members{level}")
-    members.copy_(groups(g[f"{name}_cols"], len(members)))
+    members.copy_(groups(recorded[f"{name}_cols"], len(members)))
     distiller.adapters[level].load_state_dict(
-        {**distiller.adapters[level].state_dict(), "weight": g[f"{norm}_weight"], "bias": g[f"{norm}_bias"]}
+        {
+            **distiller.adapters[level].state_dict(),
+            "weight": recorded[f"{norm}_weight"],
+            "bias": recorded[f"{norm}_bias"],
+        }
     )
 
 
 @pytest.mark.parametrize("case", ["div", "shave"])
-def test_golden_classification(data_dir, case):
-    g = golden(data_dir, "forward_cls")
-    stages = [i for i in STAGES[case] if i not in g[f"{case}_fwd_ignore"].tolist()]
-    shapes = [(g[f"{case}_fwd_student{i}"].shape[1], g[f"{case}_st{i}_teacher"].shape[1]) for i in stages]
-    pairs = [pair(s, t, f"s{i}") for i, (s, t) in zip(stages, shapes)]
+def test_golden_classification(golden, case):
+    recorded = golden("matching_forward_cls")
+    stages = [i for i in STAGES[case] if i not in recorded[f"{case}_fwd_ignore"].tolist()]
+    shapes = [(recorded[f"{case}_fwd_student{i}"].shape[1], recorded[f"{case}_st{i}_teacher"].shape[1]) for i in stages]
+    pairs = [stage_pair(s, t, f"s{i}") for i, (s, t) in zip(stages, shapes)]
     distiller = matching(pairs, adapter="bn", factors=[2.0 ** (2 - i) for i in stages])
     for level, i in enumerate(stages):
-        load_level(distiller, level, g, f"{case}_st{i}", f"{case}_fwd_bn{i}")
+        load_level(distiller, level, recorded, f"{case}_st{i}", f"{case}_fwd_bn{i}")
     distiller._assigned, distiller.batches = True, 5
-    students = {f"s{i}": g[f"{case}_fwd_student{i}"].requires_grad_() for i in stages}
-    losses = distiller(students, {f"s{i}": g[f"{case}_st{i}_teacher"] for i in stages})
+    students = {f"s{i}": recorded[f"{case}_fwd_student{i}"].requires_grad_() for i in stages}
+    losses = distiller(students, {f"s{i}": recorded[f"{case}_st{i}_teacher"] for i in stages})
     total = sum(losses.values()) * 2  # recorded: the sum over two images
     total.backward()
-    assert total.item() == pytest.approx(float(g[f"{case}_fwd_loss_distill"]), rel=1e-5)
+    assert total.item() == pytest.approx(float(recorded[f"{case}_fwd_loss_distill"]), rel=1e-5)
     for level, i in enumerate(stages):
         norm = distiller.adapters[level]
         for got, key in (
@@ -166,33 +171,35 @@ def test_golden_classification(data_dir, case):
             (norm.running_mean, f"bn{i}_running_mean"),
             (norm.running_var, f"bn{i}_running_var"),
         ):
-            torch.testing.assert_close(got, g[f"{case}_fwd_{key}"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, recorded[f"{case}_fwd_{key}"], rtol=1e-4, atol=1e-4)
 
 
-def test_golden_detection(data_dir):
-    g = golden(data_dir, "forward_det")
+def test_golden_detection(golden):
+    recorded = golden("matching_forward_det")
     levels = range(4)
-    pairs = [pair(g[f"st{i}_student"].shape[1], g[f"st{i}_teacher"].shape[1], f"s{i}") for i in levels]
-    distiller = matching(pairs, adapter="gn", factors=g["loss_factors"][:4].tolist())
+    pairs = [
+        stage_pair(recorded[f"st{i}_student"].shape[1], recorded[f"st{i}_teacher"].shape[1], f"s{i}") for i in levels
+    ]
+    distiller = matching(pairs, adapter="gn", factors=recorded["loss_factors"][:4].tolist())
     for i in levels:
-        assert distiller.adapters[i].num_groups == int(g["num_groups"])
-        load_level(distiller, i, g, f"st{i}", f"st{i}_gn")
+        assert distiller.adapters[i].num_groups == int(recorded["num_groups"])
+        load_level(distiller, i, recorded, f"st{i}", f"st{i}_gn")
     distiller._assigned, distiller.batches = True, 5
-    students = {f"s{i}": g[f"st{i}_student"].requires_grad_() for i in levels}
-    total = sum(distiller(students, {f"s{i}": g[f"st{i}_teacher"] for i in levels}).values()) * 2
+    students = {f"s{i}": recorded[f"st{i}_student"].requires_grad_() for i in levels}
+    total = sum(distiller(students, {f"s{i}": recorded[f"st{i}_teacher"] for i in levels}).values()) * 2
     total.backward()
-    assert total.item() == pytest.approx(float(g["loss_distill"]), rel=1e-4)
+    assert total.item() == pytest.approx(float(recorded["loss_distill"]), rel=1e-4)
     for i in levels:
-        got, want = students[f"s{i}"].grad, g[f"st{i}_grad_student"]
+        got, want = students[f"s{i}"].grad, recorded[f"st{i}_grad_student"]
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-def test_golden_costs_lead_to_the_golden_assignment_through_the_distiller(data_dir):
-    costs, want = golden(data_dir, "cost"), golden(data_dir, "assign")
+def test_golden_costs_lead_to_the_golden_assignment_through_the_distiller(golden):
+    costs, want = golden("matching_cost"), golden("matching_assign")
     for case, stage in CASES:
         name = f"{case}_st{stage}"
         s, t = (costs[f"{name}_{who}_b0"].shape[1] for who in ("student", "teacher"))
-        distiller = matching([pair(s, t)])
+        distiller = matching([stage_pair(s, t)])
         for j in (0, 1):
             both = [{"res4.pre_relu": costs[f"{name}_{who}_b{j}"]} for who in ("student", "teacher")]
             distiller.track(*both)
@@ -220,58 +227,58 @@ def test_schedule_counts_iterations_not_accumulated_batches():
 
 def test_an_assignment_rests_on_its_own_window_with_accumulation_too():
     schedule = MatchingSchedule(iterations=(0, 5), images=8, images_per_iteration=8, batches_per_iteration=4)
-    distiller = ChannelMatching(pairs=[pair(4, 8)], weight=1.0, schedule=schedule, adapter="none")
+    distiller = ChannelMatching(pairs=[stage_pair()], weight=1.0, schedule=schedule, adapter="none")
     seen = []
     for step in range(24):
-        distiller(*maps(seed=step))
+        distiller(*stage_maps(seed=step))
         seen.append(distiller.statistics.images)
     assert seen == [2, 4, 6, *[0] * 14, 2, 4, 6, *[0] * 4]
 
 
 def test_online_assigns_from_the_first_batch_then_from_whole_windows():
-    distiller = matching([pair(4, 8)], iterations=(0, 5), images=6)
+    distiller = matching([stage_pair()], iterations=(0, 5), images=6)
     seen = []
     for step in range(8):
         before = distiller.members0.clone()
-        distiller(*maps(seed=step))
+        distiller(*stage_maps(seed=step))
         seen.append((distiller.statistics.images, not torch.equal(before, distiller.members0)))
     assert [images for images, _ in seen] == [2, 4, 0, 2, 4, 0, 0, 0]
     assert seen[0][1] and not any(moved for i, (_, moved) in enumerate(seen) if i in (1, 3, 4, 6, 7))
-    alone = matching([pair(4, 8)])
+    alone = matching([stage_pair()])
     for step in (3, 4, 5):
-        alone.track(*maps(seed=step))
+        alone.track(*stage_maps(seed=step))
     alone.refresh()
     assert torch.equal(alone.members0, distiller.members0)
 
 
 def test_a_list_without_the_start_forgets_the_first_batch():
-    distiller = matching([pair(4, 8)], iterations=(3,), images=4)
+    distiller = matching([stage_pair()], iterations=(3,), images=4)
     seen = []
     for step in range(5):
-        distiller(*maps(seed=step))
+        distiller(*stage_maps(seed=step))
         seen.append((distiller.assigned, distiller.statistics.images))
     assert seen == [(True, 0), (True, 0), (True, 2), (True, 0), (True, 0)]
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_state_round_trip_continues_bit_by_bit(reducer):
-    make = lambda: matching([pair(4, 8)], iterations=(0, 4), images=4, reducer=reducer, adapter="bn")  # noqa: E731
+    make = lambda: matching([stage_pair()], iterations=(0, 4), images=4, reducer=reducer, adapter="bn")  # noqa: E731
     one = make()
     for step in range(3):
-        one(*maps(seed=step))
+        one(*stage_maps(seed=step))
     other = make()
     other.load_state_dict(one.state_dict())
     for step in range(3, 7):
-        losses = [d(*maps(seed=step))["res4.pre_relu"].item() for d in (one, other)]
+        losses = [d(*stage_maps(seed=step))["res4.pre_relu"].item() for d in (one, other)]
         assert losses[0] == losses[1]
     a, b = one.state_dict(), other.state_dict()
-    assert a.pop("_extra_state") == b.pop("_extra_state") and same(a, b)
+    assert a.pop("_extra_state") == b.pop("_extra_state") and same_tensors(a, b)
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_weight_zero_gives_the_student_no_gradient_and_every_parameter_one(reducer):
-    distiller = matching([pair(4, 8)], weight=0.0, reducer=reducer, adapter="bn")
-    student, teacher = maps()
+    distiller = matching([stage_pair()], weight=0.0, reducer=reducer, adapter="bn")
+    student, teacher = stage_maps()
     student["res4.pre_relu"].requires_grad_()
     loss = distiller(student, teacher)["res4.pre_relu"]
     loss.backward()
@@ -279,31 +286,29 @@ def test_weight_zero_gives_the_student_no_gradient_and_every_parameter_one(reduc
     assert all(p.grad is not None and not p.grad.any() for p in distiller.parameters())
 
 
-def test_standardised_loss_does_not_see_the_scale_of_the_teacher():
+def test_standardized_loss_does_not_see_the_scale_of_the_teacher():
     values = []
     for scale in (1.0, 100.0):
-        norm = NormAffine(torch.full((8,), scale), torch.zeros(8))
-        pairs = [pair(4, 8)._replace(teacher_norm=norm)]
-        distiller = matching(pairs, normalize="standardize", reduction="mean", adapter="bn")
-        student, teacher = maps()
+        distiller = matching([stage_pair(norm_scale=scale)], normalize="standardize", reduction="mean", adapter="bn")
+        student, teacher = stage_maps()
         values.append(distiller(student, {k: scale * t for k, t in teacher.items()})["res4.pre_relu"].item())
     assert values[1] == pytest.approx(values[0], rel=1e-3)
     reduced = scale_to_unit(Reduced(100 * teacher["res4.pre_relu"] + 30, torch.zeros(8)))
-    assert reduced.map.mean() > 0.1  # not centred: zero stays where the ReLU cuts
+    assert reduced.map.mean() > 0.1  # not centered: zero stays where the ReLU cuts
 
 
 def test_sparse_matching_gives_one_channel_and_may_use_the_remainder():
-    student, teacher = maps(3, 7)
+    student, teacher = stage_maps(3, 7)
     teacher["res4.pre_relu"][:, 6] = student["res4.pre_relu"][:, 1]
-    distiller = matching([pair(3, 7)], reducer="sm")
+    distiller = matching([stage_pair(3, 7)], reducer="sm")
     distiller(student, teacher)
     assert distiller.members0.shape == (3, 1) and distiller.members0[1].item() == 6
 
 
 def test_margins_from_activations_where_the_teacher_has_no_norm():
-    distiller = matching([pair(4, 8, norm=False)], images=2)
+    distiller = matching([stage_pair(norm_scale=None)], images=2)
     assert not distiller.margin0.any()
-    student, teacher = maps()
+    student, teacher = stage_maps()
     t = teacher["res4.pre_relu"]
     t[:, 3] = t[:, 3].abs()
     distiller(student, teacher)
@@ -381,7 +386,9 @@ PUBLISHED = {
 def test_presets_set_the_published_numbers(name):
     node = config(DISTILL__CHANNEL_MATCHING__PRESET=name).DISTILL.CHANNEL_MATCHING
     levels = len(PRESETS[name]["FACTORS"])
-    distiller = ChannelMatching(**ChannelMatching.from_config(node, [pair(32, 64, f"s{i}") for i in range(levels)]))
+    distiller = ChannelMatching(
+        **ChannelMatching.from_config(node, [stage_pair(32, 64, f"s{i}") for i in range(levels)])
+    )
     assert (distiller.normalize, distiller.reduction) == ("none", "paper")
     assert (distiller.reducer, distiller.weight) == ("amp", 1.0)
     assert distiller.factors == PUBLISHED[name][0]
@@ -392,7 +399,8 @@ def test_presets_set_the_published_numbers(name):
 
 
 def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
-    message = r"res2.pre_relu: the student's map has 32 channels, the teacher's only 16.*TAPS"
+    where = r"DISTILL\.CHANNEL_MATCHING\.TAPS, res2\.pre_relu <- res2\.pre_relu: "
+    message = where + r"the student's map has 32 channels, the teacher's only 16.*DISTILL\.CHANNEL_MATCHING\.TAPS\b"
     with pytest.raises(AlignmentError, match=message):
         distilled(tmp_path, teacher=config(), MODEL__RESNETS__RES2_OUT_CHANNELS=32)
 
@@ -413,26 +421,26 @@ def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
     ],
 )
 def test_arguments_out_of_range_name_the_key(changes, key):
-    with pytest.raises(ValueError, match=key):
-        matching([pair(4, 8)], **changes)
+    with pytest.raises(ValueError, match=rf"DISTILL\.CHANNEL_MATCHING\.{key}\b"):
+        matching([stage_pair()], **changes)
 
 
 @pytest.mark.parametrize("name, value", [("periods", (5, 6)), ("steps", (9, 3)), ("iterations", (-1,))])
 def test_schedule_out_of_range_names_the_key(name, value):
     key = {"periods": "REFRESH_PERIODS", "steps": "REFRESH_STEPS", "iterations": "REFRESH_ITERS"}[name]
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=rf"DISTILL\.CHANNEL_MATCHING\.{key}\b"):
         MatchingSchedule(**{"periods": (5,), "steps": (), name: value})
 
 
 def test_unknown_preset_names_the_known():
     node = config(DISTILL__CHANNEL_MATCHING__PRESET="coco").DISTILL.CHANNEL_MATCHING
-    with pytest.raises(ValueError, match="PRESET.*coco_retinanet_r50_r18"):
-        ChannelMatching.from_config(node, [pair(4, 8)])
+    with pytest.raises(ValueError, match=r"DISTILL\.CHANNEL_MATCHING\.PRESET\b.*coco_retinanet_r50_r18"):
+        ChannelMatching.from_config(node, [stage_pair()])
 
 
 def test_features_that_are_not_finite_are_an_error_and_leave_the_statistics_alone():
-    distiller = matching([pair(4, 8)], iterations=(0, 3), images=4)
-    student, teacher = maps()
+    distiller = matching([stage_pair()], iterations=(0, 3), images=4)
+    student, teacher = stage_maps()
     student["res4.pre_relu"][0, 0, 0, 0] = float("nan")
     with pytest.raises(AssignmentError, match="finite"):
         distiller(student, teacher)
@@ -440,36 +448,36 @@ def test_features_that_are_not_finite_are_an_error_and_leave_the_statistics_alon
 
 
 def test_pass_outside_the_trainer_says_what_to_do():
-    with pytest.raises(AssignmentError, match="TRACKING"):
-        matching([pair(4, 8)], tracking="pass")(*maps())
+    with pytest.raises(AssignmentError, match=r"DISTILL\.CHANNEL_MATCHING\.TRACKING\b"):
+        matching([stage_pair()], tracking="pass")(*stage_maps())
 
 
 @pytest.mark.parametrize("tracking", ["online", "pass"])
 def test_interrupted_and_resumed_is_bit_equal(write_config, teacher, tmp_path, tracking):
     path = write_config(**MATCHING, DISTILL__CHANNEL_MATCHING__TRACKING=tracking, DATASETS__TEST=[], **teacher)
-    whole = run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert same(a["model"], b["model"])
+    whole = run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    a, b = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    assert same_tensors(a["model"], b["model"])
     extra = "ChannelMatching._extra_state"
-    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same(a["distillers"], b["distillers"])
+    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same_tensors(a["distillers"], b["distillers"])
     assert whole.distilled.distillers["ChannelMatching"].batches == 6
 
 
 def _interrupted(path, output):
     torch.set_num_threads(1)
-    run(path, OUTPUT_DIR=f"{output}/whole")
-    run(path, OUTPUT_DIR=f"{output}/parts", stop_at=3)
-    run(path, OUTPUT_DIR=f"{output}/parts", resume=True)
+    run_training(path, OUTPUT_DIR=f"{output}/whole")
+    run_training(path, OUTPUT_DIR=f"{output}/parts", stop_at=3)
+    run_training(path, OUTPUT_DIR=f"{output}/parts", resume=True)
 
 
 def test_two_processes_with_passes_resume_bit_equal(write_config, teacher, tmp_path):
     # a pass looks at the student with its batch statistics, which differ between processes and are saved of one only
     changes = {"DISTILL__CHANNEL_MATCHING__TRACKING": "pass", "MODEL__RESNETS__NORM": "BN", "DATASETS__TEST": []}
     in_two_processes(_interrupted, write_config(**MATCHING, **changes, **teacher), tmp_path)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert same(whole["model"], parts["model"])
+    whole, parts = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    assert same_tensors(whole["model"], parts["model"])
     assert whole["distillers"].keys() == parts["distillers"].keys()
     members = [k for k in whole["distillers"] if "members" in k]
     assert members and all(torch.equal(whole["distillers"][k], parts["distillers"][k]) for k in members)
@@ -487,30 +495,30 @@ def test_a_failed_step_leaves_no_trace(write_config, teacher, tmp_path):
     distiller.level_loss = lambda level, s, t: plain(level, s, t) * (float("nan") if trainer.iter == 4 else 1.0)
     with pytest.raises(NonFiniteLossError, match="iteration 4"):
         trainer.train()
-    run(path, resume=True)
-    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "student")
-    assert same(a["model"], b["model"])
+    run_training(path, resume=True)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    a, b = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "student")
+    assert same_tensors(a["model"], b["model"])
     extra = "ChannelMatching._extra_state"
-    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same(a["distillers"], b["distillers"])
+    assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same_tensors(a["distillers"], b["distillers"])
 
 
 def test_assignments_of_another_teacher_are_an_error(write_config, teacher, tmp_path):
     path = write_config(**MATCHING, DATASETS__TEST=[], **teacher)
-    run(path, stop_at=3)
+    run_training(path, stop_at=3)
     state = torch.load(teacher["DISTILL__TEACHER__WEIGHTS"], weights_only=True)
     state["model"]["backbone.bottom_up.res2.0.conv1.weight"] += 0.01
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="another teacher"):
-        run(path, resume=True, DISTILL__TEACHER__WEIGHTS=str(tmp_path / "other.pth"))
+        run_training(path, resume=True, DISTILL__TEACHER__WEIGHTS=str(tmp_path / "other.pth"))
 
 
 def _rank_losses():
-    distiller = matching([pair(4, 9, norm=False)], iterations=(0, 2), images=4)
+    distiller = matching([stage_pair(4, 9, norm_scale=None)], iterations=(0, 2), images=4)
     half = slice(comm.get_rank(), comm.get_rank() + 1) if comm.get_world_size() > 1 else slice(0, 2)
     losses = []
     for step in range(4):
-        student, teacher = ({k: v[half] for k, v in m.items()} for m in maps(4, 9, seed=step))
+        student, teacher = ({k: v[half] for k, v in m.items()} for m in stage_maps(4, 9, seed=step))
         losses.append(distiller(student, teacher)["res4.pre_relu"].item())
     return losses, distiller
 
@@ -522,7 +530,7 @@ def _error_when_the_main_process_has_no_solver():
     if comm.is_main_process():
         channel_matching.assign_channels = fail
     with pytest.raises(AssignmentError) as error:
-        matching([pair(4, 8)])(*maps())
+        matching([stage_pair()])(*stage_maps())
     return str(error.value)
 
 

@@ -58,7 +58,7 @@ def groups() -> dict[str, list[Path]]:
     return found
 
 
-def name(path: Path) -> str:
+def config_name(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs").with_suffix(""))
 
 
@@ -111,7 +111,7 @@ def one_step(cfg: CfgNode) -> tuple[DistillTrainer, dict[str, float]]:
     return run, {k: v for k, (v, _) in run.storage.latest().items() if "loss" in k or k.startswith("distill/")}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
+@pytest.mark.parametrize("path", CONFIGS, ids=config_name)
 def test_loads_with_all_its_keys(path):
     cfg = load(path)
     assert cfg.MODEL.META_ARCHITECTURE and cfg.DATASETS.TRAIN
@@ -134,7 +134,7 @@ TOKEN_RECIPES = {
     "retinanet_R50_X101": (7.0, 8500, (1.0, 1.0), True, 0.02, 35.0),
     "fcos_R50_R101": (10.0, 5000, None, False, 0.01, 35.0),
 }
-#: Of each teacher: optimiser, learning rate and weight decay of its tokens.
+#: Of each teacher: optimizer, learning rate and weight decay of its tokens.
 TOKEN_LEARNING = {
     "faster_rcnn_R101": ("SGD", 0.1, 1e-4),
     "cascade_mask_rcnn_X101": ("Adam", 0.01, 0.1),
@@ -231,7 +231,7 @@ def test_tokens_of_every_teacher_take_a_step(teacher, untrained, monkeypatch, tm
     gc.collect()
 
 
-@pytest.mark.parametrize("paths", groups().values(), ids=lambda paths: "=".join(map(name, paths)))
+@pytest.mark.parametrize("paths", groups().values(), ids=lambda paths: "=".join(map(config_name, paths)))
 def test_one_step_and_one_inference(paths, untrained, monkeypatch, tmp_path):
     cfg = load(paths[0])
     cfg.OUTPUT_DIR = str(tmp_path)

@@ -122,7 +122,7 @@ def test_malformed_entries(folder, entry, match):
 def test_an_entry_must_be_a_mapping(folder):
     cfg = config(folder)
     cfg.DATASETS.REGISTER = ["mine"]
-    with pytest.raises(DatasetError, match=r"REGISTER\[0\] must be a mapping"):
+    with pytest.raises(DatasetError, match=r"DATASETS\.REGISTER\[0\] must be a mapping"):
         register_datasets(cfg)
 
 
@@ -154,7 +154,7 @@ def test_missing_files_name_all_places_tried(folder, monkeypatch):
 def test_unknown_dataset_names(folder):
     cfg = config(folder, train=("mime",))
     register_datasets(cfg)
-    with pytest.raises(DatasetError, match="'mime' of DATASETS.TRAIN is not registered.*did you mean mine"):
+    with pytest.raises(DatasetError, match=r"'mime' of DATASETS\.TRAIN is not registered.*did you mean mine"):
         check_datasets(cfg)
 
 
@@ -291,7 +291,7 @@ def test_class_counts(folder, architecture, node, checked):
     if checked:
         check_datasets(cfg)
     cfg.MODEL.META_ARCHITECTURE = architecture
-    with pytest.raises(DatasetError, match=f"2 classes .one, two.*MODEL.{node}.NUM_CLASSES is 80"):
+    with pytest.raises(DatasetError, match=rf"2 classes \(one, two.*MODEL\.{node}\.NUM_CLASSES is 80"):
         check_class_counts(cfg)
     cfg.MODEL[node].NUM_CLASSES = 2
     check_class_counts(cfg)
@@ -303,7 +303,7 @@ def test_stuff_class_counts():
     add_distill_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
     cfg.DATASETS.TEST = ("stuff_set",)
-    with pytest.raises(DatasetError, match="3 classes .a, b, c.*MODEL.SEM_SEG_HEAD.NUM_CLASSES is 54"):
+    with pytest.raises(DatasetError, match=r"3 classes \(a, b, c.*MODEL\.SEM_SEG_HEAD\.NUM_CLASSES is 54"):
         check_class_counts(cfg)
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
     check_class_counts(cfg)
@@ -348,7 +348,7 @@ def test_bad_images(folder, damage, caplog):
     record = record_of(folder, name)
     assert wrap_mapper(plain_mapper(), "error")(record)["image"].shape == (3, 20, 30)
     spoil(folder / "images")
-    with pytest.raises(DatasetError, match=f"Image .*{name}.*DATASETS.ON_BAD_IMAGE") as e:
+    with pytest.raises(DatasetError, match=rf"Image .*{name}.*DATASETS\.ON_BAD_IMAGE\b") as e:
         wrap_mapper(plain_mapper(), "error")(record)
     assert e.value.__cause__ is not None
     mapper = wrap_mapper(plain_mapper(), "skip")
@@ -381,7 +381,7 @@ def test_other_errors_pass_unchanged(folder):
 
 
 def test_policy_and_pickling():
-    with pytest.raises(ValueError, match="ON_BAD_IMAGE is 'ignore'.*error, skip"):
+    with pytest.raises(ValueError, match=r"DATASETS\.ON_BAD_IMAGE is 'ignore'.*error, skip"):
         wrap_mapper(plain_mapper(), "ignore")
     assert pickle.loads(pickle.dumps(wrap_mapper(plain_mapper(), "skip"))).skip
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import tool
-from test_training import run, same, weights
+from helpers import same_tensors
+from runs import read_checkpoint, run_training, tool
 from torch import nn
 
 from d2kd.engine import load_config
@@ -47,7 +47,7 @@ def test_a_constant_model_stays_bit_equal():
     average = WeightAverage(live, decay=0.3, warmup=5.0)
     for _ in range(7):
         average.update()
-    assert same(average.model.state_dict(), live.state_dict())
+    assert same_tensors(average.model.state_dict(), live.state_dict())
 
 
 def test_shared_parameters_are_averaged_once():
@@ -64,17 +64,17 @@ def test_shared_parameters_are_averaged_once():
 
 @pytest.mark.parametrize("decay, warmup, key", [(1.0, 0.0, "DECAY"), (-0.1, 0.0, "DECAY"), (0.5, -1.0, "WARMUP")])
 def test_values_out_of_range_name_their_key(decay, warmup, key):
-    with pytest.raises(ValueError, match=f"SOLVER.EMA.{key}"):
+    with pytest.raises(ValueError, match=rf"SOLVER\.EMA\.{key}\b"):
         WeightAverage(network(), decay, warmup)
 
 
 def test_training_evaluates_both_and_writes_the_average_as_a_plain_student(write_config, tmp_path):
     path = write_config(**EMA)
-    trainer = run(path)
+    trainer = run_training(path)
     assert {"bbox", "bbox_EMA"} <= set(trainer._last_eval_results)
-    final, average = weights(tmp_path / "student"), weights(tmp_path / "student", "model_final_ema")
-    assert same(final["ema"]["model"], average["model"]) and final["ema"]["updates"] == 6
-    assert not same(final["model"], average["model"])
+    final, average = read_checkpoint(tmp_path / "student"), read_checkpoint(tmp_path / "student", "model_final_ema")
+    assert same_tensors(final["ema"]["model"], average["model"]) and final["ema"]["updates"] == 6
+    assert not same_tensors(final["model"], average["model"])
     student = build_model(load_config(str(path)))
     problems = DetectionCheckpointer(student)._load_model({"model": dict(average["model"])})
     assert not problems.missing_keys and not problems.unexpected_keys and not problems.incorrect_shapes
@@ -83,43 +83,43 @@ def test_training_evaluates_both_and_writes_the_average_as_a_plain_student(write
 
 
 def test_the_average_follows_every_step_of_a_run_and_does_not_change_it(write_config, tmp_path):
-    plain = run(write_config("plain"))
+    plain = run_training(write_config("plain"))
     path = write_config("averaged", SOLVER__CHECKPOINT_PERIOD=1, **EMA)
-    trainer = run(path)
-    assert same(plain.student.state_dict(), trainer.student.state_dict())
+    trainer = run_training(path)
+    assert same_tensors(plain.student.state_dict(), trainer.student.state_dict())
     live = build_model(load_config(str(path)))
-    live.load_state_dict(weights(tmp_path / "averaged", "model_0000000")["model"])
+    live.load_state_dict(read_checkpoint(tmp_path / "averaged", "model_0000000")["model"])
     average = WeightAverage(live, 0.7, 4.0)
-    average.load_state_dict(weights(tmp_path / "averaged", "model_0000000")["ema"])
+    average.load_state_dict(read_checkpoint(tmp_path / "averaged", "model_0000000")["ema"])
     for name in [f"model_{i:07d}" for i in range(1, 5)] + ["model_final"]:
-        live.load_state_dict(weights(tmp_path / "averaged", name)["model"])
+        live.load_state_dict(read_checkpoint(tmp_path / "averaged", name)["model"])
         average.update()
-    assert same(average.model.state_dict(), trainer.average.model.state_dict())
+    assert same_tensors(average.model.state_dict(), trainer.average.model.state_dict())
 
 
 def test_the_average_of_any_checkpoint_is_exported(write_config, tmp_path):
     path = write_config(**EMA)
-    run(path)
+    run_training(path)
     source, target = tmp_path / "student/model_0000002.pth", tmp_path / "average.pth"
     tool("export_student", source, target, "--ema", "--config-file", path)
-    expected = weights(tmp_path / "student", "model_0000002")["ema"]["model"]
-    assert same(torch.load(target, weights_only=True)["model"], expected)
-    run(write_config("plain"))
+    expected = read_checkpoint(tmp_path / "student", "model_0000002")["ema"]["model"]
+    assert same_tensors(torch.load(target, weights_only=True)["model"], expected)
+    run_training(write_config("plain"))
     done = tool("export_student", tmp_path / "plain/model_final.pth", target, "--ema", check=False)
     assert done.returncode == 2 and "SOLVER.EMA.ENABLED" in done.stdout
 
 
 def test_resumed_average_is_bit_equal(write_config, teacher, tmp_path):
-    whole = run(write_config("whole", **EMA, **teacher))
+    whole = run_training(write_config("whole", **EMA, **teacher))
     path = write_config("parts", **EMA, **teacher)
-    run(path, stop_at=3)
-    parts = run(path, resume=True)
+    run_training(path, stop_at=3)
+    parts = run_training(path, resume=True)
     assert parts.start_iter == 3 and parts.average.updates == 6
-    assert same(parts.average.model.state_dict(), whole.average.model.state_dict())
+    assert same_tensors(parts.average.model.state_dict(), whole.average.model.state_dict())
 
 
 def test_switched_on_while_resuming_it_starts_from_the_student_of_then(write_config, tmp_path, caplog):
     path: Path = write_config()
-    run(path, stop_at=3)
-    trainer = run(path, resume=True, **EMA)
+    run_training(path, stop_at=3)
+    trainer = run_training(path, resume=True, **EMA)
     assert "no average" in caplog.text and trainer.average.updates == 3

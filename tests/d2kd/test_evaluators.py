@@ -86,7 +86,9 @@ def test_other_types_are_an_error_before_training(write_config, digits, tmp_path
     path = write_config(DATASETS__TEST=["of_no_known_type"])
     train_net = runpy.run_path(str(ROOT / "tools/train_net.py"))
     try:
-        with pytest.raises(EvaluatorError, match="'of_no_known_type' of DATASETS.TEST.*'lvis'.*cityscapes_instance"):
+        with pytest.raises(
+            EvaluatorError, match=r"'of_no_known_type' of DATASETS\.TEST\b.*'lvis'.*cityscapes_instance"
+        ):
             train_net["main"](argument_parser().parse_args(["--config-file", str(path)]))
     finally:
         DatasetCatalog.pop("of_no_known_type")

@@ -119,7 +119,7 @@ def test_fcos_reads_its_keys():
 
 
 def test_fcos_level_that_is_not_there_is_an_error():
-    with pytest.raises(ValueError, match="MODEL.FCOS.IN_FEATURES names p2.*p3, p4, p5, p6, p7"):
+    with pytest.raises(ValueError, match=r"MODEL\.FCOS\.IN_FEATURES names p2.*p3, p4, p5, p6, p7"):
         model(config(FCOS_R50, MODEL__FCOS__IN_FEATURES=["p2", "p3"]))
 
 
@@ -162,10 +162,16 @@ def test_vit_from_yaml_has_vitdets_names_and_recorded_numbers(data_dir):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"MODEL__VIT__NUM_HEADS": 5}, "EMBED_DIM is 32; it must be a multiple of MODEL.VIT.NUM_HEADS, 5"),
-        ({"MODEL__VIT__WINDOW_BLOCK_INDEXES": [1, 4]}, r"WINDOW_BLOCK_INDEXES names the blocks \[4\]; there are 4"),
-        ({"MODEL__VIT__RESIDUAL_BLOCK_INDEXES": [-1]}, "RESIDUAL_BLOCK_INDEXES names"),
-        ({"MODEL__VIT__IMG_SIZE": 8}, "less than one patch"),
+        (
+            {"MODEL__VIT__NUM_HEADS": 5},
+            r"MODEL\.VIT\.EMBED_DIM is 32; it must be a multiple of MODEL\.VIT\.NUM_HEADS, 5",
+        ),
+        (
+            {"MODEL__VIT__WINDOW_BLOCK_INDEXES": [1, 4]},
+            r"MODEL\.VIT\.WINDOW_BLOCK_INDEXES names the blocks \[4\]; there are 4",
+        ),
+        ({"MODEL__VIT__RESIDUAL_BLOCK_INDEXES": [-1]}, r"MODEL\.VIT\.RESIDUAL_BLOCK_INDEXES names"),
+        ({"MODEL__VIT__IMG_SIZE": 8}, r"MODEL\.VIT\.IMG_SIZE is 8, less than one patch"),
     ],
 )
 def test_vit_values_out_of_range_name_their_key(changes, message):
@@ -229,7 +235,7 @@ def test_transformer_block_of_a_teacher_is_distilled_as_a_map(tmp_path):
 
 def learning_rates(cfg: CfgNode, net: torch.nn.Module) -> dict:
     groups = build_optimizer(cfg, net).param_groups
-    of = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    of = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     return {name: of[id(p)] for name, p in net.named_parameters() if id(p) in of}
 
 
@@ -251,9 +257,13 @@ def test_layer_decay_gives_earlier_blocks_smaller_rates_also_under_distillation(
 @pytest.mark.parametrize(
     "base, changes, message",
     [
-        (VIT_RCNN, {}, "it needs SOLVER.OPTIMIZER AdamW"),
-        (FASTER_RCNN, {"SOLVER__OPTIMIZER": "AdamW"}, "no vision transformer"),
-        (VIT_RCNN, {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__LAYER_DECAY": 1.5}, "LAYER_DECAY is 1.5"),
+        (VIT_RCNN, {}, r"SOLVER\.LAYER_DECAY is .* it needs SOLVER\.OPTIMIZER AdamW"),
+        (
+            FASTER_RCNN,
+            {"SOLVER__OPTIMIZER": "AdamW"},
+            r"SOLVER\.LAYER_DECAY is set, but the backbone is no vision transformer",
+        ),
+        (VIT_RCNN, {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__LAYER_DECAY": 1.5}, r"SOLVER\.LAYER_DECAY is 1\.5"),
     ],
 )
 def test_layer_decay_that_cannot_work_is_an_error(base, changes, message):

@@ -1,13 +1,13 @@
 """HeadRegression, and the predictions of a teacher's box head on the regions that a student sampled."""
 
-import numpy as np
 import pytest
 import torch
+from helpers import same_tensors, tap_pair
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from torch.nn import functional as F
 
-from d2kd.distillers import HeadRegression, TapPair
-from d2kd.layers import AlignmentError, TapShape
+from d2kd.distillers import HeadRegression
+from d2kd.layers import AlignmentError
 from d2kd.modeling import TapError, build_distilled_model
 from d2kd.modeling.roi_outputs import RegionOutputs, SampledRegions, stages
 from detectron2.modeling import build_model
@@ -28,8 +28,9 @@ C4 = {
 BOTH = ["HeadRegression", "LogitKD"]
 
 
-def make(shapes=(TapShape(4, 8.0),), weight=1.0, **arguments):
-    pairs = [TapPair(f"x{i}", f"x{i}", s, s, "dense deltas") for i, s in enumerate(shapes)]
+def head_regression(strides=(8.0,), weight=1.0, **arguments):
+    """The method for four deltas at every stride, at taps x0, x1, ..."""
+    pairs = [tap_pair(f"x{i}", channels=(4, 4), strides=(s, s), holds="dense deltas") for i, s in enumerate(strides)]
     return HeadRegression(pairs=pairs, weight=weight, **arguments)
 
 
@@ -45,34 +46,37 @@ def step(net, inputs=None):
     return losses
 
 
-def test_golden_of_dense_heads(data_dir):
-    g = {k: torch.from_numpy(v).double() for k, v in np.load(data_dir / "golden/maskd_stage2_e2e.npz").items()}
-    levels = range(int(g["num_levels"]))
+def test_golden_of_dense_heads(golden):
+    recorded = golden("maskd_stage2_e2e", torch.double)
+    levels = range(int(recorded["num_levels"]))
     deltas = {
-        who: [F.conv2d(g[f"{who}_{i}"], g[f"head_{who}_weight"], g[f"head_{who}_bias"]) for i in levels]
+        who: [
+            F.conv2d(recorded[f"{who}_{i}"], recorded[f"head_{who}_weight"], recorded[f"head_{who}_bias"])
+            for i in levels
+        ]
         for who in ("student", "teacher")
     }
-    method = make([TapShape(4, 8.0)] * len(levels), float(g["head_weight"]), beta=float(g["head_beta"]))
+    method = head_regression([8.0] * len(levels), float(recorded["head_weight"]), beta=float(recorded["head_beta"]))
     student = {f"x{i}": x.requires_grad_() for i, x in enumerate(deltas["student"])}
     losses = method(student, {f"x{i}": x for i, x in enumerate(deltas["teacher"])})
     for i in levels:
-        assert losses[f"x{i}"].item() == pytest.approx(g["expected_head_loss_per_level"][i].item(), rel=1e-9)
+        assert losses[f"x{i}"].item() == pytest.approx(recorded["expected_head_loss_per_level"][i].item(), rel=1e-9)
         losses[f"x{i}"].backward()
         difference = deltas["student"][i].detach() - deltas["teacher"][i]
-        want = g["head_weight"] * (difference / g["head_beta"]).clamp(-1, 1) / difference.numel()
+        want = recorded["head_weight"] * (difference / recorded["head_beta"]).clamp(-1, 1) / difference.numel()
         torch.testing.assert_close(student[f"x{i}"].grad, want)
 
 
 def test_beta_zero_is_plain_l1_and_taps_have_factors():
     s, t = {n: torch.randn(2, 4, 3, 3) for n in ("x0", "x1")}, {n: torch.randn(2, 4, 3, 3) for n in ("x0", "x1")}
-    losses = make([TapShape(4, 8.0)] * 2, beta=0.0, tap_weights=[0.2, 3.0])(s, t)
+    losses = head_regression([8.0] * 2, beta=0.0, tap_weights=[0.2, 3.0])(s, t)
     for name, factor in (("x0", 0.2), ("x1", 3.0)):
         assert losses[name].item() == pytest.approx(factor * (s[name] - t[name]).abs().mean().item())
 
 
 def test_no_regions_give_zero_connected_to_the_student():
     student = torch.zeros(0, 4, requires_grad=True)
-    loss = make([TapShape(4, 0.0)])({"x0": student}, {"x0": torch.zeros(0, 4)})["x0"]
+    loss = head_regression([0.0])({"x0": student}, {"x0": torch.zeros(0, 4)})["x0"]
     loss.backward()
     assert loss.item() == 0 and student.grad.shape == (0, 4)
 
@@ -80,14 +84,14 @@ def test_no_regions_give_zero_connected_to_the_student():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(beta=-1.0), "BETA"),
-        (dict(tap_weights=[1.0, 2.0]), "TAP_WEIGHTS has 2 numbers for 1"),
-        (dict(tap_weights=[-1.0]), "TAP_WEIGHTS is .* negative"),
+        (dict(beta=-1.0), r"DISTILL\.HEAD_REGRESSION\.BETA\b"),
+        (dict(tap_weights=[1.0, 2.0]), r"DISTILL\.HEAD_REGRESSION\.TAP_WEIGHTS has 2 numbers for 1"),
+        (dict(tap_weights=[-1.0]), r"DISTILL\.HEAD_REGRESSION\.TAP_WEIGHTS is .* negative"),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
     with pytest.raises(ValueError, match=message):
-        make(**change)
+        head_regression(**change)
 
 
 def test_teacher_sees_the_students_regions_without_a_second_backbone_pass(tmp_path):
@@ -174,27 +178,29 @@ def test_weight_zero_gives_bit_equal_student_gradients(tmp_path, base):
         net = build(cfg).train()
         step(net)
         gradients.append({n: p.grad for n, p in getattr(net, "student", net).named_parameters()})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+    assert same_tensors(*gradients)
 
 
 def test_other_class_agnostic_setting_is_an_error(tmp_path):
-    with pytest.raises(AlignmentError, match="MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG.*False and True"):
+    with pytest.raises(AlignmentError, match=r"MODEL\.ROI_BOX_HEAD\.CLS_AGNOSTIC_BBOX_REG\b.*False and True"):
         distilled(tmp_path, FASTER_RCNN, CASCADE, ["HeadRegression"])
 
 
 @pytest.mark.parametrize(
-    "base, key",
-    [(FASTER_RCNN, "MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS"), (RETINANET, "MODEL__RETINANET__BBOX_REG_WEIGHTS")],
+    "base, key, message",
+    [
+        (FASTER_RCNN, "MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS", r"MODEL\.ROI_BOX_HEAD\.BBOX_REG_WEIGHTS\b"),
+        (RETINANET, "MODEL__RETINANET__BBOX_REG_WEIGHTS", r"\bBBOX_REG_WEIGHTS\b"),
+    ],
 )
-def test_other_regression_weights_are_an_error(tmp_path, base, key):
-    with pytest.raises(AlignmentError, match="BBOX_REG_WEIGHTS"):
+def test_other_regression_weights_are_an_error(tmp_path, base, key, message):
+    with pytest.raises(AlignmentError, match=message):
         distilled(tmp_path, base, methods=["HeadRegression"], teacher={key: (2.0, 2.0, 2.0, 2.0)})
 
 
 def test_feature_methods_refuse_vectors(tmp_path):
     taps = ["roi_heads.box_predictor.cls_score"]
-    with pytest.raises(AlignmentError, match="DISTILL.FEATURE_MIMIC.TAPS, roi_heads.*maps"):
+    with pytest.raises(AlignmentError, match=r"DISTILL\.FEATURE_MIMIC\.TAPS, roi_heads.*maps"):
         distilled(tmp_path, FASTER_RCNN, methods=["FeatureMimic"], DISTILL__FEATURE_MIMIC__TAPS=taps)
 
 

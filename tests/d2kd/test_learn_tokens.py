@@ -1,14 +1,14 @@
 """The first stage of receptive tokens: replaced taps, learning, resuming, two processes, wrong input."""
 
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import same_tensors
 from models import FASTER_RCNN, batch, config, model
-from runs import in_two_processes, tool
+from runs import in_two_processes, run_training, tool
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
@@ -169,20 +169,8 @@ def teacher_yaml(write_config, tmp_path):
     return write_config("teacher", MODEL__WEIGHTS=str(weights), **changes)
 
 
-def run(path, *, resume=False, stop_at=0, kind=TokenTrainer, **changes):
-    cfg = load_config(str(path), [x for k, v in changes.items() for x in (k.replace("__", "."), v)])
-    register_datasets(cfg)
-    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
-    torch.manual_seed(cfg.SEED)
-    trainer = kind(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.max_iter = stop_at or trainer.max_iter
-    trainer.train()
-    return trainer
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def run(path, *, kind=TokenTrainer, **changes):
+    return run_training(path, trainer_class=kind, **changes)
 
 
 def test_a_run_writes_tokens_pictures_and_progress(teacher_yaml, tmp_path):
@@ -208,7 +196,7 @@ def test_interrupted_and_resumed_is_bit_equal(teacher_yaml, tmp_path):
     whole = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "whole"))
     run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
     parts = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
-    assert parts.start_iter == 3 and same(whole.learner.state_dict(), parts.learner.state_dict())
+    assert parts.start_iter == 3 and same_tensors(whole.learner.state_dict(), parts.learner.state_dict())
     assert whole.learner.teacher.loss_normalizer == parts.learner.teacher.loss_normalizer
     learned = TokenFile.load(str(tmp_path / "whole/tokens.pth"))
     (tmp_path / "whole/tokens.pth").unlink()  # killed before it wrote that: what is missing is made up for
@@ -217,10 +205,10 @@ def test_interrupted_and_resumed_is_bit_equal(teacher_yaml, tmp_path):
     assert torch.equal(again.levels["p3"].tokens.tokens, learned.levels["p3"].tokens.tokens)
     assert 0 < again.levels["p3"].dice <= 1 and again.iterations == learned.iterations
     first = run(teacher_yaml, OUTPUT_DIR=str(tmp_path / "one"), DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
-    assert not same(whole.learner.state_dict(), first.learner.state_dict())
+    assert not same_tensors(whole.learner.state_dict(), first.learner.state_dict())
 
 
-def test_a_failed_step_leaves_the_teachers_normaliser_alone(teacher_yaml):
+def test_a_failed_step_leaves_the_teachers_normalizer_alone(teacher_yaml):
     cfg = load_config(str(teacher_yaml))
     register_datasets(cfg)
     torch.manual_seed(cfg.SEED)
@@ -250,7 +238,7 @@ def test_another_teacher_or_other_taps_cannot_resume(teacher_yaml, tmp_path):
 def _two_processes(path, output):
     trainer = run(path, OUTPUT_DIR=output)
     states = comm.all_gather(trainer.learner.state_dict())
-    assert same(states[0], states[1])
+    assert same_tensors(states[0], states[1])
     seen = comm.all_gather(trainer.data_loader.seed)
     assert seen[0] == seen[1]
 
@@ -298,9 +286,9 @@ def test_a_student_of_the_tokens_resumes_bit_equal(teacher_yaml, write_config, t
     whole = run(student, kind=DistillTrainer, OUTPUT_DIR=str(tmp_path / "whole"))
     run(student, kind=DistillTrainer, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
     parts = run(student, kind=DistillTrainer, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
-    assert parts.start_iter == 3 and same(whole.student.state_dict(), parts.student.state_dict())
+    assert parts.start_iter == 3 and same_tensors(whole.student.state_dict(), parts.student.state_dict())
     plain = run(student, kind=DistillTrainer, DISTILL__RECEPTIVE_TOKENS__CUSTOMIZE=False)
-    assert not same(whole.student.state_dict(), plain.student.state_dict())  # the warm-up ended after resuming
+    assert not same_tensors(whole.student.state_dict(), plain.student.state_dict())  # the warm-up ended after resuming
     state = torch.load(tmp_path / "parts/model_final.pth", weights_only=True)
     assert state["distillers"]["ReceptiveTokens._extra_state"]["calls"] == 6
     assert not any("tokens" in key for key in state["model"])
@@ -335,7 +323,7 @@ def test_wrong_input(teacher_yaml, tmp_path):
 )
 def test_numbers_out_of_range_name_the_key(key, value):
     cfg = config(MODEL__WEIGHTS="teacher.pth", **{f"DISTILL__RECEPTIVE_TOKENS__LEARN__{key}": value})
-    with pytest.raises(ConfigError, match=f"LEARN.{key} is {value}"):
+    with pytest.raises(ConfigError, match=rf"DISTILL\.RECEPTIVE_TOKENS\.LEARN\.{key} is {value}"):
         token_learning.learning_config(cfg)
 
 

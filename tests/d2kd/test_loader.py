@@ -71,5 +71,5 @@ def test_repeat_factors_show_rare_classes_more_often():
 def test_an_unknown_sampler_is_an_error():
     cfg = get_cfg()
     cfg.DATALOADER.SAMPLER_TRAIN = "Shuffle"
-    with pytest.raises(ConfigError, match="SAMPLER_TRAIN is 'Shuffle'"):
+    with pytest.raises(ConfigError, match=r"DATALOADER\.SAMPLER_TRAIN is 'Shuffle'"):
         _sampler_builder(cfg, [])

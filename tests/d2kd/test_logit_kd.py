@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from helpers import assert_recorded, tap_pair
 from models import FASTER_RCNN, RETINANET, batch, config, write_teacher
 from torch.nn import functional as F
 
-from d2kd.distillers import LogitKD, TapPair
-from d2kd.layers import AlignmentError, TapShape, binary_divergence, softmax_divergence, spatial_divergence
+from d2kd.distillers import LogitKD
+from d2kd.layers import AlignmentError, binary_divergence, softmax_divergence, spatial_divergence
 from d2kd.modeling import MethodError, TapError, build_distilled_model
 from detectron2.utils.events import EventStorage
 
@@ -18,11 +19,14 @@ SEMANTIC = {
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 8,
     "MODEL.SEM_SEG_HEAD.NORM": "BN",
 }
+#: Strides of (student, teacher) where both taps hold one vector a region or image.
+VECTORS = (0.0, 0.0)
 DIVERGENCES = {"softmax": softmax_divergence, "sigmoid": binary_divergence, "spatial": spatial_divergence}
 
 
-def make(holds="dense logits", shape=TapShape(4, 8.0), teacher_shape=None, **arguments):
-    pairs = [TapPair("x", "x", shape, teacher_shape or shape, holds)]
+def logit_kd(holds="dense logits", channels=(4, 4), strides=(8.0, 8.0), **arguments):
+    """The method for one pair of taps, x; channels and strides are of (student, teacher)."""
+    pairs = [tap_pair("x", channels=channels, strides=strides, holds=holds)]
     return LogitKD(**{"pairs": pairs, "weight": 1.0, **arguments})
 
 
@@ -38,28 +42,32 @@ def step(net, inputs=None):
     return {name: loss.item() for name, loss in losses.items()}
 
 
-@pytest.mark.parametrize("dtype, loss_error, gradient_error", [(torch.double, 1e-9, 1e-6), (torch.float, 1e-5, 1e-4)])
-def test_spatial_golden(data_dir, dtype, loss_error, gradient_error):
-    g = np.load(data_dir / "golden/mgd_seg_logit.npz")
-    student = torch.from_numpy(g["logit_student"]).to(dtype).requires_grad_()
-    method = make(
-        "pixel logits", TapShape(19, 8.0), weight=float(g["logit_weight"]), temperature=float(g["temperature"])
+@pytest.mark.parametrize("dtype, loss_error", [(torch.double, 1e-9), (torch.float, 1e-5)])
+def test_spatial_golden(golden, dtype, loss_error):
+    recorded = golden("mgd_seg_logit", dtype)
+    student = recorded["logit_student"].requires_grad_()
+    method = logit_kd(
+        "pixel logits",
+        channels=(19, 19),
+        weight=float(recorded["logit_weight"]),
+        temperature=float(recorded["temperature"]),
     )
-    loss = method({"x": student}, {"x": torch.from_numpy(g["logit_teacher"]).to(dtype)})["x"]
+    loss = method({"x": student}, {"x": recorded["logit_teacher"]})["x"]
     loss.backward()
-    assert abs(loss.item() / float(g["expected_loss_logit"]) - 1) <= loss_error
-    want = torch.from_numpy(g["expected_grad_logit_student"]).to(dtype)
-    assert (student.grad - want).abs().max() <= gradient_error * want.abs().max()
+    assert abs(loss.item() / float(recorded["expected_loss_logit"]) - 1) <= loss_error
+    assert_recorded(student.grad, recorded["expected_grad_logit_student"])
 
 
-def test_softmax_golden(data_dir):
-    g = np.load(data_dir / "golden/matching_loss.npz")
-    student = torch.from_numpy(g["kd_student"]).requires_grad_()
-    method = make("image logits", TapShape(student.shape[1], 0.0), temperature=float(g["kd_T"]))
-    loss = method({"x": student}, {"x": torch.from_numpy(g["kd_teacher"])})["x"]
+def test_softmax_golden(golden):
+    recorded = golden("matching_loss")
+    student = recorded["kd_student"].requires_grad_()
+    method = logit_kd(
+        "image logits", channels=(student.shape[1],) * 2, strides=VECTORS, temperature=float(recorded["kd_T"])
+    )
+    loss = method({"x": student}, {"x": recorded["kd_teacher"]})["x"]
     loss.backward()
-    np.testing.assert_allclose(loss.item(), g["kd_loss"], rtol=2e-5)
-    np.testing.assert_allclose(student.grad, g["kd_grad_student"], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(loss.item(), recorded["kd_loss"], rtol=2e-5)
+    np.testing.assert_allclose(student.grad, recorded["kd_grad_student"], rtol=2e-5, atol=2e-5)
 
 
 def test_binary_form_is_the_divergence_of_two_class_softmaxes():
@@ -71,7 +79,7 @@ def test_binary_form_is_the_divergence_of_two_class_softmaxes():
 
 def test_sigmoid_form_counts_the_teachers_objects_over_all_levels():
     shapes = {"fine": (2, 4, 6, 6), "coarse": (2, 4, 3, 3)}
-    pairs = [TapPair(n, n, TapShape(4, 8.0), TapShape(4, 8.0), "dense logits") for n in shapes]
+    pairs = [tap_pair(n, channels=(4, 4), strides=(8.0, 8.0), holds="dense logits") for n in shapes]
     s, t = ({n: torch.randn(shape) for n, shape in shapes.items()} for _ in range(2))
     objects = sum(x.sigmoid().square().sum() for x in t.values())
     losses = LogitKD(pairs=pairs, weight=2.0)(s, t)
@@ -93,14 +101,14 @@ def test_divergences_vanish_at_equality_only_and_have_right_gradients(form):
 @pytest.mark.parametrize("holds", ["region logits", "region sigmoid logits"])
 def test_no_regions_give_zero_connected_to_the_student(holds):
     student = torch.zeros(0, 4, requires_grad=True)
-    loss = make(holds, TapShape(4, 0.0))({"x": student}, {"x": torch.zeros(0, 4)})["x"]
+    loss = logit_kd(holds, strides=VECTORS)({"x": student}, {"x": torch.zeros(0, 4)})["x"]
     loss.backward()
     assert loss.item() == 0 and student.grad.shape == (0, 4)
 
 
 def test_background_of_sigmoid_classifiers_does_not_count():
     s, t = torch.randn(5, 4), torch.randn(5, 4)
-    method = make("region sigmoid logits", TapShape(4, 0.0))
+    method = logit_kd("region sigmoid logits", strides=VECTORS)
     changed = [torch.cat([x[:, :3], x[:, 3:] + 5], dim=1) for x in (s, t)]
     assert method({"x": s}, {"x": t})["x"] == method({"x": changed[0]}, {"x": changed[1]})["x"]
 
@@ -108,28 +116,28 @@ def test_background_of_sigmoid_classifiers_does_not_count():
 def test_half_precision_is_computed_in_float32():
     s, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     s, t = s.bfloat16(), t.bfloat16()
-    assert make()({"x": s}, {"x": t})["x"].item() == make()({"x": s.float()}, {"x": t.float()})["x"].item()
+    assert logit_kd()({"x": s}, {"x": t})["x"].item() == logit_kd()({"x": s.float()}, {"x": t.float()})["x"].item()
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(temperature=0.0), "TEMPERATURE"),
-        (dict(form="hinge"), "FORM"),
-        (dict(holds=""), "FORM"),
-        (dict(weight=-1.0), "WEIGHT"),
-        (dict(teacher_shape=TapShape(6, 8.0)), "4 numbers, the teacher 6"),
-        (dict(teacher_shape=TapShape(4, 16.0)), "stride 8, the teacher at stride 16"),
-        (dict(holds="region logits", shape=TapShape(4, 0.0), form="spatial"), "FORM is spatial"),
+        (dict(temperature=0.0), r"DISTILL\.LOGIT_KD\.TEMPERATURE\b"),
+        (dict(form="hinge"), r"DISTILL\.LOGIT_KD\.FORM\b"),
+        (dict(holds=""), r"DISTILL\.LOGIT_KD\.FORM\b"),
+        (dict(weight=-1.0), r"DISTILL\.LOGIT_KD\.WEIGHT\b"),
+        (dict(channels=(4, 6)), r"DISTILL\.LOGIT_KD\.TAPS, .* 4 numbers, the teacher 6"),
+        (dict(strides=(8.0, 16.0)), r"DISTILL\.LOGIT_KD\.TAPS, .* stride 8, the teacher at stride 16"),
+        (dict(holds="region logits", strides=VECTORS, form="spatial"), r"DISTILL\.LOGIT_KD\.FORM is spatial"),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
     with pytest.raises(ValueError, match=message):
-        make(**change)
+        logit_kd(**change)
 
 
 def test_pixel_logits_of_other_strides_are_resampled():
-    method = make("pixel logits", TapShape(4, 4.0), TapShape(4, 8.0))
+    method = logit_kd("pixel logits", strides=(4.0, 8.0))
     t = torch.zeros(1, 4, 3, 3)
     assert method({"x": torch.ones(1, 4, 6, 6)}, {"x": t})["x"].item() == pytest.approx(0, abs=1e-6)
 
@@ -163,25 +171,30 @@ def test_form_of_the_box_predictor_follows_its_loss(tmp_path):
     net = distilled(tmp_path, FASTER_RCNN, sigmoid, **sigmoid)
     assert net.distillers["LogitKD"].pairs[0].holds == "region sigmoid logits"
     step(net)
-    with pytest.raises(AlignmentError, match="region sigmoid logits, the teacher's region logits"):
+    with pytest.raises(
+        AlignmentError, match=r"DISTILL\.LOGIT_KD\.TAPS, .* region sigmoid logits, the teacher's region logits"
+    ):
         distilled(tmp_path, FASTER_RCNN, **sigmoid)
 
 
 def test_other_classes_are_an_error_that_names_both_keys(tmp_path):
     with pytest.raises(
-        MethodError, match="3 classes .MODEL.RETINANET.NUM_CLASSES., the teacher 5 .MODEL.RETINANET.NUM_CLASSES"
+        MethodError,
+        match=r"3 classes \(MODEL\.RETINANET\.NUM_CLASSES\), the teacher 5 \(MODEL\.RETINANET\.NUM_CLASSES\b",
     ):
         distilled(tmp_path, RETINANET, {"MODEL__RETINANET__NUM_CLASSES": 5}, DISTILL__INHERIT__ENABLED=False)
 
 
 def test_other_anchors_are_an_error(tmp_path):
-    with pytest.raises(AlignmentError, match="MODEL.ANCHOR_GENERATOR.SIZES"):
+    with pytest.raises(AlignmentError, match=r"MODEL\.ANCHOR_GENERATOR\.SIZES\b"):
         distilled(tmp_path, RETINANET, {"MODEL__ANCHOR_GENERATOR__SIZES": [[20], [40], [80], [160], [320]]})
 
 
 def test_models_without_a_common_prediction_are_an_error(tmp_path):
     named = write_teacher(tmp_path, config(FASTER_RCNN))
-    with pytest.raises(TapError, match="RetinaNet and a GeneralizedRCNN make no logits"):
+    with pytest.raises(
+        TapError, match=r"DISTILL\.LOGIT_KD\.TAPS is empty, .* RetinaNet and a GeneralizedRCNN make no logits"
+    ):
         build_distilled_model(config(DISTILL__METHODS=["LogitKD"], **named))
 
 
@@ -189,6 +202,6 @@ def test_softmax_over_pixels_matches_rows():
     s, t = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
     rows = [x.permute(0, 2, 3, 1).reshape(-1, 5) for x in (s, t)]
     want = F.kl_div(rows[0].log_softmax(1), rows[1].softmax(1), reduction="batchmean")
-    assert make("pixel logits", TapShape(5, 4.0), form="softmax")({"x": s}, {"x": t})["x"].item() == pytest.approx(
+    assert logit_kd("pixel logits", channels=(5, 5), form="softmax")({"x": s}, {"x": t})["x"].item() == pytest.approx(
         want.item(), rel=1e-5
     )

@@ -2,14 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from helpers import assert_recorded, tap_pair
 from models import config, write_teacher
 
-from d2kd.distillers import ReceptiveTokens, TapPair, TokenFile, TokenFileError
+from d2kd.distillers import ReceptiveTokens, TokenFile, TokenFileError
 from d2kd.distillers.token_file import LearnedLevel, weights_checksum
-from d2kd.layers import TapShape
 from d2kd.layers.tokens import (
     TokenMasks,
     Tokens,
@@ -26,31 +25,16 @@ from d2kd.modeling import build_distilled_model, load_teacher, teacher_config
 DTYPES = [torch.double, torch.float]
 
 
-def load(data_dir, name, dtype=torch.double):
-    with np.load(data_dir / "golden" / f"maskd_{name}.npz") as z:
-        return {k: torch.from_numpy(z[k]).to(dtype) if z[k].dtype.kind == "f" and z[k].ndim else z[k] for k in z.files}
-
-
-def close(got, want, loss=False):
-    want = torch.as_tensor(np.asarray(want)).to(got.dtype)
-    error = ((got - want).abs().max() / want.abs().max()).item()
-    assert error <= ((1e-9 if loss else 1e-6) if got.dtype == torch.double else (1e-5 if loss else 1e-4))
-
-
-def branch(g, level="", dtype=torch.double):
+def branch(recorded, level="", dtype=torch.double):
     """The recorded weighting branch."""
-    made = WeightingBranch(g[f"mask_token{level}"].shape[1], g[f"mask_token{level}"].shape[0]).to(dtype)
+    made = WeightingBranch(recorded[f"mask_token{level}"].shape[1], recorded[f"mask_token{level}"].shape[0]).to(dtype)
     keys = {"conv": f"prob0_{{}}{level}", "predictor": f"prob2_{{}}{level}"}
-    made.load_state_dict({f"{m}.{p}": g[key.format(p)] for m, key in keys.items() for p in ("weight", "bias")})
+    made.load_state_dict({f"{m}.{p}": recorded[key.format(p)] for m, key in keys.items() for p in ("weight", "bias")})
     return made
 
 
-def pair(name="p3", student=4, teacher=4, stride=1.0):
-    return TapPair(name, name, TapShape(student, 1.0), TapShape(teacher, stride))
-
-
 def distiller(tokens, pairs=None, weight=1.0, **changes):
-    return ReceptiveTokens(pairs=pairs or [pair()], weight=weight, tokens=tokens, **changes)
+    return ReceptiveTokens(pairs=pairs or [tap_pair("p3", channels=(4, 4))], weight=weight, tokens=tokens, **changes)
 
 
 def some_tokens(t=3, c=4, weighting=True, seed=0):
@@ -62,119 +46,126 @@ def some_tokens(t=3, c=4, weighting=True, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dice_golden(data_dir, dtype):
-    g = load(data_dir, "dice", dtype)
-    masks = g["masks"].requires_grad_()
+def test_dice_golden(golden, dtype):
+    recorded = golden("maskd_dice", dtype)
+    masks = recorded["masks"].requires_grad_()
     loss = dice(masks)
     loss.backward()
-    close(loss.detach(), g["expected_dice"], loss=True)
-    close(masks.grad, g["expected_grad"])
+    assert_recorded(loss.detach(), recorded["expected_dice"], loss=True)
+    assert_recorded(masks.grad, recorded["expected_grad"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["stage1_plain", "stage1_weighted"])
-def test_first_stage_golden(data_dir, name, dtype):
-    g = load(data_dir, name, dtype)
-    t, c = g["mask_token"].shape
-    level = TokenMasks(c, t, weighting=bool(g["weight_mask"])).to(dtype)
+def test_first_stage_golden(golden, name, dtype):
+    recorded = golden(f"maskd_{name}", dtype)
+    t, c = recorded["mask_token"].shape
+    level = TokenMasks(c, t, weighting=bool(recorded["weight_mask"])).to(dtype)
     with torch.no_grad():
-        level.tokens.copy_(g["mask_token"])
+        level.tokens.copy_(recorded["mask_token"])
     if level.weighting is not None:
-        level.weighting = branch(g, dtype=dtype)
-        close(level.weighting(g["x"]).detach(), g["expected_prob"], loss=True)
-    masked, masks = level(g["x"])
+        level.weighting = branch(recorded, dtype=dtype)
+        assert_recorded(level.weighting(recorded["x"]).detach(), recorded["expected_prob"], loss=True)
+    masked, masks = level(recorded["x"])
     overlap = dice(masks)
-    ((masked * g["cotangent"]).sum() + overlap).backward()
-    close(masks.detach(), g["expected_mask"])
-    close(masked.detach(), g["expected_out"])
-    close(overlap.detach(), g["expected_dice"], loss=True)
-    close(level.tokens.grad, g["expected_grad_mask_token"])
+    ((masked * recorded["cotangent"]).sum() + overlap).backward()
+    assert_recorded(masks.detach(), recorded["expected_mask"])
+    assert_recorded(masked.detach(), recorded["expected_out"])
+    assert_recorded(overlap.detach(), recorded["expected_dice"], loss=True)
+    assert_recorded(level.tokens.grad, recorded["expected_grad_mask_token"])
     if level.weighting is not None:
         for ours, theirs in (("conv", "prob0"), ("predictor", "prob2")):
             for p in ("weight", "bias"):
-                close(level.weighting.get_parameter(f"{ours}.{p}").grad, g[f"expected_grad_{theirs}_{p}"])
+                assert_recorded(
+                    level.weighting.get_parameter(f"{ours}.{p}").grad, recorded[f"expected_grad_{theirs}_{p}"]
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["w_custom", "w_plain", "nw_custom", "nw_plain"])
-def test_second_stage_golden(data_dir, mode, dtype):
-    g = load(data_dir, "stage2_level", dtype)
-    weighting = branch(g, dtype=dtype).folded() if mode.startswith("w_") else ()
-    c = g["student"].shape[1]
+def test_second_stage_golden(golden, mode, dtype):
+    recorded = golden("maskd_stage2_level", dtype)
+    weighting = branch(recorded, dtype=dtype).folded() if mode.startswith("w_") else ()
+    c = recorded["student"].shape[1]
     method = distiller(
-        [Tokens(g["mask_token"], *weighting)],
-        [pair(student=c, teacher=c)],
-        weight=float(g["loss_weight"]),
+        [Tokens(recorded["mask_token"], *weighting)],
+        [tap_pair("p3", channels=(c, c))],
+        weight=float(recorded["loss_weight"]),
         customize=mode.endswith("custom"),
         eps=0.0,
     ).to(dtype)
-    student = g["student"].requires_grad_()
-    loss = method({"p3": student}, {"p3": g["teacher"]})["p3"]
+    student = recorded["student"].requires_grad_()
+    loss = method({"p3": student}, {"p3": recorded["teacher"]})["p3"]
     loss.backward()
-    close(token_masks(g["teacher"], g["mask_token"]), g["expected_teacher_mask"])
-    close(token_masks(student.detach(), g["mask_token"]), g["expected_student_mask"])
-    close(loss.detach(), g[f"expected_loss_{mode}"], loss=True)
-    close(student.grad, g[f"expected_grad_student_{mode}"])
+    assert_recorded(token_masks(recorded["teacher"], recorded["mask_token"]), recorded["expected_teacher_mask"])
+    assert_recorded(token_masks(student.detach(), recorded["mask_token"]), recorded["expected_student_mask"])
+    assert_recorded(loss.detach(), recorded[f"expected_loss_{mode}"], loss=True)
+    assert_recorded(student.grad, recorded[f"expected_grad_student_{mode}"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_end_to_end_golden(data_dir, dtype):
-    g = load(data_dir, "stage2_e2e", dtype)
-    levels = [f"_{i}" for i in range(int(g["num_levels"]))]
-    c = g["student_0"].shape[1]
+def test_end_to_end_golden(golden, dtype):
+    recorded = golden("maskd_stage2_e2e", dtype)
+    levels = [f"_{i}" for i in range(int(recorded["num_levels"]))]
+    c = recorded["student_0"].shape[1]
     method = distiller(
-        [Tokens(g[f"mask_token{k}"], *(x.detach() for x in branch(g, k, dtype).folded())) for k in levels],
-        [pair(k, c, c) for k in levels],
-        weight=float(g["loss_weight"]),
-        warmup=int(g["warmup"]),
+        [
+            Tokens(recorded[f"mask_token{k}"], *(x.detach() for x in branch(recorded, k, dtype).folded()))
+            for k in levels
+        ],
+        [tap_pair(k, channels=(c, c)) for k in levels],
+        weight=float(recorded["loss_weight"]),
+        warmup=int(recorded["warmup"]),
         align="conv",
     ).to(dtype)
     for i, k in enumerate(levels):
-        method.align[i].load_state_dict({p: g[f"align_{p}{k}"] for p in ("weight", "bias")})
-    students = {k: g[f"student{k}"].requires_grad_() for k in levels}
-    teachers = {k: g[f"teacher{k}"] for k in levels}
-    for expected in g["expected_maskd_loss_per_call"]:
+        method.align[i].load_state_dict({p: recorded[f"align_{p}{k}"] for p in ("weight", "bias")})
+    students = {k: recorded[f"student{k}"].requires_grad_() for k in levels}
+    teachers = {k: recorded[f"teacher{k}"] for k in levels}
+    for expected in recorded["expected_maskd_loss_per_call"]:
         loss = sum(method(students, teachers).values())
-        close(loss.detach(), expected, loss=True)
+        assert_recorded(loss.detach(), expected, loss=True)
     conv = torch.nn.functional.conv2d
     for i, k in enumerate(levels):
-        ours = conv(students[k], g["head_student_weight"], g["head_student_bias"])
-        theirs = conv(teachers[k], g["head_teacher_weight"], g["head_teacher_bias"])
-        term = float(g["head_weight"]) * torch.nn.functional.smooth_l1_loss(ours, theirs, beta=float(g["head_beta"]))
-        close(term.detach(), g["expected_head_loss_per_level"][i], loss=True)
+        ours = conv(students[k], recorded["head_student_weight"], recorded["head_student_bias"])
+        theirs = conv(teachers[k], recorded["head_teacher_weight"], recorded["head_teacher_bias"])
+        term = float(recorded["head_weight"]) * torch.nn.functional.smooth_l1_loss(
+            ours, theirs, beta=float(recorded["head_beta"])
+        )
+        assert_recorded(term.detach(), recorded["expected_head_loss_per_level"][i], loss=True)
         loss = loss + term
     loss.backward()
     for i, k in enumerate(levels):
-        close(students[k].grad, g[f"expected_grad_student_last{k}"])
-        close(method.align[i].weight.grad, g[f"expected_grad_align_weight_last{k}"])
-        close(method.align[i].bias.grad, g[f"expected_grad_align_bias_last{k}"])
+        assert_recorded(students[k].grad, recorded[f"expected_grad_student_last{k}"])
+        assert_recorded(method.align[i].weight.grad, recorded[f"expected_grad_align_weight_last{k}"])
+        assert_recorded(method.align[i].bias.grad, recorded[f"expected_grad_align_bias_last{k}"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_segmentation_golden(data_dir, dtype):
-    g = load(data_dir, "seg", dtype)
-    c = g["mask_token"].shape[1]
+def test_segmentation_golden(golden, dtype):
+    recorded = golden("maskd_seg", dtype)
+    c = recorded["mask_token"].shape[1]
     method = distiller(
-        [Tokens(g["mask_token"])] * 2,
-        [pair("main", c, c), pair("aux", c, c)],
-        weight=float(g["factor"]),
-        level_weights=[1.0, float(g["aux_weight"])],
+        [Tokens(recorded["mask_token"])] * 2,
+        [tap_pair(tap, channels=(c, c)) for tap in ("main", "aux")],
+        weight=float(recorded["factor"]),
+        level_weights=[1.0, float(recorded["aux_weight"])],
         customize=False,
-        eps=float(g["eps"]),
+        eps=float(recorded["eps"]),
     ).to(dtype)
-    student = {k: g[f"{k}_student"].requires_grad_() for k in ("main", "aux")}
-    losses = method(student, {k: g[f"{k}_teacher"] for k in ("main", "aux")})
+    student = {k: recorded[f"{k}_student"].requires_grad_() for k in ("main", "aux")}
+    losses = method(student, {k: recorded[f"{k}_teacher"] for k in ("main", "aux")})
     sum(losses.values()).backward()
-    close(losses["main"].detach(), g["expected_loss_main"], loss=True)
-    close(losses["aux"].detach() / float(g["aux_weight"]), g["expected_loss_aux"], loss=True)
-    close(sum(losses.values()).detach(), g["expected_loss_total"], loss=True)
+    assert_recorded(losses["main"].detach(), recorded["expected_loss_main"], loss=True)
+    assert_recorded(losses["aux"].detach() / float(recorded["aux_weight"]), recorded["expected_loss_aux"], loss=True)
+    assert_recorded(sum(losses.values()).detach(), recorded["expected_loss_total"], loss=True)
     for k, x in student.items():
-        close(x.grad, g[f"expected_grad_{k}_student"])
-    level = TokenMasks(c, len(g["mask_token"]), weighting=False).to(dtype)
-    level.tokens.data.copy_(g["mask_token"])
-    masked, masks = level(g["main_teacher"])
-    close(masked.detach(), g["expected_stage1_out"])
-    close(dice(masks).detach(), g["expected_stage1_dice"], loss=True)
+        assert_recorded(x.grad, recorded[f"expected_grad_{k}_student"])
+    level = TokenMasks(c, len(recorded["mask_token"]), weighting=False).to(dtype)
+    level.tokens.data.copy_(recorded["mask_token"])
+    masked, masks = level(recorded["main_teacher"])
+    assert_recorded(masked.detach(), recorded["expected_stage1_out"])
+    assert_recorded(dice(masks).detach(), recorded["expected_stage1_dice"], loss=True)
 
 
 # --- layers ---
@@ -251,24 +242,24 @@ def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, reduc
     assert (
         distiller([some_tokens()], normalize=normalize, reduction=reduction)({"p3": x}, {"p3": x})["p3"].item() < 1e-10
     )
-    method = distiller([some_tokens()], [pair(student=6)], normalize=normalize, reduction=reduction)
+    method = distiller([some_tokens()], [tap_pair("p3", channels=(6, 4))], normalize=normalize, reduction=reduction)
     student = torch.randn(2, 6, 6, 7, requires_grad=True)
     method({"p3": student}, {"p3": x})["p3"].backward()
     assert student.grad.abs().sum() > 0 and method.align[0].weight.grad.abs().sum() > 0
 
 
-def test_a_standardised_student_is_masked_on_the_teachers_scale():
+def test_a_standardized_student_is_masked_on_the_teachers_scale():
     torch.manual_seed(1)
     teacher = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 1.0, 5.0, 20.0]).view(-1, 1, 1) + 3
     method = distiller([some_tokens()], normalize="standardize", reduction="mean")
     level = method.levels[0]
-    standardised = (teacher - teacher.mean((0, 2, 3), True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
-    got = token_masks(standardised, *method._tokens_for_student(level, teacher))
+    standardized = (teacher - teacher.mean((0, 2, 3), True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
+    got = token_masks(standardized, *method._tokens_for_student(level, teacher))
     torch.testing.assert_close(got, token_masks(teacher, level.tokens), rtol=1e-3, atol=1e-4)
 
 
 def test_weight_zero_gives_the_student_no_gradient_and_the_aligner_zeros():
-    method = distiller([some_tokens()], [pair(student=6)], weight=0.0)
+    method = distiller([some_tokens()], [tap_pair("p3", channels=(6, 4))], weight=0.0)
     student = torch.randn(2, 6, 5, 5, requires_grad=True)
     loss = method({"p3": student}, {"p3": torch.randn(2, 4, 5, 5)})["p3"]
     loss.backward()
@@ -284,7 +275,7 @@ def test_only_aligners_are_trained_and_tokens_stay():
 
 def test_level_weights_scale_their_level():
     tokens, maps = [some_tokens(), some_tokens(seed=1)], [torch.randn(1, 4, 5, 5) for _ in range(4)]
-    pairs = [pair("p3"), pair("p4")]
+    pairs = [tap_pair(tap, channels=(4, 4)) for tap in ("p3", "p4")]
     student, teacher = dict(zip(["p3", "p4"], maps)), dict(zip(["p3", "p4"], maps[2:]))
     plain = distiller(tokens, pairs)(student, teacher)
     scaled = distiller(tokens, pairs, level_weights=[1.0, 3.0])(student, teacher)
@@ -308,22 +299,25 @@ def test_the_warm_up_is_continued_by_a_checkpoint():
 
 def test_a_checkpoint_with_other_tokens_is_an_error():
     saved = distiller([some_tokens()]).state_dict()
-    with pytest.raises((TokenFileError, RuntimeError), match="other tokens"):
+    with pytest.raises((TokenFileError, RuntimeError), match=r"DISTILL\.RECEPTIVE_TOKENS\.FILE holds other tokens"):
         distiller([some_tokens(seed=1)]).load_state_dict(saved)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(weight=-1.0), "WEIGHT"),
-        (dict(align="linear"), "ALIGN"),
-        (dict(warmup=-1), "WARMUP_ITERS"),
-        (dict(eps=-1.0), "EPS"),
-        (dict(normalize="l2"), "NORMALIZE"),
-        (dict(reduction="sum"), "REDUCTION"),
-        (dict(level_weights=[1.0, 2.0]), "LEVEL_WEIGHTS"),
-        (dict(level_weights=[-1.0]), "LEVEL_WEIGHTS is .* negative"),
-        (dict(pairs=[pair(stride=64.0)]), "RECEPTIVE_TOKENS.TAPS"),
+        (dict(weight=-1.0), r"DISTILL\.RECEPTIVE_TOKENS\.WEIGHT\b"),
+        (dict(align="linear"), r"DISTILL\.RECEPTIVE_TOKENS\.ALIGN\b"),
+        (dict(warmup=-1), r"DISTILL\.RECEPTIVE_TOKENS\.WARMUP_ITERS\b"),
+        (dict(eps=-1.0), r"DISTILL\.RECEPTIVE_TOKENS\.EPS\b"),
+        (dict(normalize="l2"), r"\bNORMALIZE is 'l2'"),
+        (dict(reduction="sum"), r"\bREDUCTION is 'sum'"),
+        (dict(level_weights=[1.0, 2.0]), r"DISTILL\.RECEPTIVE_TOKENS\.LEVEL_WEIGHTS\b"),
+        (dict(level_weights=[-1.0]), r"DISTILL\.RECEPTIVE_TOKENS\.LEVEL_WEIGHTS is .* negative"),
+        (
+            dict(pairs=[tap_pair("p3", channels=(4, 4), strides=(1.0, 64.0))]),
+            r"DISTILL\.RECEPTIVE_TOKENS\.TAPS, p3 <- p3",
+        ),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
@@ -355,10 +349,10 @@ def test_a_token_file_keeps_everything(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no such file"),
-        (b"text", "cannot be read"),
-        (b"import torch", "cannot be read"),
-        ({"model": {}}, "not a token file"),
+        (None, r"DISTILL\.RECEPTIVE_TOKENS\.FILE .*no such file"),
+        (b"text", r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* cannot be read"),
+        (b"import torch", r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* cannot be read"),
+        ({"model": {}}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* is not a token file"),
     ],
 )
 def test_files_that_are_no_token_files(tmp_path, content, message):
@@ -378,18 +372,22 @@ def test_a_damaged_token_file_is_an_error(tmp_path):
     content = torch.load(path)
     content["levels"]["p4"]["bias"] = torch.zeros(7)
     torch.save(content, path)
-    with pytest.raises(TokenFileError, match="damaged"):
+    with pytest.raises(TokenFileError, match=r"DISTILL\.RECEPTIVE_TOKENS\.FILE .* is damaged"):
         TokenFile.load(str(path))
 
 
 @pytest.mark.parametrize(
     "file, keys, message",
     [
-        (dict(teacher="0" * 32), {}, "another teacher"),
-        (dict(taps=["p3", "p4"]), {}, "no tokens for the teacher's 'p5'"),
-        (dict(channels=16), {}, "16 channels"),
-        (dict(), {"DISTILL__RECEPTIVE_TOKENS__TOKEN_TAPS": ["p3"]}, "TOKEN_TAPS"),
-        (dict(), {"DISTILL__RECEPTIVE_TOKENS__FILE": ""}, "FILE is empty"),
+        (dict(teacher="0" * 32), {}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE was learned on another teacher"),
+        (dict(taps=["p3", "p4"]), {}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE has no tokens for the teacher's 'p5'"),
+        (dict(channels=16), {}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE: .* 16 channels"),
+        (
+            dict(),
+            {"DISTILL__RECEPTIVE_TOKENS__TOKEN_TAPS": ["p3"]},
+            r"DISTILL\.RECEPTIVE_TOKENS\.TOKEN_TAPS names 1 taps",
+        ),
+        (dict(), {"DISTILL__RECEPTIVE_TOKENS__FILE": ""}, r"DISTILL\.RECEPTIVE_TOKENS\.FILE is empty"),
     ],
 )
 def test_a_token_file_that_does_not_fit_is_an_error(tmp_path, file, keys, message):
@@ -428,7 +426,7 @@ def test_the_warm_up_is_counted_in_iterations_not_batches(tmp_path):
 
 def test_the_checksum_sees_weights_not_their_device_or_order():
     state = {"a": torch.ones(2), "b": torch.zeros(3), "steps": torch.tensor(4)}
-    same = {"steps": torch.tensor(5), "b": torch.zeros(3), "a": torch.ones(2)}
-    assert weights_checksum(state) == weights_checksum(same)
+    reordered = {"steps": torch.tensor(5), "b": torch.zeros(3), "a": torch.ones(2)}
+    assert weights_checksum(state) == weights_checksum(reordered)
     assert weights_checksum(state) != weights_checksum({**state, "b": torch.full((3,), 1e-7)})
     assert weights_checksum(state) != weights_checksum({**state, "b": torch.zeros(3, 1)})

@@ -204,7 +204,7 @@ def test_each_object_is_found_once_by_the_best_detection():
     assert is_right(*none, truth, labels).shape == (0,)
 
 
-def test_grid_colours_right_and_wrong_and_hides_low_scores(tmp_path, dataset):
+def test_grid_colors_right_and_wrong_and_hides_low_scores(tmp_path, dataset):
     from detectron2.data import MetadataCatalog
 
     metadata = MetadataCatalog.get(DATASET)
@@ -214,8 +214,8 @@ def test_grid_colours_right_and_wrong_and_hides_low_scores(tmp_path, dataset):
     grid = detection_grid(dataset[:1], metadata.thing_classes, {"m": found}, score_threshold=0.3)
     column = grid[HEADER:, TILE + GAP :]
 
-    def shows(colour, region):
-        return (region == np.array(colour, np.uint8)).all(2).any()
+    def shows(color, region):
+        return (region == np.array(color, np.uint8)).all(2).any()
 
     left, right = column[:, : 65 * 3], column[:, 65 * 3 :]
     assert shows(RIGHT, left) and not shows(WRONG, left)

@@ -52,8 +52,8 @@ def test_an_average_forgets_as_much_in_an_epoch():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"SOLVER__IMS_PER_BATCH": 6}, "SOLVER.IMS_PER_BATCH 6 cannot be divided"),
-        ({"DISTILL__CHANNEL_MATCHING__PRESET": "nobodys"}, "PRESET is 'nobodys'"),
+        ({"SOLVER__IMS_PER_BATCH": 6}, r"SOLVER\.IMS_PER_BATCH 6 cannot be divided"),
+        ({"DISTILL__CHANNEL_MATCHING__PRESET": "nobodys"}, r"DISTILL\.CHANNEL_MATCHING\.PRESET is 'nobodys'"),
     ],
 )
 def test_what_cannot_be_scaled_is_an_error_of_the_users(changes, words):

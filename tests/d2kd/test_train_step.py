@@ -63,7 +63,7 @@ def test_k_batches_of_n_are_one_batch_of_k_times_n(k, precision):
 
 
 def test_accumulate_must_be_positive():
-    with pytest.raises(ValueError, match="SOLVER.ACCUMULATE is 0"):
+    with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE is 0"):
         trained([images(2)], 0)
 
 
@@ -96,7 +96,7 @@ def test_mixed_precision_follows_float32_and_keeps_float32_weights(tmp_path, bas
     teacher = write_teacher(tmp_path, config(base, MODEL__RESNETS__RES2_OUT_CHANNELS=32))
     exact, *_ = detector_step(base, device, None, teacher)
     mixed, net, step = detector_step(base, device, precision, teacher)
-    # standardised maps of one or four cells (p6, p7) turn small differences into large ones
+    # standardized maps of one or four cells (p6, p7) turn small differences into large ones
     stable = [n for n in exact[0] if not n.endswith(("p6", "p7")) and n not in ("total_loss", "distill_loss")]
     assert [mixed[0][n] for n in stable] == pytest.approx([exact[0][n] for n in stable], rel=0.1, abs=0.02)
     assert sum(mixed[2][n] for n in stable) == pytest.approx(sum(exact[2][n] for n in stable), rel=0.1)

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import same_tensors
 from models import FASTER_RCNN, batch, config, write_teacher
-from runs import ROOT, command, environment, in_two_processes, tool
+from runs import ROOT, command, environment, in_two_processes, read_checkpoint, run_training, tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
@@ -26,39 +26,16 @@ from detectron2.utils.events import EventStorage
 METHODS = ["FeatureMimic", "MaskedGenerative"]
 
 
-def run(path: Path, *, resume: bool = False, stop_at: int = 0, **changes: object) -> DistillTrainer:
-    """Trains in this process; `stop_at` ends the run early, after its checkpoint."""
-    cfg = load_config(str(path), [x for k, v in changes.items() for x in (k.replace("__", "."), v)])
-    register_datasets(cfg)
-    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
-    torch.manual_seed(cfg.SEED)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if stop_at:
-        trainer.max_iter, full = stop_at, trainer.max_iter
-        trainer.register_hooks([])
-        trainer._hooks = [h for h in trainer._hooks if type(h).__name__ not in ("EvalHook", "ResultWriter")]
-        assert full > stop_at
-    trainer.train()
-    return trainer
-
-
-def weights(directory: Path, name: str = "model_final") -> dict:
-    return torch.load(directory / f"{name}.pth", weights_only=True)
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_final_checkpoint_is_the_plain_student(write_config, teacher, tmp_path, method):
     path = write_config(DISTILL__METHODS=[method], **teacher)
-    trainer = run(path)
+    trainer = run_training(path)
     student = build_model(load_config(str(path)))
-    problems = DetectionCheckpointer(student)._load_model({"model": dict(weights(tmp_path / "student")["model"])})
+    problems = DetectionCheckpointer(student)._load_model(
+        {"model": dict(read_checkpoint(tmp_path / "student")["model"])}
+    )
     assert not problems.missing_keys and not problems.unexpected_keys and not problems.incorrect_shapes
-    assert same(student.state_dict(), trainer.student.state_dict())
+    assert same_tensors(student.state_dict(), trainer.student.state_dict())
     detections = tmp_path / "student/inference/coco_instances_results.json"
     during_training = detections.read_text()
     detections.unlink()
@@ -72,13 +49,13 @@ def test_final_checkpoint_is_the_plain_student(write_config, teacher, tmp_path, 
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_and_resumed_is_bit_equal_also_with_other_workers(write_config, teacher, tmp_path, method):
     path = write_config(DISTILL__METHODS=[method], **teacher)
-    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
     assert not (tmp_path / "parts/result.json").exists()
-    run(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DATALOADER__NUM_WORKERS=2)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert same(whole["model"], parts["model"])
-    assert same(
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DATALOADER__NUM_WORKERS=2)
+    whole, parts = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    assert same_tensors(whole["model"], parts["model"])
+    assert same_tensors(
         {k: v for k, v in whole["distillers"].items() if torch.is_tensor(v)},
         {k: v for k, v in parts["distillers"].items() if torch.is_tensor(v)},
     )
@@ -103,7 +80,7 @@ def test_killed_and_resumed_is_bit_equal(write_config, teacher, tmp_path):
     process.wait()
     assert not (tmp_path / "killed/model_final.pth").exists()
     tool("train_net", "--resume", *arguments, tmp_path / "killed")
-    assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "killed")["model"])
+    assert same_tensors(read_checkpoint(tmp_path / "whole")["model"], read_checkpoint(tmp_path / "killed")["model"])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +109,7 @@ def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, n
     assert process.returncode == 130 and output.count("finishing this iteration") == 1
     assert "continue with --resume" in output and "Traceback" not in output
     tool("train_net", "--resume", *arguments, tmp_path / "stopped")
-    assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "stopped")["model"])
+    assert same_tensors(read_checkpoint(tmp_path / "whole")["model"], read_checkpoint(tmp_path / "stopped")["model"])
 
 
 @pytest.mark.parametrize("base", [None, FASTER_RCNN], ids=["RetinaNet", "FasterRCNN"])
@@ -152,7 +129,7 @@ def test_weight_zero_gives_bit_equal_student_gradients(tmp_path, base, method):
         student = getattr(net, "student", net)
         gradients.append({name: p.grad for name, p in student.named_parameters()})
     assert any(name.startswith("distill/") for name in losses)
-    assert same(*gradients)
+    assert same_tensors(*gradients)
 
 
 def _two_processes(path: str, output: str, method: str) -> None:
@@ -177,7 +154,7 @@ def _two_processes(path: str, output: str, method: str) -> None:
 def test_two_processes_stay_in_step(write_config, teacher, tmp_path, method):
     path = write_config(**teacher)
     in_two_processes(_two_processes, path, tmp_path / "two", method)
-    assert len(weights(tmp_path / "two")["trainer"]["process_states"]) == 2
+    assert len(read_checkpoint(tmp_path / "two")["trainer"]["process_states"]) == 2
 
 
 def test_loss_that_is_not_finite_names_itself_and_keeps_the_state_before(write_config, teacher, tmp_path):
@@ -199,40 +176,40 @@ def test_loss_that_is_not_finite_names_itself_and_keeps_the_state_before(write_c
     trainer.distilled.distillers["FeatureMimic"].level_loss = level_loss
     with pytest.raises(NonFiniteLossError, match=r"iteration 4: distill/FeatureMimic/p4 = nan.*model_before_failure"):
         trainer.train()
-    kept = weights(tmp_path / "student", "model_before_failure_0000004")
+    kept = read_checkpoint(tmp_path / "student", "model_before_failure_0000004")
     assert kept["iteration"] == 3 and all(torch.equal(kept["model"][k], v) for k, v in good.items())
     assert all(torch.isfinite(v).all() for v in kept["model"].values())
-    resumed = run(path, resume=True)
+    resumed = run_training(path, resume=True)
     assert resumed.start_iter == 4
-    run(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    assert same(weights(tmp_path / "student")["model"], weights(tmp_path / "whole")["model"])
+    run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    assert same_tensors(read_checkpoint(tmp_path / "student")["model"], read_checkpoint(tmp_path / "whole")["model"])
 
 
 def test_evaluation_in_between_changes_nothing(write_config, teacher, tmp_path):
     path = write_config(**teacher)
-    run(path, OUTPUT_DIR=str(tmp_path / "a"))
-    run(path, OUTPUT_DIR=str(tmp_path / "b"), TEST__EVAL_PERIOD=2)
-    assert same(weights(tmp_path / "a")["model"], weights(tmp_path / "b")["model"])
+    run_training(path, OUTPUT_DIR=str(tmp_path / "a"))
+    run_training(path, OUTPUT_DIR=str(tmp_path / "b"), TEST__EVAL_PERIOD=2)
+    assert same_tensors(read_checkpoint(tmp_path / "a")["model"], read_checkpoint(tmp_path / "b")["model"])
 
 
 def test_a_run_that_was_stopped_before_its_result_is_completed(write_config, teacher, tmp_path):
     path = write_config(SOLVER__EMA__ENABLED=True, **teacher)
-    run(path)
+    run_training(path)
     result = tmp_path / "student/result.json"
     before, trained = json.loads(result.read_text()), (tmp_path / "student/model_final.pth").stat().st_mtime_ns
     result.unlink()
-    run(path, resume=True)
+    run_training(path, resume=True)
     assert json.loads(result.read_text()) == before
-    assert run(path, resume=True).train() is None
+    assert run_training(path, resume=True).train() is None
     assert (tmp_path / "student/model_final.pth").stat().st_mtime_ns == trained
     with pytest.raises(NonFiniteLossError):
-        run(path, SOLVER__BASE_LR=1e30, SOLVER__WARMUP_ITERS=0)
+        run_training(path, SOLVER__BASE_LR=1e30, SOLVER__WARMUP_ITERS=0)
     assert not result.exists()  # what stood there was that of another run
 
 
 def test_losses_of_every_level_are_in_the_log(write_config, teacher, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        run(write_config(DISTILL__METHODS=METHODS, SOLVER__MAX_ITER=20, DATASETS__TEST=[], **teacher))
+        run_training(write_config(DISTILL__METHODS=METHODS, SOLVER__MAX_ITER=20, DATASETS__TEST=[], **teacher))
     lines = [json.loads(line) for line in (tmp_path / "student/metrics.json").read_text().splitlines()]
     want = {f"distill/{method}/p{level}" for method in METHODS for level in (3, 4)}
     assert want | {"loss_cls", "loss_box_reg", "total_loss", "distill_loss", "lr"} <= set(lines[-1])
@@ -244,7 +221,7 @@ def test_losses_of_every_level_are_in_the_log(write_config, teacher, tmp_path, c
 
 def test_teacher_is_evaluated_first_with_its_own_result(write_config, teacher, tmp_path):
     path = write_config(**{**teacher, "DISTILL__TEACHER__EVAL_FIRST": True})
-    run(path)
+    run_training(path)
     first = json.loads((tmp_path / "student/teacher/result.json").read_text())
     tool("train_net", "--config-file", path, "--eval-teacher", "OUTPUT_DIR", tmp_path / "again")
     again = json.loads((tmp_path / "again/teacher/result.json").read_text())
@@ -253,7 +230,7 @@ def test_teacher_is_evaluated_first_with_its_own_result(write_config, teacher, t
 
 def test_export_of_any_iteration(write_config, teacher, tmp_path):
     path = write_config(DATASETS__TEST=[], **teacher)
-    run(path)
+    run_training(path)
     source, target = tmp_path / "student/model_0000002.pth", tmp_path / "exported.pth"
     target.write_text("an earlier export")
     options = ["MODEL.RETINANET.NUM_CLASSES", 7]
@@ -261,5 +238,7 @@ def test_export_of_any_iteration(write_config, teacher, tmp_path):
     assert done.returncode == 2 and target.read_text() == "an earlier export"
     tool("export_student", source, target, "--config-file", path)
     exported = torch.load(target, weights_only=True)
-    assert list(exported) == ["model"] and same(exported["model"], torch.load(source, weights_only=True)["model"])
+    assert list(exported) == ["model"] and same_tensors(
+        exported["model"], torch.load(source, weights_only=True)["model"]
+    )
     assert target.stat().st_size < source.stat().st_size / 1.5
