@@ -66,7 +66,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "name, near",
-    [("trian", "train"), ("train_net", "train"), ("evaluate", "eval"), ("learn_tokens", "learn-tokens")],
+    [("trains", "train"), ("train_net", "train"), ("evaluate", "eval"), ("learn_tokens", "learn-tokens")],
 )
 def test_unknown_command_names_a_near_match(capsys, name, near):
     assert cli.main([name]) == 2
