@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the recipes that come with d2kd."""
 
 import contextlib
 import json
@@ -7,6 +7,26 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+_HERE = Path(__file__).parent
+#: The recipes: in the package where it is installed from a wheel, else beside it in the repository.
+CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
+
+
+def find_config(path: str) -> str:
+    """Returns the path of a configuration file: `path` itself where it exists, else the recipe of that name.
+
+    Args:
+        path: relative to the working directory, or to the recipes, with or without "configs/" in front.
+
+    Returns:
+        The path of an existing file, or `path` unchanged where there is none.
+    """
+    if not path or os.path.isabs(path) or os.path.exists(path):
+        return path
+    parts = Path(path).parts
+    recipe = CONFIGS.joinpath(*parts[1:] if parts[0] == "configs" else parts)
+    return str(recipe) if recipe.is_file() else path
 
 
 @contextlib.contextmanager

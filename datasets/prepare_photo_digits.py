@@ -6,6 +6,7 @@ Everything comes from scikit-learn; nothing is downloaded. ``datasets/README.md`
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -345,6 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not args.force and (args.output / "dataset.json").exists():
         parser.error(f"{args.output} has other parameters; choose another --output, or use --force")
+    if importlib.util.find_spec("sklearn") is None:
+        parser.exit(1, "PhotoDigits needs scikit-learn, d2kd's extra 'digits': pip install scikit-learn\n")
     with replacing(args.output) as directory:
         build_dataset(directory, parameters, args.workers)
     logger.info("wrote %s", args.output)

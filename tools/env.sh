@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv in the project's root, or reuses it, and activates it.
-# PYTHON chooses the interpreter (default python3). Installing is repeated only when setup.py or pyproject.toml change.
+# PYTHON chooses the interpreter (default python3). Installing is repeated only when pyproject.toml changes.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
@@ -8,7 +8,7 @@ python="${PYTHON:-python3}"
   exit 2
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-stamp=".venv/installed-$(cat setup.py pyproject.toml | cksum | cut -d' ' -f1)"
+stamp=".venv/installed-$(cksum < pyproject.toml | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
   echo "Installing d2kd and what it needs into .venv (some minutes the first time) ..."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'

@@ -1,60 +1,13 @@
 #!/usr/bin/env python
-"""Trains or evaluates a Detectron2 model, by distillation where a teacher is given.
+"""Trains or evaluates a Detectron2 model, by distillation where a teacher is given; the same as `d2kd train`.
 
 python tools/train_net.py --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
 python tools/train_net.py --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
-import argparse
-from typing import Any
+from d2kd.cli.train import main, run
 
-import d2kd  # noqa: F401  (makes `detectron2` importable)
-from d2kd.data.datasets import check_class_counts, check_datasets
-from d2kd.engine import ConfigError, DistillTrainer, argument_parser, evaluate_teacher, launch_tool, setup
-from d2kd.evaluation.build import check_evaluators
-from d2kd.modeling import build_network, is_distillation, load_strictly
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-
-
-def evaluate_student(cfg: CfgNode, resume: bool) -> dict[str, Any]:
-    """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`; every key must fit."""
-    last = DetectionCheckpointer(None, cfg.OUTPUT_DIR)
-    path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS
-    if not path:
-        raise ConfigError(
-            "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of "
-            "OUTPUT_DIR."
-        )
-    model = build_network(cfg, "--config-file")
-    load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
-    results = dict(DistillTrainer.test(cfg, model))
-    if cfg.TEST.AUG.ENABLED:
-        results.update(DistillTrainer.test_with_tta(cfg, model))
-    if comm.is_main_process():
-        verify_results(cfg, results)
-    return results
-
-
-def main(args: argparse.Namespace) -> Any:
-    """One process of the run."""
-    cfg = setup(args)
-    if args.eval_only or args.eval_teacher:
-        check_datasets(cfg)
-        check_class_counts(cfg)
-    check_evaluators(cfg)
-    if args.eval_teacher:
-        if not is_distillation(cfg):
-            raise ConfigError("--eval-teacher needs a teacher: --teacher-config and --teacher-weights.")
-        return evaluate_teacher(cfg)
-    if args.eval_only:
-        return evaluate_student(cfg, args.resume)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
+__all__ = ["main", "run"]
 
 if __name__ == "__main__":
-    launch_tool(main, argument_parser().parse_args())
+    run(description=None)

@@ -28,6 +28,7 @@ ALLOWED = {
         "config",
         "runtime",
     },
+    "cli": {"files", "modeling", "data", "evaluation", "engine", "cli"},
     "config.py": set(),
     "runtime.py": set(),
     "files.py": set(),

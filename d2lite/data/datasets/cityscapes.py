@@ -90,8 +90,13 @@ def _files(image_dir: str, gt_dir: str, suffix: str) -> list[tuple[str, str]]:
 
 def _from_polygons(label_file: str, to_polygons: bool) -> dict[str, Any]:
     """Size and annotations from a polygon file. Its later objects lie over the earlier ones."""
-    from shapely.geometry import Polygon
-    from shapely.ops import unary_union
+    try:
+        from shapely.geometry import Polygon
+        from shapely.ops import unary_union
+    except ImportError as error:
+        raise ImportError(
+            "The polygons of Cityscapes need shapely, d2kd's extra 'cityscapes': pip install shapely"
+        ) from error
 
     with PathManager.open(label_file, "r") as f:
         content = json.load(f)

@@ -1,0 +1,66 @@
+"""The console program `d2kd`, and its commands, which the programs in tools/ run as well."""
+
+import difflib
+import importlib
+import sys
+from typing import NamedTuple
+
+import d2kd
+
+
+class Command(NamedTuple):
+    """A command: the module here whose `run` takes its arguments, those that go before them, and a line of help."""
+
+    module: str
+    help: str
+    first: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "train": Command("train", "train a model, by distillation where a teacher is given"),
+    "eval": Command("train", "evaluate a model, or with --eval-teacher its teacher", ("--eval-only",)),
+    "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
+    "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
+    "report": Command("report", "compare finished runs: tables, curves and pictures"),
+}
+
+
+def usage() -> str:
+    """Returns what `d2kd --help` prints."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: d2kd [-h] [--version] COMMAND ...",
+            "",
+            "Knowledge distillation for detection and segmentation on Detectron2.",
+            "",
+            "commands:",
+            *(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),
+            "",
+            "`d2kd COMMAND --help` lists the arguments of a command.",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command, by default that of the command line; returns the exit status."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"d2kd {d2kd.__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(_unknown(name) if name else usage(), file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    sys.argv[0] = f"d2kd {name}"  # what usage lines and examples call the program
+    importlib.import_module(f"d2kd.cli.{command.module}").run([*command.first, *rest])
+    return 0
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(COMMANDS)}."
+    return f"d2kd: {name!r} is not a command. {hint}"

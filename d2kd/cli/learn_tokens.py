@@ -1,0 +1,36 @@
+"""Learns the receptive tokens of a teacher: the first stage of ReceptiveTokens.
+
+d2kd learn-tokens --config-file teacher.yaml MODEL.WEIGHTS teacher.pth OUTPUT_DIR output/tokens
+d2kd train --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth \\
+    --method ReceptiveTokens DISTILL.RECEPTIVE_TOKENS.FILE output/tokens/tokens.pth
+"""
+
+import argparse
+
+from d2kd.engine import ConfigError, TokenTrainer, launch_tool, setup
+from d2kd.files import find_config
+from detectron2.engine import default_argument_parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """One process of the run."""
+    if args.eval_only:
+        raise ConfigError("--eval-only: tokens are not evaluated; see the pictures in OUTPUT_DIR/masks.")
+    trainer = TokenTrainer(setup(args))
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def run(arguments: list[str] | None = None, description: str | None = __doc__) -> None:
+    """Runs the command, in as many processes as its arguments say.
+
+    Args:
+        arguments: those of the command line by default.
+        description: what `--help` says above them.
+    """
+    parser = default_argument_parser()
+    parser.description, parser.formatter_class = description, argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(teacher_config=None, teacher_weights=None, method=None)  # the teacher is --config-file here
+    args = parser.parse_args(arguments)
+    args.config_file = find_config(args.config_file)
+    launch_tool(main, args)

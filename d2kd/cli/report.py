@@ -1,0 +1,112 @@
+"""Compares finished runs: writes report.md, report.json, curves and pictures of detections.
+
+d2kd report --dataset photo_digits_val --output output/report --run teacher=output/teacher \\
+    --run baseline=output/baseline --run distilled=output/distilled
+"""
+
+import argparse
+import shlex
+import sys
+
+from d2kd.data.datasets import DatasetError, register_datasets
+from d2kd.engine import ConfigError, load_config, log_runtime, run_tool
+from d2kd.evaluation.report import ModelResult, load_result, write_report
+from detectron2.data import DatasetCatalog
+from detectron2.utils.logger import setup_logger
+
+
+def argument_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
+    """The arguments of this program."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        type=named_value,
+        metavar="NAME=DIR",
+        help="OUTPUT_DIR of a finished run of train_net.py, once for each run; gains and gap closure are computed from "
+        "the names teacher, baseline, inherit and distilled, and any other name gets its row and curve only",
+    )
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        type=named_value,
+        metavar="NAME=TEXT",
+        help="what the report calls this run",
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="registered dataset to draw detections on")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the report goes")
+    parser.add_argument("--title", default="Comparison", help="its heading")
+    parser.add_argument("--statement", default="", help="what the comparison shows and what not, in your words")
+    parser.add_argument("--task", default="bbox", help="which metrics to compare (default: bbox)")
+    parser.add_argument("--images", type=int, default=6, help="how many images to draw (default: 6)")
+    parser.add_argument("--score-threshold", type=float, default=0.3, help="of drawn detections (default: 0.3)")
+    return parser
+
+
+def named_value(text: str) -> tuple[str, str]:
+    """Splits "name=value"."""
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def make_dataset_known(dataset_name: str, models: list[ModelResult]) -> None:
+    """Registers a dataset that is named in the configuration of one of the runs (`DATASETS.REGISTER`).
+
+    Raises:
+        DatasetError: no such dataset is registered, nor named in a configuration.
+    """
+    for model in models:
+        if dataset_name not in DatasetCatalog.list() and model.config_file:
+            register_datasets(load_config(model.config_file))
+    if dataset_name not in DatasetCatalog.list():
+        raise DatasetError(f"--dataset {dataset_name}: it is not registered, and no run's config.yaml names it.")
+
+
+def main(args: argparse.Namespace, command: str) -> None:
+    """Writes the report, and in it `command`, the line that made it.
+
+    Raises:
+        ConfigError: a run has no result, or none of the task.
+        DatasetError: see `make_dataset_known`.
+    """
+    setup_logger(name="d2kd")
+    log_runtime()
+    labels = dict(args.label)
+    try:
+        models = {
+            name: load_result(name, directory, labels.get(name, ""), args.dataset, args.task)
+            for name, directory in args.run
+        }
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"--run: {error}") from error
+    if args.dataset:
+        make_dataset_known(args.dataset, list(models.values()))
+    write_report(
+        args.output,
+        models,
+        dataset_name=args.dataset,
+        title=args.title,
+        statement=args.statement,
+        commands=[command],
+        task=args.task,
+        num_images=args.images,
+        score_threshold=args.score_threshold,
+    )
+
+
+def run(arguments: list[str] | None = None, description: str | None = __doc__, program: str = "d2kd report") -> None:
+    """Runs the command.
+
+    Args:
+        arguments: those of the command line by default.
+        description: what `--help` says above them.
+        program: what the report calls this program, where it names the command that made it.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = argument_parser(description).parse_args(arguments)
+    run_tool(lambda: main(args, f"{program} {shlex.join(arguments)}"))

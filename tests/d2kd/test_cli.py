@@ -1,0 +1,128 @@
+"""The console program `d2kd`: what it lists, which command gets which arguments, and how mistakes end."""
+
+import importlib
+import pickle
+import runpy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from runs import ROOT, environment
+
+import d2kd
+from d2kd import cli, files
+from d2kd.cli import COMMANDS
+
+#: The command that does the same as a program in tools/.
+PROGRAMS = {
+    "train_net": "train",
+    "learn_tokens": "learn-tokens",
+    "export_student": "export",
+    "report": "report",
+}
+
+
+def program(*arguments, cwd=ROOT):
+    """Runs `python -m d2kd.cli` in a process of its own."""
+    command = [sys.executable, "-m", "d2kd.cli", *map(str, arguments)]
+    variables = {**environment(), "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Calls the dispatcher with a command's `run` replaced; returns the arguments that reach it."""
+    monkeypatch.setattr(sys, "argv", ["d2kd"])
+
+    def call(name, *arguments):
+        seen = []
+        monkeypatch.setattr(importlib.import_module(f"d2kd.cli.{COMMANDS[name].module}"), "run", seen.append)
+        assert cli.main([name, *arguments]) == 0 and sys.argv[0] == f"d2kd {name}"
+        return seen[0]
+
+    return call
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_arguments_reach_the_command(called, name):
+    first = ["--eval-only"] if name == "eval" else []
+    assert called(name, "--resume", "KEY", "1") == [*first, "--resume", "KEY", "1"]
+
+
+@pytest.mark.parametrize("arguments, status", [(["--help"], 0), (["-h"], 0), ([], 2)])
+def test_help_lists_the_commands(capsys, arguments, status):
+    assert cli.main(arguments) == status
+    printed = capsys.readouterr()
+    lines = (printed.err if status else printed.out).splitlines()
+    for name, command in COMMANDS.items():
+        assert f"  {name:12}  {command.help}" in lines
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"d2kd {d2kd.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("trains", "train"), ("train_net", "train"), ("evaluate", "eval"), ("learn_tokens", "learn-tokens")],
+)
+def test_unknown_command_names_a_near_match(capsys, name, near):
+    assert cli.main([name]) == 2
+    assert capsys.readouterr().err == f"d2kd: '{name}' is not a command. Did you mean {near}?\n"
+
+
+def test_unknown_command_without_a_near_match(capsys):
+    assert cli.main(["quux"]) == 2
+    assert capsys.readouterr().err == f"d2kd: 'quux' is not a command. There are {', '.join(COMMANDS)}.\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(name):
+    run = program(name, "--help")
+    assert run.returncode == 0, run.stderr
+    module = importlib.import_module(f"d2kd.cli.{COMMANDS[name].module}")
+    assert f"{name} [-h]" in run.stdout.splitlines()[0] and module.__doc__.splitlines()[0] in run.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_mistake_is_one_line(name):
+    run = program(name, "--config-file", "configs/none.yaml")
+    assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
+    assert "'configs/none.yaml': there is no such file" in (run.stdout + run.stderr).splitlines()[-1]
+
+
+def test_a_mistake_in_two_processes_is_one_line_too(tmp_path):
+    options = ["--config-file", "PhotoDigits/retinanet_student.yaml", "--num-gpus", 2, "SOLVER.BASE_LT", 1]
+    run = program("train", *options, cwd=tmp_path)  # the recipe is found from here too
+    assert run.returncode == 2 and "SOLVER.BASE_LR" in run.stdout and "Traceback" not in run.stdout + run.stderr
+
+
+def test_report_ends_with_one_line(tmp_path):
+    run = program("report", "--run", f"a={tmp_path / 'nothing'}", "--output", tmp_path / "out")
+    *_, last = run.stdout.splitlines()
+    assert run.returncode == 2 and "'a'" in last and "has not finished" in last
+    assert "Traceback" not in run.stdout + run.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "learn_tokens"])
+def test_recipes_are_found(monkeypatch, tmp_path, name):
+    module = importlib.import_module(f"d2kd.cli.{name}")
+    monkeypatch.chdir(tmp_path)
+    launched = SimpleNamespace()
+    monkeypatch.setattr(module, "launch_tool", lambda main, args: launched.__dict__.update(main=main, args=args))
+    arguments = ["--config-file", "configs/COCO/retinanet_R50_1x.yaml"]
+    if name == "train":
+        arguments += ["--teacher-config", "COCO/retinanet_R101.yaml"]
+    module.run(arguments)
+    assert launched.args.config_file == str(files.CONFIGS / "COCO/retinanet_R50_1x.yaml")
+    if name == "train":
+        assert launched.args.teacher_config == str(files.CONFIGS / "COCO/retinanet_R101.yaml")
+    assert pickle.loads(pickle.dumps(launched.main)) is module.main  # as processes that are spawned need it
+
+
+@pytest.mark.parametrize("tool, name", PROGRAMS.items())
+def test_programs_in_tools_are_thin(tool, name):
+    module = importlib.import_module(f"d2kd.cli.{COMMANDS[name].module}")
+    assert runpy.run_path(str(ROOT / f"tools/{tool}.py"))["run"] is module.run
