@@ -5,9 +5,7 @@ python tools/train_net.py --config-file student.yaml --teacher-config teacher.ya
 python tools/train_net.py --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
-from d2kd.cli.train import main, run
-
-__all__ = ["main", "run"]
+from d2kd.cli.train import run
 
 if __name__ == "__main__":
     run(description=None)

@@ -1,11 +1,11 @@
 """The console program `d2kd`, and its commands, which the programs in tools/ run as well."""
 
-import difflib
 import importlib
 import sys
 from typing import NamedTuple
 
 import d2kd
+from d2kd.errors import did_you_mean
 
 
 class Command(NamedTuple):
@@ -61,6 +61,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(COMMANDS)}."
-    return f"d2kd: {name!r} is not a command. {hint}"
+    hint = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+    return f"d2kd: {name!r} is not a command.{hint}"

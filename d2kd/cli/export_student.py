@@ -9,8 +9,8 @@ import os
 
 import torch
 
-from d2kd.engine import CheckpointError, load_config, log_runtime, run_tool
-from d2kd.files import find_config, replacing
+from d2kd.engine import CheckpointError, add_import_argument, load_config, log_runtime, run_tool
+from d2kd.files import replacing
 from d2kd.modeling import build_network, load_strictly
 from detectron2.utils.logger import setup_logger
 
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     if not os.path.isfile(args.source):
         raise CheckpointError(f"There is no checkpoint {args.source}.")
     if args.config_file:  # before anything is written: an earlier export must not give way to one that does not fit
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, args.imports)
         cfg.MODEL.DEVICE = "cpu"
         load_strictly(build_network(cfg, "--config-file"), args.source, "student", "--config-file")
     count = export(args.source, args.target, args.ema)
@@ -70,6 +70,6 @@ def run(arguments: list[str] | None = None, description: str | None = __doc__) -
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (SOLVER.EMA)")
     parser.add_argument("--config-file", default="", help="student's YAML: check that every key fits it")
     parser.add_argument("opts", nargs="*", help="changes to the YAML: KEY VALUE ...")
+    add_import_argument(parser)
     args = parser.parse_intermixed_args(arguments)
-    args.config_file = find_config(args.config_file)
     run_tool(lambda: main(args))

@@ -7,8 +7,9 @@ d2kd train --config-file student.yaml --teacher-config teacher.yaml --teacher-we
 
 import argparse
 
-from d2kd.engine import ConfigError, TokenTrainer, launch_tool, setup
-from d2kd.files import find_config
+from d2kd.engine import add_import_argument, launch_tool, setup
+from d2kd.errors import ConfigError
+from d2kd.token_learning import TokenTrainer
 from detectron2.engine import default_argument_parser
 
 
@@ -31,6 +32,5 @@ def run(arguments: list[str] | None = None, description: str | None = __doc__) -
     parser = default_argument_parser()
     parser.description, parser.formatter_class = description, argparse.RawDescriptionHelpFormatter
     parser.set_defaults(teacher_config=None, teacher_weights=None, method=None)  # the teacher is --config-file here
-    args = parser.parse_args(arguments)
-    args.config_file = find_config(args.config_file)
-    launch_tool(main, args)
+    add_import_argument(parser)
+    launch_tool(main, parser.parse_args(arguments))

@@ -9,7 +9,7 @@ import shlex
 import sys
 
 from d2kd.data.datasets import DatasetError, register_datasets
-from d2kd.engine import ConfigError, load_config, log_runtime, run_tool
+from d2kd.engine import load_config, log_runtime, run_tool
 from d2kd.evaluation.report import ModelResult, load_result, write_report
 from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger
@@ -71,19 +71,16 @@ def main(args: argparse.Namespace, command: str) -> None:
     """Writes the report, and in it `command`, the line that made it.
 
     Raises:
-        ConfigError: a run has no result, or none of the task.
+        ResultError: a run has no result, or none of the task.
         DatasetError: see `make_dataset_known`.
     """
     setup_logger(name="d2kd")
     log_runtime()
     labels = dict(args.label)
-    try:
-        models = {
-            name: load_result(name, directory, labels.get(name, ""), args.dataset, args.task)
-            for name, directory in args.run
-        }
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"--run: {error}") from error
+    models = {
+        name: load_result(name, directory, labels.get(name, ""), args.dataset, args.task)
+        for name, directory in args.run
+    }
     if args.dataset:
         make_dataset_known(args.dataset, list(models.values()))
     write_report(

@@ -10,6 +10,7 @@ import torch
 from d2kd.config import read_config
 from d2kd.data.datasets import register_datasets
 from d2kd.errors import ConfigError
+from d2kd.files import find_config
 from d2kd.runtime import RUNTIME
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -49,6 +50,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
+    args.config_file = find_config(args.config_file)
     cfg = load_config(args.config_file, command_line_options(args), args.imports)
     if args.method and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
@@ -89,6 +91,7 @@ def load_config(config_file: str, options: list[str] | None = None, imports: Seq
     Raises:
         ConfigError: see `setup`.
     """
+    config_file = find_config(config_file)
     if config_file and not os.path.isfile(config_file):
         raise ConfigError(f"--config-file is {config_file!r}: there is no such file.")
     options = [str(o) for o in options or []]
@@ -137,8 +140,8 @@ def command_line_options(args: argparse.Namespace) -> list[str]:
 def _resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
     path = cfg.DISTILL.TEACHER.CONFIG_FILE
     beside = os.path.join(os.path.dirname(config_file or ""), path)
-    if path and not os.path.isfile(path) and os.path.isfile(beside):
-        cfg.DISTILL.TEACHER.CONFIG_FILE = beside
+    if path and not os.path.isfile(path):
+        cfg.DISTILL.TEACHER.CONFIG_FILE = beside if os.path.isfile(beside) else find_config(path)
 
 
 def _device_name(device: str) -> str:

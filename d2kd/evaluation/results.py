@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2kd.errors import UserError
+
+
+class ResultError(UserError):
+    """A run without the result that a report needs."""
+
+
 LABELS = {
     "teacher": "teacher",
     "baseline": "baseline student",
@@ -59,19 +66,18 @@ def load_result(
         task: which metrics to take.
 
     Raises:
-        FileNotFoundError: there is no ``result.json``: the run has not finished.
-        ValueError: ``result.json`` has no metrics of this task.
+        ResultError: there is no `result.json`, as the run has not finished, or it has no metrics of this task.
     """
     directory = Path(output_dir)
     path = directory / "result.json"
     if not path.is_file():
-        raise FileNotFoundError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere")
+        raise ResultError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere.")
     try:
         content = json.loads(path.read_text())
         metrics = content["metrics"]
         metrics = metrics.get(dataset_name, metrics)[task]
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise ResultError(
             f"Run {name!r}: {path} holds no metrics of the task {task!r} ({error!r}). Was the run evaluated "
             "(DATASETS.TEST), and on this task (--task)?"
         ) from error
