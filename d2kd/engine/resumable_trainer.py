@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2kd.data.loader import ResumableLoader, build_train_loader
 from detectron2.config import CfgNode
-from detectron2.engine import default_writers, hooks
+from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
@@ -214,9 +213,6 @@ def wrap_data_parallel(model: nn.Module) -> nn.Module:
 
     Buffers are not broadcast: batch statistics belong to a process until they are saved or evaluated.
     """
-    if comm.get_world_size() == 1:
-        return model
-    on_gpu = next(model.parameters()).is_cuda
-    return DistributedDataParallel(
-        model, device_ids=[comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False
-    )
+    # Detectron2 names a GPU unless told otherwise, which modules on the CPU do not take
+    on_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+    return create_ddp_model(model, broadcast_buffers=False, **on_cpu)

@@ -23,7 +23,12 @@ def squared_error(prediction: Tensor, target: Tensor, reduction: str, valid: Ten
 
     Returns:
         A scalar; 0, and connected to the prediction, where no position is valid.
+
+    Raises:
+        ValueError: unknown reduction.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
     prediction, target = upcast_half(prediction), upcast_half(target)
     n, c, h, w = prediction.shape
     if valid is not None:

@@ -46,5 +46,11 @@ def channel_statistics(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, 
 
 
 def normalize(x: Tensor, mode: str, valid: Tensor | None = None) -> Tensor:
-    """Applies a value of NORMALIZE, "none" or "standardize"."""
+    """Applies a value of NORMALIZE, "none" or "standardize".
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if mode not in NORMALIZATIONS:
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(NORMALIZATIONS)}.")
     return standardize(x, valid) if mode == "standardize" else x

@@ -6,13 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2kd.distillers import NormAffine, TapPair
-from d2kd.layers import TapShape
-
-
-def tap_shape(channels: int, stride: float) -> TapShape:
-    """What is known of a tapped feature; stride 0 for vectors."""
-    return TapShape(channels, stride)
+from d2kd.distillers import NormAffine, Prediction, TapInfo, TapPair
 
 
 def tap_pair(
@@ -21,19 +15,21 @@ def tap_pair(
     *,
     channels: tuple[int, int],
     strides: tuple[float, float] = (1.0, 1.0),
-    holds: str = "",
+    prediction: Prediction | None = None,
     norm_scale: float | None = None,
 ) -> TapPair:
-    """Two taps that are compared; channels and strides are of (student, teacher).
+    """Two taps that are compared; channels and strides (0 for vectors) are of (student, teacher).
 
     The teacher's tap has the student's name unless it is given. `norm_scale` is the scale of the batch norm before the
-    teacher's tap, None where there is no such norm.
+    teacher's tap, None where there is no such norm. Both make the same prediction, if any.
     """
     norm = None
     if norm_scale is not None:
         norm = NormAffine(torch.full((channels[1],), norm_scale), torch.zeros(channels[1]))
-    shapes = [tap_shape(*shape) for shape in zip(channels, strides)]
-    return TapPair(student, teacher or student, *shapes, holds=holds, teacher_norm=norm)
+    return TapPair(
+        TapInfo(student, channels[0], strides[0], prediction),
+        TapInfo(teacher or student, channels[1], strides[1], prediction, norm),
+    )
 
 
 def random_maps(

@@ -5,7 +5,7 @@ import builtins
 import pytest
 import torch
 
-from d2kd.layers.assignment import AssignmentError, assign_channels, quantize, total_cost
+from d2kd.distillers.channel_matching.assignment import AssignmentError, assign_channels, quantize, total_cost
 
 SHAPES = [(1, 1), (3, 3), (4, 16), (5, 17), (7, 12), (16, 16), (2, 9)]
 
@@ -95,7 +95,7 @@ def test_costs_that_are_not_finite_are_an_error(value):
     "change, message",
     [
         ({"per_student": 3}, "cannot have 3"),
-        ({"solver": "cplex"}, r"DISTILL\.CHANNEL_MATCHING\.SOLVER\b"),
+        ({"solver": "cplex"}, r"DISTILL\.CHANNEL_MATCHING\.ASSIGNMENT_SOLVER\b"),
         ({"remainder": "keep"}, r"DISTILL\.CHANNEL_MATCHING\.REMAINDER\b"),
     ],
 )
@@ -113,6 +113,6 @@ def test_without_or_tools_the_error_says_what_to_do(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(AssignmentError, match=r"DISTILL\.CHANNEL_MATCHING\.SOLVER scipy"):
+    with pytest.raises(AssignmentError, match=r"DISTILL\.CHANNEL_MATCHING\.ASSIGNMENT_SOLVER scipy"):
         assign_channels(torch.ones(2, 4), 2)
     assert assign_channels(torch.ones(2, 4), 2, solver="scipy").shape == (2, 2)

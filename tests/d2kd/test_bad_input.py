@@ -1,29 +1,26 @@
 """Wrong input of tools/train_net.py: one clear error that names what to change, before any training."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models import config, model
-from runs import ROOT, tool
+from runs import tool
 
-from d2kd.engine import CheckpointError, ConfigError, argument_parser, load_config
-from d2kd.engine.launching import USER_ERRORS
-
-sys.path.insert(0, str(ROOT / "tools"))
-import train_net  # noqa: E402
+from d2kd.cli import train
+from d2kd.engine import CheckpointError, argument_parser, load_config
+from d2kd.errors import ConfigError, UserError
 
 
 def error_of(path, output, *options, **flags) -> str:
-    """The message of the error that train_net raises; checks that nothing was trained."""
+    """The message of the error that `d2kd train` raises; checks that nothing was trained."""
     arguments = ["--config-file", str(path)]
     for name, value in flags.items():
         arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     args = argument_parser().parse_args([*arguments, "OUTPUT_DIR", str(output), *map(str, options)])
-    with pytest.raises(USER_ERRORS) as error:
-        train_net.main(args)
+    with pytest.raises(UserError) as error:
+        train.main(args)
     left = {p.name for p in Path(output).glob("*")} if Path(output).exists() else set()
     assert not {name for name in left if name.endswith((".pth", ".tmp")) or name == "metrics.json"}, left
     return str(error.value)
@@ -105,7 +102,7 @@ def test_other_classes_where_a_head_is_inherited(distil, tmp_path, write_config)
     torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=7)).state_dict()}, tmp_path / "other.pth")
     keys = {"DISTILL__TEACHER__CONFIG_FILE": str(path), "DISTILL__TEACHER__WEIGHTS": str(tmp_path / "other.pth")}
     message = distil(**keys)
-    assert all(words in message for words in ("10 classes", "7", "head.cls_score", "DISTILL.INHERIT.EXCLUDE"))
+    assert all(words in message for words in ("10 classes", "7", "head.cls_score", "DISTILL.INIT_FROM_TEACHER.EXCLUDE"))
 
 
 def test_unknown_method_names_near_matches(distil):
@@ -129,7 +126,7 @@ def test_unknown_architecture_names_near_matches(distil, write_config, tmp_path,
 
 def test_values_of_a_method_that_are_out_of_range(distil):
     message = distil(DISTILL__FEATURE_MIMIC__NORMALIZE="wide")
-    assert "FeatureMimic: NORMALIZE is 'wide'" in message and "standardize" in message
+    assert "DISTILL.FEATURE_MIMIC.NORMALIZE is 'wide'" in message and "standardize" in message
     assert "DISTILL.FEATURE_MIMIC.WEIGHT is -1.0" in distil(DISTILL__FEATURE_MIMIC__WEIGHT=-1.0)
 
 
@@ -140,13 +137,13 @@ def test_impossible_precision(distil, precision):
 
 
 def test_nothing_to_do_with_a_teacher(distil):
-    assert "DISTILL.METHODS" in distil(DISTILL__METHODS=[], DISTILL__INHERIT__ENABLED=False)
+    assert "DISTILL.METHODS" in distil(DISTILL__METHODS=[], DISTILL__INIT_FROM_TEACHER__ENABLED=False)
 
 
 @pytest.mark.parametrize("key", ["TAPS", "TEACHER_TAPS"])
 def test_unknown_tap_names_near_matches(distil, key):
     message = distil(**{"DISTILL__FEATURE_MIMIC__TAPS": ["p4"], f"DISTILL__FEATURE_MIMIC__{key}": ["p44"]})
-    assert "'p44'" in message and "'p4'" in message
+    assert "'p44'" in message and "Did you mean p4" in message
 
 
 def test_maps_that_cannot_be_aligned(distil):
@@ -210,7 +207,7 @@ def test_student_weights_that_cannot_be_read(write_config, tmp_path, content):
         (tmp_path / "start.pth").write_bytes(content)
     options = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.WEIGHTS", str(tmp_path / "start.pth")]
     with pytest.raises(CheckpointError, match=r"MODEL\.WEIGHTS\b.*start\.pth"):
-        train_net.main(argument_parser().parse_args(["--config-file", str(write_config()), *options]))
+        train.main(argument_parser().parse_args(["--config-file", str(write_config()), *options]))
 
 
 def test_eval_only_demands_every_key(write_config, tmp_path):

@@ -12,7 +12,9 @@ from runs import ROOT, in_two_processes, read_checkpoint, run_training
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
-from d2kd.modeling import BalanceError, GradientBalance, TokenLearner, build_distilled_model
+from d2kd.errors import UserError
+from d2kd.modeling import BalanceError, GradientBalance, build_distilled_model
+from d2kd.token_learning import TokenLearner
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -176,7 +178,7 @@ def test_state_survives_a_checkpoint_and_belongs_to_its_methods():
 )
 def test_values_out_of_range_name_the_key(keys, message):
     cfg = config(**{f"DISTILL__{k}": v for k, v in keys.items()})
-    with pytest.raises(BalanceError, match=message):
+    with pytest.raises(UserError, match=message):
         GradientBalance.from_config(cfg, ["A"])
 
 
@@ -210,7 +212,7 @@ def test_every_method_has_taps_and_a_weight_of_its_own(tmp_path):
     together = ["MaskedGenerative", "ReceptiveTokens", "LogitKD"]
     named = write_teacher(tmp_path, config())
     learner = TokenLearner(model(config(), seed=7))  # of the teacher that is written above
-    learner.learned(dict.fromkeys(learner.taps, 0.0), 0).save(str(tmp_path / "tokens.pth"))
+    learner.export_tokens(dict.fromkeys(learner.taps, 0.0), 0).save(str(tmp_path / "tokens.pth"))
 
     def losses(**changes):
         taps = dict(DISTILL__MASKED_GENERATIVE__TAPS=["p3", "p4"], DISTILL__RECEPTIVE_TOKENS__TAPS=["p5"])
@@ -234,7 +236,7 @@ def test_methods_without_taps_in_the_backbone_are_measured_on_its_outputs(tmp_pa
     net = build_distilled_model(config(DISTILL__METHODS=["LogitKD"], DISTILL__LOG_GRADIENT_SHARE=1, **named)).train()
     with EventStorage() as storage:
         net(batch())
-    assert net._shared_taps == ["p3", "p4", "p5", "p6", "p7"]
+    assert net._balanced_taps == ["p3", "p4", "p5", "p6", "p7"]
     assert 0 < logged_values(storage, "gradient_share/")["LogitKD"] < 1
 
 

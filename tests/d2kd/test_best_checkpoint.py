@@ -13,9 +13,10 @@ from models import FASTER_RCNN, config
 from runs import in_two_processes, read_checkpoint, run_training, tool
 
 from d2kd.data.datasets import register_datasets
-from d2kd.engine import ConfigError, DistillTrainer, load_config
+from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.best import BestCheckpoint
 from d2kd.engine.wandb_writer import WandbWriter
+from d2kd.errors import ConfigError
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -138,9 +139,7 @@ def test_a_metric_of_the_average_keeps_the_average(write_config, tmp_path):
     changes = {"TEST__BEST_CHECKPOINT__METRIC": "bbox_EMA/AP", "SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.5}
     trainer = run_training(write_config(**changes))
     best = read_checkpoint(tmp_path / "student", "model_best")["model"]
-    assert same_tensors(best, trainer.average.model.state_dict()) and not same_tensors(
-        best, trainer.student.state_dict()
-    )
+    assert same_tensors(best, trainer.ema.model.state_dict()) and not same_tensors(best, trainer.student.state_dict())
 
 
 def _stop_in_two(path: str) -> None:

@@ -4,27 +4,28 @@ import pytest
 import torch
 from helpers import random_maps, same_tensors, tap_pair
 from models import batch, config, model, write_teacher
-from runs import in_two_processes, read_checkpoint, run_training
+from runs import ROOT, in_two_processes, read_checkpoint, run_training
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
-from d2kd.distillers import ChannelMatching, channel_matching
-from d2kd.distillers.channel_matching import build_adapter, owners
-from d2kd.distillers.matching_schedule import PRESETS, MatchingSchedule
-from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
-from d2kd.engine.checkpoint import CheckpointError
-from d2kd.layers import AlignmentError
-from d2kd.layers.assignment import AssignmentError
-from d2kd.layers.channel_groups import (
+from d2kd.distillers import AlignmentError, ChannelMatching
+from d2kd.distillers.channel_matching import distiller as distiller_module
+from d2kd.distillers.channel_matching.assignment import AssignmentError
+from d2kd.distillers.channel_matching.channel_groups import (
     REDUCERS,
     Reduced,
+    gather_assigned,
     norm_margin,
     one_sided_error,
     reduce_groups,
     scale_to_unit,
-    take_members,
 )
-from d2kd.layers.similarity import channel_distances
+from d2kd.distillers.channel_matching.distiller import assigned_student, build_adapter
+from d2kd.distillers.channel_matching.schedule import MatchingSchedule
+from d2kd.distillers.channel_matching.similarity import channel_distances
+from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
+from d2kd.engine.checkpoint import CheckpointError
+from d2kd.errors import ConfigError
 from d2kd.modeling import build_distilled_model
 from d2kd.modeling.taps import last_norm
 from detectron2.utils import comm
@@ -48,9 +49,14 @@ def groups(cols, students):
     return cols.view(-1, students).t()
 
 
-def matching(pairs, iterations=(0,), images=1, tracking="online", weight=1.0, **changes):
-    schedule = MatchingSchedule(iterations=tuple(iterations), images=images, images_per_iteration=2, tracking=tracking)
-    return ChannelMatching(pairs=pairs, weight=weight, schedule=schedule, **{"adapter": "none", **changes})
+def matching(pairs, iterations=(0,), images=1, **changes):
+    settings = {"adapter": "none", "normalize": "none", "reduction": "batchmean", "images_per_iteration": 2, **changes}
+    return ChannelMatching(pairs=pairs, refresh_iters=list(iterations), track_images=images, **settings)
+
+
+def schedule_of(**changes):
+    defaults = {"iterations": (), "periods": (5,), "steps": (), "images": 8, "tracking": "online"}
+    return MatchingSchedule(**{**defaults, **changes})
 
 
 def stage_maps(students=4, teachers=8, seed=0):
@@ -109,7 +115,9 @@ def test_golden_reducers(golden, case, stage):
     assert torch.equal(signed.map, recorded[f"{name}_sp_t"])
     torch.testing.assert_close(signed.margin, recorded[f"{name}_amp_m"].flatten(), rtol=0, atol=1e-6)
     check(
-        take_members(teacher, margin[members], members, recorded[f"{name}_rd_t_pick"], recorded[f"{name}_rd_m_pick"]),
+        gather_assigned(
+            teacher, margin[members], members, recorded[f"{name}_rd_t_pick"], recorded[f"{name}_rd_m_pick"]
+        ),
         "rd",
     )
     check(reduce_groups(teacher, margin, recorded[f"{name}_sm_cols"][:, None], "sm", None), "sm")
@@ -126,7 +134,7 @@ def test_random_reducer_draws_every_member_anywhere():
 def test_golden_loss_and_gradient(golden):
     recorded = golden("matching_loss")
     source = recorded["source"].requires_grad_()
-    loss = one_sided_error(source, Reduced(recorded["target"], recorded["margin"].flatten()), "paper") * len(source)
+    loss = one_sided_error(source, Reduced(recorded["target"], recorded["margin"].flatten()), "batchmean") * len(source)
     loss.backward()
     torch.testing.assert_close(loss, recorded["loss"].to(loss.dtype), rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(source.grad, recorded["grad_source"], rtol=2e-5, atol=2e-5)
@@ -136,7 +144,7 @@ def test_golden_loss_and_gradient(golden):
 
 def load_level(distiller, level, recorded, name, norm):
     distiller.get_buffer(f"margin{level}").copy_(recorded[f"{name}_margin"].flatten())
-    members = distiller.get_buffer(f"members{level}")
+    members = distiller.get_buffer(f"assignment{level}")
     members.copy_(groups(recorded[f"{name}_cols"], len(members)))
     distiller.adapters[level].load_state_dict(
         {
@@ -153,7 +161,7 @@ def test_golden_classification(golden, case):
     stages = [i for i in STAGES[case] if i not in recorded[f"{case}_fwd_ignore"].tolist()]
     shapes = [(recorded[f"{case}_fwd_student{i}"].shape[1], recorded[f"{case}_st{i}_teacher"].shape[1]) for i in stages]
     pairs = [stage_pair(s, t, f"s{i}") for i, (s, t) in zip(stages, shapes)]
-    distiller = matching(pairs, adapter="bn", factors=[2.0 ** (2 - i) for i in stages])
+    distiller = matching(pairs, adapter="bn", tap_weights=[0.5 ** (2 - i) for i in stages])
     for level, i in enumerate(stages):
         load_level(distiller, level, recorded, f"{case}_st{i}", f"{case}_fwd_bn{i}")
     distiller._assigned, distiller.batches = True, 5
@@ -180,7 +188,7 @@ def test_golden_detection(golden):
     pairs = [
         stage_pair(recorded[f"st{i}_student"].shape[1], recorded[f"st{i}_teacher"].shape[1], f"s{i}") for i in levels
     ]
-    distiller = matching(pairs, adapter="gn", factors=recorded["loss_factors"][:4].tolist())
+    distiller = matching(pairs, adapter="gn", tap_weights=[1 / f for f in recorded["loss_factors"][:4].tolist()])
     for i in levels:
         assert distiller.adapters[i].num_groups == int(recorded["num_groups"])
         load_level(distiller, i, recorded, f"st{i}", f"st{i}_gn")
@@ -205,12 +213,12 @@ def test_golden_costs_lead_to_the_golden_assignment_through_the_distiller(golden
             distiller.track(*both)
         assert distiller.statistics.images == int(costs[f"{case}_num_images"])
         distiller.refresh()
-        assert torch.equal(owners(distiller.members0, t), want[f"{name}_owner"])
+        assert torch.equal(assigned_student(distiller.assignment0, t), want[f"{name}_owner"])
         assert distiller.statistics.images == 0
 
 
 def test_rule_of_the_published_detection_run():
-    schedule = MatchingSchedule(periods=(5000, 31000), steps=(20000,), images=2000, images_per_iteration=16)
+    schedule = schedule_of(periods=(5000, 31000), steps=(20000,), images=2000, images_per_iteration=16)
     assert [i for i in range(90000) if schedule.due(i)] == [0, 5000, 10000, 15000, 31000, 62000]
     refreshes = [i for i in range(32000) if schedule.refreshes(i)]
     # online, the first window follows the start, the others end at their refresh
@@ -220,14 +228,13 @@ def test_rule_of_the_published_detection_run():
 
 
 def test_schedule_counts_iterations_not_accumulated_batches():
-    schedule = MatchingSchedule(iterations=(3,), images=8, images_per_iteration=4, batches_per_iteration=2)
+    schedule = schedule_of(iterations=(3,), images_per_iteration=4, batches_per_iteration=2)
     assert [b for b in range(10) if schedule.refreshes(b)] == [6]
     assert [b for b in range(10) if schedule.tracks(b)] == [3, 4, 5, 6]
 
 
 def test_an_assignment_rests_on_its_own_window_with_accumulation_too():
-    schedule = MatchingSchedule(iterations=(0, 5), images=8, images_per_iteration=8, batches_per_iteration=4)
-    distiller = ChannelMatching(pairs=[stage_pair()], weight=1.0, schedule=schedule, adapter="none")
+    distiller = matching([stage_pair()], (0, 5), 8, images_per_iteration=8, batches_per_iteration=4)
     seen = []
     for step in range(24):
         distiller(*stage_maps(seed=step))
@@ -239,16 +246,16 @@ def test_online_assigns_from_the_first_batch_then_from_whole_windows():
     distiller = matching([stage_pair()], iterations=(0, 5), images=6)
     seen = []
     for step in range(8):
-        before = distiller.members0.clone()
+        before = distiller.assignment0.clone()
         distiller(*stage_maps(seed=step))
-        seen.append((distiller.statistics.images, not torch.equal(before, distiller.members0)))
+        seen.append((distiller.statistics.images, not torch.equal(before, distiller.assignment0)))
     assert [images for images, _ in seen] == [2, 4, 0, 2, 4, 0, 0, 0]
     assert seen[0][1] and not any(moved for i, (_, moved) in enumerate(seen) if i in (1, 3, 4, 6, 7))
     alone = matching([stage_pair()])
     for step in (3, 4, 5):
         alone.track(*stage_maps(seed=step))
     alone.refresh()
-    assert torch.equal(alone.members0, distiller.members0)
+    assert torch.equal(alone.assignment0, distiller.assignment0)
 
 
 def test_a_list_without_the_start_forgets_the_first_batch():
@@ -302,7 +309,7 @@ def test_sparse_matching_gives_one_channel_and_may_use_the_remainder():
     teacher["res4.pre_relu"][:, 6] = student["res4.pre_relu"][:, 1]
     distiller = matching([stage_pair(3, 7)], reducer="sm")
     distiller(student, teacher)
-    assert distiller.members0.shape == (3, 1) and distiller.members0[1].item() == 6
+    assert distiller.assignment0.shape == (3, 1) and distiller.assignment0[1].item() == 6
 
 
 def test_margins_from_activations_where_the_teacher_has_no_norm():
@@ -372,30 +379,45 @@ def test_margins_follow_the_weights_that_were_loaded(tmp_path):
     torch.testing.assert_close(margin, want.expand_as(margin))
 
 
-#: Factors, the first refreshes, and the images that each rests on.
+#: Of each recipe with published settings: tap weights, the first refreshes, the images that each rests on, adapter.
 PUBLISHED = {
-    "coco_retinanet_r50_r18": ([4e8, 4e8, 4e7, 4e7], [0, 5000, 10000, 15000, 31000, 62000], 2000),
-    "coco_retinanet_r50_r18_without_res2": ([4e8, 4e7, 4e7], [0, 5000, 10000, 15000, 31000, 62000], 2000),
-    "imagenet_r50_mobilenet_v1": ([8e4, 4e4, 2e4, 1e4], [0, 5005, 10010, 15015, 20020, 25025], 20480),
-    "cub200_r50_mobilenet_v2": ([4e4, 2e4, 1e4], [0, 188, 376, 564, 752, 940], 5994),
-    "cub200_r50_shufflenet_v2": ([4e4, 2e4, 1e4], [0, 188, 376, 564, 752, 940], 5994),
+    "COCO/retinanet_R18_R50_ChannelMatching_1x": (
+        [1 / 4e8, 1 / 4e8, 1 / 4e7, 1 / 4e7],
+        [0, 5000, 10000, 15000, 31000, 62000],
+        2000,
+        torch.nn.GroupNorm,
+    ),
+    "ChannelMatching/ImageNet": (
+        [1 / 8e4, 1 / 4e4, 1 / 2e4, 1 / 1e4],
+        [0, 5005, 10010, 15015, 20020, 25025],
+        20480,
+        torch.nn.BatchNorm2d,
+    ),
+    "ChannelMatching/CUB200": (
+        [1 / 4e4, 1 / 2e4, 1 / 1e4],
+        [0, 188, 376, 564, 752, 940],
+        5994,
+        torch.nn.BatchNorm2d,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_set_the_published_numbers(name):
-    node = config(DISTILL__CHANNEL_MATCHING__PRESET=name).DISTILL.CHANNEL_MATCHING
-    levels = len(PRESETS[name]["FACTORS"])
-    distiller = ChannelMatching(
-        **ChannelMatching.from_config(node, [stage_pair(32, 64, f"s{i}") for i in range(levels)])
-    )
-    assert (distiller.normalize, distiller.reduction) == ("none", "paper")
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_have_the_published_numbers(recipe):
+    cfg = load_config(str(ROOT / f"configs/{recipe}.yaml"))
+    taps = cfg.DISTILL.CHANNEL_MATCHING.TAPS
+    distiller = ChannelMatching.build(cfg, [stage_pair(32, 64, tap) for tap in taps])
+    assert (distiller.normalize, distiller.reduction) == ("none", "batchmean")
     assert (distiller.reducer, distiller.weight) == ("amp", 1.0)
-    assert distiller.factors == PUBLISHED[name][0]
+    assert distiller.tap_weights == pytest.approx(PUBLISHED[recipe][0])
     refreshes = [i for i in range(65000) if distiller.schedule.due(i)][:6]
-    assert (refreshes, distiller.schedule.images) == PUBLISHED[name][1:]
-    assert not distiller.schedule.online
-    assert type(distiller.adapters[0]) is (torch.nn.GroupNorm if name.startswith("coco") else torch.nn.BatchNorm2d)
+    assert (refreshes, distiller.schedule.images) == PUBLISHED[recipe][1:3]
+    assert not distiller.schedule.online and type(distiller.adapters[0]) is PUBLISHED[recipe][3]
+
+
+def test_a_preset_of_version_0_1_is_an_error_that_names_the_recipes():
+    with pytest.raises(ConfigError, match=r"DISTILL\.CHANNEL_MATCHING\.PRESET coco_retinanet.*configs/ChannelMatching"):
+        load_config("", ["DISTILL.CHANNEL_MATCHING.PRESET", "coco_retinanet_r50_r18"])
 
 
 def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
@@ -411,10 +433,9 @@ def test_more_student_than_teacher_channels_is_an_error_with_both(tmp_path):
         ({"reducer": "max"}, "REDUCER"),
         ({"remainder": "keep"}, "REMAINDER"),
         ({"adapter": "ln"}, "ADAPTER"),
-        ({"factors": [1.0, 2.0]}, "FACTORS"),
-        ({"factors": [0.0]}, "FACTORS"),
-        ({"factors": [-1.0]}, "FACTORS"),
-        ({"solver": "lp"}, "SOLVER"),
+        ({"tap_weights": [1.0, 2.0]}, "TAP_WEIGHTS"),
+        ({"tap_weights": [-1.0]}, "TAP_WEIGHTS"),
+        ({"assignment_solver": "lp"}, "ASSIGNMENT_SOLVER"),
         ({"tracking": "never"}, "TRACKING"),
         ({"images": 0}, "TRACK_IMAGES"),
         ({"weight": -1.0}, "WEIGHT"),
@@ -425,17 +446,13 @@ def test_arguments_out_of_range_name_the_key(changes, key):
         matching([stage_pair()], **changes)
 
 
-@pytest.mark.parametrize("name, value", [("periods", (5, 6)), ("steps", (9, 3)), ("iterations", (-1,))])
+@pytest.mark.parametrize(
+    "name, value", [("refresh_periods", [5, 6]), ("refresh_steps", [9, 3]), ("refresh_steps", [-1])]
+)
 def test_schedule_out_of_range_names_the_key(name, value):
-    key = {"periods": "REFRESH_PERIODS", "steps": "REFRESH_STEPS", "iterations": "REFRESH_ITERS"}[name]
-    with pytest.raises(ValueError, match=rf"DISTILL\.CHANNEL_MATCHING\.{key}\b"):
-        MatchingSchedule(**{"periods": (5,), "steps": (), name: value})
-
-
-def test_unknown_preset_names_the_known():
-    node = config(DISTILL__CHANNEL_MATCHING__PRESET="coco").DISTILL.CHANNEL_MATCHING
-    with pytest.raises(ValueError, match=r"DISTILL\.CHANNEL_MATCHING\.PRESET\b.*coco_retinanet_r50_r18"):
-        ChannelMatching.from_config(node, [stage_pair()])
+    settings = {"refresh_periods": [5], "refresh_steps": [], name: value}
+    with pytest.raises(ValueError, match=rf"DISTILL\.CHANNEL_MATCHING\.{name.upper()}\b"):
+        matching([stage_pair()], **settings)
 
 
 def test_features_that_are_not_finite_are_an_error_and_leave_the_statistics_alone():
@@ -479,7 +496,7 @@ def test_two_processes_with_passes_resume_bit_equal(write_config, teacher, tmp_p
     whole, parts = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
     assert same_tensors(whole["model"], parts["model"])
     assert whole["distillers"].keys() == parts["distillers"].keys()
-    members = [k for k in whole["distillers"] if "members" in k]
+    members = [k for k in whole["distillers"] if "assignment" in k]
     assert members and all(torch.equal(whole["distillers"][k], parts["distillers"][k]) for k in members)
 
 
@@ -528,7 +545,7 @@ def _error_when_the_main_process_has_no_solver():
         raise AssignmentError("no solver")
 
     if comm.is_main_process():
-        channel_matching.assign_channels = fail
+        distiller_module.assign_channels = fail
     with pytest.raises(AssignmentError) as error:
         matching([stage_pair()])(*stage_maps())
     return str(error.value)
@@ -536,7 +553,7 @@ def _error_when_the_main_process_has_no_solver():
 
 def _two_ranks(path):
     losses, distiller = _rank_losses()
-    state = [distiller.members0, distiller.margin0, distiller.statistics.sums]
+    state = [distiller.assignment0, distiller.margin0, distiller.statistics.sums]
     everyone = comm.all_gather((losses, state, _error_when_the_main_process_has_no_solver()))
     if comm.is_main_process():
         torch.save(everyone, path)
@@ -547,7 +564,7 @@ def test_two_processes_agree_equal_one_and_fail_together(tmp_path):
     two = torch.load(tmp_path / "two.pth", weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(two[0][1], two[1][1]))
     losses, distiller = _rank_losses()
-    assert torch.equal(two[0][1][0], distiller.members0)
+    assert torch.equal(two[0][1][0], distiller.assignment0)
     mean = torch.tensor([rank[0] for rank in two]).mean(dim=0)
     torch.testing.assert_close(mean, torch.tensor(losses), rtol=1e-5, atol=1e-5)
     assert two[0][2] == "no solver" and "main process" in two[1][2]

@@ -5,7 +5,6 @@ import pickle
 import runpy
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from runs import ROOT, environment
@@ -13,6 +12,7 @@ from runs import ROOT, environment
 import d2kd
 from d2kd import cli, files
 from d2kd.cli import COMMANDS
+from d2kd.engine import load_config
 
 #: The command that does the same as a program in tools/.
 PROGRAMS = {
@@ -107,19 +107,16 @@ def test_report_ends_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "learn_tokens"])
-def test_recipes_are_found(monkeypatch, tmp_path, name):
+def test_functions_can_be_sent_to_processes_that_are_spawned(name):
     module = importlib.import_module(f"d2kd.cli.{name}")
+    assert pickle.loads(pickle.dumps(module.main)) is module.main
+
+
+def test_recipes_are_found_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    launched = SimpleNamespace()
-    monkeypatch.setattr(module, "launch_tool", lambda main, args: launched.__dict__.update(main=main, args=args))
-    arguments = ["--config-file", "configs/COCO/retinanet_R50_1x.yaml"]
-    if name == "train":
-        arguments += ["--teacher-config", "COCO/retinanet_R101.yaml"]
-    module.run(arguments)
-    assert launched.args.config_file == str(files.CONFIGS / "COCO/retinanet_R50_1x.yaml")
-    if name == "train":
-        assert launched.args.teacher_config == str(files.CONFIGS / "COCO/retinanet_R101.yaml")
-    assert pickle.loads(pickle.dumps(launched.main)) is module.main  # as processes that are spawned need it
+    cfg = load_config("configs/COCO/retinanet_R50_1x.yaml", ["DISTILL.TEACHER.CONFIG_FILE", "COCO/retinanet_R101.yaml"])
+    assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert cfg.DISTILL.TEACHER.CONFIG_FILE == str(files.CONFIGS / "COCO/retinanet_R101.yaml")
 
 
 @pytest.mark.parametrize("tool, name", PROGRAMS.items())

@@ -106,8 +106,8 @@ def test_a_name_keeps_its_definition(folder, name):
 @pytest.mark.parametrize(
     "entry, match",
     [
-        ({"IMAGE": "x"}, "unknown key 'IMAGE'.*did you mean IMAGES"),
-        ({"json": "x"}, "unknown key 'json'.*did you mean JSON"),
+        ({"IMAGE": "x"}, "unknown key 'IMAGE'.*Did you mean IMAGES"),
+        ({"json": "x"}, "unknown key 'json'.*Did you mean JSON"),
         ({"JSON": None}, "no JSON"),
         ({"NAME": 3}, "NAME = 3"),
         ({"IMAGES": ""}, "IMAGES = ''"),
@@ -154,7 +154,7 @@ def test_missing_files_name_all_places_tried(folder, monkeypatch):
 def test_unknown_dataset_names(folder):
     cfg = config(folder, train=("mime",))
     register_datasets(cfg)
-    with pytest.raises(DatasetError, match=r"'mime' of DATASETS\.TRAIN is not registered.*did you mean mine"):
+    with pytest.raises(DatasetError, match=r"'mime' of DATASETS\.TRAIN is not registered.*Did you mean mine"):
         check_datasets(cfg)
 
 

@@ -12,9 +12,8 @@ def masked_generative(recorded, levels=("",), dtype=torch.double):
     maps = [[recorded[f"{name}{level}"] for name in map_names(recorded, level)] for level in levels]
     pairs = [tap_pair(f"p{i}", channels=(s.shape[1], t.shape[1])) for i, (s, t) in enumerate(maps)]
     kind = "channel" if recorded.get("mask_is_channel", 0) else "spatial"
-    distiller = MaskedGenerative(
-        pairs=pairs, weight=float(recorded["alpha"]), mask_ratio=float(recorded["lam"]), mask=kind
-    ).to(dtype)
+    numbers = {"weight": float(recorded["alpha"]), "mask_ratio": float(recorded["lam"])}
+    distiller = MaskedGenerative(pairs=pairs, mask=kind, normalize="none", reduction="batchmean", **numbers).to(dtype)
     state = {}
     for i, level in enumerate(levels):
         for ours, theirs in ((f"generation.{i}.0", "gen0"), (f"generation.{i}.2", "gen2"), (f"align.{i}", "align")):
@@ -132,7 +131,8 @@ def test_mask_position_survives_a_checkpoint():
 
 
 def test_mask_ratio_zero_generates_from_everything():
-    distiller = MaskedGenerative(pairs=[tap_pair("p3", channels=(4, 4))], weight=1.0, mask_ratio=0.0)
+    pairs = [tap_pair("p3", channels=(4, 4))]
+    distiller = MaskedGenerative(pairs=pairs, mask_ratio=0.0, normalize="none", reduction="batchmean")
     x, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     want = (distiller.generation[0](x) - t).square().sum() / 2
     assert distiller.level_loss(0, x, t).item() == pytest.approx(want.item(), rel=1e-5)

@@ -9,7 +9,7 @@ from runs import read_checkpoint, run_training, tool
 from torch import nn
 
 from d2kd.engine import load_config
-from d2kd.engine.ema import WeightAverage
+from d2kd.engine.ema import ModelEMA
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
@@ -23,7 +23,7 @@ def network() -> nn.Module:
 
 def test_update_is_the_formula_for_weights_and_statistics_and_a_copy_for_counters():
     live = network()
-    average = WeightAverage(live, decay=0.9)
+    average = ModelEMA(live, decay=0.9)
     start = {name: x.clone() for name, x in live.state_dict().items()}
     with torch.no_grad():
         live[0].weight.add_(1.0)
@@ -37,14 +37,14 @@ def test_update_is_the_formula_for_weights_and_statistics_and_a_copy_for_counter
 
 
 def test_warmup_lets_the_share_of_the_old_average_grow():
-    average = WeightAverage(network(), decay=0.9, warmup=10.0)
+    average = ModelEMA(network(), decay=0.9, warmup=10.0)
     assert average.decay_at(1) == 2 / 11 and average.decay_at(10_000) == 0.9
-    assert WeightAverage(network(), decay=0.9).decay_at(1) == 0.9
+    assert ModelEMA(network(), decay=0.9).decay_at(1) == 0.9
 
 
 def test_a_constant_model_stays_bit_equal():
     live = network()
-    average = WeightAverage(live, decay=0.3, warmup=5.0)
+    average = ModelEMA(live, decay=0.3, warmup=5.0)
     for _ in range(7):
         average.update()
     assert same_tensors(average.model.state_dict(), live.state_dict())
@@ -53,7 +53,7 @@ def test_a_constant_model_stays_bit_equal():
 def test_shared_parameters_are_averaged_once():
     live = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     live[1].weight = live[0].weight
-    average = WeightAverage(live, decay=0.5)
+    average = ModelEMA(live, decay=0.5)
     before = live[0].weight.detach().clone()
     with torch.no_grad():
         live[0].weight.add_(1.0)
@@ -65,13 +65,13 @@ def test_shared_parameters_are_averaged_once():
 @pytest.mark.parametrize("decay, warmup, key", [(1.0, 0.0, "DECAY"), (-0.1, 0.0, "DECAY"), (0.5, -1.0, "WARMUP")])
 def test_values_out_of_range_name_their_key(decay, warmup, key):
     with pytest.raises(ValueError, match=rf"SOLVER\.EMA\.{key}\b"):
-        WeightAverage(network(), decay, warmup)
+        ModelEMA(network(), decay, warmup)
 
 
 def test_training_evaluates_both_and_writes_the_average_as_a_plain_student(write_config, tmp_path):
     path = write_config(**EMA)
     trainer = run_training(path)
-    assert {"bbox", "bbox_EMA"} <= set(trainer._last_eval_results)
+    assert {"bbox", "bbox_EMA"} <= set(trainer.evaluation.results)
     final, average = read_checkpoint(tmp_path / "student"), read_checkpoint(tmp_path / "student", "model_final_ema")
     assert same_tensors(final["ema"]["model"], average["model"]) and final["ema"]["updates"] == 6
     assert not same_tensors(final["model"], average["model"])
@@ -89,12 +89,12 @@ def test_the_average_follows_every_step_of_a_run_and_does_not_change_it(write_co
     assert same_tensors(plain.student.state_dict(), trainer.student.state_dict())
     live = build_model(load_config(str(path)))
     live.load_state_dict(read_checkpoint(tmp_path / "averaged", "model_0000000")["model"])
-    average = WeightAverage(live, 0.7, 4.0)
+    average = ModelEMA(live, 0.7, 4.0)
     average.load_state_dict(read_checkpoint(tmp_path / "averaged", "model_0000000")["ema"])
     for name in [f"model_{i:07d}" for i in range(1, 5)] + ["model_final"]:
         live.load_state_dict(read_checkpoint(tmp_path / "averaged", name)["model"])
         average.update()
-    assert same_tensors(average.model.state_dict(), trainer.average.model.state_dict())
+    assert same_tensors(average.model.state_dict(), trainer.ema.model.state_dict())
 
 
 def test_the_average_of_any_checkpoint_is_exported(write_config, tmp_path):
@@ -114,12 +114,12 @@ def test_resumed_average_is_bit_equal(write_config, teacher, tmp_path):
     path = write_config("parts", **EMA, **teacher)
     run_training(path, stop_at=3)
     parts = run_training(path, resume=True)
-    assert parts.start_iter == 3 and parts.average.updates == 6
-    assert same_tensors(parts.average.model.state_dict(), whole.average.model.state_dict())
+    assert parts.start_iter == 3 and parts.ema.updates == 6
+    assert same_tensors(parts.ema.model.state_dict(), whole.ema.model.state_dict())
 
 
 def test_switched_on_while_resuming_it_starts_from_the_student_of_then(write_config, tmp_path, caplog):
     path: Path = write_config()
     run_training(path, stop_at=3)
     trainer = run_training(path, resume=True, **EMA)
-    assert "no average" in caplog.text and trainer.average.updates == 3
+    assert "no average" in caplog.text and trainer.ema.updates == 3

@@ -2,15 +2,14 @@
 
 import json
 import os
-import runpy
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.cli import train
 from d2kd.config import add_distill_config
 from d2kd.engine import argument_parser
 from d2kd.evaluation.build import EvaluatorError, build_evaluator, folder_of
@@ -84,12 +83,11 @@ def test_other_types_are_an_error_before_training(write_config, digits, tmp_path
     MetadataCatalog.pop("of_no_known_type")
     MetadataCatalog.get("of_no_known_type").set(json_file=json_file, evaluator_type="lvis")
     path = write_config(DATASETS__TEST=["of_no_known_type"])
-    train_net = runpy.run_path(str(ROOT / "tools/train_net.py"))
     try:
         with pytest.raises(
             EvaluatorError, match=r"'of_no_known_type' of DATASETS\.TEST\b.*'lvis'.*cityscapes_instance"
         ):
-            train_net["main"](argument_parser().parse_args(["--config-file", str(path)]))
+            train.main(argument_parser().parse_args(["--config-file", str(path)]))
     finally:
         DatasetCatalog.pop("of_no_known_type")
         MetadataCatalog.pop("of_no_known_type")

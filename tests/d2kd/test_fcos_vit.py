@@ -229,7 +229,7 @@ def test_transformer_block_of_a_teacher_is_distilled_as_a_map(tmp_path):
     keys = {"DISTILL__FEATURE_MIMIC__TAPS": ["blocks.1"], "DISTILL__FEATURE_MIMIC__TEACHER_TAPS": ["blocks.3"]}
     net = build_distilled_model(config(VIT_RCNN, **teacher, **keys))
     (pair,) = net.distillers["FeatureMimic"].pairs
-    assert (pair.student_shape.channels, pair.teacher_shape.channels, pair.student_shape.stride) == (32, 64, 16)
+    assert (pair.student.channels, pair.teacher.channels, pair.student.stride) == (32, 64, 16)
     assert torch.isfinite(losses(net)["distill/FeatureMimic/blocks.1"])
 
 

@@ -6,10 +6,9 @@ from helpers import same_tensors, tap_pair
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from torch.nn import functional as F
 
-from d2kd.distillers import HeadRegression
-from d2kd.layers import AlignmentError
-from d2kd.modeling import TapError, build_distilled_model
-from d2kd.modeling.roi_outputs import RegionOutputs, SampledRegions, stages
+from d2kd.distillers import AlignmentError, HeadRegression
+from d2kd.modeling import TapError, Teacher, build_distilled_model
+from d2kd.modeling.teacher_passes import RegionPass
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
@@ -30,7 +29,7 @@ BOTH = ["HeadRegression", "LogitKD"]
 
 def head_regression(strides=(8.0,), weight=1.0, **arguments):
     """The method for four deltas at every stride, at taps x0, x1, ..."""
-    pairs = [tap_pair(f"x{i}", channels=(4, 4), strides=(s, s), holds="dense deltas") for i, s in enumerate(strides)]
+    pairs = [tap_pair(f"x{i}", channels=(4, 4), strides=(s, s)) for i, s in enumerate(strides)]
     return HeadRegression(pairs=pairs, weight=weight, **arguments)
 
 
@@ -86,7 +85,7 @@ def test_no_regions_give_zero_connected_to_the_student():
     [
         (dict(beta=-1.0), r"DISTILL\.HEAD_REGRESSION\.BETA\b"),
         (dict(tap_weights=[1.0, 2.0]), r"DISTILL\.HEAD_REGRESSION\.TAP_WEIGHTS has 2 numbers for 1"),
-        (dict(tap_weights=[-1.0]), r"DISTILL\.HEAD_REGRESSION\.TAP_WEIGHTS is .* negative"),
+        (dict(tap_weights=[-1.0]), r"DISTILL\.HEAD_REGRESSION\.TAP_WEIGHTS\[0\] is -1\.0"),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
@@ -212,13 +211,15 @@ def test_teachers_box_head_needs_regions_of_the_student(tmp_path):
 
 def test_one_teacher_stage_for_two_student_stages_is_an_error():
     tap = "roi_heads.box_predictor.bbox_pred"
+    student, teacher = model(config(CASCADE)), Teacher(model(config(FASTER_RCNN)))
     with pytest.raises(TapError, match="several stages"):
-        RegionOutputs(model(config(FASTER_RCNN)), [(0, tap), (1, tap)])
+        RegionPass(student, teacher, [(0, tap), (1, tap)])
 
 
 def test_hooks_are_gone_afterwards_also_after_an_error():
     net = model(config(FASTER_RCNN))
-    with pytest.raises(RuntimeError), SampledRegions(net).recording():
+    steered = RegionPass(net, Teacher(model(config(FASTER_RCNN))), [(0, "roi_heads.box_predictor.bbox_pred")])
+    with pytest.raises(RuntimeError), steered.watch():
         raise RuntimeError
     assert not net.roi_heads.box_pooler._forward_pre_hooks
 
@@ -226,9 +227,11 @@ def test_hooks_are_gone_afterwards_also_after_an_error():
 def test_region_outputs_of_no_images_boxes():
     net = model(config(FASTER_RCNN)).eval()
     features = {f"p{i}": torch.randn(1, 8, 2 ** (7 - i), 2 ** (7 - i)) for i in range(2, 6)}
-    outputs = RegionOutputs(net, [(0, "roi_heads.box_predictor.bbox_pred")])(features, [[Boxes(torch.zeros(0, 4))]])
-    assert outputs["roi_heads.box_predictor.bbox_pred"].shape == (0, 12)
+    steered = RegionPass(net, Teacher(net), [(0, "roi_heads.box_predictor.bbox_pred")])
+    outputs = steered([], [[Boxes(torch.zeros(0, 4))]], features)
+    assert outputs.maps["roi_heads.box_predictor.bbox_pred"].shape == (0, 12)
 
 
 def test_models_without_regions_have_no_stages():
-    assert stages(model(config())) == []
+    with pytest.raises(TapError, match="no box head"):
+        RegionPass(model(config(FASTER_RCNN)), Teacher(model(config())), [(0, "roi_heads.box_predictor.bbox_pred")])

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers import tap_shape
+from helpers import tap_pair
 
+from d2kd.distillers import AlignmentError
+from d2kd.distillers.taps import build_aligner, check_alignable
 from d2kd.layers import (
-    AlignmentError,
     RandomMasks,
     align_resolution,
-    build_aligner,
-    check_alignable,
     keep_mask,
     normalize,
     squared_error,
@@ -41,15 +40,15 @@ def test_constant_channels_give_zero_and_finite_gradients():
 
 def test_half_precision_is_summed_in_float32():
     x = torch.full((1, 64, 64, 64), 1.0, dtype=torch.float16)
-    assert squared_error(x, torch.zeros_like(x), "paper").item() == 64**3  # beyond float16's range
+    assert squared_error(x, torch.zeros_like(x), "batchmean").item() == 64**3  # beyond float16's range
 
 
 def test_reductions_differ_by_the_size_of_a_map():
     x, y = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    assert torch.allclose(squared_error(x, y, "paper"), squared_error(x, y, "mean") * 3 * 4 * 5)
-    with pytest.raises(ValueError, match=r"\bREDUCTION is 'sum'.*paper, mean"):
+    assert torch.allclose(squared_error(x, y, "batchmean"), squared_error(x, y, "mean") * 3 * 4 * 5)
+    with pytest.raises(ValueError, match=r"reduction is 'sum'.*batchmean, mean"):
         squared_error(x, y, "sum")
-    with pytest.raises(ValueError, match=r"\bNORMALIZE is 'l2'.*none, standardize"):
+    with pytest.raises(ValueError, match=r"mode is 'l2'.*none, standardize"):
         normalize(x, "l2")
 
 
@@ -103,10 +102,10 @@ def test_other_strides_are_resampled_to_the_students_grid(ratio, size):
 
 
 def test_aligner_only_where_channels_differ():
-    assert isinstance(build_aligner(tap_shape(8, 4), tap_shape(8, 4)), torch.nn.Identity)
-    assert build_aligner(tap_shape(8, 4), tap_shape(12, 4))(torch.zeros(1, 8, 3, 3)).shape == (1, 12, 3, 3)
+    assert isinstance(build_aligner(tap_pair("p3", channels=(8, 8))), torch.nn.Identity)
+    assert build_aligner(tap_pair("p3", channels=(8, 12)))(torch.zeros(1, 8, 3, 3)).shape == (1, 12, 3, 3)
 
 
 def test_strides_too_far_apart_name_both_shapes_and_the_key():
     with pytest.raises(AlignmentError, match=r"DISTILL\.X\.TAPS\b.*64 channels at stride 4, .*256 at stride 64"):
-        check_alignable("DISTILL.X.TAPS, p2 <- p6", tap_shape(64, 4), tap_shape(256, 64))
+        check_alignable("DISTILL.X.TAPS", tap_pair("p2", "p6", channels=(64, 256), strides=(4, 64)))

@@ -12,18 +12,13 @@ from runs import in_two_processes, run_training, tool
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
-from d2kd.distillers import TokenFile
-from d2kd.distillers.token_file import weights_checksum
-from d2kd.engine import (
-    CheckpointError,
-    ConfigError,
-    DistillTrainer,
-    NonFiniteLossError,
-    TokenTrainer,
-    load_config,
-    token_learning,
-)
-from d2kd.modeling import FeatureTaps, TapError, TeacherError, TokenLearner
+from d2kd.distillers.checksum import weights_checksum
+from d2kd.distillers.receptive_tokens import TokenFile
+from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
+from d2kd.errors import ConfigError
+from d2kd.modeling import FeatureTaps, TapError, TeacherError
+from d2kd.token_learning import TokenLearner, TokenTrainer
+from d2kd.token_learning import trainer as token_trainer
 from d2kd.visualization.tokens import MaskRow, mask_picture
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -104,7 +99,7 @@ def test_losses_reach_every_token_and_nothing_of_the_teacher():
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # also the statistics of its norms
     assert not any(k.startswith("teacher") for k in learning.state_dict())
-    learning.check_reached()
+    learning.check_gradients()
 
 
 def test_masks_of_saturated_tokens_leave_the_teacher_as_it_is():
@@ -116,7 +111,7 @@ def test_masks_of_saturated_tokens_leave_the_teacher_as_it_is():
         net(batch())
     for level, name in zip(learning.levels, ["p2", "p6"]):
         level.tokens.data.zero_()  # every mask is 1/2
-        seen = learning.look(batch())[name]
+        seen = learning.compute_masks(batch())[name]
         assert (
             torch.equal(seen.gate, torch.full_like(seen.gate, 0.5))
             and seen.masks.shape[-2:] == features[name].shape[-2:]
@@ -138,7 +133,7 @@ def test_a_tap_that_no_loss_depends_on_is_an_error():
     with EventStorage():
         sum(learning(batch()).values()).backward()
     with pytest.raises(TapError, match="do not depend on res2:"):
-        learning.check_reached()
+        learning.check_gradients()
 
 
 def test_vectors_cannot_be_masked():
@@ -150,7 +145,7 @@ def test_mixed_precision_keeps_masks_and_dice_in_float32():
     learning = learner(num_tokens=2)
     with EventStorage(), torch.autocast("cpu", dtype=torch.bfloat16):
         losses = learning(batch())
-        seen = learning.look(batch())
+        seen = learning.compute_masks(batch())
     assert all(losses[f"loss_dice/{n}"].dtype == torch.float32 and seen[n].masks.dtype == torch.float32 for n in LEVELS)
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in learning.parameters())
@@ -296,7 +291,7 @@ def test_a_student_of_the_tokens_resumes_bit_equal(teacher_yaml, write_config, t
 
 def test_masks_that_are_the_same_all_over_are_told(teacher_yaml, monkeypatch):
     told = []
-    monkeypatch.setattr(token_learning.logger, "warning", lambda message, *args: told.append(message % args))
+    monkeypatch.setattr(token_trainer.logger, "warning", lambda message, *args: told.append(message % args))
     trainer = run(teacher_yaml, DISTILL__RECEPTIVE_TOKENS__LEARN__ITERATIONS=1)
     for size, flat in ((0.0, True), (1e4, False)):
         for level in trainer.learner.levels:
@@ -324,7 +319,7 @@ def test_wrong_input(teacher_yaml, tmp_path):
 def test_numbers_out_of_range_name_the_key(key, value):
     cfg = config(MODEL__WEIGHTS="teacher.pth", **{f"DISTILL__RECEPTIVE_TOKENS__LEARN__{key}": value})
     with pytest.raises(ConfigError, match=rf"DISTILL\.RECEPTIVE_TOKENS\.LEARN\.{key} is {value}"):
-        token_learning.learning_config(cfg)
+        TokenTrainer(cfg)
 
 
 # --- pictures ---

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2kd.config import ConfigError
 from d2kd.data.loader import ResumableLoader, _sampler_builder
+from d2kd.errors import ConfigError
 from detectron2.config import get_cfg
 from detectron2.data.samplers import TrainingSampler
 

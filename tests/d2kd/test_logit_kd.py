@@ -7,8 +7,8 @@ from helpers import assert_recorded, tap_pair
 from models import FASTER_RCNN, RETINANET, batch, config, write_teacher
 from torch.nn import functional as F
 
-from d2kd.distillers import LogitKD
-from d2kd.layers import AlignmentError, binary_divergence, softmax_divergence, spatial_divergence
+from d2kd.distillers import AlignmentError, LogitKD, Prediction
+from d2kd.distillers.divergence import binary_divergence, softmax_divergence, spatial_divergence
 from d2kd.modeling import MethodError, TapError, build_distilled_model
 from detectron2.utils.events import EventStorage
 
@@ -24,9 +24,17 @@ VECTORS = (0.0, 0.0)
 DIVERGENCES = {"softmax": softmax_divergence, "sigmoid": binary_divergence, "spatial": spatial_divergence}
 
 
-def logit_kd(holds="dense logits", channels=(4, 4), strides=(8.0, 8.0), **arguments):
+#: What a tap of each kind predicts.
+DENSE = Prediction("x", "class_logits", "anchor", activation="sigmoid")
+REGION = Prediction("x", "class_logits", "region", activation="softmax")
+SIGMOID_REGION = Prediction("x", "class_logits", "region", activation="sigmoid", unused_channels=1)
+PIXEL = Prediction("x", "class_logits", "pixel", activation="softmax")
+IMAGE = Prediction("x", "class_logits", "image", activation="softmax")
+
+
+def logit_kd(prediction=DENSE, channels=(4, 4), strides=(8.0, 8.0), **arguments):
     """The method for one pair of taps, x; channels and strides are of (student, teacher)."""
-    pairs = [tap_pair("x", channels=channels, strides=strides, holds=holds)]
+    pairs = [tap_pair("x", channels=channels, strides=strides, prediction=prediction)]
     return LogitKD(**{"pairs": pairs, "weight": 1.0, **arguments})
 
 
@@ -47,7 +55,7 @@ def test_spatial_golden(golden, dtype, loss_error):
     recorded = golden("mgd_seg_logit", dtype)
     student = recorded["logit_student"].requires_grad_()
     method = logit_kd(
-        "pixel logits",
+        PIXEL,
         channels=(19, 19),
         weight=float(recorded["logit_weight"]),
         temperature=float(recorded["temperature"]),
@@ -61,9 +69,7 @@ def test_spatial_golden(golden, dtype, loss_error):
 def test_softmax_golden(golden):
     recorded = golden("matching_loss")
     student = recorded["kd_student"].requires_grad_()
-    method = logit_kd(
-        "image logits", channels=(student.shape[1],) * 2, strides=VECTORS, temperature=float(recorded["kd_T"])
-    )
+    method = logit_kd(IMAGE, channels=(student.shape[1],) * 2, strides=VECTORS, temperature=float(recorded["kd_T"]))
     loss = method({"x": student}, {"x": recorded["kd_teacher"]})["x"]
     loss.backward()
     np.testing.assert_allclose(loss.item(), recorded["kd_loss"], rtol=2e-5)
@@ -79,7 +85,7 @@ def test_binary_form_is_the_divergence_of_two_class_softmaxes():
 
 def test_sigmoid_form_counts_the_teachers_objects_over_all_levels():
     shapes = {"fine": (2, 4, 6, 6), "coarse": (2, 4, 3, 3)}
-    pairs = [tap_pair(n, channels=(4, 4), strides=(8.0, 8.0), holds="dense logits") for n in shapes]
+    pairs = [tap_pair(n, channels=(4, 4), strides=(8.0, 8.0), prediction=DENSE) for n in shapes]
     s, t = ({n: torch.randn(shape) for n, shape in shapes.items()} for _ in range(2))
     objects = sum(x.sigmoid().square().sum() for x in t.values())
     losses = LogitKD(pairs=pairs, weight=2.0)(s, t)
@@ -98,17 +104,17 @@ def test_divergences_vanish_at_equality_only_and_have_right_gradients(form):
     assert torch.autograd.gradcheck(lambda s: DIVERGENCES[form](s, y, 2.0), x.requires_grad_())
 
 
-@pytest.mark.parametrize("holds", ["region logits", "region sigmoid logits"])
-def test_no_regions_give_zero_connected_to_the_student(holds):
+@pytest.mark.parametrize("prediction", [REGION, SIGMOID_REGION])
+def test_no_regions_give_zero_connected_to_the_student(prediction):
     student = torch.zeros(0, 4, requires_grad=True)
-    loss = logit_kd(holds, strides=VECTORS)({"x": student}, {"x": torch.zeros(0, 4)})["x"]
+    loss = logit_kd(prediction, strides=VECTORS)({"x": student}, {"x": torch.zeros(0, 4)})["x"]
     loss.backward()
     assert loss.item() == 0 and student.grad.shape == (0, 4)
 
 
 def test_background_of_sigmoid_classifiers_does_not_count():
     s, t = torch.randn(5, 4), torch.randn(5, 4)
-    method = logit_kd("region sigmoid logits", strides=VECTORS)
+    method = logit_kd(SIGMOID_REGION, strides=VECTORS)
     changed = [torch.cat([x[:, :3], x[:, 3:] + 5], dim=1) for x in (s, t)]
     assert method({"x": s}, {"x": t})["x"] == method({"x": changed[0]}, {"x": changed[1]})["x"]
 
@@ -124,11 +130,11 @@ def test_half_precision_is_computed_in_float32():
     [
         (dict(temperature=0.0), r"DISTILL\.LOGIT_KD\.TEMPERATURE\b"),
         (dict(form="hinge"), r"DISTILL\.LOGIT_KD\.FORM\b"),
-        (dict(holds=""), r"DISTILL\.LOGIT_KD\.FORM\b"),
+        (dict(prediction=None), r"DISTILL\.LOGIT_KD\.FORM\b"),
         (dict(weight=-1.0), r"DISTILL\.LOGIT_KD\.WEIGHT\b"),
         (dict(channels=(4, 6)), r"DISTILL\.LOGIT_KD\.TAPS, .* 4 numbers, the teacher 6"),
         (dict(strides=(8.0, 16.0)), r"DISTILL\.LOGIT_KD\.TAPS, .* stride 8, the teacher at stride 16"),
-        (dict(holds="region logits", strides=VECTORS, form="spatial"), r"DISTILL\.LOGIT_KD\.FORM is spatial"),
+        (dict(prediction=REGION, strides=VECTORS, form="spatial"), r"DISTILL\.LOGIT_KD\.FORM is spatial"),
     ],
 )
 def test_arguments_out_of_range_name_the_key(change, message):
@@ -137,7 +143,7 @@ def test_arguments_out_of_range_name_the_key(change, message):
 
 
 def test_pixel_logits_of_other_strides_are_resampled():
-    method = logit_kd("pixel logits", strides=(4.0, 8.0))
+    method = logit_kd(PIXEL, strides=(4.0, 8.0))
     t = torch.zeros(1, 4, 3, 3)
     assert method({"x": torch.ones(1, 4, 6, 6)}, {"x": t})["x"].item() == pytest.approx(0, abs=1e-6)
 
@@ -155,7 +161,7 @@ def test_levels_are_matched_by_the_feature_they_read(tmp_path):
         "MODEL__ANCHOR_GENERATOR__SIZES": [[32], [64], [128], [256]],
     }
     net = distilled(tmp_path, RETINANET, teacher)
-    assert [(p.student, p.teacher) for p in net.distillers["LogitKD"].pairs] == [
+    assert [(p.student.name, p.teacher.name) for p in net.distillers["LogitKD"].pairs] == [
         (f"head.cls_score@{i + 1}", f"head.cls_score@{i}") for i in range(4)
     ]
 
@@ -169,10 +175,12 @@ def test_segmentors_are_compared_before_upsampling(tmp_path):
 def test_form_of_the_box_predictor_follows_its_loss(tmp_path):
     sigmoid = {"MODEL__ROI_BOX_HEAD__USE_SIGMOID_CE": True}
     net = distilled(tmp_path, FASTER_RCNN, sigmoid, **sigmoid)
-    assert net.distillers["LogitKD"].pairs[0].holds == "region sigmoid logits"
+    prediction = net.distillers["LogitKD"].pairs[0].student.prediction
+    assert (prediction.location, prediction.activation, prediction.unused_channels) == ("region", "sigmoid", 1)
     step(net)
     with pytest.raises(
-        AlignmentError, match=r"DISTILL\.LOGIT_KD\.TAPS, .* region sigmoid logits, the teacher's region logits"
+        AlignmentError,
+        match=r"DISTILL\.LOGIT_KD\.TAPS, .* region sigmoid class_logits, the teacher's region softmax class_logits",
     ):
         distilled(tmp_path, FASTER_RCNN, **sigmoid)
 
@@ -182,7 +190,7 @@ def test_other_classes_are_an_error_that_names_both_keys(tmp_path):
         MethodError,
         match=r"3 classes \(MODEL\.RETINANET\.NUM_CLASSES\), the teacher 5 \(MODEL\.RETINANET\.NUM_CLASSES\b",
     ):
-        distilled(tmp_path, RETINANET, {"MODEL__RETINANET__NUM_CLASSES": 5}, DISTILL__INHERIT__ENABLED=False)
+        distilled(tmp_path, RETINANET, {"MODEL__RETINANET__NUM_CLASSES": 5}, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
 
 
 def test_other_anchors_are_an_error(tmp_path):
@@ -193,7 +201,7 @@ def test_other_anchors_are_an_error(tmp_path):
 def test_models_without_a_common_prediction_are_an_error(tmp_path):
     named = write_teacher(tmp_path, config(FASTER_RCNN))
     with pytest.raises(
-        TapError, match=r"DISTILL\.LOGIT_KD\.TAPS is empty, .* RetinaNet and a GeneralizedRCNN make no logits"
+        TapError, match=r"DISTILL\.LOGIT_KD\.TAPS is empty, .* RetinaNet and a GeneralizedRCNN make no class_logits"
     ):
         build_distilled_model(config(DISTILL__METHODS=["LogitKD"], **named))
 
@@ -202,6 +210,6 @@ def test_softmax_over_pixels_matches_rows():
     s, t = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
     rows = [x.permute(0, 2, 3, 1).reshape(-1, 5) for x in (s, t)]
     want = F.kl_div(rows[0].log_softmax(1), rows[1].softmax(1), reduction="batchmean")
-    assert logit_kd("pixel logits", channels=(5, 5), form="softmax")({"x": s}, {"x": t})["x"].item() == pytest.approx(
+    assert logit_kd(PIXEL, channels=(5, 5), form="softmax")({"x": s}, {"x": t})["x"].item() == pytest.approx(
         want.item(), rel=1e-5
     )

@@ -7,9 +7,10 @@ import torch
 from helpers import assert_recorded, tap_pair
 from models import config, write_teacher
 
-from d2kd.distillers import ReceptiveTokens, TokenFile, TokenFileError
-from d2kd.distillers.token_file import LearnedLevel, weights_checksum
-from d2kd.layers.tokens import (
+from d2kd.distillers import ReceptiveTokens
+from d2kd.distillers.checksum import weights_checksum
+from d2kd.distillers.receptive_tokens import LearnedLevel, TokenFile, TokenFileError
+from d2kd.distillers.receptive_tokens.tokens import (
     TokenMasks,
     Tokens,
     WeightingBranch,
@@ -34,7 +35,9 @@ def branch(recorded, level="", dtype=torch.double):
 
 
 def distiller(tokens, pairs=None, weight=1.0, **changes):
-    return ReceptiveTokens(pairs=pairs or [tap_pair("p3", channels=(4, 4))], weight=weight, tokens=tokens, **changes)
+    published = {"normalize": "none", "position_weights": "mask_sum", "warmup_iters": 0}
+    pairs = pairs or [tap_pair("p3", channels=(4, 4))]
+    return ReceptiveTokens(pairs=pairs, weight=weight, tokens=tokens, **{**published, **changes})
 
 
 def some_tokens(t=3, c=4, weighting=True, seed=0):
@@ -115,8 +118,8 @@ def test_end_to_end_golden(golden, dtype):
         ],
         [tap_pair(k, channels=(c, c)) for k in levels],
         weight=float(recorded["loss_weight"]),
-        warmup=int(recorded["warmup"]),
-        align="conv",
+        warmup_iters=int(recorded["warmup"]),
+        aligner="conv",
     ).to(dtype)
     for i, k in enumerate(levels):
         method.align[i].load_state_dict({p: recorded[f"align_{p}{k}"] for p in ("weight", "bias")})
@@ -149,7 +152,7 @@ def test_segmentation_golden(golden, dtype):
         [Tokens(recorded["mask_token"])] * 2,
         [tap_pair(tap, channels=(c, c)) for tap in ("main", "aux")],
         weight=float(recorded["factor"]),
-        level_weights=[1.0, float(recorded["aux_weight"])],
+        tap_weights=[1.0, float(recorded["aux_weight"])],
         customize=False,
         eps=float(recorded["eps"]),
     ).to(dtype)
@@ -219,7 +222,7 @@ def test_weighted_error_of_half_maps_is_float32_and_gives_half_gradients():
 
 def test_masks_that_are_zero_everywhere_give_zero_not_nan():
     tokens = Tokens(torch.full((2, 4), -1e4))
-    method = distiller([tokens], reduction="paper")
+    method = distiller([tokens], position_weights="mask_sum")
     loss = method({"p3": torch.ones(1, 4, 3, 3)}, {"p3": torch.ones(1, 4, 3, 3)})["p3"]
     assert loss.item() == 0
 
@@ -236,13 +239,18 @@ def test_mean_weights_of_an_image_have_sum_one():
 
 
 @pytest.mark.parametrize("normalize", ["none", "standardize"])
-@pytest.mark.parametrize("reduction", ["paper", "mean"])
-def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, reduction):
+@pytest.mark.parametrize("position_weights", ["mask_sum", "unit_sum"])
+def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, position_weights):
     x = torch.randn(2, 4, 6, 7)
     assert (
-        distiller([some_tokens()], normalize=normalize, reduction=reduction)({"p3": x}, {"p3": x})["p3"].item() < 1e-10
+        distiller([some_tokens()], normalize=normalize, position_weights=position_weights)({"p3": x}, {"p3": x})[
+            "p3"
+        ].item()
+        < 1e-10
     )
-    method = distiller([some_tokens()], [tap_pair("p3", channels=(6, 4))], normalize=normalize, reduction=reduction)
+    method = distiller(
+        [some_tokens()], [tap_pair("p3", channels=(6, 4))], normalize=normalize, position_weights=position_weights
+    )
     student = torch.randn(2, 6, 6, 7, requires_grad=True)
     method({"p3": student}, {"p3": x})["p3"].backward()
     assert student.grad.abs().sum() > 0 and method.align[0].weight.grad.abs().sum() > 0
@@ -251,10 +259,10 @@ def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, reduc
 def test_a_standardized_student_is_masked_on_the_teachers_scale():
     torch.manual_seed(1)
     teacher = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 1.0, 5.0, 20.0]).view(-1, 1, 1) + 3
-    method = distiller([some_tokens()], normalize="standardize", reduction="mean")
+    method = distiller([some_tokens()], normalize="standardize", position_weights="unit_sum")
     level = method.levels[0]
     standardized = (teacher - teacher.mean((0, 2, 3), True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
-    got = token_masks(standardized, *method._tokens_for_student(level, teacher))
+    got = token_masks(standardized, *method._tokens_for_student(level, teacher, None))
     torch.testing.assert_close(got, token_masks(teacher, level.tokens), rtol=1e-3, atol=1e-4)
 
 
@@ -268,24 +276,24 @@ def test_weight_zero_gives_the_student_no_gradient_and_the_aligner_zeros():
 
 
 def test_only_aligners_are_trained_and_tokens_stay():
-    method = distiller([some_tokens()], align="conv")
+    method = distiller([some_tokens()], aligner="conv")
     assert [name for name, _ in method.named_parameters()] == ["align.0.weight", "align.0.bias"]
     assert torch.equal(method.levels[0].tokens, some_tokens().tokens)
 
 
-def test_level_weights_scale_their_level():
+def test_tap_weights_scale_their_level():
     tokens, maps = [some_tokens(), some_tokens(seed=1)], [torch.randn(1, 4, 5, 5) for _ in range(4)]
     pairs = [tap_pair(tap, channels=(4, 4)) for tap in ("p3", "p4")]
     student, teacher = dict(zip(["p3", "p4"], maps)), dict(zip(["p3", "p4"], maps[2:]))
     plain = distiller(tokens, pairs)(student, teacher)
-    scaled = distiller(tokens, pairs, level_weights=[1.0, 3.0])(student, teacher)
+    scaled = distiller(tokens, pairs, tap_weights=[1.0, 3.0])(student, teacher)
     assert scaled["p3"] == plain["p3"] and scaled["p4"].item() == pytest.approx(3 * plain["p4"].item())
 
 
 def test_the_warm_up_is_continued_by_a_checkpoint():
     maps = [torch.randn(1, 4, 5, 5) for _ in range(2)]
     calls = lambda method, n: [method({"p3": maps[0]}, {"p3": maps[1]})["p3"].item() for _ in range(n)]  # noqa: E731
-    make = lambda: distiller([some_tokens()], warmup=3)  # noqa: E731
+    make = lambda: distiller([some_tokens()], warmup_iters=3)  # noqa: E731
     whole = calls(make(), 5)
     assert whole[0] == whole[2] != whole[3] == whole[4]
     first = make()
@@ -307,13 +315,13 @@ def test_a_checkpoint_with_other_tokens_is_an_error():
     "change, message",
     [
         (dict(weight=-1.0), r"DISTILL\.RECEPTIVE_TOKENS\.WEIGHT\b"),
-        (dict(align="linear"), r"DISTILL\.RECEPTIVE_TOKENS\.ALIGN\b"),
-        (dict(warmup=-1), r"DISTILL\.RECEPTIVE_TOKENS\.WARMUP_ITERS\b"),
+        (dict(aligner="linear"), r"DISTILL\.RECEPTIVE_TOKENS\.ALIGN\b"),
+        (dict(warmup_iters=-1), r"DISTILL\.RECEPTIVE_TOKENS\.WARMUP_ITERS\b"),
         (dict(eps=-1.0), r"DISTILL\.RECEPTIVE_TOKENS\.EPS\b"),
         (dict(normalize="l2"), r"\bNORMALIZE is 'l2'"),
-        (dict(reduction="sum"), r"\bREDUCTION is 'sum'"),
-        (dict(level_weights=[1.0, 2.0]), r"DISTILL\.RECEPTIVE_TOKENS\.LEVEL_WEIGHTS\b"),
-        (dict(level_weights=[-1.0]), r"DISTILL\.RECEPTIVE_TOKENS\.LEVEL_WEIGHTS is .* negative"),
+        (dict(position_weights="sum"), r"DISTILL\.RECEPTIVE_TOKENS\.POSITION_WEIGHTS is 'sum'"),
+        (dict(tap_weights=[1.0, 2.0]), r"DISTILL\.RECEPTIVE_TOKENS\.TAP_WEIGHTS\b"),
+        (dict(tap_weights=[-1.0]), r"DISTILL\.RECEPTIVE_TOKENS\.TAP_WEIGHTS\[0\] is -1\.0"),
         (
             dict(pairs=[tap_pair("p3", channels=(4, 4), strides=(1.0, 64.0))]),
             r"DISTILL\.RECEPTIVE_TOKENS\.TAPS, p3 <- p3",
@@ -421,7 +429,11 @@ def test_the_method_trains_a_detector(tmp_path):
 
 def test_the_warm_up_is_counted_in_iterations_not_batches(tmp_path):
     keys = {"SOLVER__ACCUMULATE": 4, "DISTILL__RECEPTIVE_TOKENS__WARMUP_ITERS": 3}
-    assert build_distilled_model(distillation(tmp_path, {}, **keys)).distillers["ReceptiveTokens"].warmup == 12
+    method = build_distilled_model(distillation(tmp_path, {}, **keys)).distillers["ReceptiveTokens"]
+    method.calls = 11
+    assert not method.customizing
+    method.calls = 12
+    assert method.customizing
 
 
 def test_the_checksum_sees_weights_not_their_device_or_order():

@@ -1,6 +1,5 @@
 """The comparison report: numbers, missing numbers, files, pictures."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,7 +10,9 @@ import pytest
 from runs import tool as run_as_process
 
 import d2kd  # noqa: F401
+from d2kd.cli.report import run
 from d2kd.evaluation.report import ModelResult, compare, load_result, write_report
+from d2kd.evaluation.results import ResultError
 from d2kd.visualization import detection_grid, read_predictions, read_training_log
 from d2kd.visualization.curves import smooth
 from d2kd.visualization.detections import GAP, HEADER, RIGHT, TILE, WRONG, is_right
@@ -157,10 +158,10 @@ def test_report_without_optional_material_drops_old_pictures(tmp_path):
 
 
 def test_unfinished_and_broken_runs_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'baseline'.*result.json"):
+    with pytest.raises(ResultError, match="'baseline'.*result.json"):
         load_result("baseline", str(tmp_path))
     (tmp_path / "result.json").write_text('{"metrics": {"segm": {}}}')
-    with pytest.raises(ValueError, match="no metrics of the task 'bbox'"):
+    with pytest.raises(ResultError, match="no metrics of the task 'bbox'"):
         load_result("baseline", str(tmp_path))
 
 
@@ -234,25 +235,19 @@ def test_first_line_of_a_log_tells_what_the_tool_runs_on(name, arguments):
     assert "no.pth" in last or "nothing" in last
 
 
-@pytest.fixture(scope="module")
-def tool():
-    path = Path(__file__).parents[2] / "tools" / "report.py"
-    spec = importlib.util.spec_from_file_location("report_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_command_line(tmp_path, dataset, caplog):
+    def exit_status(arguments):
+        with pytest.raises(SystemExit) as stop:
+            run(arguments)
+        return stop.value.code
 
-
-def test_command_line(tool, tmp_path, dataset, caplog):
     for name, ap in (("teacher", 30.0), ("baseline", 4.0), ("distilled", 17.0)):
         write_run(tmp_path / name, ap)
     runs = [f"--run={name}={tmp_path / name}" for name in ("teacher", "baseline", "distilled")]
-    arguments = [*runs, "--output", str(tmp_path / "out"), "--dataset", DATASET, "--label", "teacher=The teacher"]
-    assert tool.main(arguments) == 0
+    run([*runs, "--output", str(tmp_path / "out"), "--dataset", DATASET, "--label", "teacher=The teacher"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| The teacher | 30.0 |" in text and "python tools/report.py --run=teacher=" in text
-    assert tool.main([f"--run=teacher={tmp_path / 'nothing'}", "--output", str(tmp_path / "none")]) == 2
-    assert tool.main([*runs, "--output", str(tmp_path / "none"), "--dataset", "no_such_dataset"]) == 2
+    assert "| The teacher | 30.0 |" in text and "d2kd report --run=teacher=" in text
+    assert exit_status([f"--run=teacher={tmp_path / 'nothing'}", "--output", str(tmp_path / "none")]) == 2
+    assert exit_status([*runs, "--output", str(tmp_path / "none"), "--dataset", "no_such_dataset"]) == 2
     assert not (tmp_path / "none").exists()
-    with pytest.raises(SystemExit):
-        tool.main(["--run", "teacher", "--output", str(tmp_path / "none")])
+    assert exit_status(["--run", "teacher", "--output", str(tmp_path / "none")]) == 2

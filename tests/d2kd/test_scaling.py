@@ -4,8 +4,11 @@ import pytest
 from models import config
 
 from d2kd.data.datasets import register_datasets
-from d2kd.engine import ConfigError, DistillTrainer, load_config
+from d2kd.distillers import DISTILLERS, FeatureMimic
+from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.scaling import scale_to_processes
+from d2kd.errors import ConfigError
+from d2kd.settings import setting
 
 
 def test_what_methods_count_in_iterations_is_scaled_with_the_solver():
@@ -25,11 +28,17 @@ def test_what_methods_count_in_iterations_is_scaled_with_the_solver():
     assert scaled.is_frozen() and cfg.DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS == 1000
 
 
-def test_a_preset_is_scaled_too():
-    preset = config(DISTILL__CHANNEL_MATCHING__PRESET="imagenet_r50_mobilenet_v1", SOLVER__REFERENCE_WORLD_SIZE=4)
-    node = scale_to_processes(preset, 2).DISTILL.CHANNEL_MATCHING
-    assert (node.PRESET, node.REFRESH_PERIODS) == ("", [10010])
-    assert (node.FACTORS, node.TRACK_IMAGES) == ([8e4, 4e4, 2e4, 1e4], 20480)
+def test_lengths_that_are_no_iterations_stay():
+    node = scale_to_processes(config(SOLVER__REFERENCE_WORLD_SIZE=4), 2).DISTILL
+    assert (node.CHANNEL_MATCHING.TRACK_IMAGES, node.RECEPTIVE_TOKENS.LEARN.ITERATIONS) == (2000, 2000)
+
+
+def test_iterations_of_a_method_of_ones_own_are_scaled(monkeypatch):
+    class Patient(FeatureMimic):
+        wait: int = setting(30, "Iterations to wait.", iterations=True)
+
+    monkeypatch.setitem(DISTILLERS._obj_map, "Patient", Patient)
+    assert scale_to_processes(config(SOLVER__REFERENCE_WORLD_SIZE=4), 2).DISTILL.PATIENT.WAIT == 60
 
 
 def test_an_average_forgets_as_much_in_an_epoch():
@@ -53,7 +62,6 @@ def test_an_average_forgets_as_much_in_an_epoch():
     "changes, words",
     [
         ({"SOLVER__IMS_PER_BATCH": 6}, r"SOLVER\.IMS_PER_BATCH 6 cannot be divided"),
-        ({"DISTILL__CHANNEL_MATCHING__PRESET": "nobodys"}, r"DISTILL\.CHANNEL_MATCHING\.PRESET is 'nobodys'"),
     ],
 )
 def test_what_cannot_be_scaled_is_an_error_of_the_users(changes, words):
@@ -69,8 +77,13 @@ def test_more_processes_than_iterations_of_a_period():
 
 def test_the_trainer_scales(write_config, teacher):
     changes = dict(DISTILL__METHODS=["ChannelMatching"], SOLVER__REFERENCE_WORLD_SIZE=2, SOLVER__IMS_PER_BATCH=4)
-    path = write_config(**changes, DISTILL__CHANNEL_MATCHING__PRESET="cub200_r50_mobilenet_v2", **teacher)
-    cfg = load_config(str(path), ["DISTILL.CHANNEL_MATCHING.TAPS", ["res3.pre_relu", "res4.pre_relu", "res5.pre_relu"]])
+    path = write_config(
+        **changes,
+        DISTILL__CHANNEL_MATCHING__REFRESH_PERIODS=[188],
+        DISTILL__CHANNEL_MATCHING__REFRESH_STEPS=[],
+        **teacher,
+    )
+    cfg = load_config(str(path))
     register_datasets(cfg)
     trainer = DistillTrainer(cfg)
     assert trainer.cfg.SOLVER.IMS_PER_BATCH == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import FASTER_RCNN, batch, config, model
 
-from d2kd.modeling.taps import FeatureTaps, TapError, tap_names
+from d2kd.modeling.taps import FeatureTaps, TapError, shared_levels, tap_names
 
 
 def record(net, names, train=False, **kwargs):
@@ -121,8 +121,6 @@ def test_two_stage_models_and_names():
 
 
 def test_default_levels_are_shared_not_pooled_and_large_enough():
-    from d2kd.modeling.pairing import shared_levels
-
     dense, two_stage = model(), model(config(FASTER_RCNN))
     assert shared_levels(dense, dense) == ["p3", "p4", "p5", "p6", "p7"]
     assert shared_levels(two_stage, two_stage) == ["p2", "p3", "p4", "p5"]  # p6 is p5, pooled

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from d2kd.errors import UserError
+from d2kd.errors import UserError, require_choice
 
 #: Costs are compared as integers, in units of 1 / SCALE.
 SCALE = 1e5
@@ -32,11 +32,14 @@ def assign_channels(cost: Tensor, per_student: int, remainder: str = "shave", so
 
     Raises:
         AssignmentError: costs are not finite, the solver is not installed or found no optimum.
+        ConfigError: unknown solver or remainder.
         ValueError: there are not so many teacher channels.
     """
     cs, ct = cost.shape
     if not 1 <= per_student * cs <= ct:
         raise ValueError(f"{cs} student channels cannot have {per_student} of {ct} teacher channels each.")
+    require_choice("DISTILL.CHANNEL_MATCHING.ASSIGNMENT_SOLVER", solver, SOLVERS)
+    require_choice("DISTILL.CHANNEL_MATCHING.REMAINDER", remainder, REMAINDERS)
     integers = quantize(cost)
     if remainder == "shave":
         integers = integers[:, : per_student * cs].contiguous()

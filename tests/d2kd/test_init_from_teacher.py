@@ -4,7 +4,8 @@ import pytest
 import torch
 from models import FASTER_RCNN, config, model
 
-from d2kd.modeling.inherit import InheritError, body_prefix, inherit
+from d2kd.modeling.architectures import architecture_of
+from d2kd.modeling.init_from_teacher import InitializationError, init_from_teacher
 
 
 def changed(net, before):
@@ -18,7 +19,7 @@ def snapshot(net):
 def test_neck_and_head_are_copied_and_the_body_keeps_its_own():
     student, teacher = model(seed=1), model(seed=2)
     before = snapshot(student)
-    report = inherit(student, teacher)
+    report = init_from_teacher(student, teacher)
     assert not report.other_shape and not report.absent
     assert all(torch.equal(student.state_dict()[n], teacher.state_dict()[n]) for n in report.copied)
     assert changed(student, before) <= set(report.copied)
@@ -29,7 +30,7 @@ def test_neck_and_head_are_copied_and_the_body_keeps_its_own():
 
 def test_other_widths_are_skipped_and_reported_with_both_shapes():
     student, teacher = model(seed=1), model(config(MODEL__RESNETS__RES2_OUT_CHANNELS=32), seed=2)
-    report = inherit(student, teacher)
+    report = init_from_teacher(student, teacher)
     assert ("backbone.fpn_lateral3.weight", (8, 32, 1, 1), (8, 64, 1, 1)) in report.other_shape
     assert "backbone.fpn_lateral3.bias" in report.copied and "head.cls_score.weight" in report.copied
 
@@ -37,50 +38,55 @@ def test_other_widths_are_skipped_and_reported_with_both_shapes():
 def test_excluded_modules_keep_their_own():
     student = model(seed=1)
     before = snapshot(student)
-    inherit(student, model(seed=2), exclude=["head."])
+    init_from_teacher(student, model(seed=2), exclude=["head."])
     assert not any(name.startswith("head.") for name in changed(student, before))
-    with pytest.raises(InheritError, match="heads"):
-        inherit(student, model(seed=2), exclude=["heads"])
+    with pytest.raises(InitializationError, match="heads"):
+        init_from_teacher(student, model(seed=2), exclude=["heads"])
 
 
 def test_other_classes_are_an_error_that_names_layers_and_nothing_is_changed():
     student, teacher = model(seed=1), model(config(MODEL__RETINANET__NUM_CLASSES=5), seed=2)
     before = snapshot(student)
-    with pytest.raises(InheritError, match=r"3 classes, the teacher 5.*head\.cls_score.*DISTILL\.INHERIT\.EXCLUDE\b"):
-        inherit(student, teacher, classes=(3, 5))
+    with pytest.raises(
+        InitializationError, match=r"3 classes, the teacher 5.*head\.cls_score.*DISTILL\.INIT_FROM_TEACHER\.EXCLUDE\b"
+    ):
+        init_from_teacher(student, teacher, classes=(3, 5))
     assert not changed(student, before)
-    assert "head.cls_score.weight" not in inherit(student, teacher, exclude=["head.cls_score"], classes=(3, 5)).copied
+    assert (
+        "head.cls_score.weight"
+        not in init_from_teacher(student, teacher, exclude=["head.cls_score"], classes=(3, 5)).copied
+    )
 
 
 def test_layers_of_another_width_are_no_predictors_of_other_classes():
     narrow = model(config(MODEL__FPN__OUT_CHANNELS=4, MODEL__RETINANET__NUM_CLASSES=5), seed=2)
-    with pytest.raises(InheritError, match=r"3 classes, the teacher 5: head\.cls_score cannot"):
-        inherit(model(seed=1), narrow, classes=(3, 5))
-    report = inherit(model(seed=1), narrow, exclude=["head.cls_score"], classes=(3, 5))
+    with pytest.raises(InitializationError, match=r"3 classes, the teacher 5: head\.cls_score cannot"):
+        init_from_teacher(model(seed=1), narrow, classes=(3, 5))
+    report = init_from_teacher(model(seed=1), narrow, exclude=["head.cls_score"], classes=(3, 5))
     assert "backbone.fpn_output3.weight" in [name for name, *_ in report.other_shape]
 
 
 def test_another_architecture_shares_what_has_the_same_name():
     student, teacher = model(config(FASTER_RCNN), seed=1), model(seed=2)
-    report = inherit(student, teacher)
+    report = init_from_teacher(student, teacher)
     assert any(name.startswith("roi_heads.") for name in report.absent)
     assert "backbone.fpn_output3.weight" in report.copied
 
 
 def test_the_student_is_not_tied_to_the_teacher():
     student, teacher = model(seed=1), model(seed=2)
-    inherit(student, teacher)
+    init_from_teacher(student, teacher)
     with torch.no_grad():
         student.head.cls_score.weight.add_(1)
     assert not torch.equal(student.head.cls_score.weight, teacher.head.cls_score.weight)
 
 
 def test_body_of_models_with_and_without_a_neck():
-    assert body_prefix(model()) == "backbone.bottom_up."
+    assert architecture_of(model()).bottom_up == "backbone.bottom_up"
     plain = config(
         MODEL__BACKBONE__NAME="build_resnet_backbone",
         MODEL__META_ARCHITECTURE="ProposalNetwork",
         MODEL__RESNETS__OUT_FEATURES=["res4"],
         MODEL__ANCHOR_GENERATOR__SIZES=[[32]],
     )
-    assert body_prefix(model(plain)) == "backbone."
+    assert architecture_of(model(plain)).bottom_up == "backbone"
