@@ -37,7 +37,7 @@ def add_distill_config(cfg: CfgNode) -> None:
         add(cfg)
 
 
-def _add_distill(cfg: CN) -> None:
+def _add_distill(cfg: CfgNode) -> None:
     cfg.DISTILL = CN()
 
     # Python files (looked for beside the YAML too) or modules that register methods, architectures, ... of your own.
@@ -78,7 +78,7 @@ def _add_distill(cfg: CN) -> None:
     cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE = []
 
 
-def _add_data_and_solver(cfg: CN) -> None:
+def _add_data_and_solver(cfg: CfgNode) -> None:
     # COCO files as datasets, without code: [{NAME: my_train, JSON: path, IMAGES: directory}, ...].
     cfg.DATASETS.REGISTER = []
     # What to do with an image that cannot be read while training: error | skip (logged once, another image takes its
@@ -105,7 +105,7 @@ def _add_data_and_solver(cfg: CN) -> None:
     cfg.SOLVER.EMA.WARMUP = 10.0
 
 
-def _add_test_and_logging(cfg: CN) -> None:
+def _add_test_and_logging(cfg: CfgNode) -> None:
     # Keep the weights of the best evaluation so far (TEST.EVAL_PERIOD) as model_best.pth.
     cfg.TEST.BEST_CHECKPOINT = CN()
     # The metric to go by, larger is better, e.g. "bbox/AP"; "bbox_EMA/AP" keeps the averaged weights. "" is off.

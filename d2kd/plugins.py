@@ -78,7 +78,8 @@ def _find(name: str, directories: Iterable[str]) -> str:
 
 def _import_file(path: str) -> ModuleType:
     for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) and os.path.abspath(module.__file__) == path:
+        file = getattr(module, "__file__", None)
+        if file and os.path.abspath(file) == path:
             return module
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules:

@@ -1,7 +1,7 @@
 """Settings: each key of a configurable part is declared once, with its default, range and documentation."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ class Setting:
         kind = self.items or str
         return [self._check_one(f"{key}[{i}]", item, kind) for i, item in enumerate(value)]
 
-    def _check_one(self, key: str, value: Any, kind: type) -> Any:
+    def _check_one(self, key: str, value: Any, kind: type[Any]) -> Any:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -53,7 +53,7 @@ class Setting:
         return value
 
     def _check_range(self, key: str, value: float) -> None:
-        rules = [
+        rules: list[tuple[float | None, Callable[[float], bool], str]] = [
             (self.at_least, lambda bound: value >= bound, "at least"),
             (self.above, lambda bound: value > bound, "above"),
             (self.at_most, lambda bound: value <= bound, "at most"),

@@ -95,7 +95,7 @@ def perform(run: Run, output: Path, environment: dict[str, str]) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def _wait(process: subprocess.Popen) -> int:
+def _wait(process: subprocess.Popen[bytes]) -> int:
     """Waits for the run; Ctrl-C reaches it too (same terminal), and it saves before it stops."""
     while True:
         try:

@@ -1,5 +1,10 @@
 #!/usr/bin/env bash
-# Sets up and runs the tests; arguments go to pytest.
+# Sets up, checks style and types, and runs the tests. Arguments go to pytest; with arguments only the tests run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+if [ $# -eq 0 ]; then
+  ruff check .
+  ruff format --check .
+  mypy
+fi
 exec python -m pytest "$@"

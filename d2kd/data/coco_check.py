@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 BOX_TOLERANCE = 1.0
 
 _ID, _NUMBER = (int, str), (int, float)
-_TYPES = {
+_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": _ID, "file_name": (str,), "height": _NUMBER, "width": _NUMBER},
     "annotations": {"id": _ID, "image_id": _ID, "category_id": (int,), "bbox": (list,)},
     "categories": {"id": (int,), "name": (str,)},
@@ -176,8 +176,12 @@ def _check_unique(path: str, section: str, entries: Entries) -> None:
     ids = [e["id"] for e in entries]
     if len(set(ids)) == len(ids):
         return
-    seen = set()
-    twice = [i for i in ids if i in seen or seen.add(i)]
+    seen: set[Any] = set()
+    twice = []
+    for i in ids:
+        if i in seen:
+            twice.append(i)
+        seen.add(i)
     raise DatasetError(
         f"{path}: {len(twice)} of the {len(ids)} {section} repeat an id, first id {twice[0]}. Give each its own id."
     )
@@ -244,7 +248,7 @@ def _check_image_files(path: str, images: Entries, image_root: str, policy: str)
     if not PathManager.isdir(image_root):
         raise DatasetError(f"Image folder {image_root} (for {path}) does not exist. Correct the path.")
     folders = {os.path.dirname(image["file_name"]) for image in images}
-    present = set()
+    present: set[str] = set()
     # Listing a folder once is much faster than asking for each file.
     for folder in folders:
         full = os.path.join(image_root, folder)

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: A stream position and the index of the image there.
 Draw = tuple[int, int]
+#: Turns a record into a model input; None says that another image must take its place.
+Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
 #: After so many unreadable images in a row the dataset, not an image, is broken.
 MAX_REPLACEMENTS = 50
 
@@ -44,8 +46,8 @@ class ResumableLoader:
     def __init__(
         self,
         dicts: list[dict[str, Any]],
-        mapper: Callable[[dict[str, Any]], dict[str, Any] | None],
-        build_sampler: Callable[[int], Sampler],
+        mapper: Mapper,
+        build_sampler: Callable[[int], Sampler[int]],
         *,
         batch_size: int,
         num_workers: int = 0,
@@ -56,7 +58,7 @@ class ResumableLoader:
         """
         Args:
             dicts: the data set in Detectron2's format.
-            mapper: turns a record into a model input; None says that another image must take its place.
+            mapper: see `Mapper`.
             build_sampler: makes the endless sampler of this process, given the seed.
             batch_size: images a batch, on this process.
             num_workers: processes that read images; 0 reads in this one.
@@ -100,10 +102,10 @@ def _wide(dicts: list[dict[str, Any]]) -> list[bool] | None:
     return None
 
 
-class _Batches(Sampler):
+class _Batches(Sampler[list[Draw]]):
     """Batches of draws, grouped by aspect ratio before any image is read: skipping to a position costs nothing."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, wide: Sequence[bool] | None, start: int) -> None:
+    def __init__(self, sampler: Sampler[int], batch_size: int, wide: Sequence[bool] | None, start: int) -> None:
         self.sampler, self.batch_size, self.wide, self.start = sampler, batch_size, wide, start
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -119,10 +121,10 @@ class _Batches(Sampler):
                 bucket.clear()
 
 
-class _SeededDataset(Dataset):
+class _SeededDataset(Dataset[dict[str, Any]]):
     """Maps a draw to a model input, with random numbers that depend on the draw alone."""
 
-    def __init__(self, records: DatasetFromList, mapper: Callable, seed: tuple[int, int]) -> None:
+    def __init__(self, records: DatasetFromList, mapper: Mapper, seed: tuple[int, int]) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
@@ -150,7 +152,7 @@ def _seeded(seed: int) -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
@@ -167,7 +169,9 @@ def _init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_the_parent_says, args=(parent_process().pid,), daemon=True).start()
+        parent = parent_process()
+        assert parent is not None  # this is a worker
+        threading.Thread(target=_end_when_the_parent_says, args=(parent.pid,), daemon=True).start()
 
 
 def _end_when_the_parent_says(parent: int) -> None:
@@ -176,7 +180,7 @@ def _end_when_the_parent_says(parent: int) -> None:
     os._exit(0)
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable | None = None) -> ResumableLoader:
+def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> ResumableLoader:
     """The training loader that a Detectron2 configuration describes, made resumable.
 
     Raises:
@@ -216,7 +220,7 @@ def _batch_size(cfg: CfgNode) -> int:
     return total // world
 
 
-def _sampler_builder(cfg: CfgNode, dicts: list[dict[str, Any]]) -> Callable[[int], Sampler]:
+def _sampler_builder(cfg: CfgNode, dicts: list[dict[str, Any]]) -> Callable[[int], Sampler[int]]:
     """Makes the sampler that the configuration names, given a seed; keeps no record."""
     name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)
     if name == "TrainingSampler":

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -165,7 +165,8 @@ class Distiller(Configurable, nn.Module):
                 loss = self.level_loss(level, s, t)
             else:
                 known = align_validity(known, self._stride_ratio(level), (s.shape[-2], s.shape[-1]))
-                loss = self.level_loss(level, s, t, valid=known)
+                loss_where: Callable[..., Tensor] = self.level_loss  # it takes `valid`, see `takes_validity`
+                loss = loss_where(level, s, t, valid=known)
             losses[pair.name] = self.weight_of(level) * loss
         return losses
 

@@ -67,7 +67,8 @@ class LogitKD(PredictionDistiller):
         losses = super().forward(student, teacher, valid)
         dense = [pair for pair, form in zip(self.pairs, self._forms) if form == "sigmoid"]
         if dense:
-            objects = sum(soft_count(_classes(pair.student, teacher[pair.teacher.name])) for pair in dense).clamp(min=1)
+            counts = [soft_count(_classes(pair.student, teacher[pair.teacher.name])) for pair in dense]
+            objects = sum(counts[1:], start=counts[0]).clamp(min=1)
             losses.update({pair.name: losses[pair.name] / objects for pair in dense})
         return losses
 
@@ -77,13 +78,13 @@ class LogitKD(PredictionDistiller):
 
     def _form_of(self, pair: TapPair) -> str:
         prediction = pair.student.prediction
-        if self.form == "auto" and (prediction is None or not prediction.activation):
+        if self.form != "auto":
+            form = self.form
+        elif prediction is None or not prediction.activation:
             raise ConfigError(
                 f"DISTILL.{self.NODE}.TAPS names {pair.name!r}, and it is unknown what classifier that is: set "
                 f"DISTILL.{self.NODE}.FORM to {', '.join(_FORMS)}."
             )
-        if self.form != "auto":
-            form = self.form
         else:
             form = "spatial" if prediction.location == "pixel" else prediction.activation
         if form == "spatial" and (pair.student.is_vector or pair.teacher.is_vector):

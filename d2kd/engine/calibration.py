@@ -4,7 +4,7 @@ import copy
 import itertools
 
 from d2kd.data.loader import ResumableLoader
-from d2kd.distillers import CalibrationRequest
+from d2kd.distillers import CalibrationRequest, Distiller
 from d2kd.modeling import DistilledModel
 from d2kd.rng import derive_seed
 from detectron2.engine.train_loop import HookBase
@@ -29,6 +29,7 @@ class CalibrationHook(HookBase):
     def before_step(self) -> None:
         """Runs the pass of every method that asks for one."""
         for distiller in self.model.distillers.values():
+            assert isinstance(distiller, Distiller)
             request = distiller.calibration_request()
             if request is None:
                 continue

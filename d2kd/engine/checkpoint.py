@@ -113,6 +113,7 @@ def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
 def process_state(model: nn.Module) -> dict[str, Any]:
     """Returns what differs between processes: random states and loss normalizers, in types that load safely."""
     numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)
     return {
         "python": random.getstate(),
         "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2kd.errors import ConfigError, UserError
 from detectron2.engine import launch
@@ -68,7 +68,8 @@ def _runs_on_cpu(args: argparse.Namespace) -> bool:
 def _passing_signals_on() -> Iterator[None]:
     def pass_on(number: int, frame: Any) -> None:
         for process in multiprocessing.active_children():
-            os.kill(process.pid, number)
+            if process.pid is not None:
+                os.kill(process.pid, number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -54,7 +54,7 @@ def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
         # positions of a vision transformer must not shrink (arXiv 2203.16527, appendix A.2)
         overrides={"pos_embed": {"weight_decay": 0.0}},
     )
-    kind: type[Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
+    kind: Callable[..., Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
     return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
 
@@ -78,8 +78,7 @@ def clip_by_total_norm(optimizer: Optimizer, max_norm: float, norm_type: float =
     """Makes every step of an optimizer scale its gradients down to a total norm of at most `max_norm`."""
     parameters: list[nn.Parameter] = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
 
-    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> Callable | None:
+    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-        return None
 
     optimizer.register_step_pre_hook(clip)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -105,7 +105,7 @@ class TrainStep(SimpleTrainer):
         self.scaler.scale(total).backward()
         return {name: loss.detach().float() for name, loss in losses.items()}
 
-    def _synchronize_if(self, last: bool) -> AbstractContextManager:
+    def _synchronize_if(self, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
@@ -119,19 +119,19 @@ class TrainStep(SimpleTrainer):
         if comm.get_world_size() > 1:
             dist.all_reduce(values)
             values /= comm.get_world_size()
-        *numbers, data_time, stop = values.tolist()
+        *averages, data_time, stop = values.tolist()
         self.stop_agreed = stop > 0
-        norm = dict(zip(norm, numbers[len(names) :]))
-        numbers = dict(zip(names, numbers))
-        bad = [f"{name} = {value}" for name, value in [*numbers.items(), *norm.items()] if not np.isfinite(value)]
+        numbers = dict(zip(names, averages))
+        norms = dict(zip(norm, averages[len(names) :]))
+        bad = [f"{name} = {value}" for name, value in [*numbers.items(), *norms.items()] if not np.isfinite(value)]
         if bad:
             self._fail(", ".join(bad))
         if comm.is_main_process():
             storage = get_event_storage()
             storage.put_scalar("data_time", data_time)
             storage.put_scalar("total_loss", sum(numbers.values()))
-            if norm:
-                storage.put_scalars(**norm)
+            if norms:
+                storage.put_scalars(**norms)
             distilled = [value for name, value in numbers.items() if name.startswith("distill/")]
             # the console shows names with "loss" in them: one for all levels there, each of them in metrics.json
             if distilled:
@@ -176,7 +176,7 @@ class TrainStep(SimpleTrainer):
             state["grad_scaler"] = self.scaler.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and "grad_scaler" in state_dict:

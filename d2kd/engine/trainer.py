@@ -203,10 +203,10 @@ class DistillTrainer(ResumableTrainer):
 
     def save_best(self, description: dict[str, Any]) -> None:
         """Writes the weights just evaluated as `model_best.pth`: the student's, or for a metric of it the average's."""
-        averaged = self.ema is not None and description["metric"].partition("/")[0].endswith("_EMA")
+        averaged = self.ema if description["metric"].partition("/")[0].endswith("_EMA") else None
         if comm.is_main_process():
             path = os.path.join(self.cfg.OUTPUT_DIR, "model_best.pth")
-            write_weights(path, self.ema.model if averaged else self.student, best=description)
+            write_weights(path, self.student if averaged is None else averaged.model, best=description)
 
     def _evaluate(self) -> dict[str, Any]:
         results = self.evaluation.run()

@@ -51,7 +51,9 @@ class WandbWriter(EventWriter):
         for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
             if iteration > self._last_iter:
                 new.setdefault(iteration, {})[name] = value
-        if new and self._run is None:
+        if not new:
+            return
+        if self._run is None:
             self._run = self._start()
         for iteration in sorted(new):
             self._run.log(new[iteration], step=iteration)

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(models: Sequence[ModelResult], metrics: Sequence[str]) -> str:
+def _table(models: Iterable[ModelResult], metrics: Sequence[str]) -> str:
     header = ["model", *metrics, "parameters", "iterations", "images seen", "training time", "seed"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for model in models:
@@ -181,7 +181,7 @@ def _curves(models: Mapping[str, ModelResult], key: str, axis: str) -> bytes | N
 def _detections(
     models: Mapping[str, ModelResult], dataset_name: str | None, metric: str, count: int, threshold: float
 ) -> bytes | None:
-    shown = [model for model in models.values() if model.predictions_file]
+    shown = [(model, model.predictions_file) for model in models.values() if model.predictions_file]
     if dataset_name is None or not shown or count < 1:
         return None
     records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: str(record["image_id"]))
@@ -190,9 +190,9 @@ def _detections(
     metadata = MetadataCatalog.get(dataset_name)
     predictions = {
         f"{model.title}: {_number(model.metrics.get(metric), '.1f')} {metric}": read_predictions(
-            model.predictions_file, metadata
+            predictions_file, metadata
         )
-        for model in shown
+        for model, predictions_file in shown
     }
     grid = detection_grid(records, metadata.thing_classes, predictions, threshold)
     return cv2.imencode(".png", grid, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()

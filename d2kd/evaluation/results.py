@@ -47,8 +47,9 @@ class ModelResult:
     @property
     def images_seen(self) -> int | None:
         """Training images, counted with repetition."""
-        known = self.iterations is not None and self.images_per_batch is not None
-        return self.iterations * self.images_per_batch if known else None
+        if self.iterations is None or self.images_per_batch is None:
+            return None
+        return self.iterations * self.images_per_batch
 
 
 def load_result(

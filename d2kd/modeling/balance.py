@@ -95,10 +95,10 @@ class GradientBalance:
         log = self.log_period > 0 and iteration % self.log_period == 0
         update = self.ratio is not None and (iteration % self.period == 0 or not self._measured)
         norms = self._measure([task, *(methods[name] for name in self.methods)], features) if log or update else None
-        if update:
+        if norms is not None and update:
             self._update(norms)
         scales = self.scales()
-        if log:
+        if norms is not None and log:
             self._log(norms, scales)
         if self.ratio is None:
             return {name: dict(losses) for name, losses in methods.items()}

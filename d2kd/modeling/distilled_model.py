@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from d2kd.distillers import Distiller, FeatureMaps
 
+from .architectures import architecture_of
 from .balance import GradientBalance
 from .taps import FeatureTaps, TapError, is_in_backbone
 from .teacher import Inputs, Teacher
@@ -116,7 +117,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _shared_taps(student: nn.Module, taps: Sequence[str]) -> list[str]:
     """What the gradients of task and methods share: the taps in the backbone, or all that it gives to the heads."""
     in_backbone = [name for name in taps if is_in_backbone(student, name)]
-    return list(dict.fromkeys(in_backbone)) or list(student.backbone.output_shape())
+    return list(dict.fromkeys(in_backbone)) or list(architecture_of(student).feature_shapes())
 
 
 def _named_losses(method: str, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from d2kd.distillers.checksum import weights_checksum
 from d2kd.distillers.receptive_tokens import LearnedLevel, TokenFile
 from d2kd.distillers.receptive_tokens.tokens import TokenMasks, dice
 from d2kd.modeling import FeatureTaps, TapError, evaluation_mode
+from d2kd.modeling.architectures import architecture_of
 from d2kd.modeling.taps import describe_taps
 from d2kd.rng import preserve_rng_state
 
@@ -32,6 +33,8 @@ class TokenLearner(nn.Module):
     evaluation mode.
     """
 
+    teacher: nn.Module
+
     def __init__(
         self, teacher: nn.Module, taps: Sequence[str] = (), num_tokens: int = 6, weighting: bool = True
     ) -> None:
@@ -47,7 +50,7 @@ class TokenLearner(nn.Module):
         """
         super().__init__()
         object.__setattr__(self, "teacher", teacher.requires_grad_(False))
-        self.taps = list(dict.fromkeys(taps)) or list(teacher.backbone.output_shape())
+        self.taps = list(dict.fromkeys(taps)) or list(architecture_of(teacher).feature_shapes())
         self.teacher_checksum = weights_checksum(teacher.state_dict())
         shapes = describe_taps(teacher, self.taps)
         for name, shape in shapes.items():
@@ -65,7 +68,7 @@ class TokenLearner(nn.Module):
         """Also puts the teacher in that mode, as far as its losses need it."""
         super().train(mode)
         self.teacher.train(mode)
-        self.teacher.backbone.eval()
+        self.teacher.get_submodule("backbone").eval()
         for module in self.teacher.modules():
             if isinstance(module, (_NormBase, _DropoutNd)):
                 module.eval()
@@ -82,7 +85,7 @@ class TokenLearner(nn.Module):
         overlaps: dict[str, Tensor] = {}
 
         def mask(name: str, feature: Tensor) -> Tensor:
-            masked, masks = self.levels[self.taps.index(name)](feature)
+            masked, masks = self._level(name)(feature)
             overlaps[f"loss_dice/{name}"] = dice(masks)
             if name not in self.taps_with_gradient and masked.requires_grad:
                 masked.register_hook(lambda gradient: self.taps_with_gradient.add(name))
@@ -107,7 +110,7 @@ class TokenLearner(nn.Module):
         seen: dict[str, LevelMasks] = {}
 
         def mask(name: str, feature: Tensor) -> Tensor:
-            level = self.levels[self.taps.index(name)]
+            level = self._level(name)
             masked, masks = level(feature)
             seen[name] = LevelMasks(masks, level.gate(feature, masks), self.strides[name])
             return masked
@@ -119,5 +122,10 @@ class TokenLearner(nn.Module):
 
     def export_tokens(self, overlaps: dict[str, float], iterations: int) -> TokenFile:
         """Returns what the second stage needs, with the Dice overlap by tap."""
-        levels = {n: LearnedLevel(level.export(), overlaps[n]) for n, level in zip(self.taps, self.levels)}
+        levels = {name: LearnedLevel(self._level(name).export(), overlaps[name]) for name in self.taps}
         return TokenFile(self.teacher_checksum, levels, iterations)
+
+    def _level(self, tap: str) -> TokenMasks:
+        level = self.levels[self.taps.index(tap)]
+        assert isinstance(level, TokenMasks)
+        return level

@@ -34,6 +34,8 @@ class TokenTrainer(ResumableTrainer):
     Its checkpoints hold tokens and optimizer only, and can be resumed.
     """
 
+    network: TokenLearner
+
     def __init__(self, cfg: CfgNode) -> None:
         """
         Args:

@@ -108,7 +108,9 @@ def _ground_truth(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(boxes, dtype=float).reshape(-1, 4), labels
 
 
-def _draw(image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[tuple]) -> np.ndarray:
+def _draw(
+    image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[tuple[int, int, int]]
+) -> np.ndarray:
     """A copy of ``image`` with boxes in its own pixels; the best, which come first, are drawn on top."""
     image = image.copy()
     for (x0, y0, x1, y1), text, colour in reversed(list(zip(np.rint(boxes).astype(int), texts, colours))):

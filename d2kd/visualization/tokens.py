@@ -60,7 +60,7 @@ def _label(name: str, values: np.ndarray) -> str:
     return f"{name}: {values.min():.2f} - {values.max():.2f}"
 
 
-def _spread(mask: np.ndarray, stride: float, shape: tuple) -> np.ndarray:
+def _spread(mask: np.ndarray, stride: float, shape: tuple[int, ...]) -> np.ndarray:
     """A mask in the pixels of its image: enlarged by its stride, without what lies in the padding."""
     size = tuple(max(1, round(side * stride)) for side in mask.shape[::-1])
     large = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)

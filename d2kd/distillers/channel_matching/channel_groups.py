@@ -21,7 +21,7 @@ class Reduced(NamedTuple):
 
 
 #: Draws uniform numbers in [0, 1) of a shape, on the device of a tensor.
-Uniform = Callable[[tuple, torch.device], Tensor]
+Uniform = Callable[[tuple[int, ...], torch.device], Tensor]
 
 
 def norm_margin(weight: Tensor, bias: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ class MatchingStatistics(nn.Module):
     All of it lies in one buffer: one transfer between processes a batch, and one entry in a checkpoint.
     """
 
+    sums: Tensor
+
     def __init__(self, pairs: Sequence[TapPair]) -> None:
         super().__init__()
         self.shapes = [(p.student.channels, p.teacher.channels) for p in pairs]

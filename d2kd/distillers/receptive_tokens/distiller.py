@@ -142,7 +142,9 @@ class ReceptiveTokens(Distiller):
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         s = normalize(self.align[level](student), self.normalize, valid)
-        position_weights = self._position_weights(self.levels[level], s.detach(), teacher, valid)
+        tokens = self.levels[level]
+        assert isinstance(tokens, _FixedTokens)
+        position_weights = self._position_weights(tokens, s.detach(), teacher, valid)
         return weighted_error(s, normalize(teacher, self.normalize, valid), position_weights)
 
     @torch.no_grad()
@@ -181,6 +183,10 @@ class ReceptiveTokens(Distiller):
 class _FixedTokens(nn.Module):
     """The tokens of one level as buffers: they move with the distiller and are in its checkpoint, untrained."""
 
+    tokens: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, level: Tokens) -> None:
         super().__init__()
         for name, value in level._asdict().items():
@@ -189,6 +195,7 @@ class _FixedTokens(nn.Module):
     def weights(self, teacher: Tensor) -> Tensor:
         """Returns the weight of each token for each image, (N, T), rows of sum 1."""
         if self.weight is not None:
+            assert self.bias is not None
             return token_weights(teacher, self.weight, self.bias)
         t = self.tokens.shape[0]
         return self.tokens.new_full((teacher.shape[0], t), 1.0 / t)

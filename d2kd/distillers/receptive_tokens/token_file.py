@@ -108,6 +108,8 @@ def _present(tokens: Tokens) -> dict[str, Tensor]:
 def _level(content: Mapping[str, Any]) -> LearnedLevel:
     tokens = Tokens(content["tokens"], content.get("weight"), content.get("bias"))
     t, c = tokens.tokens.shape
-    if tokens.weight is not None and (tokens.weight.shape, tokens.bias.shape) != ((t, c, 3, 3), (t,)):
-        raise ValueError(f"weighting branch of shape {tuple(tokens.weight.shape)} for tokens of shape {(t, c)}")
+    if tokens.weight is not None:
+        fits = tokens.weight.shape == (t, c, 3, 3) and tokens.bias is not None and tokens.bias.shape == (t,)
+        if not fits:
+            raise ValueError(f"weighting branch of shape {tuple(tokens.weight.shape)} for tokens of shape {(t, c)}")
     return LearnedLevel(tokens, float(content["dice"]))

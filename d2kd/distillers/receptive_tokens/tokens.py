@@ -175,10 +175,12 @@ class WeightingBranch(nn.Module):
         for layer in (self.conv, self.predictor):
             fan_out = layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
             nn.init.normal_(layer.weight, std=math.sqrt(2.0 / fan_out))
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def folded(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Weight (T, C, 3, 3) and bias (T,) of both layers' product, computed in `dtype`; differentiable."""
+        assert self.conv.bias is not None and self.predictor.bias is not None
         dtype = dtype or self.conv.weight.dtype
         inner, outer = self.conv.weight.to(dtype), self.predictor.weight.to(dtype).flatten(1)
         with torch.autocast(outer.device.type, enabled=False):

@@ -7,6 +7,7 @@ from .base import (
     architecture_class,
     architecture_of,
     num_classes,
+    output_shapes,
     register_architecture,
     warn_if_unknown,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "build_network",
     "is_region_tap",
     "num_classes",
+    "output_shapes",
     "register_architecture",
     "warn_if_unknown",
 ]

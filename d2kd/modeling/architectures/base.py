@@ -1,7 +1,7 @@
 """What d2kd must know of an architecture beyond Detectron2's interface: one object, found by META_ARCHITECTURE."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -57,7 +57,7 @@ class Architecture:
         Args:
             model: of this architecture.
         """
-        self.model = model
+        self.model: Any = model  # what lies in Detectron2's models has no types
 
     # ---- what a configuration decides ----
 
@@ -94,7 +94,7 @@ class Architecture:
 
     def feature_shapes(self) -> Mapping[str, Any]:
         """Returns the outputs of the backbone, finest first (Detectron2's `ShapeSpec` by name)."""
-        return self.backbone.output_shape() if hasattr(self.backbone, "output_shape") else {}
+        return output_shapes(self.backbone)
 
     def pooled_levels(self) -> set[str]:
         """Returns the outputs of the backbone that merely pool the one below (R-CNN's p6)."""
@@ -157,6 +157,12 @@ def architecture_class(cfg: CfgNode) -> type[Architecture]:
 def architecture_of(model: nn.Module) -> Architecture:
     """Returns what d2kd knows of a model, by its class or the nearest of its base classes."""
     return _of_class(type(model))(model)
+
+
+def output_shapes(module: nn.Module | None) -> Mapping[str, Any]:
+    """Returns the outputs of a backbone or a part of it, finest first; {} where it does not tell them."""
+    output_shape: Callable[[], Mapping[str, Any]] | None = getattr(module, "output_shape", None)
+    return {} if output_shape is None else output_shape()
 
 
 def _of_class(model_class: Any) -> type[Architecture]:

@@ -1,6 +1,6 @@
 """R-CNNs: a box head that works on regions, once or in the stages of a cascade."""
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,8 +27,8 @@ class Stage(NamedTuple):
 class GeneralizedRCNN(Architecture):
     """Faster, Mask and Cascade R-CNN, with a pyramid or as "C4" and "DC5"."""
 
-    CLASSES = (ClassCount("MODEL.ROI_HEADS.NUM_CLASSES"),)
-    EVALUATOR_TYPES = ("coco", "cityscapes_instance", "pascal_voc")
+    CLASSES: ClassVar[tuple[ClassCount, ...]] = (ClassCount("MODEL.ROI_HEADS.NUM_CLASSES"),)
+    EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ("coco", "cityscapes_instance", "pascal_voc")
     SUPPORTS_TTA = True
 
     @classmethod
@@ -39,7 +39,7 @@ class GeneralizedRCNN(Architecture):
     @property
     def stages(self) -> list[Stage]:
         """The stages of the box head; [] for models without one."""
-        heads = getattr(self.model, "roi_heads", None)
+        heads: Any = getattr(self.model, "roi_heads", None)
         predictor = getattr(heads, "box_predictor", None)
         if not isinstance(predictor, nn.Module):
             return []
@@ -78,10 +78,11 @@ class GeneralizedRCNN(Architecture):
                 activation = "sigmoid" if sigmoid else "softmax"
                 # sigmoid classifiers have a column for the background too, and do not train it
                 found.append(Prediction(f"{tap}.cls_score", "class_logits", "region", number, activation, int(sigmoid)))
-            if isinstance(getattr(stage.predictor, "bbox_pred", None), nn.Module):
+            box_layer = getattr(stage.predictor, "bbox_pred", None)
+            if isinstance(box_layer, nn.Module):
                 requires = {
                     "class-agnostic setting of boxes (MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG)": (
-                        stage.predictor.bbox_pred.out_features == 4
+                        box_layer.out_features == 4
                     ),
                     "encoding of boxes (MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS, of a cascade "
                     "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS)": box_encoding(stage.predictor),

@@ -7,7 +7,7 @@ from torch import nn
 from d2kd.config import config_keys
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch import fcos
 
 
@@ -56,7 +56,7 @@ class FCOS(fcos.FCOS):
         }
 
 
-def _build_head(node: CfgNode, backbone: nn.Module) -> nn.Module:
+def _build_head(node: CfgNode, backbone: Backbone) -> nn.Module:
     shapes = backbone.output_shape()
     unknown = [name for name in node.IN_FEATURES if name not in shapes]
     if unknown:

@@ -8,7 +8,7 @@ from torch import nn
 from d2kd.errors import UserError, did_you_mean
 from detectron2.modeling.backbone.vit import ViT
 
-from ..architectures import architecture_of
+from ..architectures import architecture_of, output_shapes
 
 PRE_RELU = ".pre_relu"
 
@@ -88,7 +88,7 @@ def is_in_backbone(model: nn.Module, name: str) -> bool:
 
 
 def _outputs(module: nn.Module | None) -> Sequence[str]:
-    return tuple(module.output_shape()) if hasattr(module, "output_shape") else ()
+    return tuple(output_shapes(module))
 
 
 def _find_stage(model: nn.Module, name: str, address: str, named: dict[str, nn.Module]) -> nn.Module:

@@ -22,13 +22,23 @@ class _LastReluInput(TorchFunctionMode):
         self.result: Tensor | None = None
 
     def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _RELUS:
             self.value = args[0]
             self.result = torch.relu(args[0])
             return self.result
         return func(*args, **(kwargs or {}))
+
+    def start(self) -> None:
+        TorchFunctionMode.__enter__(self)
+
+    def stop(self) -> None:
+        TorchFunctionMode.__exit__(self, None, None, None)
 
 
 class _AllTapsFired(Exception):
@@ -126,17 +136,17 @@ class _Recorder:
         for handle in self.handles:
             handle.remove()
         while self.modes:  # an exception inside a block left its mode behind
-            self.modes.pop().__exit__(None, None, None)
+            self.modes.pop().stop()
 
-    def _enter_block(self, module: nn.Module, args: tuple) -> None:
+    def _enter_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         mode = _LastReluInput()
-        mode.__enter__()
+        mode.start()
         self.modes.append(mode)
 
-    def _leave_block(self, tap: Tap) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+    def _leave_block(self, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
             mode = self.modes.pop()
-            mode.__exit__(None, None, None)
+            mode.stop()
             if mode.value is None:
                 raise TapError(
                     f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
@@ -153,10 +163,10 @@ class _Recorder:
 
         return hook
 
-    def _take_output(self, tap: Tap) -> Callable:
+    def _take_output(self, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         calls = 0
 
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             nonlocal calls
             calls += 1
             if tap.call is not None and tap.call != calls - 1:

@@ -1,6 +1,7 @@
 """What is known of tapped features before training: channels and strides, seen on a blank image, and more."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,9 @@ def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, floa
     device = next(model.parameters()).device
     blank = torch.zeros(3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)
     widths: list[int] = []
-    handle = model.backbone.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[-1]))
+    handle = model.get_submodule("backbone").register_forward_pre_hook(
+        lambda module, args: widths.append(args[0].shape[-1])
+    )
     taps = FeatureTaps(model, names)
     in_backbone = all(is_in_backbone(model, tap.name) for tap in taps.taps)
     model.eval()
@@ -57,7 +60,7 @@ def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, floa
 
 
 def _norm_before(model: nn.Module, tap: str, channels: int) -> NormAffine | None:
-    norm = None if is_region_tap(tap) else last_norm(model, tap)
+    norm: Any = None if is_region_tap(tap) else last_norm(model, tap)
     if norm is None or norm.running_var.numel() != channels:
         return None
     weight, bias = norm.weight, norm.bias
