@@ -71,7 +71,7 @@ ENTRIES: dict[str, Entry] = {
     "combined, balanced": Entry("retinanet_student_combined"),
     "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
     "FeatureMimic, not inherited": Entry(
-        "retinanet_student_FeatureMimic", ["DISTILL.INHERIT.ENABLED", False], ablation=True
+        "retinanet_student_FeatureMimic", ["DISTILL.INIT_FROM_TEACHER.ENABLED", False], ablation=True
     ),
     "FeatureMimic, weight halved": Entry(
         "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True
@@ -87,7 +87,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "MaskedGenerative, loss of the paper": Entry(
         "retinanet_student_MaskedGenerative",
-        ["DISTILL.MASKED_GENERATIVE.NORMALIZE", "none", "DISTILL.MASKED_GENERATIVE.REDUCTION", "paper"]
+        ["DISTILL.MASKED_GENERATIVE.NORMALIZE", "none", "DISTILL.MASKED_GENERATIVE.REDUCTION", "batchmean"]
         + ["DISTILL.MASKED_GENERATIVE.WEIGHT", 2.0e-5],
         ablation=True,
     ),

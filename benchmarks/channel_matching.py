@@ -28,9 +28,10 @@ from common import random_batch, timed
 from torch import Tensor
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.distillers import FeatureMaps
+from d2kd.distillers.channel_matching.assignment import assign_channels, quantize, total_cost
+from d2kd.distillers.channel_matching.similarity import channel_distances
 from d2kd.engine import load_config
-from d2kd.layers.assignment import assign_channels, quantize, total_cost
-from d2kd.layers.similarity import channel_distances
 from d2kd.modeling import DistilledModel, build_distilled_model, teacher_config
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -115,14 +116,19 @@ def published_tracking(model: DistilledModel, batch: list[dict[str, Any]]) -> No
         channel_distances(features[0][name], features[1][name])
 
 
+def extract(model: DistilledModel, batch: list[dict[str, Any]]) -> tuple[FeatureMaps, FeatureMaps]:
+    """What a tracking pass sees of a batch."""
+    return next(iter(model.extract_features("ChannelMatching", [batch])))
+
+
 def measure_refresh(model: DistilledModel, batch: list[dict[str, Any]], device: str, repeats: int) -> dict[str, Any]:
     """Seconds of a tracked batch (both ways), of an assignment of all levels, and of a whole refresh."""
     matching = model.distillers["ChannelMatching"]
     model.eval()
     published = seconds(lambda: published_tracking(model, batch), device, repeats)
-    features = model.observe(matching, batch)
+    features = extract(model, batch)
     online = seconds(lambda: matching.track(*features), device, repeats)
-    in_pass = seconds(lambda: matching.track(*model.observe(matching, batch)), device, repeats)
+    in_pass = seconds(lambda: matching.track(*extract(model, batch)), device, repeats)
     solved = seconds(matching.assign, device, repeats)
     refreshes = {"online": OUR_BATCHES * online + solved, "pass": OUR_BATCHES * in_pass + solved}
     reference = PUBLISHED_BATCHES * published
@@ -140,7 +146,7 @@ def measure_step(model: DistilledModel, batch: list[dict[str, Any]], device: str
     """Seconds of a training step's parts; the loss with its backward pass down to the taps."""
     matching = model.distillers["ChannelMatching"]
     model.train()
-    student, teacher = model.observe(matching, batch)
+    student, teacher = extract(model, batch)
     student = {name: value.clone().requires_grad_() for name, value in student.items()}
 
     def loss() -> None:

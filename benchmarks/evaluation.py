@@ -39,7 +39,7 @@ def random_boxes(count: int, random: np.random.Generator) -> np.ndarray:
 
 
 def ground_truth(images: int, random: np.random.Generator) -> dict[str, Any]:
-    """A data set in COCO's format, objects as rectangles."""
+    """A dataset in COCO's format, objects as rectangles."""
     annotations: list[dict[str, Any]] = []
     for image in range(1, images + 1):
         for x0, y0, x1, y1 in random_boxes(OBJECTS, random).round(2).tolist():

@@ -3,7 +3,7 @@
 
     python benchmarks/receptive_tokens.py
 
-Forward and backward of one level, weighted and customised. The literal form multiplies both maps with every mask, and
+Forward and backward of one level, weighted and customized. The literal form multiplies both maps with every mask, and
 runs the weighting branch's 3x3 convolution; it is written here as the method is defined. Transient memory is the peak
 of what is allocated on top of the two maps and the student's gradient, which any form needs.
 """
@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-from d2kd.distillers import ReceptiveTokens, TapPair
-from d2kd.layers import TapShape
-from d2kd.layers.tokens import Tokens, WeightingBranch
+from d2kd.distillers import ReceptiveTokens, TapInfo, TapPair
+from d2kd.distillers.receptive_tokens.tokens import Tokens, WeightingBranch
 
 
 def literal_weights(teacher: Tensor, branch: WeightingBranch) -> Tensor:
@@ -94,8 +93,9 @@ def main() -> None:
     teacher = torch.randn(shape, device=args.device)
     tokens = torch.randn(args.tokens, args.channels) / args.channels**0.5
     branch = WeightingBranch(args.channels, args.tokens).requires_grad_(False)
-    pair = TapPair("p3", "p3", TapShape(args.channels, 8.0), TapShape(args.channels, 8.0))
-    method = ReceptiveTokens(pairs=[pair], weight=1.0, tokens=[Tokens(tokens, *branch.folded())]).to(args.device)
+    pair = TapPair(*[TapInfo("p3", args.channels, 8.0)] * 2)
+    published = {"weight": 1.0, "normalize": "none", "position_weights": "mask_sum", "warmup_iters": 0}
+    method = ReceptiveTokens(pairs=[pair], tokens=[Tokens(tokens, *branch.folded())], **published).to(args.device)
     tokens, branch = tokens.to(args.device), branch.to(args.device)
     fixed = literal_weights(teacher, branch)
     forms: dict[str, Callable[[], Tensor]] = {

@@ -28,7 +28,8 @@ import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.distillers import ChannelMatching
 from d2kd.engine import load_config
 from d2kd.engine.optimizer import build_optimizer
-from d2kd.modeling import DistilledModel, TokenLearner, build_distilled_model, load_teacher, teacher_config
+from d2kd.modeling import DistilledModel, build_distilled_model, load_teacher, teacher_config
+from d2kd.token_learning import TokenLearner
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -53,7 +54,7 @@ def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
         "",
         "DISTILL.METHODS",
         [method],
-        "DISTILL.INHERIT.ENABLED",
+        "DISTILL.INIT_FROM_TEACHER.ENABLED",
         False,
     ]
     cfg = load_config(student, [*options, "DISTILL.TEACHER.CONFIG_FILE", teacher, "DISTILL.TEACHER.WEIGHTS", weights])
@@ -63,7 +64,7 @@ def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
         cfg.DISTILL.RECEPTIVE_TOKENS.FILE = f"{weights}.tokens"
         cfg.DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS = 0  # with the student's masks, which cost more
         learner = TokenLearner(load_teacher(teacher_config(cfg)))
-        learner.learned(dict.fromkeys(learner.taps, 0.0), 0).save(cfg.DISTILL.RECEPTIVE_TOKENS.FILE)
+        learner.export_tokens(dict.fromkeys(learner.taps, 0.0), 0).save(cfg.DISTILL.RECEPTIVE_TOKENS.FILE)
     return cfg
 
 
@@ -113,8 +114,8 @@ def generation(model: DistilledModel, batch: list[dict[str, Any]]) -> Callable[[
 
     def call() -> None:
         if not inputs:  # in a round that does not count, and not at all where another kind's memory is measured
-            _, maps = model.observe(method, batch)
-            inputs.extend(torch.randn_like(maps[pair.teacher]).requires_grad_() for pair in method.pairs)
+            _, maps = next(iter(model.extract_features("MaskedGenerative", [batch])))
+            inputs.extend(torch.randn_like(maps[pair.teacher.name]).requires_grad_() for pair in method.pairs)
         method.zero_grad()
         for block, x in zip(method.generation, inputs):
             y = block(x)

@@ -169,8 +169,10 @@ def read_config(path: str, options: Sequence[Any] = (), imports: Sequence[str] =
         content = CfgNode.load_yaml_with_base(path) if path else {}
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"In {path}: {_text(error)}") from error
-    named = [*_get(content, "DISTILL.IMPORTS", []), *_option(options, "DISTILL.IMPORTS", []), *imports]
-    named = import_plugins(dict.fromkeys(named), [os.path.dirname(file) for file in _files(path)])
+    given = _get(content, "DISTILL.IMPORTS", [])
+    named = [*_imports(given), *_imports(_option(options, "DISTILL.IMPORTS", []))]
+    named = import_plugins(dict.fromkeys([*named, *imports]), [os.path.dirname(file) for file in _files(path)])
+    options = ["DISTILL.IMPORTS", named, *_without(options, "DISTILL.IMPORTS")]
     cfg = get_cfg()
     add_distill_config(cfg)
     renamed = _rename_in_file(content)
@@ -178,27 +180,32 @@ def read_config(path: str, options: Sequence[Any] = (), imports: Sequence[str] =
     for where, words in ((path, renamed), ("the command line", renamed_options)):
         if words:
             logger.warning("Old keys in %s, still accepted: %s", where, "; ".join(words))
+    if isinstance(given, str):
+        content["DISTILL"]["IMPORTS"] = [given]
     if path:
-        _merge(cfg, lambda: _merge_file(cfg, path, content, bool(renamed)), path)
+        changed = bool(renamed) or isinstance(given, str)
+        _merge(cfg, lambda: _merge_file(cfg, path, content, changed), path)
     _merge(cfg, lambda: cfg.merge_from_list(_whole_numbers_as_floats(cfg, options)), "the command line")
-    cfg.DISTILL.IMPORTS = named
     return cfg
+
+
+def _imports(value: Any) -> list[str]:
+    """DISTILL.IMPORTS as a list; one name may stand without brackets."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise ConfigError(f"DISTILL.IMPORTS is {value!r}; it must be a list of Python files or modules.")
+    return list(names)
 
 
 def _files(path: str) -> list[str]:
     """A YAML file and those that it is based on."""
-    files = []
-    while path and path not in files:
-        files.append(path)
-        with open(path, encoding="utf-8") as file:
-            base = re.search(r"^_BASE_:\s*(\S+)", file.read(), re.MULTILINE)
-        name = os.path.expanduser(base[1].strip("\"'")) if base else ""
-        path = (
-            os.path.join(os.path.dirname(path), name)
-            if name and os.path.isfile(os.path.join(os.path.dirname(path), name))
-            else ""
-        )
-    return files
+    if not path:
+        return []
+    with open(path, encoding="utf-8") as file:
+        found = re.search(r"^_BASE_:(?:.*\S.*|(?:\s*\n\s*-.*)+)", file.read(), re.MULTILINE)
+    bases = yaml.safe_load(found[0])["_BASE_"] if found else []
+    paths = [os.path.join(os.path.dirname(path), os.path.expanduser(base)) for base in _imports(bases)]
+    return [path, *(file for base in paths if os.path.isfile(base) for file in _files(base))]
 
 
 def _merge_file(cfg: CfgNode, path: str, content: dict[str, Any], changed: bool) -> None:
@@ -217,6 +224,10 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
         merge()
     except (KeyError, ValueError, AssertionError, OSError) as error:
         message = _text(error)
+        mismatch = re.search(r"Type mismatch \(<class '(\w+)'>.* vs\. (.*)\) for config key: (\S+)", message, re.DOTALL)
+        if mismatch:
+            kind, value, key = mismatch.groups()
+            raise ConfigError(f"In {where}: {key} is {value!r}; it must be of type {kind}.") from error
         unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
         hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""
         raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
@@ -252,6 +263,12 @@ def _option(options: Sequence[Any], key: str, default: Any) -> Any:
     """The value that a list of options gives a key."""
     values = [value for name, value in zip(options[::2], options[1::2]) if name == key]
     return _literal(values[-1]) if values else default
+
+
+def _without(options: Sequence[Any], key: str) -> list[Any]:
+    """Options without those for a key."""
+    pairs = [options[i : i + 2] for i in range(0, len(options), 2)]
+    return [item for pair in pairs if pair[0] != key for item in pair]
 
 
 def _literal(value: Any) -> Any:

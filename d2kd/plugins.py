@@ -59,7 +59,7 @@ def _import(name: str, directories: Iterable[str]) -> str:
             importlib.import_module(name)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"DISTILL.IMPORTS (--import) {name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -86,6 +86,8 @@ def _import_file(path: str) -> ModuleType:
         name = f"{name}_{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it is a file that ends in .py
+    if os.path.dirname(path) not in sys.path:
+        sys.path.append(os.path.dirname(path))  # it may import its neighbors
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # pickling and `@dataclass` look a class up there
     try:

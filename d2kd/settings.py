@@ -1,5 +1,6 @@
 """Settings: each key of a configurable part is declared once, with its default, range and documentation."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -94,6 +95,21 @@ class Configurable:
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        annotations = inspect.get_annotations(cls)
+        for name, declared in list(vars(cls).items()):
+            if isinstance(declared, Setting) and annotations.get(name) in (float, "float"):
+                setattr(cls, name, _with_default(declared, float(declared.default)))
+        keys = cls.keys()
+        for key in cls.DEFAULTS:
+            if key not in keys:
+                raise TypeError(
+                    f"DEFAULTS of {cls.__name__} names {key}, which is no setting.{did_you_mean(key, keys)}"
+                )
+        for key, declared in keys.items():
+            declared.check(f"The default of {cls.__name__}.{key}", declared.default)
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Builds PhotoDigits: real handwritten digits pasted onto crops of two real photographs, in COCO format.
 
-Everything comes from scikit-learn; nothing is downloaded. ``datasets/README.md`` shows the resulting tree.
+Everything comes from scikit-learn; nothing is downloaded. `datasets/README.md` shows the resulting tree.
 """
 
 import argparse
@@ -31,8 +31,8 @@ MAX_DIGITS = 5
 MAX_ROTATION = 15.0  # degrees
 MAX_BOX_IOU = 0.1
 MIN_VISIBLE = 0.6  # share of a digit that later digits must leave uncovered
-MIN_CONTRAST = 90.0  # RGB distance that 90 % of the pixels behind a digit keep from its colour
-NOISE_STD = 5.0  # grey levels
+MIN_CONTRAST = 90.0  # RGB distance that 90 % of the pixels behind a digit keep from its color
+NOISE_STD = 5.0  # gray levels
 PHOTO_CROP = (96, 160)  # side in pixels of the photograph; the upper end is the width of the val strip
 VAL_DIGITS = 0.2
 VAL_STRIP = 160  # right-most columns of each photograph, reserved for val
@@ -58,7 +58,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Source:
-    """The raw material of one split: ``digits`` (N, 8, 8) in 0..1, their ``labels`` (N,), RGB ``photos``."""
+    """The raw material of one split: `digits` (N, 8, 8) in 0..1, their `labels` (N,), RGB `photos`."""
 
     split: str
     digits: np.ndarray
@@ -68,8 +68,8 @@ class Source:
 
 @dataclass
 class Scene:
-    """An image under construction: RGB ``image`` (S, S, 3) float32 in 0..255, and for each digit its visible
-    ``masks`` (S, S), ``labels`` 0..9, and ``areas`` in pixels before anything covered it."""
+    """An image under construction: RGB `image` (S, S, 3) float32 in 0..255, and for each digit its visible
+    `masks` (S, S), `labels` 0..9, and `areas` in pixels before anything covered it."""
 
     image: np.ndarray
     masks: list[np.ndarray] = field(default_factory=list)
@@ -78,9 +78,9 @@ class Scene:
 
 
 def build_dataset(output: Path, parameters: Parameters, workers: int = 1) -> None:
-    """Writes the whole dataset into the existing, empty directory ``output``.
+    """Writes the whole dataset into the existing, empty directory `output`.
 
-    The bytes depend on ``parameters`` only, not on ``workers``: each image has a random generator of its own.
+    The bytes depend on `parameters` only, not on `workers`: each image has a random generator of its own.
     """
     (output / "annotations").mkdir()
     digest = hashlib.sha256()
@@ -114,7 +114,7 @@ def load_sources(seed: int) -> tuple[Source, Source]:
 
 
 def write_example(output: Path, source: Source, parameters: Parameters, index: int) -> tuple[list[dict], str]:
-    """Renders and writes image ``index`` (from 1) with its label map and crops.
+    """Renders and writes image `index` (from 1) with its label map and crops.
 
     Returns its COCO annotations (still without ids) and a checksum of the files written.
     """
@@ -141,7 +141,7 @@ def write_example(output: Path, source: Source, parameters: Parameters, index: i
 
 
 def render_scene(source: Source, size: int, rng: np.random.Generator) -> Scene:
-    """Pastes 1 to 5 digits, as far as they find room, onto a photo crop of ``size`` x ``size`` pixels."""
+    """Pastes 1 to 5 digits, as far as they find room, onto a photo crop of `size` x `size` pixels."""
     scene = Scene(random_background(source.photos, size, rng))
     for _ in range(rng.integers(1, MAX_DIGITS + 1)):
         which = rng.integers(len(source.digits))
@@ -154,7 +154,7 @@ def render_scene(source: Source, size: int, rng: np.random.Generator) -> Scene:
 
 
 def random_background(photos: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
-    """A square crop of a photo, scaled to ``size``, perhaps mirrored, of varied brightness and contrast."""
+    """A square crop of a photo, scaled to `size`, perhaps mirrored, of varied brightness and contrast."""
     photo = photos[rng.integers(len(photos))]
     side = int(rng.integers(PHOTO_CROP[0], PHOTO_CROP[1] + 1))
     top, left = (int(rng.integers(0, extent - side + 1)) for extent in photo.shape[:2])
@@ -188,22 +188,22 @@ def fits(scene: Scene, mask: np.ndarray) -> bool:
 
 
 def paste(scene: Scene, alpha: np.ndarray, label: int, rng: np.random.Generator) -> None:
-    """Paints one digit over the scene, in a colour that stands out, and cuts it from the masks below."""
+    """Paints one digit over the scene, in a color that stands out, and cuts it from the masks below."""
     mask = alpha > 0.5
-    colour = contrasting_colour(scene.image[mask], rng)
-    scene.image += alpha[..., None] * (colour - scene.image)
+    color = contrasting_color(scene.image[mask], rng)
+    scene.image += alpha[..., None] * (color - scene.image)
     scene.masks = [other & ~mask for other in scene.masks] + [mask]
     scene.labels.append(label)
     scene.areas.append(int(mask.sum()))
 
 
-def contrasting_colour(behind: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The first of 32 random RGB colours with MIN_CONTRAST to the pixels ``behind`` (N, 3), else the best."""
-    colours = rng.uniform(0, 255, size=(32, 3)).astype(np.float32)
-    distances = np.linalg.norm(colours[:, None] - behind[None, ::4], axis=2)
+def contrasting_color(behind: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The first of 32 random RGB colors with MIN_CONTRAST to the pixels `behind` (N, 3), else the best."""
+    colors = rng.uniform(0, 255, size=(32, 3)).astype(np.float32)
+    distances = np.linalg.norm(colors[:, None] - behind[None, ::4], axis=2)
     contrast = np.percentile(distances, 10, axis=1)
     enough = np.flatnonzero(contrast >= MIN_CONTRAST)
-    return colours[enough[0] if len(enough) else contrast.argmax()]
+    return colors[enough[0] if len(enough) else contrast.argmax()]
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -220,7 +220,7 @@ def box_iou(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float
 
 
 def square_crop(image: np.ndarray, box: list[int], size: int) -> np.ndarray:
-    """A square around ``box`` (x, y, width, height) and a margin, inside the image, scaled to ``size``."""
+    """A square around `box` (x, y, width, height) and a margin, inside the image, scaled to `size`."""
     x, y, width, height = box
     side = min(int(1.2 * max(width, height)) + 1, *image.shape[:2])
     left = int(np.clip(x + (width - side) // 2, 0, image.shape[1] - side))
@@ -242,9 +242,9 @@ def annotation(mask: np.ndarray, label: int, image_id: int) -> dict:
 
 
 def polygons(mask: np.ndarray) -> list[list[float]]:
-    """COCO polygons [[x, y, x, y, ...], ...] that cover the same pixels as ``mask``, holes included.
+    """COCO polygons [[x, y, x, y, ...], ...] that cover the same pixels as `mask`, holes included.
 
-    OpenCV's contours run through pixel centres. Those of the doubled mask lie a quarter of a pixel inside the
+    OpenCV's contours run through pixel centers. Those of the doubled mask lie a quarter of a pixel inside the
     border, so rasterising them gives back the mask exactly, even without the points that change the outline
     by less than another quarter of a pixel. COCO polygons have no holes: each is joined to its outline by a
     cut of no width.
@@ -287,10 +287,10 @@ def coco_json(annotations: list[list[dict]], parameters: Parameters) -> str:
 
 
 def is_up_to_date(output: Path, parameters: Parameters) -> bool:
-    """Whether ``output`` holds a finished dataset with these parameters.
+    """Whether `output` holds a finished dataset with these parameters.
 
     Raises:
-        FileExistsError: ``output`` holds something that is not PhotoDigits, which is never overwritten.
+        FileExistsError: `output` holds something that is not PhotoDigits, which is never overwritten.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
@@ -305,7 +305,7 @@ def is_up_to_date(output: Path, parameters: Parameters) -> bool:
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """Gives an empty directory beside ``output`` that takes its place at the end, or vanishes on an error."""
+    """Gives an empty directory beside `output` that takes its place at the end, or vanishes on an error."""
     output.parent.mkdir(parents=True, exist_ok=True)
     fresh = output.with_name(f".{output.name}.new-{os.getpid()}")
     stale = output.with_name(f".{output.name}.old-{os.getpid()}")

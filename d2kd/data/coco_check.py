@@ -263,4 +263,4 @@ def _check_image_files(path: str, images: Entries, image_root: str, policy: str)
     )
     if policy == "error":
         raise DatasetError(f"{message} Correct the image folder, or complete it.")
-    logger.warning(f"{message} They are left out.")
+    logger.warning("%s They are left out.", message)

@@ -57,7 +57,7 @@ class ResumableLoader:
     ) -> None:
         """
         Args:
-            dicts: the data set in Detectron2's format.
+            dicts: the dataset in Detectron2's format.
             mapper: see `Mapper`.
             build_sampler: makes the endless sampler of this process, given the seed.
             batch_size: images a batch, on this process.
@@ -98,7 +98,7 @@ def _wide(dicts: list[dict[str, Any]]) -> list[bool] | None:
     """Whether each image is wider than tall; None where that is not listed, as in folders of label maps."""
     if all("width" in d and "height" in d for d in dicts):
         return [d["width"] > d["height"] for d in dicts]
-    logger.info("The data set does not list the sizes of its images: batches are not grouped by aspect ratio.")
+    logger.info("The dataset does not list the sizes of its images: batches are not grouped by aspect ratio.")
     return None
 
 

@@ -8,7 +8,7 @@ from .logit_kd import LogitKD
 from .masked_generative import MaskedGenerative
 from .predictions import PredictionDistiller
 from .receptive_tokens import ReceptiveTokens
-from .taps import AlignmentError, NormAffine, Prediction, TapInfo, TapPair
+from .taps import AlignmentError, NormAffine, Prediction, TapInfo, TapPair, build_aligner
 
 __all__ = [
     "DISTILLERS",
@@ -28,4 +28,5 @@ __all__ = [
     "ReceptiveTokens",
     "TapInfo",
     "TapPair",
+    "build_aligner",
 ]

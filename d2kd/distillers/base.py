@@ -44,8 +44,13 @@ class Distiller(Configurable, nn.Module):
         ... class CosineMimic(Distiller):
         ...     power: float = setting(1.0, "Exponent of the distance.", above=0)
         ...
+        ...     def __init__(self, *, pairs, **settings):
+        ...         super().__init__(pairs=pairs, **settings)
+        ...         self.align = self.build_aligners()
+        ...
         ...     def level_loss(self, level, student, teacher):
-        ...         return (1 - torch.cosine_similarity(student, teacher)).pow(self.power).mean()
+        ...         similarity = torch.cosine_similarity(self.align[level](student), teacher)
+        ...         return (1 - similarity).pow(self.power).mean()
 
     Attributes:
         pairs: the taps to compare, from the finest to the coarsest.
@@ -166,9 +171,14 @@ class Distiller(Configurable, nn.Module):
             else:
                 known = align_validity(known, self._stride_ratio(level), (s.shape[-2], s.shape[-1]))
                 loss_where: Callable[..., Tensor] = self.level_loss  # it takes `valid`, see `takes_validity`
-                loss = loss_where(level, s, t, valid=known)
+                # what the teacher did not compute may be anything, also NaN
+                loss = loss_where(level, s, t.where(known[:, None], 0), valid=known)
             losses[pair.name] = self.weight_of(level) * loss
         return losses
+
+    def build_aligners(self) -> nn.ModuleList:
+        """Returns one aligner a pair, from student to teacher channels."""
+        return nn.ModuleList([build_aligner(pair) for pair in self.pairs])
 
     def weight_of(self, level: int) -> float:
         """Returns the factor on the loss of a pair."""
@@ -210,15 +220,15 @@ class FeatureDistiller(Distiller):
         choices=REDUCTIONS,
     )
 
-    def build_aligners(self) -> nn.ModuleList:
-        """Returns one aligner a pair, from student to teacher channels."""
-        return nn.ModuleList([build_aligner(pair) for pair in self.pairs])
-
 
 @config_keys
 def add_method_keys(cfg: CfgNode) -> None:
     """Adds the node of every registered method to `cfg.DISTILL`."""
-    for _, method in DISTILLERS:
+    for name, method in DISTILLERS:
+        if method.NODE in cfg.DISTILL:
+            raise ConfigError(
+                f"The method {name} has the node DISTILL.{method.NODE}, which is taken: give its class another NODE."
+            )
         cfg.DISTILL[method.NODE] = method.default_node()
 
 

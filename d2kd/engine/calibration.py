@@ -28,7 +28,7 @@ class CalibrationHook(HookBase):
 
     def before_step(self) -> None:
         """Runs the pass of every method that asks for one."""
-        for distiller in self.model.distillers.values():
+        for method, distiller in self.model.distillers.items():
             assert isinstance(distiller, Distiller)
             request = distiller.calibration_request()
             if request is None:
@@ -36,7 +36,7 @@ class CalibrationHook(HookBase):
             # or a resumed run, whose processes all have the main one's, would see others
             broadcast_buffers(self.model.student)
             batches = itertools.islice(self._loader(request), request.batches)
-            distiller.calibrate(self.model.extract_features(distiller, batches))
+            distiller.calibrate(self.model.extract_features(method, batches))
 
     def _loader(self, request: CalibrationRequest) -> ResumableLoader:
         loader = copy.copy(self.trainer.data_loader)

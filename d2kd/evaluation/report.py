@@ -40,8 +40,7 @@ def write_report(
     num_images: int = 6,
     score_threshold: float = 0.3,
 ) -> dict[str, Any]:
-    """
-    Writes ``report.md``, ``report.json``, ``curves.png`` and ``detections.png``.
+    """Writes `report.md`, `report.json`, `curves.png` and `detections.png`.
 
     Args:
         output_dir: created if need be. The files of an earlier report are replaced.
@@ -57,7 +56,7 @@ def write_report(
         score_threshold: draws the detections from this score on.
 
     Returns:
-        The content of ``report.json``.
+        The content of `report.json`.
 
     Raises:
         ValueError: there is no model.
@@ -101,7 +100,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """The text of ``report.md``, from the content of ``report.json``."""
+    """The text of `report.md`, from the content of `report.json`."""
     parts = [f"# {report['title']}", _table(models.values(), metrics), "## What it shows"]
     parts.append("\n".join(f"- {sentence}" for sentence in _findings(models, report)))
     parts.append(report["statement"])
@@ -115,7 +114,7 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
             "![Ground truth and detections side by side](detections.png)",
         ]
     if report["commands"]:
-        parts += ["## Commands", "```\n" + "\n".join(report["commands"]) + "\n```"]
+        parts += ["## Commands", "``\n" + "\n".join(report["commands"]) + "\n``"]
     files = [(m.title, m.config_file, m.checkpoint) for m in models.values() if m.config_file or m.checkpoint]
     if files:
         parts += ["## Files", "\n".join(_file_line(*entry) for entry in files)]

@@ -55,13 +55,12 @@ class ModelResult:
 def load_result(
     name: str, output_dir: str, label: str = "", dataset_name: str | None = None, task: str = "bbox"
 ) -> ModelResult:
-    """
-    Reads the OUTPUT_DIR of a training run.
+    """Reads the OUTPUT_DIR of a training run.
 
     Args:
         name: "teacher", "baseline", "inherit", "distilled" or another.
-        output_dir: holds ``result.json`` and, if they exist, ``metrics.json``, ``config.yaml``,
-            ``inference/coco_instances_results.json`` and ``model_final.pth``.
+        output_dir: holds `result.json` and, if they exist, `metrics.json`, `config.yaml`,
+            `inference/coco_instances_results.json` and `model_final.pth`.
         label: what the report calls the model.
         dataset_name: which results to take of a run that was evaluated on several datasets.
         task: which metrics to take.
@@ -100,13 +99,12 @@ def load_result(
 
 
 def compare(models: Mapping[str, ModelResult], metric: str = "AP") -> dict[str, Any]:
-    """
-    Gain and gap closure of the distilled student.
+    """Gain and gap closure of the distilled student.
 
     Returns:
-        ``metric``; ``gain`` = distilled - baseline; ``inherit_gain`` = inherit - baseline; ``gap_closure`` = gain /
+        `metric`; `gain` = distilled - baseline; `inherit_gain` = inherit - baseline; `gap_closure` = gain /
         (teacher - baseline), None where the teacher is not better than the baseline or a number is missing, which
-        ``gap_closure_note`` explains; ``equal_iterations``: whether both students saw as many images.
+        `gap_closure_note` explains; `equal_iterations`: whether both students saw as many images.
     """
     values = {name: model.metrics.get(metric, math.nan) for name, model in models.items()}
     teacher, baseline, inherit, distilled = (values.get(name, math.nan) for name in LABELS)

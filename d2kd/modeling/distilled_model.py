@@ -84,19 +84,21 @@ class DistilledModel(nn.Module):
         return losses
 
     @torch.no_grad()
-    def extract_features(
-        self, distiller: Distiller, batches: Iterable[Inputs]
-    ) -> Iterator[tuple[FeatureMaps, FeatureMaps]]:
+    def extract_features(self, method: str, batches: Iterable[Inputs]) -> Iterator[tuple[FeatureMaps, FeatureMaps]]:
         """Yields the features (student's, teacher's) that a method compares, both networks in evaluation mode.
 
         Each network runs once a batch, and as far as its deepest tap.
         """
+        distiller = self.distillers[method]
+        assert isinstance(distiller, Distiller)
         taps = FeatureTaps(self.student, [pair.student.name for pair in distiller.pairs])
+        steers = any(other.needs_student for other in self.passes.of_method(method).values())
         for batch in batches:
             batch = self._to_device(batch)
-            with evaluation_mode(self.student), taps.recording(stop_when_done=True) as features:
-                self.student(batch)
-            yield features, self.passes.dense(batch).maps
+            with self.passes.around_student(batch, method) as teacher, evaluation_mode(self.student):
+                with taps.recording(stop_when_done=not steers) as student:
+                    self.student(batch)
+            yield student, teacher.of_method(method).maps
 
     def _to_device(self, batched_inputs: Inputs) -> Inputs:
         """One copy of the images serves both networks."""
@@ -123,4 +125,7 @@ def _shared_taps(student: nn.Module, taps: Sequence[str]) -> list[str]:
 def _named_losses(method: str, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not losses:
         raise TapError(f"Method {method} gave no loss: check DISTILL.METHODS and its taps.")
+    for tap, loss in losses.items():
+        if loss.dim():
+            raise TapError(f"Method {method} gave a loss of shape {tuple(loss.shape)} at {tap}: it must be a scalar.")
     return {f"distill/{method}/{tap}": loss for tap, loss in losses.items()}

@@ -7,23 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-COLOURS = ("#444444", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # distinct to colour-blind readers too
+COLORS = ("#444444", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # distinct to color-blind readers too
 
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """Two curves over iterations: ``loss`` and ``metric``, each of shape (N, 2) with the iteration in column 0."""
+    """Two curves over iterations: `loss` and `metric`, each of shape (N, 2) with the iteration in column 0."""
 
     loss: np.ndarray
     metric: np.ndarray
 
 
 def read_training_log(path: str, metric: str = "bbox/AP") -> TrainingLog:
-    """
-    Reads a metrics.json: one JSON object per line with ``iteration`` and scalars.
+    """Reads a metrics.json: one JSON object per line with `iteration` and scalars.
 
-    The loss is the sum of the task's own losses (``loss_*``), which runs with and without distillation have in
-    common, or ``total_loss`` where there are none. Of an iteration that a resumed run repeats, the last line counts;
+    The loss is the sum of the task's own losses (`loss_*`), which runs with and without distillation have in
+    common, or `total_loss` where there are none. Of an iteration that a resumed run repeats, the last line counts;
     a last line cut short by an interruption is skipped.
     """
     records: dict[int, dict[str, float]] = {}
@@ -46,8 +45,7 @@ def read_training_log(path: str, metric: str = "bbox/AP") -> TrainingLog:
 
 
 def training_curves(logs: Mapping[str, TrainingLog], metric: str = "AP") -> Figure:
-    """
-    Draws the loss and the validation metric of each run over its iterations.
+    """Draws the loss and the validation metric of each run over its iterations.
 
     Args:
         logs: by the name to show in the legend.
@@ -56,9 +54,9 @@ def training_curves(logs: Mapping[str, TrainingLog], metric: str = "AP") -> Figu
     figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, log) in enumerate(logs.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        left.plot(*smooth(log.loss).T, color=colour, label=name, linewidth=1.5)
-        right.plot(*log.metric.T, color=colour, label=name, linewidth=1.5, marker="o", markersize=4)
+        color = COLORS[number % len(COLORS)]
+        left.plot(*smooth(log.loss).T, color=color, label=name, linewidth=1.5)
+        right.plot(*log.metric.T, color=color, label=name, linewidth=1.5, marker="o", markersize=4)
     left.set(xlabel="iteration", ylabel="task loss, without distillation terms")
     right.set(xlabel="iteration", ylabel=metric)
     if any((log.loss[:, 1] > 0).any() for log in logs.values()):
@@ -74,7 +72,7 @@ def training_curves(logs: Mapping[str, TrainingLog], metric: str = "AP") -> Figu
 
 
 def smooth(curve: np.ndarray, points: int = 50) -> np.ndarray:
-    """Averages a curve (N, 2) over windows, so that at most ``points`` remain."""
+    """Averages a curve (N, 2) over windows, so that at most `points` remain."""
     if len(curve) <= points:
         return curve
     return np.array([window.mean(axis=0) for window in np.array_split(curve, points)])

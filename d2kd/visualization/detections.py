@@ -23,8 +23,7 @@ def detection_grid(
     predictions: Mapping[str, Mapping[Any, list[dict[str, Any]]]],
     score_threshold: float = 0.3,
 ) -> np.ndarray:
-    """
-    Draws one row per image: the ground truth, then each model's detections, with class and score.
+    """Draws one row per image: the ground truth, then each model's detections, with class and score.
 
     A detection is green if its class is right and its IoU with an object that no better one has taken is at least
     0.5, and red otherwise.
@@ -32,7 +31,7 @@ def detection_grid(
     Args:
         dataset_dicts: the images, in Detectron2's format.
         class_names: by contiguous class id.
-        predictions: the result of :func:`read_predictions` by the heading of the model's column.
+        predictions: the result of `read_predictions` by the heading of the model's column.
         score_threshold: detections below it are left out.
 
     Returns:
@@ -59,15 +58,14 @@ def detection_grid(
 
 
 def read_predictions(path: str, metadata: Any) -> dict[Any, list[dict[str, Any]]]:
-    """
-    Reads COCO's result format (coco_instances_results.json).
+    """Reads COCO's result format (coco_instances_results.json).
 
     Args:
         path: the file.
         metadata: of the dataset; maps category ids to contiguous class ids.
 
     Returns:
-        By image id, a list of ``{"box": XYXY, "label": contiguous class id, "score"}``.
+        By image id, a list of `{"box": XYXY, "label": contiguous class id, "score"}`.
     """
     to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -109,17 +107,17 @@ def _ground_truth(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw(
-    image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[tuple[int, int, int]]
+    image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colors: Sequence[tuple[int, int, int]]
 ) -> np.ndarray:
-    """A copy of ``image`` with boxes in its own pixels; the best, which come first, are drawn on top."""
+    """A copy of `image` with boxes in its own pixels; the best, which come first, are drawn on top."""
     image = image.copy()
-    for (x0, y0, x1, y1), text, colour in reversed(list(zip(np.rint(boxes).astype(int), texts, colours))):
+    for (x0, y0, x1, y1), text, color in reversed(list(zip(np.rint(boxes).astype(int), texts, colors))):
         cv2.rectangle(image, (x0, y0), (x1, y1), (0, 0, 0), 4)
-        cv2.rectangle(image, (x0, y0), (x1, y1), colour, 2)
+        cv2.rectangle(image, (x0, y0), (x1, y1), color, 2)
         (width, height), _ = cv2.getTextSize(text, FONT, 0.5, 1)
         left = int(np.clip(x0, 0, max(image.shape[1] - width - 6, 0)))
         bottom = int(np.clip(y0, height + 8, image.shape[0]))
-        cv2.rectangle(image, (left, bottom - height - 8), (left + width + 6, bottom), colour, -1)
+        cv2.rectangle(image, (left, bottom - height - 8), (left + width + 6, bottom), color, -1)
         cv2.putText(image, text, (left + 3, bottom - 4), FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return image
 

@@ -15,8 +15,8 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 class MaskRow(NamedTuple):
     """The masks of one level over one image.
 
-    ``masks`` is float (T, H, W) with values in [0, 1], ``gate`` (H, W) what the level's map is multiplied with, and
-    ``stride`` the pixels of the network's input per cell; a mask may reach beyond the image, into its padding.
+    `masks` is float (T, H, W) with values in [0, 1], `gate` (H, W) what the level's map is multiplied with, and
+    `stride` the pixels of the network's input per cell; a mask may reach beyond the image, into its padding.
     """
 
     masks: np.ndarray
@@ -25,8 +25,7 @@ class MaskRow(NamedTuple):
 
 
 def mask_picture(image: np.ndarray, rows: Mapping[str, MaskRow]) -> np.ndarray:
-    """
-    Draws one row per level: the image, the mask of each token over it, and the gate.
+    """Draws one row per level: the image, the mask of each token over it, and the gate.
 
     Dark blue is 0, yellow is 1 (for the gate: its largest value). Below each tile stand the smallest and the largest
     value.
@@ -72,8 +71,8 @@ def _spread(mask: np.ndarray, stride: float, shape: tuple[int, ...]) -> np.ndarr
 def _overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     values = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_AREA)
     heat = cv2.applyColorMap((values.clip(0, 1) * 255).astype(np.uint8), cv2.COLORMAP_PLASMA)
-    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    return cv2.addWeighted(grey, 0.4, heat, 0.6, 0)
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    return cv2.addWeighted(gray, 0.4, heat, 0.6, 0)
 
 
 def _titled(tile: np.ndarray, text: str) -> np.ndarray:

@@ -101,7 +101,7 @@ def give_tokens(cfg: CfgNode, teacher: nn.Module, path: Path) -> None:
 def untrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CfgNode:
     """Makes trainers run on random images, with random teachers, and write no checkpoints."""
     for trainer in (DistillTrainer, TokenTrainer):
-        monkeypatch.setattr(trainer, "check_config", lambda cfg: None)
+        monkeypatch.setattr(trainer, "check_config", classmethod(lambda cls, cfg: None))
         monkeypatch.setattr(trainer, "build_train_loader", staticmethod(lambda cfg: RandomLoader()))
         monkeypatch.setattr(trainer, "save", lambda self, name: None)
         monkeypatch.setattr(trainer, "build_writers", lambda self: [])

@@ -16,7 +16,7 @@ from d2kd.distillers.checksum import weights_checksum
 from d2kd.distillers.receptive_tokens import TokenFile
 from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
 from d2kd.errors import ConfigError
-from d2kd.modeling import FeatureTaps, TapError, TeacherError
+from d2kd.modeling import FeatureTaps, StrictLoadingError, TapError
 from d2kd.token_learning import TokenLearner, TokenTrainer
 from d2kd.token_learning import trainer as token_trainer
 from d2kd.visualization.tokens import MaskRow, mask_picture
@@ -306,7 +306,7 @@ def test_wrong_input(teacher_yaml, tmp_path):
     for error, changes in (
         (ConfigError, dict(MODEL__WEIGHTS="''")),
         (ConfigError, dict(DISTILL__TEACHER__CONFIG_FILE=str(teacher_yaml))),
-        (TeacherError, dict(MODEL__WEIGHTS=str(tmp_path / "missing.pth"))),
+        (StrictLoadingError, dict(MODEL__WEIGHTS=str(tmp_path / "missing.pth"))),
         (TapError, dict(DISTILL__RECEPTIVE_TOKENS__TAPS="['p33']")),
     ):
         with pytest.raises(error):

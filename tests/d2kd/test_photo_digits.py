@@ -91,7 +91,7 @@ def test_digits_keep_contrast_and_distance(script):
     train, _ = script.load_sources(seed=0)
     rng = np.random.default_rng(0)
     behind = rng.uniform(0, 255, size=(1, 3)).astype(np.float32).repeat(200, 0)
-    color = script.contrasting_colour(behind, rng)
+    color = script.contrasting_color(behind, rng)
     assert np.linalg.norm(color - behind[0]) >= script.MIN_CONTRAST
     for seed in range(20):
         scene = script.render_scene(train, 128, np.random.default_rng(seed))

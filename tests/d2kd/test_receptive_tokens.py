@@ -241,13 +241,8 @@ def test_mean_weights_of_an_image_have_sum_one():
 @pytest.mark.parametrize("normalize", ["none", "standardize"])
 @pytest.mark.parametrize("position_weights", ["mask_sum", "unit_sum"])
 def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, position_weights):
-    x = torch.randn(2, 4, 6, 7)
-    assert (
-        distiller([some_tokens()], normalize=normalize, position_weights=position_weights)({"p3": x}, {"p3": x})[
-            "p3"
-        ].item()
-        < 1e-10
-    )
+    x, settings = torch.randn(2, 4, 6, 7), {"normalize": normalize, "position_weights": position_weights}
+    assert distiller([some_tokens()], **settings)({"p3": x}, {"p3": x})["p3"].item() < 1e-10
     method = distiller(
         [some_tokens()], [tap_pair("p3", channels=(6, 4))], normalize=normalize, position_weights=position_weights
     )

@@ -106,7 +106,7 @@ REDUCERS: dict[str, Callable[[Tensor, Tensor, Tensor, Uniform], Reduced]] = {
 def scale_to_unit(reduced: Reduced, eps: float = 1e-6) -> Reduced:
     """Divides every channel and its margin by the channel's standard deviation over batch and space.
 
-    Nothing is centred: zero is where the ReLU cuts, and has to stay there.
+    Nothing is centered: zero is where the ReLU cuts, and has to stay there.
     """
     target = upcast_half(reduced.map)
     scale = torch.rsqrt(target.var(dim=(0, 2, 3), correction=0) + eps)

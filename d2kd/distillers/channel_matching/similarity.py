@@ -14,7 +14,7 @@ CHUNK_ELEMENTS = 1 << 24
 def channel_distances(student: Tensor, teacher: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
     """Returns squared distances between L2-normalized channel maps, summed over the images of a batch.
 
-    Every channel of every image is flattened over space and divided by its norm, not centred: entry (s, c) is
+    Every channel of every image is flattened over space and divided by its norm, not centered: entry (s, c) is
     sum_b || u_bs - v_bc ||^2 = sum_b 2 - 2 <u_bs, v_bc> (Yue et al., "Matching Guided Distillation", ECCV 2020).
 
     Args:

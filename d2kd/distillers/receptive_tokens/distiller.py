@@ -159,7 +159,7 @@ class ReceptiveTokens(Distiller):
         return mask_weights(masks, level.weights(teacher), self.eps, mean=self.position_weights == "unit_sum")
 
     def _tokens_for_student(self, level: "_FixedTokens", teacher: Tensor, valid: Tensor | None) -> Sequence[Tensor]:
-        """Tokens, and a bias where the student is standardised: <e, dev * s + mean> = <e * dev, s> + <e, mean>."""
+        """Tokens, and a bias where the student is standardized: <e, dev * s + mean> = <e * dev, s> + <e, mean>."""
         if self.normalize == "none":
             return (level.tokens,)
         mean, variance = channel_statistics(upcast_half(teacher), valid)

@@ -183,7 +183,7 @@ def warn_if_unknown(cfg: CfgNode, whose: str) -> None:
     if not architecture_class(cfg).KNOWN:
         logger.warning(
             "%s: d2kd does not know MODEL.META_ARCHITECTURE %s. Its features can be distilled; its predictions "
-            "(LogitKD, HeadRegression without TAPS), its number of classes and running loss normalizers are unknown. "
+            "(LogitKD, HeadRegression without TAPS) and running loss normalizers are unknown. "
             "To describe it, see docs/architectures.md.",
             whose,
             cfg.MODEL.META_ARCHITECTURE,

@@ -44,20 +44,25 @@ class TeacherPasses:
         self.sources = dict(sources or {})
 
     @contextlib.contextmanager
-    def around_student(self, batched_inputs: Inputs) -> Iterator["PassResults"]:
+    def around_student(self, batched_inputs: Inputs, method: str = "") -> Iterator["PassResults"]:
         """Yields the results: dense features at once, those of steered passes when the block (the student) ends."""
         results = PassResults(self.sources)
+        others = self.of_method(method) if method else self.others
         if self.dense.taps:
             results.add("", self.dense(batched_inputs))
-        for name, other in self.others.items():
+        for name, other in others.items():
             if not other.needs_student:
                 results.add(name, other(batched_inputs, None, results.dense))
-        steered = {name: other for name, other in self.others.items() if other.needs_student}
+        steered = {name: other for name, other in others.items() if other.needs_student}
         with contextlib.ExitStack() as stack:
             guidance = {name: stack.enter_context(other.watch()) for name, other in steered.items()}
             yield results
         for name, other in steered.items():
             results.add(name, other(batched_inputs, guidance[name], results.dense))
+
+    def of_method(self, method: str) -> dict[str, TeacherPass]:
+        """Returns the passes that a method's features come from, beside the dense one."""
+        return {name: self.others[name] for name in self.sources.get(method, ())}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the passes that have one, by name."""
