@@ -120,6 +120,8 @@ class Distiller(Configurable, nn.Module):
         for pair in pairs:
             self.check_pair(f"DISTILL.{self.NODE}.TAPS", pair)
         self.pairs: list[TapPair] = list(pairs)
+        #: teacher stride / student stride of every pair; None where the features are vectors
+        self._stride_ratios = [None if s.is_vector else t.stride / s.stride for s, t in pairs]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
@@ -163,17 +165,17 @@ class Distiller(Configurable, nn.Module):
             Weighted scalar losses by the student's tap name.
         """
         losses = {}
-        for level, pair in enumerate(self.pairs):
+        for level, (ours, theirs) in enumerate(self.pairs):
             s, t = self.aligned(level, student, teacher)
-            known = valid.get(pair.teacher.name) if valid else None
+            known = valid.get(theirs.name) if valid else None
             if known is None:
                 loss = self.level_loss(level, s, t)
             else:
-                known = align_validity(known, self._stride_ratio(level), (s.shape[-2], s.shape[-1]))
+                known = align_validity(known, self._stride_ratios[level] or 1.0, (s.shape[-2], s.shape[-1]))
                 loss_where: Callable[..., Tensor] = self.level_loss  # it takes `valid`, see `takes_validity`
                 # what the teacher did not compute may be anything, also NaN
                 loss = loss_where(level, s, t.where(known[:, None], 0), valid=known)
-            losses[pair.name] = self.weight_of(level) * loss
+            losses[ours.name] = self.weight_of(level) * loss
         return losses
 
     def build_aligners(self) -> nn.ModuleList:
@@ -186,16 +188,14 @@ class Distiller(Configurable, nn.Module):
 
     def aligned(self, level: int, student: FeatureMaps, teacher: FeatureMaps) -> tuple[Tensor, Tensor]:
         """Returns both maps of a pair at equal H and W; no gradient for the teacher, nor for a student of weight 0."""
-        pair = self.pairs[level]
-        s, t = student[pair.student.name], teacher[pair.teacher.name].detach()
+        ours, theirs = self.pairs[level]
+        s, t = student[ours.name], teacher[theirs.name].detach()
         if self.weight == 0:
             s = s.detach()
-        if pair.student.is_vector:
+        ratio = self._stride_ratios[level]
+        if ratio is None or (ratio == 1.0 and s.shape[-2:] == t.shape[-2:]):
             return s, t
-        return align_resolution(s, t, self._stride_ratio(level))
-
-    def _stride_ratio(self, level: int) -> float:
-        return self.pairs[level].teacher.stride / self.pairs[level].student.stride
+        return align_resolution(s, t, ratio)
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the unweighted scalar loss of one pair of maps of equal H and W.

@@ -36,7 +36,7 @@ class StepSnapshot:
         self._loss_normalizers: dict[str, Any] = {}
         self._positions: list[Any] = []
         distilled = [m for m in model.modules() if isinstance(m, DistilledModel)]
-        self._passes = [m.passes for m in distilled]
+        self._passes = [m.passes for m in distilled if m.passes.state_dict()]
         self._pass_states: list[dict[str, Any]] = []
         self._balances = [m.balance for m in distilled if m.balance is not None]
         self._balance_states: list[dict[str, Any]] = []

@@ -1,10 +1,8 @@
 """Pure tensor functions that several methods share; they import torch only."""
 
 from .align import align_resolution, align_validity
-from .losses import REDUCTIONS, squared_error
+from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
-from .normalize import NORMALIZATIONS, normalize, standardize
-from .precision import upcast_half
 
 __all__ = [
     "MASK_KINDS",

@@ -16,10 +16,8 @@ def align_resolution(student: Tensor, teacher: Tensor, stride_ratio: float = 1.0
         stride_ratio: teacher stride / student stride.
 
     Returns:
-        The two maps with equal H and W; the very same tensors where nothing had to be done.
+        The two maps with equal H and W.
     """
-    if stride_ratio == 1.0 and student.shape[-2:] == teacher.shape[-2:]:
-        return student, teacher
     if stride_ratio != 1.0:
         size = [max(1, round(n * stride_ratio)) for n in teacher.shape[-2:]]
         teacher = F.interpolate(

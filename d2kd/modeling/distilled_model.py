@@ -74,7 +74,7 @@ class DistilledModel(nn.Module):
         with self.passes.around_student(batched_inputs) as teacher, self._taps.recording() as student:
             losses = dict(self.student(batched_inputs))
         distilled = {
-            method: _named_losses(method, distiller(student, *teacher.of_method(method)))
+            method: _named_losses(method, distiller(student, *teacher[method]))
             for method, distiller in self.distillers.items()
         }
         if self.balance is not None:
@@ -92,13 +92,13 @@ class DistilledModel(nn.Module):
         distiller = self.distillers[method]
         assert isinstance(distiller, Distiller)
         taps = FeatureTaps(self.student, [pair.student.name for pair in distiller.pairs])
-        steers = any(other.needs_student for other in self.passes.of_method(method).values())
+        steers = any(self.passes.others[name].needs_student for name in self.passes.sources[method])
         for batch in batches:
             batch = self._to_device(batch)
-            with self.passes.around_student(batch, method) as teacher, evaluation_mode(self.student):
+            with self.passes.around_student(batch, [method]) as teacher, evaluation_mode(self.student):
                 with taps.recording(stop_when_done=not steers) as student:
                     self.student(batch)
-            yield student, teacher.of_method(method).maps
+            yield student, teacher[method].maps
 
     def _to_device(self, batched_inputs: Inputs) -> Inputs:
         """One copy of the images serves both networks."""

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2kd.config import read_config
 from d2kd.errors import ConfigError, UserError, require_choice
@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from .architectures import build_network, warn_if_unknown
 from .strict_loading import load_strictly
+from .taps import FeatureTaps
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,13 @@ class Teacher:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self  # frozen: copies of a student (an average of its weights, say) share it
+
+    @torch.no_grad()
+    def record(self, batched_inputs: Inputs, taps: FeatureTaps) -> dict[str, Tensor]:
+        """Returns tapped features of a batch in Detectron2's input format; the pass ends at the deepest tap."""
+        with self.autocast(), taps.recording(stop_when_done=True) as features:
+            self.model(self.prepare(batched_inputs))
+        return features
 
     def prepare(self, batched_inputs: Inputs) -> Inputs:
         """Returns the images of a batch ("image": uint8 (C, H, W)) in the teacher's channel order, without truth."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2kd.layers import NORMALIZATIONS, normalize, upcast_half
-from d2kd.layers.normalize import EPS, channel_statistics
+from d2kd.layers.losses import EPS, channel_statistics
 from d2kd.settings import setting
 from detectron2.config import CfgNode
 

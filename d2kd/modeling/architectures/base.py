@@ -11,6 +11,7 @@ from d2kd.distillers import Prediction
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.backbone.vit import ViT
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,10 @@ class Architecture:
         if "linear" in self.feature_shapes():
             return [Prediction("linear", "class_logits", "image", activation="softmax")]
         return []
+
+    def is_channels_last(self, module: nn.Module) -> bool:
+        """Returns whether a module gives (N, H, W, C), as the blocks of a vision transformer do."""
+        return any(module is block for vit in self.model.modules() if isinstance(vit, ViT) for block in vit.blocks)
 
     def loss_normalizers(self) -> dict[str, Any]:
         """Returns the running loss normalizers, by attribute; some appear with the first batch only."""

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from torch import nn
 
 from d2kd.errors import UserError, did_you_mean
-from detectron2.modeling.backbone.vit import ViT
 
 from ..architectures import architecture_of, output_shapes
 
@@ -28,7 +27,7 @@ class Tap(NamedTuple):
     call: int | None = None
     # take what goes into the last ReLU of the module instead of what comes out
     pre_relu: bool = False
-    # the module gives (N, H, W, C), as the blocks of a vision transformer do; the tap is (N, C, H, W)
+    # the module gives (N, H, W, C); the tap is (N, C, H, W)
     channels_last: bool = False
 
 
@@ -55,7 +54,9 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
         if address in _outputs(named.get(path)) and f"{path}.{address}" not in named:
             return Tap(name, named[path], key=address)
     module = _find_stage(model, name, address, named)
-    return Tap(name, module, call=int(call) if call else None, channels_last=_is_transformer_block(module, named))
+    return Tap(
+        name, module, call=int(call) if call else None, channels_last=architecture_of(model).is_channels_last(module)
+    )
 
 
 def last_norm(model: nn.Module, name: str) -> nn.Module | None:
@@ -100,10 +101,6 @@ def _find_stage(model: nn.Module, name: str, address: str, named: dict[str, nn.M
         f"Tap {name!r} is not in the {type(model).__name__}.{hint} Features of its backbone: "
         f"{', '.join(tap_names(model))}; any module path (e.g. 'head.bbox_pred') is a tap too."
     )
-
-
-def _is_transformer_block(module: nn.Module, named: dict[str, nn.Module]) -> bool:
-    return any(module is block for vit in named.values() if isinstance(vit, ViT) for block in vit.blocks)
 
 
 def _last_block(name: str, stage: nn.Module) -> nn.Module:

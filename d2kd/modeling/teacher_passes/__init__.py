@@ -1,14 +1,13 @@
 """How the teacher computes features: over the whole image, on the student's regions, or as registered."""
 
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
-from .build import PassResults, TeacherPasses, build_passes
+from .build import TeacherPasses, build_passes
 from .dense import DensePass
 from .regions import RegionPass
 
 __all__ = [
     "TEACHER_PASSES",
     "DensePass",
-    "PassResults",
     "RegionPass",
     "TeacherFeatures",
     "TeacherPass",

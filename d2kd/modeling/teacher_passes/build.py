@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from d2kd.distillers import DISTILLERS, TapPair
 from d2kd.errors import ConfigError, require_choice
@@ -25,49 +25,47 @@ class TeacherPasses:
     Attributes:
         dense: the pass over the whole image; without taps it does not run.
         others: the other passes, by name.
+        sources: names of the others that a method's features come from, beside the dense pass, by method.
     """
 
     def __init__(
-        self,
-        dense: DensePass,
-        others: Mapping[str, TeacherPass] | None = None,
-        sources: Mapping[str, Sequence[str]] | None = None,
+        self, dense: DensePass, others: Mapping[str, TeacherPass], sources: Mapping[str, Sequence[str]]
     ) -> None:
         """
         Args:
             dense: gives the `inputs` of the others too.
-            others: by name.
-            sources: names of the others that a method's features come from, beside the dense pass, by method.
+            others, sources: see above.
         """
         self.dense = dense
-        self.others = dict(others or {})
-        self.sources = dict(sources or {})
+        self.others = dict(others)
+        self.sources = {method: list(names) for method, names in sources.items()}
+        self._stateful = {n: p for n, p in self.others.items() if type(p).state_dict is not TeacherPass.state_dict}
 
     @contextlib.contextmanager
-    def around_student(self, batched_inputs: Inputs, method: str = "") -> Iterator["PassResults"]:
-        """Yields the results: dense features at once, those of steered passes when the block (the student) ends."""
-        results = PassResults(self.sources)
-        others = self.of_method(method) if method else self.others
-        if self.dense.taps:
-            results.add("", self.dense(batched_inputs))
-        for name, other in others.items():
-            if not other.needs_student:
-                results.add(name, other(batched_inputs, None, results.dense))
-        steered = {name: other for name, other in others.items() if other.needs_student}
-        with contextlib.ExitStack() as stack:
-            guidance = {name: stack.enter_context(other.watch()) for name, other in steered.items()}
-            yield results
-        for name, other in steered.items():
-            results.add(name, other(batched_inputs, guidance[name], results.dense))
+    def around_student(
+        self, batched_inputs: Inputs, methods: Sequence[str] | None = None
+    ) -> Iterator[dict[str, TeacherFeatures]]:
+        """Yields what fills with the features that each method compares when the block, the student's pass, ends.
 
-    def of_method(self, method: str) -> dict[str, TeacherPass]:
-        """Returns the passes that a method's features come from, beside the dense one."""
-        return {name: self.others[name] for name in self.sources.get(method, ())}
+        Args:
+            batched_inputs: in Detectron2's format, on the device.
+            methods: only passes of these run, by default all.
+        """
+        sources = {method: self.sources[method] for method in (self.sources if methods is None else methods)}
+        others = {name: self.others[name] for names in sources.values() for name in names}
+        dense = self.dense(batched_inputs) if self.dense.taps else TeacherFeatures({}, {})
+        computed = {n: p(batched_inputs, None, dense.maps) for n, p in others.items() if not p.needs_student}
+        features: dict[str, TeacherFeatures] = {}
+        with contextlib.ExitStack() as stack:
+            guidance = {n: stack.enter_context(p.watch()) for n, p in others.items() if p.needs_student}
+            yield features
+        computed |= {n: others[n](batched_inputs, seen, dense.maps) for n, seen in guidance.items()}
+        for method, names in sources.items():
+            features[method] = _together(dense, [computed[name] for name in names])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the passes that have one, by name."""
-        states = {name: other.state_dict() for name, other in self.others.items()}
-        return {name: state for name, state in states.items() if state}
+        return {name: other.state_dict() for name, other in self._stateful.items()}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` has returned."""
@@ -75,32 +73,12 @@ class TeacherPasses:
             self.others[name].load_state_dict(state)
 
 
-class PassResults:
-    """What the passes gave in one step."""
-
-    def __init__(self, sources: Mapping[str, Sequence[str]]) -> None:
-        self._sources = sources
-        self._of_pass: dict[str, TeacherFeatures] = {"": TeacherFeatures({}, {})}
-
-    @property
-    def dense(self) -> dict[str, Tensor]:
-        """The maps of the pass over the whole image."""
-        return self._of_pass[""].maps
-
-    def add(self, name: str, features: TeacherFeatures) -> None:
-        """Takes in the features of a pass."""
-        self._of_pass[name] = features
-
-    def of_method(self, method: str) -> TeacherFeatures:
-        """Returns the features that a method compares."""
-        sources = self._sources.get(method)
-        if not sources:
-            return self._of_pass[""]
-        maps, valid = dict(self.dense), {}
-        for name in sources:
-            maps.update(self._of_pass[name].maps)
-            valid.update(self._of_pass[name].valid)
-        return TeacherFeatures(maps, valid)
+def _together(dense: TeacherFeatures, others: Sequence[TeacherFeatures]) -> TeacherFeatures:
+    """All features; those of the other passes go before dense ones of the same tap."""
+    maps, valid = dense
+    for other in others:
+        maps, valid = {**maps, **other.maps}, {**valid, **other.valid}
+    return TeacherFeatures(maps, valid)
 
 
 def build_passes(
@@ -117,7 +95,7 @@ def build_passes(
         TapError: a tap is not there, or cannot be computed by its pass.
     """
     groups: dict[str, list[TapPair]] = {}
-    sources: dict[str, list[str]] = {}
+    sources: dict[str, list[str]] = {method: [] for method in pairs}
     dense: list[str] = []
     for method, of_method in pairs.items():
         for pair in of_method:
@@ -126,7 +104,7 @@ def build_passes(
                 dense.append(pair.teacher.name)
             else:
                 groups.setdefault(name, []).append(pair)
-                sources.setdefault(method, []).append(name)
+                sources[method].append(name)
     others = {
         name: TEACHER_PASSES.get(name).from_config(cfg, student, teacher, group) for name, group in groups.items()
     }

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..taps import FeatureTaps
@@ -23,11 +22,8 @@ class DensePass(TeacherPass):
         super().__init__(teacher, taps)
         self._taps = FeatureTaps(teacher.model, self.taps)
 
-    @torch.no_grad()
     def __call__(
         self, batched_inputs: Inputs, guidance: Any = None, dense: Mapping[str, Tensor] | None = None
     ) -> TeacherFeatures:
         """As in the base class; only the images are needed."""
-        with self.teacher.autocast(), self._taps.recording(stop_when_done=True) as maps:
-            self.teacher.model(self.teacher.prepare(batched_inputs))
-        return TeacherFeatures(maps, {})
+        return TeacherFeatures(self.teacher.record(batched_inputs, self._taps), {})
