@@ -1,9 +1,10 @@
 """Settings: each key of a configurable part is declared once, with its default, range and documentation."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from d2kd.errors import ConfigError, did_you_mean, require_choice
@@ -92,47 +93,36 @@ class Configurable:
 
     Attributes:
         DEFAULTS: defaults that differ from those that a base class declares, by YAML key.
+        SETTINGS: all declarations, those of base classes first, by attribute.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    SETTINGS: ClassVar[Mapping[str, Setting]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        settings: dict[str, Setting] = {}
+        for base in reversed(cls.__mro__[1:]):
+            settings.update(vars(base).get("SETTINGS", {}))
         annotations = inspect.get_annotations(cls)
-        for name, declared in list(vars(cls).items()):
-            if isinstance(declared, Setting) and annotations.get(name) in (float, "float"):
-                setattr(cls, name, _with_default(declared, float(declared.default)))
-        keys = cls.keys()
-        for key in cls.DEFAULTS:
-            if key not in keys:
-                raise TypeError(
-                    f"DEFAULTS of {cls.__name__} names {key}, which is no setting.{did_you_mean(key, keys)}"
-                )
-        for key, declared in keys.items():
-            declared.check(f"The default of {cls.__name__}.{key}", declared.default)
-
-    @classmethod
-    def settings(cls) -> dict[str, Setting]:
-        """Returns the declarations by attribute, those of base classes first."""
-        found: dict[str, Setting] = {}
-        for part in reversed(cls.__mro__):
-            found.update({name: value for name, value in vars(part).items() if isinstance(value, Setting)})
-        return found
-
-    @classmethod
-    def keys(cls) -> dict[str, Setting]:
-        """Returns the declarations by YAML key, with the defaults of this class."""
-        keys = {declared.key or name.upper(): declared for name, declared in cls.settings().items()}
-        defaults = {
-            key: value for part in reversed(cls.__mro__) for key, value in vars(part).get("DEFAULTS", {}).items()
-        }
-        return {key: _with_default(declared, defaults.get(key, declared.default)) for key, declared in keys.items()}
+        for name, declared in vars(cls).items():
+            if isinstance(declared, Setting):
+                default = float(declared.default) if annotations.get(name) in (float, "float") else declared.default
+                settings[name] = replace(declared, key=declared.key or name.upper(), default=default)
+        attributes = {declared.key: name for name, declared in settings.items()}
+        for key, default in vars(cls).get("DEFAULTS", {}).items():
+            if key not in attributes:
+                hint = did_you_mean(key, attributes)
+                raise TypeError(f"DEFAULTS of {cls.__name__} names {key}, which is no setting.{hint}")
+            settings[attributes[key]] = replace(settings[attributes[key]], default=default)
+        for declared in settings.values():
+            declared.check(f"The default of {cls.__name__}.{declared.key}", declared.default)
+        cls.SETTINGS = settings
 
     @classmethod
     def default_node(cls) -> CfgNode:
         """Returns the YAML node with all defaults."""
-        defaults = {key: declared.default for key, declared in cls.keys().items()}
-        return CfgNode({key: list(value) if isinstance(value, list) else value for key, value in defaults.items()})
+        return CfgNode({declared.key: copy.copy(declared.default) for declared in cls.SETTINGS.values()})
 
     @classmethod
     def check_node(cls, node: CfgNode, where: str) -> None:
@@ -143,14 +133,13 @@ class Configurable:
         Raises:
             ConfigError: a value has another type than its default, or is out of range.
         """
-        for key, declared in cls.keys().items():
-            declared.check(f"{where}.{key}", node[key])
+        for declared in cls.SETTINGS.values():
+            declared.check(f"{where}.{declared.key}", node[declared.key])
 
     @classmethod
     def arguments(cls, node: CfgNode) -> dict[str, Any]:
         """Returns the constructor's arguments that a YAML node holds."""
-        declarations = cls.settings().items()
-        return {name: node[d.key or name.upper()] for name, d in declarations if not d.config_only}
+        return {name: node[declared.key] for name, declared in cls.SETTINGS.items() if not declared.config_only}
 
     def configure(self, given: Mapping[str, Any], where: str) -> None:
         """Sets every setting as an attribute: what is given, else its default.
@@ -163,14 +152,10 @@ class Configurable:
             ConfigError: a value has another type than its default, or is out of range.
             TypeError: there is no such setting.
         """
-        keys = self.keys()
-        known = {name: d.key or name.upper() for name, d in self.settings().items() if not d.config_only}
+        settings = {name: declared for name, declared in self.SETTINGS.items() if not declared.config_only}
         for name in given:
-            if name not in known:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}.{did_you_mean(name, known)}")
-        for name, key in known.items():
-            setattr(self, name, keys[key].check(f"{where}.{key}", given.get(name, keys[key].default)))
-
-
-def _with_default(declared: Setting, default: Any) -> Setting:
-    return declared if default is declared.default else Setting(**{**vars(declared), "default": default})
+            if name not in settings:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}.{did_you_mean(name, settings)}")
+        for name, declared in settings.items():
+            value = declared.check(f"{where}.{declared.key}", given.get(name, declared.default))
+            setattr(self, name, copy.copy(value))

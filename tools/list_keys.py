@@ -37,24 +37,24 @@ def main(methods: Sequence[str]) -> None:
 
 def page(methods: Sequence[str]) -> Iterator[str]:
     """Yields the lines of the page."""
-    shared = Distiller.keys()
+    shared = Distiller.SETTINGS
     yield from (TITLE, "", "## Every method", "")
     yield "Below the node of each method, e.g. `DISTILL.FEATURE_MIMIC.WEIGHT`; some have another default, see below."
     yield from ("", *table(shared))
     for name in methods:
         method = DISTILLERS.get(name)
         yield from ("", f"## {name}", "", f"Below `DISTILL.{method.NODE}`.")
-        own = {key: declared for key, declared in method.keys().items() if shared.get(key) != declared}
+        own = {name: declared for name, declared in method.SETTINGS.items() if shared.get(name) != declared}
         yield from ("", *table(own)) if own else ("It has the keys of every method only.",)
         for node, part in PARTS.get(name, {}).items():
-            yield from ("", f"Below `DISTILL.{method.NODE}.{node}`.", "", *table(part.keys()))
+            yield from ("", f"Below `DISTILL.{method.NODE}.{node}`.", "", *table(part.SETTINGS))
 
 
-def table(keys: Mapping[str, Setting]) -> Iterator[str]:
+def table(settings: Mapping[str, Setting]) -> Iterator[str]:
     """Yields the lines of a table of keys."""
     yield from ("| key | default | range | meaning |", "| --- | --- | --- | --- |")
-    for key, declared in keys.items():
-        cells = [f"`{key}`", f"`{default_of(declared)}`", range_of(declared), declared.doc]
+    for declared in settings.values():
+        cells = [f"`{declared.key}`", f"`{default_of(declared)}`", range_of(declared), declared.doc]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -28,9 +28,9 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     scaled.defrost()
     for _, method in DISTILLERS:
         node = scaled.DISTILL[method.NODE]
-        for key, declared in method.keys().items():
+        for declared in method.SETTINGS.values():
             if declared.iterations:
-                node[key] = declared.scaled(node[key], factor)
+                node[declared.key] = declared.scaled(node[declared.key], factor)
     # as much is forgotten in an epoch as before; the warm-up goes by the part of the training so far and needs nothing
     scaled.SOLVER.EMA.DECAY **= 1 / factor
     if frozen:

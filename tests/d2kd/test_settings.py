@@ -1,0 +1,124 @@
+"""Settings: declared once, the same for constructor and YAML, and checked with their whole key."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tap_pair
+from models import config
+
+from d2kd.distillers import DISTILLERS, Distiller
+from d2kd.distillers.receptive_tokens import LearnSettings
+from d2kd.distillers.receptive_tokens.tokens import Tokens
+from d2kd.errors import ConfigError
+from d2kd.settings import Configurable, Setting, setting
+
+METHODS = dict(DISTILLERS)
+#: Values that fit no setting of a type.
+WRONG: dict[type, list[Any]] = {
+    bool: [1, "yes", None],
+    int: [True, 1.5, "1", None],
+    float: [True, "1", None, float("nan"), float("inf")],
+    str: [3, None, ["none"]],
+    list: ["p3", 3, None],
+}
+
+
+def declared_by(part: type[Configurable]) -> list[Setting]:
+    return list(part.SETTINGS.values())
+
+
+def out_of_range(declared: Setting) -> list[Any]:
+    """Values of the right type that a declaration excludes."""
+    number = declared.items or type(declared.default)
+    values: list[Any] = ["no such word"] if declared.choices else []
+    for bound, step in ((declared.at_least, -1), (declared.above, 0), (declared.at_most, 1), (declared.below, 0)):
+        if bound is not None:
+            values.append(number(bound + step))
+    return [[value] for value in values] if isinstance(declared.default, list) else values
+
+
+ALL = [(where, declared) for where in METHODS for declared in declared_by(METHODS[where])]
+ALL += [("LEARN", declared) for declared in declared_by(LearnSettings)]
+
+
+@pytest.mark.parametrize("where, declared", ALL, ids=lambda x: x.key if isinstance(x, Setting) else x)
+def test_wrong_values_are_one_error_with_the_whole_key(where, declared):
+    key = f"DISTILL.{where}.{declared.key}"
+    wrong = [value for value in WRONG[type(declared.default)] if value != declared.default]
+    for value in wrong + out_of_range(declared):
+        with pytest.raises(ConfigError) as error:
+            declared.check(key, value)
+        assert str(error.value).startswith(key)
+    assert declared.check(key, declared.default) == declared.default
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_constructor_and_yaml_have_the_same_defaults(method):
+    needed = {
+        "ReceptiveTokens": {"tokens": [Tokens(torch.zeros(2, 4))]},
+        "LogitKD": {"form": "softmax"},  # of a tap that is no known prediction
+    }
+    given = needed.get(method, {})
+    built = METHODS[method](pairs=[tap_pair("p3", channels=(4, 4))], **given)
+    node = config().DISTILL[METHODS[method].NODE]
+    for name, declared in METHODS[method].SETTINGS.items():
+        if not declared.config_only and name not in given:
+            assert getattr(built, name) == node[declared.key], declared.key
+
+
+def test_every_key_of_a_method_is_declared_and_documented():
+    for method in METHODS.values():
+        node = config().DISTILL[method.NODE]
+        assert set(node) - {"LEARN"} == {declared.key for declared in method.SETTINGS.values()}
+        assert all(declared.doc.endswith((".", ")", "SGD")) for declared in method.SETTINGS.values())
+
+
+def test_lists_are_not_shared():
+    node = config().DISTILL.CHANNEL_MATCHING
+    node.TAPS.append("p3")
+    assert "p3" not in config().DISTILL.CHANNEL_MATCHING.TAPS
+
+
+def test_a_whole_number_stands_for_a_float_and_a_tuple_for_a_list():
+    class Part(Configurable):
+        share: float = setting(0, "A share.", at_least=0)
+        steps: list[int] = setting([], "Some steps.", items=int)
+
+        def __init__(self, **given: Any) -> None:
+            self.configure(given, "PART")
+
+    part = Part(share=1, steps=(1, 2))
+    assert (part.share, type(part.share), part.steps) == (1.0, float, [1, 2])
+    assert Part.default_node() == {"SHARE": 0.0, "STEPS": []} and type(Part.default_node().SHARE) is float
+
+
+def test_subclasses_inherit_and_change_defaults_by_key():
+    class Base(Configurable):
+        number: int = setting(1, "A number.", key="NUM")
+
+    class Middle(Base):
+        DEFAULTS = {"NUM": 2}
+
+    class Last(Middle):
+        other: str = setting("x", "Another.")
+
+    assert [part.default_node().NUM for part in (Base, Middle, Last)] == [1, 2, 2]
+    assert list(Last.SETTINGS) == ["number", "other"]
+
+
+def test_mistakes_of_an_author_are_errors_when_the_class_is_made():
+    with pytest.raises(TypeError, match=r"DEFAULTS of Wrong names WIEGHT.*Did you mean WEIGHT"):
+
+        class Wrong(Distiller):
+            DEFAULTS = {"WIEGHT": 1.0}
+
+    with pytest.raises(ConfigError, match=r"The default of Low\.SHARE is -1\.0"):
+
+        class Low(Configurable):
+            share: float = setting(-1.0, "A share.", at_least=0)
+
+
+def test_an_unknown_argument_is_an_error_with_near_matches():
+    with pytest.raises(TypeError, match="FeatureMimic has no argument 'wieght'.*weight"):
+        METHODS["FeatureMimic"](pairs=[tap_pair("p3", channels=(4, 4))], wieght=1.0)
