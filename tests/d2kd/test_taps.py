@@ -2,21 +2,17 @@
 
 import pytest
 import torch
+from fakes import FakeDetector, images
 from models import FASTER_RCNN, batch, config, model
 
-from d2kd.modeling.taps import FeatureTaps, TapError, shared_levels, tap_names
+from d2kd.modeling.taps import FeatureTaps, TapError, describe_taps, shared_levels, tap_names
+from detectron2.utils.events import EventStorage
 
 
-def record(net, names, train=False, **kwargs):
+def record(net, names, train=False, inputs=None, **kwargs):
     net.train(train)
-    with FeatureTaps(net, names).recording(**kwargs) as features:
-        if train:
-            from detectron2.utils.events import EventStorage
-
-            with EventStorage():
-                net(batch())
-        else:
-            net(batch())
+    with EventStorage(), FeatureTaps(net, names).recording(**kwargs) as features:
+        net(inputs or batch())
     return features
 
 
@@ -62,46 +58,65 @@ def test_pre_relu_gradient_reaches_the_stage_and_equals_that_of_the_plain_model(
 
 
 def test_module_path_and_number_of_the_call():
-    net = model().eval()
-    with torch.no_grad():
-        features = record(net, ["head.bbox_pred@0", "head.bbox_pred@4"])
-    assert features["head.bbox_pred@0"].shape[-1] == 16 and features["head.bbox_pred@4"].shape[-1] == 1
+    features = record(FakeDetector(), ["head@0", "head@1", "backbone.bottom_up.res3.0"], inputs=images())
+    assert [features[f"head@{i}"].shape[-1] for i in (0, 1)] == [8, 4]
+    assert features["backbone.bottom_up.res3.0"].shape[-1] == 8
+
+
+def test_a_stage_that_is_no_output_is_a_feature_too():
+    net = FakeDetector()
+    features = record(net, ["p3", "res2", "res3"], inputs=images())
+    assert tap_names(net) == ["p3", "p4", "res3", "res2"] and features["res2"].shape[-1] == 16
 
 
 def test_firing_twice_without_a_number_is_an_error():
-    with pytest.raises(TapError, match="head.bbox_pred@0"):
-        record(model(), ["head.bbox_pred"])
+    with pytest.raises(TapError, match="head@0"):
+        record(FakeDetector(), ["head"], inputs=images())
 
 
 def test_never_firing_is_an_error():
-    with pytest.raises(TapError, match="head.bbox_pred@9.*did not fire|did not fire.*head.bbox_pred@9"):
-        record(model(), ["head.bbox_pred@9"])
+    with pytest.raises(TapError, match="did not fire in the forward pass: head@9"):
+        record(FakeDetector(), ["head@9"], inputs=images())
 
 
-@pytest.mark.parametrize("wrong, hint", [("p33", "p3"), ("res4.prerelu", "res4"), ("head.bbox_prd", "head.bbox_pred")])
+@pytest.mark.parametrize("wrong, hint", [("p33", "p3"), ("res3.prerelu", "res3"), ("backbone.convs.p5", "convs.p3")])
 def test_unknown_address_names_near_matches(wrong, hint):
-    with pytest.raises(TapError, match=hint):
-        FeatureTaps(model(), [wrong])
+    with pytest.raises(TapError, match=f"Did you mean .*{hint}"):
+        FeatureTaps(FakeDetector(), [wrong])
 
 
 def test_hooks_are_removed_also_after_an_error():
-    net = model()
-    record(net, ["p3", "res4.pre_relu"])
+    net = FakeDetector()
+    record(net, ["p3", "res3.pre_relu"], inputs=images())
     with pytest.raises(RuntimeError, match="stop"):
-        with FeatureTaps(net, ["p3", "res4.pre_relu"]).recording():
+        with FeatureTaps(net, ["p3", "res3.pre_relu"]).recording():
             raise RuntimeError("stop")
     assert hooks(net) == 0
 
 
 def test_an_error_inside_a_tapped_block_leaves_relu_as_it_was():
-    net = model()
-    block = net.backbone.bottom_up.res4[-1]
-    block.conv3.forward = lambda x: 1 / 0
+    net = FakeDetector()
+    net.backbone.bottom_up.res3[-1].conv.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        record(net, ["res4.pre_relu"])
+        record(net, ["res3.pre_relu"], inputs=images())
     x = torch.tensor([-1.0])
     torch.nn.functional.relu_(x)
     assert x.item() == 0 and hooks(net) == 0
+
+
+def test_what_is_known_of_taps():
+    taps = describe_taps(FakeDetector(width=6), ["p4", "res2", "res3.pre_relu"])
+    known = {name: (tap.channels, tap.stride) for name, tap in taps.items()}
+    assert known == {"p4": (8, 16), "res2": (6, 4), "res3.pre_relu": (6, 8)}
+
+
+def test_a_replaced_feature_is_what_the_model_goes_on_with():
+    net = FakeDetector()
+    with FeatureTaps(net, ["res3"]).replacing(lambda name, feature: feature * 0) as before:
+        outputs = net(images())
+    assert before["res3"].abs().sum() > 0
+    bias = net.head(net.backbone.convs["p3"].bias.view(1, -1, 1, 1).expand(2, -1, 8, 8))
+    assert torch.allclose(outputs[0], bias, atol=1e-5)
 
 
 def test_stopping_early_runs_nothing_behind_the_deepest_tap():
@@ -121,7 +136,8 @@ def test_two_stage_models_and_names():
 
 
 def test_default_levels_are_shared_not_pooled_and_large_enough():
-    dense, two_stage = model(), model(config(FASTER_RCNN))
+    dense = FakeDetector({"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128})
+    two_stage = FakeDetector({"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}, pooled=True)
     assert shared_levels(dense, dense) == ["p3", "p4", "p5", "p6", "p7"]
     assert shared_levels(two_stage, two_stage) == ["p2", "p3", "p4", "p5"]  # p6 is p5, pooled
     assert shared_levels(dense, two_stage) == ["p3", "p4", "p5"]  # p6 is something else there
