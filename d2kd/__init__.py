@@ -10,7 +10,7 @@ from d2kd.config import add_distill_config
 from d2kd.distillers import DISTILLERS, Distiller
 from d2kd.modeling import DistilledModel, build_distilled_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "DISTILLERS",

@@ -1,10 +1,7 @@
 #!/usr/bin/env python
-"""Writes the student of a training checkpoint as a plain Detectron2 checkpoint, without optimizer and distillers.
-
-python tools/export_student.py output/model_0004999.pth student.pth [--config-file student.yaml]
-"""
+"""Writes the student of a training checkpoint as a plain Detectron2 checkpoint: the same as `d2kd export`."""
 
 from d2kd.cli.export_student import run
 
 if __name__ == "__main__":
-    run(description=__doc__)
+    run()

@@ -1,6 +1,6 @@
 """Writes the student of a training checkpoint as a plain Detectron2 checkpoint, without optimizer and distillers.
 
-d2kd export output/model_0004999.pth student.pth [--config-file student.yaml]
+%(prog)s output/model_0004999.pth student.pth [--config-file student.yaml]
 """
 
 import argparse
@@ -57,14 +57,9 @@ def main(args: argparse.Namespace) -> None:
     logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
 
 
-def run(arguments: list[str] | None = None, description: str | None = __doc__) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: those of the command line by default.
-        description: what `--help` says above them.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command with its arguments, by default those of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="checkpoint of a training run, of any iteration")
     parser.add_argument("target", help="file to write")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (SOLVER.EMA)")

@@ -1,6 +1,6 @@
 """Learns the receptive tokens of a teacher: the first stage of ReceptiveTokens.
 
-d2kd learn-tokens --config-file teacher.yaml MODEL.WEIGHTS teacher.pth OUTPUT_DIR output/tokens
+%(prog)s --config-file teacher.yaml MODEL.WEIGHTS teacher.pth OUTPUT_DIR output/tokens
 d2kd train --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth \\
     --method ReceptiveTokens DISTILL.RECEPTIVE_TOKENS.FILE output/tokens/tokens.pth
 """
@@ -22,15 +22,10 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
 
 
-def run(arguments: list[str] | None = None, description: str | None = __doc__) -> None:
-    """Runs the command, in as many processes as its arguments say.
-
-    Args:
-        arguments: those of the command line by default.
-        description: what `--help` says above them.
-    """
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command with its arguments, by default those of the command line, in as many processes as they say."""
     parser = default_argument_parser()
-    parser.description, parser.formatter_class = description, argparse.RawDescriptionHelpFormatter
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.set_defaults(teacher_config=None, teacher_weights=None, method=None)  # the teacher is --config-file here
     add_import_argument(parser)
     launch_tool(main, parser.parse_args(arguments))

@@ -1,6 +1,6 @@
 """Compares finished runs: writes report.md, report.json, curves and pictures of detections.
 
-d2kd report --dataset photo_digits_val --output output/report --run teacher=output/teacher \\
+%(prog)s --dataset photo_digits_val --output output/report --run teacher=output/teacher \\
     --run baseline=output/baseline --run distilled=output/distilled
 """
 
@@ -15,10 +15,10 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger
 
 
-def argument_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument(
         "--run",
         action="append",
@@ -96,14 +96,9 @@ def main(args: argparse.Namespace, command: str) -> None:
     )
 
 
-def run(arguments: list[str] | None = None, description: str | None = __doc__, program: str = "d2kd report") -> None:
-    """Runs the command.
-
-    Args:
-        arguments: those of the command line by default.
-        description: what `--help` says above them.
-        program: what the report calls this program, where it names the command that made it.
-    """
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command with its arguments, by default those of the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = argument_parser(description).parse_args(arguments)
+    args = argument_parser().parse_args(arguments)
+    program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
     run_tool(lambda: main(args, f"{program} {shlex.join(arguments)}"))

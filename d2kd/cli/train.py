@@ -1,7 +1,7 @@
 """Trains or evaluates a Detectron2 model, by distillation where a teacher is given.
 
-d2kd train --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
-d2kd eval --config-file student.yaml MODEL.WEIGHTS output/model_final.pth
+%(prog)s --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
+%(prog)s --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
 import argparse
@@ -39,13 +39,8 @@ def main(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
-def run(arguments: list[str] | None = None, description: str | None = __doc__) -> None:
-    """Runs the command, in as many processes as its arguments say.
-
-    Args:
-        arguments: those of the command line by default.
-        description: what `--help` says above them.
-    """
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command with its arguments, by default those of the command line, in as many processes as they say."""
     parser = argument_parser()
-    parser.description = description
+    parser.description = __doc__
     launch_tool(main, parser.parse_args(arguments))

@@ -89,8 +89,11 @@ def test_versions_agree() -> None:
     written = re.search(r'^__version__ = "(.+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
     assert PROJECT["dynamic"] == ["version"] and written and written.group(1) == d2kd.__version__
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(rf"^## \[{re.escape(d2kd.__version__)}\]", changes, re.MULTILINE)
-    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]) == d2kd.__version__
+    section = "Unreleased" if ".dev" in d2kd.__version__ else d2kd.__version__
+    assert re.search(rf"^## \[{re.escape(section)}\]", changes, re.MULTILINE)
+    released = re.findall(r"^## \[(\d.*?)\]", changes, re.MULTILINE)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    assert str(cited) == released[0]
 
 
 def test_the_wheel_has_packages_recipes_and_the_mark_of_types() -> None:

@@ -235,7 +235,9 @@ def test_first_line_of_a_log_tells_what_the_tool_runs_on(name, arguments):
     assert "no.pth" in last or "nothing" in last
 
 
-def test_command_line(tmp_path, dataset, caplog):
+def test_command_line(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["d2kd report"])
+
     def exit_status(arguments):
         with pytest.raises(SystemExit) as stop:
             run(arguments)
