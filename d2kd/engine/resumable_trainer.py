@@ -52,7 +52,7 @@ class ResumableTrainer(TrainerBase):
         """
         super().__init__()
         self.check_config(cfg)
-        cfg = scale_to_processes(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.network = self.build_model(cfg)
         loader = self.build_train_loader(cfg)
@@ -127,6 +127,8 @@ class ResumableTrainer(TrainerBase):
     def result_file(self) -> str:
         """What a run writes last, when all is done."""
         return os.path.join(self.cfg.OUTPUT_DIR, "result.json")
+
+    auto_scale_workers = staticmethod(scale_to_processes)
 
     # ---- the loop ----
 

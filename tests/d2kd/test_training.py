@@ -19,6 +19,7 @@ from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
 from d2kd.modeling import build_distilled_model
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -81,6 +82,11 @@ def test_killed_and_resumed_is_bit_equal(write_config, teacher, tmp_path):
     assert not (tmp_path / "killed/model_final.pth").exists()
     tool("train_net", "--resume", *arguments, tmp_path / "killed")
     assert same_tensors(read_checkpoint(tmp_path / "whole")["model"], read_checkpoint(tmp_path / "killed")["model"])
+
+
+def test_offers_what_users_of_the_default_trainer_rely_on():
+    offered = {name for name in vars(DefaultTrainer) if not name.startswith("_")}
+    assert offered and offered <= set(dir(DistillTrainer))
 
 
 @pytest.mark.parametrize(
