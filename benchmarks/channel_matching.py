@@ -5,8 +5,8 @@
 
 The networks are RetinaNet R50 -> R18 as published, with random weights. The published procedure (arXiv 2008.09958,
 official code) tracks over 1,001 batches of 2 images on each of 8 GPUs before each of 6 refreshes in 90,000 iterations.
-For every batch it runs each whole detector, post-processing included, and then each backbone again. Its cost is that of one
-such batch, measured here, times 1,001; its assignment adds arcs in a Python loop.
+For every batch it runs each whole detector, post-processing included, and then each backbone again. Its cost is that
+of one such batch, measured here, times 1,001; its assignment adds arcs in a Python loop.
 
 Ours looks at 125 batches of 16 images (2 a process): with TRACKING "online" at training batches, whose features are
 there anyway; with "pass", as the recipe has it, at batches that both networks run for. Assignments are timed in seconds

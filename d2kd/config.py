@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import yaml
@@ -91,9 +91,9 @@ def _add_data_and_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.PRECISION = "float16"
     # Batches of IMS_PER_BATCH images whose gradients are averaged into one step.
     cfg.SOLVER.ACCUMULATE = 1
-    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm over all trained parameters, distillers
-    # included. Learning rate of a vision transformer's block relative to the block after it, e.g. 0.7 (AdamW only); 1.0
-    # is off.
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": norm over all trained parameters, distillers included.
+
+    # Learning rate of a vision transformer's block relative to the block after it, e.g. 0.7 (AdamW only); 1.0 is off.
     cfg.SOLVER.LAYER_DECAY = 1.0
 
     # A second student: the exponential moving average of the weights, evaluated too, kept as model_final_ema.pth.
@@ -115,7 +115,7 @@ def _add_test_and_logging(cfg: CfgNode) -> None:
     cfg.TEST.EARLY_STOP = CN()
     # Evaluations without a rise to wait for; 0 is off.
     cfg.TEST.EARLY_STOP.PATIENCE = 0
-    # A rise by this or less does not count.
+    # Minimum improvement that counts.
     cfg.TEST.EARLY_STOP.MIN_DELTA = 0.0
 
     # Log to Weights & Biases as well; needs its package, wandb.
@@ -127,28 +127,24 @@ def _add_test_and_logging(cfg: CfgNode) -> None:
 
 
 class RenamedKey(NamedTuple):
-    """What became of a key, or of its values, in a later version."""
+    """What became of a key, or (where `old` is `new`) of its values, in a later version."""
 
     old: str
+    #: "" where the key has no effect any more.
     new: str
     #: From old to new value; raises ConfigError where there is none.
     convert: Callable[[Any], Any] = lambda value: value
 
 
-_renamed: list[RenamedKey] = [
-    RenamedKey("DISTILL.INHERIT.ENABLED", "DISTILL.INIT_FROM_TEACHER.ENABLED"),
-    RenamedKey("DISTILL.INHERIT.EXCLUDE", "DISTILL.INIT_FROM_TEACHER.EXCLUDE"),
+_renamed: list[Callable[[], Iterable[RenamedKey]]] = [
+    lambda: [RenamedKey(f"DISTILL.INHERIT.{key}", f"DISTILL.INIT_FROM_TEACHER.{key}") for key in ("ENABLED", "EXCLUDE")]
 ]
 
 
-def register_renamed_key(old: str, new: str, convert: Callable[[Any], Any] = lambda value: value) -> None:
-    """Accepts an old key, or old values of a key (`old` = `new`), in configurations, with a warning.
-
-    Args:
-        old, new: whole keys; "" for `new` drops the old one.
-        convert: from old to new value.
-    """
-    _renamed.append(RenamedKey(old, new, convert))
+def renamed_keys(listing: Callable[[], Iterable[RenamedKey]]) -> Callable[[], Iterable[RenamedKey]]:
+    """Registers a function that lists renamed keys; a decorator for whoever has some."""
+    _renamed.append(listing)
+    return listing
 
 
 def read_config(path: str, options: Sequence[Any] = (), imports: Sequence[str] = ()) -> CfgNode:
@@ -169,8 +165,8 @@ def read_config(path: str, options: Sequence[Any] = (), imports: Sequence[str] =
         content = CfgNode.load_yaml_with_base(path) if path else {}
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"In {path}: {_text(error)}") from error
-    given = _get(content, "DISTILL.IMPORTS", [])
-    named = [*_imports(given), *_imports(_option(options, "DISTILL.IMPORTS", []))]
+    given = get_key(content, "DISTILL.IMPORTS", [])
+    named = [*_names("DISTILL.IMPORTS", given), *_names("DISTILL.IMPORTS", _option(options, "DISTILL.IMPORTS", []))]
     named = import_plugins(dict.fromkeys([*named, *imports]), [os.path.dirname(file) for file in _files(path)])
     options = ["DISTILL.IMPORTS", named, *_without(options, "DISTILL.IMPORTS")]
     cfg = get_cfg()
@@ -189,11 +185,11 @@ def read_config(path: str, options: Sequence[Any] = (), imports: Sequence[str] =
     return cfg
 
 
-def _imports(value: Any) -> list[str]:
-    """DISTILL.IMPORTS as a list; one name may stand without brackets."""
+def _names(key: str, value: Any) -> list[str]:
+    """A list of names; a single one may stand without brackets."""
     names = [value] if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)):
-        raise ConfigError(f"DISTILL.IMPORTS is {value!r}; it must be a list of Python files or modules.")
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{key} is {value!r}; it must be a list of names.")
     return list(names)
 
 
@@ -202,9 +198,9 @@ def _files(path: str) -> list[str]:
     if not path:
         return []
     with open(path, encoding="utf-8") as file:
-        found = re.search(r"^_BASE_:(?:.*\S.*|(?:\s*\n\s*-.*)+)", file.read(), re.MULTILINE)
-    bases = yaml.safe_load(found[0])["_BASE_"] if found else []
-    paths = [os.path.join(os.path.dirname(path), os.path.expanduser(base)) for base in _imports(bases)]
+        content = yaml.load(file, Loader=yaml.BaseLoader)  # which makes strings of everything, whatever its tag
+    bases = _names("_BASE_", content.get("_BASE_", []) if isinstance(content, dict) else [])
+    paths = [os.path.join(os.path.dirname(path), os.path.expanduser(base)) for base in bases]
     return [path, *(file for base in paths if os.path.isfile(base) for file in _files(base))]
 
 
@@ -246,17 +242,13 @@ def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def get_key(cfg: Any, key: str) -> Any:
-    """Returns the value of a whole key, e.g. "MODEL.RETINANET.NUM_CLASSES"; None if there is none."""
-    return _get(cfg, key, None)
-
-
-def _get(content: Any, key: str, default: Any) -> Any:
+def get_key(cfg: Any, key: str, default: Any = None) -> Any:
+    """Returns the value of a whole key, e.g. "MODEL.FCOS.NUM_CLASSES", in nested dictionaries; else the default."""
     for part in key.split("."):
-        if not isinstance(content, dict) or part not in content:
+        if not isinstance(cfg, dict) or part not in cfg:
             return default
-        content = content[part]
-    return content
+        cfg = cfg[part]
+    return cfg
 
 
 def _option(options: Sequence[Any], key: str, default: Any) -> Any:
@@ -288,11 +280,15 @@ def _whole_numbers_as_floats(cfg: CfgNode, options: list[Any]) -> list[Any]:
     return [f"{option}.0" if is_whole(i) else option for i, option in enumerate(options)]
 
 
+def _all_renamed() -> list[RenamedKey]:
+    return [renamed for listing in _renamed for renamed in listing()]
+
+
 def _rename_in_file(content: dict[str, Any]) -> list[str]:
     """Renames keys of a nested dictionary in place; returns what was renamed, in words."""
     words = []
-    for old, new, convert in _renamed:
-        parent = _get(content, old.rpartition(".")[0], None)
+    for old, new, convert in _all_renamed():
+        parent = get_key(content, old.rpartition(".")[0])
         key = old.rpartition(".")[2]
         if not isinstance(parent, dict) or key not in parent:
             continue
@@ -313,8 +309,8 @@ def _rename_in_file(content: dict[str, Any]) -> list[str]:
 def _drop_empty(content: dict[str, Any], key: str) -> None:
     """Removes the nodes that a renamed key leaves empty: their own names may not exist any more."""
     path = key.split(".")[:-1]
-    while path and _get(content, ".".join(path), None) == {}:
-        parent = _get(content, ".".join(path[:-1]), None) if path[:-1] else content
+    while path and get_key(content, ".".join(path)) == {}:
+        parent = get_key(content, ".".join(path[:-1]), None) if path[:-1] else content
         del parent[path.pop()]
 
 
@@ -322,7 +318,7 @@ def _rename_in_options(options: Sequence[Any]) -> tuple[list[Any], list[str]]:
     """Returns options with renamed keys, and what was renamed, in words."""
     renamed, words = [], []
     for key, value in zip(options[::2], options[1::2]):
-        for old, new, convert in _renamed:
+        for old, new, convert in _all_renamed():
             converted = convert(_literal(value)) if key == old else None
             if key == old and (old != new or converted != _literal(value)):
                 words.append(_words(old, new, value, converted))

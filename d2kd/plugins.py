@@ -1,4 +1,4 @@
-"""Code of other people: files and modules named by `--import` or DISTILL.IMPORTS, and installed packages.
+"""Third-party plugins: files and modules named by `--import` or DISTILL.IMPORTS, and installed packages.
 
 Importing such a file registers what it defines: methods, architectures, teacher passes, backbones, datasets.
 """

@@ -3,8 +3,9 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from operator import ge, gt, le
 from typing import Any, ClassVar
 
 from d2kd.errors import ConfigError, did_you_mean, require_choice
@@ -21,11 +22,11 @@ class Setting:
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
-    below: float | None = None
     items: type | None = None
     iterations: bool = False
     config_only: bool = False
     key: str = ""
+    renamed_values: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, key: str, value: Any) -> Any:
         """Returns the value in the type of the default (a whole number may stand for a float, a tuple for a list).
@@ -55,16 +56,15 @@ class Setting:
         return value
 
     def _check_range(self, key: str, value: float) -> None:
-        rules: list[tuple[float | None, Callable[[float], bool], str]] = [
-            (self.at_least, lambda bound: value >= bound, "at least"),
-            (self.above, lambda bound: value > bound, "above"),
-            (self.at_most, lambda bound: value <= bound, "at most"),
-            (self.below, lambda bound: value < bound, "below"),
-        ]
+        rules = ((self.at_least, ge, "at least"), (self.above, gt, "above"), (self.at_most, le, "at most"))
         given = [(bound, holds, words) for bound, holds, words in rules if bound is not None]
-        if not math.isfinite(value) or not all(holds(bound) for bound, holds, _ in given):
+        if not math.isfinite(value) or not all(holds(value, bound) for bound, holds, _ in given):
             rule = " and ".join(f"{words} {bound:g}" for bound, _, words in given) or "a finite number"
             raise ConfigError(f"{key} is {value}; it must be {rule}.")
+
+    def renamed(self, value: Any) -> Any:
+        """Returns the new word for an old one; other values as they are."""
+        return self.renamed_values.get(value, value) if isinstance(value, str) else value
 
     def scaled(self, value: Any, factor: float) -> Any:
         """Returns a number of iterations, or a list of them, times a factor, rounded and still within range."""
@@ -80,10 +80,11 @@ def setting(default: Any, doc: str, **declaration: Any) -> Any:
     Args:
         default: of the YAML key and of the constructor's argument; its type is the key's type.
         doc: what it means, with its unit.
-        declaration: `choices` (words that are allowed), `at_least`, `above`, `at_most`, `below` (bounds of a number, or
-            of every number in a list), `items` (type of a list's items, by default str), `iterations=True` (counted in
-            iterations: scaled with the number of processes, see SOLVER.REFERENCE_WORLD_SIZE), `config_only=True` (a
-            YAML key that is no argument of the constructor), `key` (the YAML key, by default the name in capitals).
+        declaration: `choices` (words that are allowed); `at_least`, `above`, `at_most` (bounds of a number, or of every
+            number in a list); `items` (type of a list's items, by default str); `iterations=True` (counted in
+            iterations: scaled with the number of processes, see SOLVER.REFERENCE_WORLD_SIZE); `config_only=True` (a
+            YAML key that is no argument of the constructor); `key` (the YAML key, by default the name in capitals);
+            `renamed_values` (old words that configurations may still have, to new ones).
     """
     return Setting(default, doc, **declaration)
 
@@ -104,6 +105,10 @@ class Configurable:
         settings: dict[str, Setting] = {}
         for base in reversed(cls.__mro__[1:]):
             settings.update(vars(base).get("SETTINGS", {}))
+        for name in settings:
+            if name in vars(cls) and not isinstance(vars(cls)[name], Setting):
+                key = settings[name].key
+                raise TypeError(f"{cls.__name__}.{name} hides a setting; its default is changed by DEFAULTS[{key!r}].")
         annotations = inspect.get_annotations(cls)
         for name, declared in vars(cls).items():
             if isinstance(declared, Setting):

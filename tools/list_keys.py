@@ -68,7 +68,7 @@ def range_of(declared: Setting) -> str:
     kind = type(declared.default).__name__
     if kind == "list":
         kind = f"list of {(declared.items or str).__name__}"
-    bounds = ((">=", declared.at_least), (">", declared.above), ("<=", declared.at_most), ("<", declared.below))
+    bounds = ((">=", declared.at_least), (">", declared.above), ("<=", declared.at_most))
     rules = [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
     if declared.choices:
         rules.append("one of " + ", ".join(f"`{choice}`" for choice in declared.choices))

@@ -7,7 +7,6 @@
 import argparse
 from typing import Any
 
-from d2kd.data.datasets import check_class_counts, check_datasets
 from d2kd.engine import (
     DistillTrainer,
     argument_parser,
@@ -17,7 +16,6 @@ from d2kd.engine import (
     setup,
 )
 from d2kd.errors import ConfigError
-from d2kd.evaluation.build import check_evaluators
 from d2kd.modeling import is_distillation
 
 
@@ -25,13 +23,11 @@ def main(args: argparse.Namespace) -> Any:
     """One process of the run."""
     cfg = setup(args)
     if args.eval_only or args.eval_teacher:
-        check_datasets(cfg)
-        check_class_counts(cfg)
-        check_evaluators(cfg)
+        DistillTrainer.check_config(cfg, ("TEST",))
     if args.eval_teacher:
         if not is_distillation(cfg):
             raise ConfigError("--eval-teacher needs a teacher: --teacher-config and --teacher-weights.")
-        return evaluate_teacher(cfg)
+        return evaluate_teacher(DistillTrainer, cfg)
     if args.eval_only:
         return evaluate_student(DistillTrainer, cfg, args.resume)
     trainer = DistillTrainer(cfg)

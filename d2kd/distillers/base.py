@@ -2,12 +2,12 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from d2kd.config import config_keys, register_renamed_key
+from d2kd.config import RenamedKey, config_keys, renamed_keys
 from d2kd.errors import ConfigError
 from d2kd.layers import NORMALIZATIONS, REDUCTIONS, align_resolution, align_validity
 from d2kd.settings import Configurable, setting
@@ -24,7 +24,7 @@ FeatureMaps = Mapping[str, Tensor]
 
 
 class CalibrationRequest(NamedTuple):
-    """A method's wish to see training images, both networks in evaluation mode, before the next step."""
+    """A request for features of training batches, both networks in evaluation mode, before the next step."""
 
     #: Batches of this process.
     batches: int
@@ -33,7 +33,7 @@ class CalibrationRequest(NamedTuple):
 
 
 class Distiller(Configurable, nn.Module):
-    """Base of all methods. They compare the features of pairs of taps, and give one loss a pair.
+    """Base of all methods. They compare the features of pairs of taps, and return one loss per pair.
 
     A subclass implements `level_loss` and declares its settings with `setting`: each is an argument of the constructor
     and a key of the method's YAML node. Its parameters (aligners, generation blocks, ...) are trained with the student
@@ -55,18 +55,21 @@ class Distiller(Configurable, nn.Module):
     Attributes:
         pairs: the taps to compare, from the finest to the coarsest.
         NODE: the YAML node below DISTILL, by default the class name in capitals: `CosineMimic` has COSINE_MIMIC.
+        RENAMED_KEYS: what has become of former keys of the node: by key, the new one ("" for none) and how its value is
+            converted.
         PREDICTION: kind of the predictions that are compared, "class_logits" or "box_deltas"; "" compares features.
             Decides which taps are the default.
     """
 
     NODE: ClassVar[str] = ""
+    RENAMED_KEYS: ClassVar[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {}
     PREDICTION: ClassVar[str] = ""
 
     weight: float = setting(
         1.0, "Factor on all losses. With 0 the student trains exactly as without distillation.", at_least=0
     )
     tap_weights: list[float] = setting(
-        [], "Further factors, one a pair of taps, from the first of TAPS on; [] is 1 for each.", items=float, at_least=0
+        [], "Further factors, one per pair of taps, in the order of TAPS; [] is 1 for each.", items=float, at_least=0
     )
     taps: list[str] = setting(
         [],
@@ -125,7 +128,7 @@ class Distiller(Configurable, nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
-        """Returns the constructor's arguments; a subclass adds what is no key of its node."""
+        """Returns the constructor's arguments; a subclass adds those that are no keys."""
         return {"pairs": pairs, **cls.arguments(cfg.DISTILL[cls.NODE])}
 
     @classmethod
@@ -150,7 +153,7 @@ class Distiller(Configurable, nn.Module):
         return None
 
     def calibrate(self, batches: Iterable[tuple[FeatureMaps, FeatureMaps]]) -> None:
-        """Takes in the features (student's, teacher's) that it has asked for; all processes call it."""
+        """Consumes the requested features (student's, teacher's); all processes call it."""
 
     def forward(
         self, student: FeatureMaps, teacher: FeatureMaps, valid: FeatureMaps | None = None
@@ -173,13 +176,13 @@ class Distiller(Configurable, nn.Module):
             else:
                 known = align_validity(known, self._stride_ratios[level] or 1.0, (s.shape[-2], s.shape[-1]))
                 loss_where: Callable[..., Tensor] = self.level_loss  # it takes `valid`, see `takes_validity`
-                # what the teacher did not compute may be anything, also NaN
+                # positions that the teacher did not compute may hold anything, even NaN
                 loss = loss_where(level, s, t.where(known[:, None], 0), valid=known)
             losses[ours.name] = self.weight_of(level) * loss
         return losses
 
     def build_aligners(self) -> nn.ModuleList:
-        """Returns one aligner a pair, from student to teacher channels."""
+        """Returns one aligner per pair, from student to teacher channels."""
         return nn.ModuleList([build_aligner(pair) for pair in self.pairs])
 
     def weight_of(self, level: int) -> float:
@@ -218,6 +221,7 @@ class FeatureDistiller(Distiller):
         "mean",
         "mean: over all elements | batchmean: sum over channels and positions, mean over images.",
         choices=REDUCTIONS,
+        renamed_values={"paper": "batchmean"},
     )
 
 
@@ -232,12 +236,13 @@ def add_method_keys(cfg: CfgNode) -> None:
         cfg.DISTILL[method.NODE] = method.default_node()
 
 
-def renamed_in(method: type[Distiller], old: str, new: str, **convert: Any) -> None:
-    """Accepts an old key of a method, see `register_renamed_key`; both without "DISTILL.<NODE>."."""
-    where = f"DISTILL.{method.NODE}."
-    register_renamed_key(where + old, where + new if new else "", **convert)
-
-
-def batchmean_was_paper(value: Any) -> Any:
-    """Converts values of REDUCTION of version 0.1."""
-    return "batchmean" if value == "paper" else value
+@renamed_keys
+def renamed_method_keys() -> Iterator[RenamedKey]:
+    """Yields the keys and values of all methods that had other names before."""
+    for _, method in DISTILLERS:
+        node = f"DISTILL.{method.NODE}."
+        for old, (new, convert) in method.RENAMED_KEYS.items():
+            yield RenamedKey(node + old, new and node + new, convert)
+        for declared in method.SETTINGS.values():
+            if declared.renamed_values:
+                yield RenamedKey(node + declared.key, node + declared.key, declared.renamed)

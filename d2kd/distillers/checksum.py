@@ -1,4 +1,4 @@
-"""Checksums that tell whose weights something belongs to."""
+"""Identifies a model by a checksum of its weights."""
 
 import hashlib
 from collections.abc import Mapping

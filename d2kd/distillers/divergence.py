@@ -60,7 +60,7 @@ def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 def soft_count(logits: Tensor) -> Tensor:
-    """How many binary classifiers say yes: the sum of their squared probabilities, a scalar.
+    """Returns a soft count of positives: the sum of squared probabilities of binary classifiers, a scalar.
 
     Confident ones count as 1, and the many small ones of the background hardly at all.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from d2kd.layers import normalize, squared_error
 
-from .base import DISTILLERS, FeatureDistiller, batchmean_was_paper, renamed_in
+from .base import DISTILLERS, FeatureDistiller
 from .taps import TapPair
 
 
@@ -33,6 +33,3 @@ class FeatureMimic(FeatureDistiller):
     def level_loss(self, level: int, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         student = normalize(self.align[level](student), self.normalize, valid)
         return squared_error(student, normalize(teacher, self.normalize, valid), self.reduction, valid)
-
-
-renamed_in(FeatureMimic, "REDUCTION", "REDUCTION", convert=batchmean_was_paper)

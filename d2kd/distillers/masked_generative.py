@@ -9,7 +9,7 @@ from d2kd.layers import MASK_KINDS, RandomMasks, normalize, squared_error
 from d2kd.settings import setting
 from detectron2.utils import comm
 
-from .base import DISTILLERS, FeatureDistiller, batchmean_was_paper, renamed_in
+from .base import DISTILLERS, FeatureDistiller
 from .taps import TapPair
 
 
@@ -18,8 +18,8 @@ class MaskedGenerative(FeatureDistiller):
     """|| G(align(S) * M) - T ||^2 with a random mask M and a generation block G of two 3x3 convolutions (eq. 1 to 4).
 
     The mask is drawn anew for every level and iteration, and comes after the aligner. All positions count, masked or
-    not. WEIGHT is the paper's alpha, MASK_RATIO its lambda; NORMALIZE concerns the teacher's map only (the generated
-    map is free to match it).
+    not. WEIGHT is the paper's alpha, MASK_RATIO its lambda; NORMALIZE applies to the teacher's map only, as the
+    generated map is free to match it.
 
     Example:
         >>> mgd = MaskedGenerative(pairs=pairs, mask_ratio=0.65, weight=2e-5, normalize="none", reduction="batchmean")
@@ -71,6 +71,3 @@ def generation_block(channels: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Conv2d(channels, channels, kernel_size=3, padding=1),
     )
-
-
-renamed_in(MaskedGenerative, "REDUCTION", "REDUCTION", convert=batchmean_was_paper)

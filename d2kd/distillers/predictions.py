@@ -1,4 +1,4 @@
-"""What the methods share that compare predictions (logits, box deltas) instead of features: nothing is aligned."""
+"""Base class of methods that compare predictions (logits, box deltas) instead of features: nothing is aligned."""
 
 from .base import Distiller
 from .taps import AlignmentError, Prediction, TapPair
@@ -7,7 +7,7 @@ from .taps import AlignmentError, Prediction, TapPair
 class PredictionDistiller(Distiller):
     """Base of the methods on predictions of equal meaning in both networks.
 
-    These are maps (N, C, H, W), or (R, C) with one row a region or image.
+    These are maps (N, C, H, W), or (R, C) with one row per region or image.
     """
 
     def check_pair(self, key: str, pair: TapPair) -> None:
@@ -32,7 +32,7 @@ class PredictionDistiller(Distiller):
 
 
 def check_same_meaning(where: str, student: Prediction, teacher: Prediction) -> None:
-    """Raises AlignmentError where two predictions count from other anchors, boxes or classifiers."""
+    """Raises AlignmentError if two predictions have different anchors, box encodings or classifiers."""
     ours, theirs = (f"{p.location} {p.activation} {p.kind}".replace("  ", " ") for p in (student, teacher))
     if ours != theirs:
         raise AlignmentError(f"{where}: the student's are {ours}, the teacher's {theirs}.")

@@ -1,4 +1,4 @@
-"""What a method knows of the features that it compares; `d2kd.modeling.taps` finds it out."""
+"""Metadata of the features that a method compares, filled in by `d2kd.modeling.taps`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ class TapInfo(NamedTuple):
 
     name: str
     channels: int
-    #: Input pixels per cell (may be a fraction); 0 for features (R, C) that are one vector a region or image.
+    #: Input pixels per cell (may be a fraction); 0 for features (R, C) that are one vector per region or image.
     stride: float
     #: What it predicts, if it is a prediction.
     prediction: Prediction | None = None

@@ -84,6 +84,8 @@ class DistillCheckpointer(DetectionCheckpointer):
                 "earlier checkpoint into the file last_checkpoint beside it. If model, methods or taps were changed, "
                 "change them back, or start anew in another OUTPUT_DIR."
             ) from error
+        finally:
+            self._resuming = False
         if "ema" in self.checkpointables and "ema" not in self._loaded:
             logger.warning("%s has no average of the weights (SOLVER.EMA): it starts from the student of now.", last)
             self.checkpointables["ema"].reset()

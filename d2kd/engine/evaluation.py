@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from d2kd.errors import ConfigError
-from d2kd.evaluation.build import build_evaluator, folder_of
+from d2kd.evaluation.build import folder_of
 from d2kd.files import write_json
 from d2kd.modeling import build_network, load_strictly, load_teacher, teacher_config
 from d2kd.modeling.architectures import architecture_class, architecture_of
 from d2kd.rng import preserve_rng_state
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
@@ -86,7 +85,7 @@ def evaluate(
         trainer_class: its `build_test_loader` and `build_evaluator` are used.
         cfg: names the test sets.
         model: in any mode; left in the same.
-        evaluators: one a test set; None builds them.
+        evaluators: one per test set; None builds them.
 
     Raises:
         ValueError: not as many evaluators as test sets.
@@ -122,8 +121,8 @@ def check_test_augmentation(cfg: CfgNode) -> None:
     """
     if cfg.TEST.AUG.ENABLED and not architecture_class(cfg).SUPPORTS_TTA:
         raise ConfigError(
-            f"TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}: set "
-            "it False."
+            f"TEST.AUG.ENABLED: there is no test-time augmentation for MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE}, as there is for GeneralizedRCNN: set it False."
         )
 
 
@@ -161,30 +160,23 @@ def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str
     return results
 
 
-def evaluate_teacher(cfg: CfgNode, model: nn.Module | None = None) -> Results:
+def evaluate_teacher(trainer_class: Any, cfg: CfgNode, model: nn.Module | None = None) -> Results:
     """Evaluates the teacher on `cfg.DATASETS.TEST`, with its own input sizes and channel order.
 
     Writes `OUTPUT_DIR/teacher/result.json`.
 
     Args:
+        trainer_class: its `test` evaluates.
         cfg: the student's configuration, which names the teacher.
         model: the teacher, if it is loaded already.
     """
     teacher_cfg = teacher_config(cfg)
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+    teacher_cfg.DATASETS.TEST = cfg.DATASETS.TEST
     model = load_teacher(teacher_cfg) if model is None else model
-    model.eval()
-    results: dict[str, Any] = {}
-    for name in cfg.DATASETS.TEST:
-        logger.info("Evaluating the teacher on %s", name)
-        loader = build_detection_test_loader(teacher_cfg, name)
-        folder = folder_of(cfg, name, os.path.join(teacher_cfg.OUTPUT_DIR, "inference"))
-        results[name] = inference_on_dataset(model, loader, build_evaluator(teacher_cfg, name, folder))
-        if comm.is_main_process():
-            print_csv_format(results[name])
-    if len(results) == 1:
-        results = next(iter(results.values()))
+    logger.info("Evaluating the teacher on %s", ", ".join(cfg.DATASETS.TEST))
+    results = trainer_class.test(teacher_cfg, model.eval())
     if comm.is_main_process():
         params = sum(p.numel() for p in model.parameters())
         write_json(

@@ -1,4 +1,4 @@
-"""ResumableTrainer: the training loop with exact resuming, for whatever model a subclass builds."""
+"""ResumableTrainer: the training loop with exact resuming, for any model."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ class ResumableTrainer(TrainerBase):
 
     It offers what users of Detectron2's `DefaultTrainer` rely on: the `build_*` methods to override, `build_hooks`,
     `resume_or_load`, `train`, `test`, `model`, `optimizer`, `data_loader`, `scheduler`, `checkpointer`. A subclass says
-    what is built (`build_model`), saved (`build_checkpointer`) and done beside the steps (`build_hooks`).
+    what is built (`build_model`), saved (`build_checkpointer`) and run between the steps (`extra_hooks`).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -69,6 +69,7 @@ class ResumableTrainer(TrainerBase):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self._process_states: list[dict[str, Any]] = []
         self._saved: tuple[str, int] = ("", -1)
+        self.build_parts()
         self.checkpointer = self.build_checkpointer()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -101,12 +102,15 @@ class ResumableTrainer(TrainerBase):
         """Returns the training loader, see `d2kd.data.loader`."""
         return build_train_loader(cfg)
 
+    def build_parts(self) -> None:
+        """Makes what checkpointer and hooks need beside model, optimizer and loader."""
+
     def build_checkpointer(self) -> DistillCheckpointer:
         """Returns what saves and loads the run."""
         return DistillCheckpointer(self.network, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Returns the hooks in the order of their calls: timing, schedule, `after_step_hooks`, writers."""
+        """Returns the hooks in the order of their calls: timing, schedule, `extra_hooks`, writers."""
         writers = hooks.PeriodicWriter(self.build_writers(), period=20) if comm.is_main_process() else None
         return [hooks.IterationTimer(), hooks.LRScheduler(), self.wall_time, *self.extra_hooks(), writers]
 

@@ -52,7 +52,7 @@ class TrainStep(SimpleTrainer):
             data_loader: endless batches.
             optimizer: over the model's parameters.
             precision: torch.float16 (with loss scaling) or torch.bfloat16 for mixed precision, None for float32.
-            accumulate: batches a step; their gradients are averaged.
+            accumulate: batches per step; their gradients are averaged.
             before_raising: called when a loss is not finite, before anything is updated; saves what is worth saving and
                 returns where to.
             normalized_model: whose running loss normalizers a failed step must not change, if not the model's.

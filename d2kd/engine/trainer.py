@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -47,18 +47,18 @@ class DistillTrainer(ResumableTrainer):
         student: the plain Detectron2 model that is trained, evaluated and saved.
         distilled: student, teacher and distillers, or None without a teacher.
         ema: the exponential moving average of the student (`SOLVER.EMA`), or None.
+        evaluation: evaluates the student; keeps the last results.
         best: keeps the best checkpoint (`TEST.BEST_CHECKPOINT`) and ends the training early, or None.
         stopped_early: whether `TEST.EARLY_STOP` has ended the training.
     """
 
-    network: nn.Module
-
     @classmethod
-    def check_config(cls, cfg: CfgNode) -> None:
-        """Raises UserError for what would fail later, in configuration or data."""
-        check_datasets(cfg)
-        check_class_counts(cfg)
-        check_evaluators(cfg)
+    def check_config(cls, cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+        """Raises UserError for what would fail later, in configuration or in the datasets of some splits."""
+        check_datasets(cfg, splits)
+        check_class_counts(cfg, splits)
+        if cls.build_evaluator.__func__ is DistillTrainer.build_evaluator.__func__:  # type: ignore[attr-defined]
+            check_evaluators(cfg)  # one of one's own knows other types
         check_test_augmentation(cfg)
         check_wandb(cfg)
 
@@ -108,9 +108,15 @@ class DistillTrainer(ResumableTrainer):
         """The student."""
         return self.student
 
+    def build_parts(self) -> None:
+        """Makes the moving average, what evaluates, and what keeps the best checkpoint."""
+        self.ema = build_ema(self.cfg, self.student)
+        self.evaluation = StudentEvaluation(type(self), self.cfg, self.student, self.ema, self._trainer.device)
+        self.best = BestCheckpoint.from_config(self.cfg)
+        self.stopped_early = False
+
     def build_checkpointer(self) -> DistillCheckpointer:
         """Returns what saves the student, and beside it what resuming needs."""
-        self.ema = build_ema(self.cfg, self.student)
         return DistillCheckpointer(
             self.student,
             self.cfg.OUTPUT_DIR,
@@ -123,9 +129,6 @@ class DistillTrainer(ResumableTrainer):
     def extra_hooks(self) -> list[HookBase | None]:
         """Returns calibration, moving average, checkpoints, evaluation, best checkpoint and result, in that order."""
         cfg = self.cfg
-        self.stopped_early = False
-        self.best = BestCheckpoint.from_config(cfg)
-        self.evaluation = StudentEvaluation(type(self), cfg, self.student, self.ema, self._trainer.device)
         ret: list[HookBase | None] = [
             CalibrationHook(self.distilled) if self.distilled is not None else None,
             EMAHook(self.ema) if self.ema is not None else None,
@@ -173,7 +176,7 @@ class DistillTrainer(ResumableTrainer):
             self.max_iter = self.start_iter
         if self.distilled is not None and self.cfg.DISTILL.TEACHER.EVAL_FIRST and self.start_iter == 0:
             with preserve_rng_state(self._trainer.device):
-                evaluate_teacher(self.cfg, self.distilled.teacher.model)
+                evaluate_teacher(type(self), self.cfg, self.distilled.teacher.model)
         with contextlib.suppress(EarlyStop):
             super().train(self.start_iter, self.max_iter)
         results = self.evaluation.results

@@ -37,7 +37,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     Cityscapes is evaluated as COCO and other label maps are: its own benchmark has another AP, and the same IoU.
 
     Args:
-        cfg: gives the output directory and the number of detections an image.
+        cfg: gives the output directory and the number of detections per image.
         dataset_name: a registered dataset with `evaluator_type` in its metadata.
         output_folder: for predictions; `OUTPUT_DIR/inference` by default, a folder in it for each of several test sets.
 

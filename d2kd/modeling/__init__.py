@@ -4,10 +4,10 @@ from . import backbone, meta_arch  # registers them
 from .architectures import ArchitectureError, build_network, num_classes
 from .balance import BalanceError, GradientBalance
 from .build import MethodError, build_distilled_model, initialize_student, is_distillation
-from .distilled_model import DistilledModel, evaluation_mode
+from .distilled_model import DistilledModel
 from .init_from_teacher import InitializationReport, init_from_teacher
 from .strict_loading import StrictLoadingError, load_strictly
-from .taps import FeatureTaps, TapError
+from .taps import FeatureTaps, TapError, evaluation_mode
 from .teacher import Teacher, TeacherError, load_teacher, teacher_config
 
 __all__ = [

@@ -1,6 +1,5 @@
 """DistilledModel: a student that learns from its task and a teacher's features; at inference, the student alone."""
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from d2kd.distillers import Distiller, FeatureMaps
 
 from .architectures import architecture_of
 from .balance import GradientBalance
-from .taps import FeatureTaps, TapError, is_in_backbone
+from .taps import FeatureTaps, TapError, evaluation_mode, is_in_backbone
 from .teacher import Inputs, Teacher
 from .teacher_passes import TeacherPasses
 
@@ -103,17 +102,6 @@ class DistilledModel(nn.Module):
     def _to_device(self, batched_inputs: Inputs) -> Inputs:
         """One copy of the images serves both networks."""
         return [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode for a block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _shared_taps(student: nn.Module, taps: Sequence[str]) -> list[str]:

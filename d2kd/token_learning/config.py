@@ -24,7 +24,7 @@ def check_learning(cfg: CfgNode) -> None:
 
 
 def learning_config(cfg: CfgNode) -> CfgNode:
-    """Returns a teacher's configuration with the solver of `LEARN`: optimizer, rate, length, a cosine, no warm-up."""
+    """Returns a teacher's configuration with SOLVER overridden by `LEARN` (a cosine schedule, no warm-up)."""
     learn, cfg = cfg.DISTILL.RECEPTIVE_TOKENS.LEARN, cfg.clone()
     cfg.defrost()
     solver = cfg.SOLVER

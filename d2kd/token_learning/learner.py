@@ -42,7 +42,7 @@ class TokenLearner(nn.Module):
         Args:
             teacher: a Detectron2 model with its weights; it is frozen here.
             taps: features to mask; none means all outputs of the backbone.
-            num_tokens: tokens a tap.
+            num_tokens: tokens per tap.
             weighting: learn a weight for each token and image.
 
         Raises:

@@ -87,7 +87,7 @@ class TokenTrainer(ResumableTrainer):
         if comm.is_main_process():
             node = self.cfg.DISTILL.RECEPTIVE_TOKENS.LEARN
             shown = list(itertools.islice(self.data_loader.records, node.PICTURES))
-            self._pictures = MaskPictures(self.cfg, node.PERIOD, shown)
+            self._pictures = MaskPictures(self.cfg, self.cfg.SOLVER.CHECKPOINT_PERIOD, shown)
             ret += [self._pictures, hooks.CallbackHook(after_train=lambda _: self._write_tokens())]
         return ret
 

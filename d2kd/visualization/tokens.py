@@ -1,4 +1,4 @@
-"""What receptive tokens look at: their masks over an image, one row a feature level."""
+"""What receptive tokens look at: their masks over an image, one row per feature level."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

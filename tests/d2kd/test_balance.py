@@ -326,3 +326,10 @@ def test_recipes_build_and_step(tmp_path, name, methods):
         losses = net(batch([(64, 64)]))
     sum(losses.values()).backward()
     assert {n.split("/")[1] for n in losses if n.startswith("distill/")} == set(methods)
+
+
+@pytest.mark.parametrize("tap", ["backbone.bottom_up.res4", "backbone.bottom_up.stem", "backbone.fpn_output3"])
+def test_module_paths_in_the_backbone_share_its_gradient(tmp_path, tap):
+    keys = {"DISTILL__FEATURE_MIMIC__TAPS": [tap], "DISTILL__BALANCE": "gradient"}
+    net = build_distilled_model(config(**write_teacher(tmp_path), **keys))
+    assert net._balanced_taps == [tap]

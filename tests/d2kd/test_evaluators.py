@@ -11,12 +11,14 @@ from PIL import Image
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.cli import train
 from d2kd.config import add_distill_config
-from d2kd.engine import argument_parser
-from d2kd.evaluation.build import EvaluatorError, build_evaluator, folder_of
+from d2kd.data.datasets import DatasetError, register_datasets
+from d2kd.engine import DistillTrainer, argument_parser, load_config
+from d2kd.evaluation.build import EvaluatorError, build_evaluator, check_evaluators, folder_of
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import register_all_cityscapes
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 
 TASKS = ("instance_seg", "sem_seg")
@@ -102,3 +104,40 @@ def test_several_test_sets_do_not_overwrite_each_other(cityscapes, tmp_path):
     assert folder_of(cfg, LABELS, "inference") == os.path.join("inference", LABELS)
     scores(cfg, LABELS, {"sem_seg": torch.zeros(19, 20, 40)})
     assert list((tmp_path / "output/inference" / LABELS).iterdir())
+
+
+def test_an_evaluator_of_ones_own_may_know_other_types(digits, write_config):
+    class Own(DistillTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            return DatasetEvaluators([])
+
+    register_coco_instances("lvis_like", {}, str(digits / "annotations/instances_val.json"), str(digits / "val"))
+    json_file = MetadataCatalog.pop("lvis_like").json_file
+    MetadataCatalog.get("lvis_like").set(json_file=json_file, evaluator_type="lvis")
+    try:
+        cfg = load_config(str(write_config(DATASETS__TEST=["lvis_like"])))
+        register_datasets(cfg)
+        Own.check_config(cfg)
+    finally:
+        DatasetCatalog.pop("lvis_like")
+        MetadataCatalog.pop("lvis_like")
+
+
+def test_evaluation_needs_no_training_set(write_config, tmp_path):
+    missing = [{"NAME": "not_there", "JSON": "nowhere.json", "IMAGES": "nowhere"}]
+    cfg = load_config(str(write_config()))
+    cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, *missing]
+    cfg.DATASETS.TRAIN = ("not_there",)
+    register_datasets(cfg)
+    DistillTrainer.check_config(cfg, ("TEST",))
+    with pytest.raises(DatasetError, match="not_there"):
+        DistillTrainer.check_config(cfg)
+
+
+def test_predictions_that_a_test_set_cannot_score_are_an_error_before_training(digits, write_config):
+    cfg = load_config(str(write_config()))
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    register_datasets(cfg)
+    with pytest.raises(EvaluatorError, match="'digits_val'.*'coco'.*SemanticSegmentor predicts is scored by sem_seg"):
+        check_evaluators(cfg)

@@ -235,3 +235,15 @@ def test_region_outputs_of_no_images_boxes():
 def test_models_without_regions_have_no_stages():
     with pytest.raises(TapError, match="no box head"):
         RegionPass(model(config(FASTER_RCNN)), Teacher(model(config())), [(0, "roi_heads.box_predictor.bbox_pred")])
+
+
+def test_rows_of_each_models_own_regions_are_not_compared(tmp_path):
+    tap = "roi_heads.box_pooler"
+    with pytest.raises(AlignmentError, match=rf"{tap}' gives a row per region, and each model has its own"):
+        distilled(tmp_path, FASTER_RCNN, methods=["FeatureMimic"], DISTILL__FEATURE_MIMIC__TAPS=[tap])
+
+
+def test_the_output_of_the_box_head_itself_is_a_tap():
+    tap = "roi_heads.box_head"
+    steered = RegionPass(model(config(FASTER_RCNN)), Teacher(model(config(FASTER_RCNN))), [(0, tap)])
+    assert steered.taps == [tap]

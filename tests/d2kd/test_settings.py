@@ -32,7 +32,7 @@ def out_of_range(declared: Setting) -> list[Any]:
     """Values of the right type that a declaration excludes."""
     number = declared.items or type(declared.default)
     values: list[Any] = ["no such word"] if declared.choices else []
-    for bound, step in ((declared.at_least, -1), (declared.above, 0), (declared.at_most, 1), (declared.below, 0)):
+    for bound, step in ((declared.at_least, -1), (declared.above, 0), (declared.at_most, 1)):
         if bound is not None:
             values.append(number(bound + step))
     return [[value] for value in values] if isinstance(declared.default, list) else values
@@ -122,3 +122,10 @@ def test_mistakes_of_an_author_are_errors_when_the_class_is_made():
 def test_an_unknown_argument_is_an_error_with_near_matches():
     with pytest.raises(TypeError, match="FeatureMimic has no argument 'wieght'.*weight"):
         METHODS["FeatureMimic"](pairs=[tap_pair("p3", channels=(4, 4))], wieght=1.0)
+
+
+def test_a_plain_attribute_does_not_hide_a_setting():
+    with pytest.raises(TypeError, match=r"Hidden\.weight hides a setting.*DEFAULTS\['WEIGHT'\]"):
+
+        class Hidden(Distiller):
+            weight = 9.0

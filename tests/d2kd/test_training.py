@@ -248,3 +248,12 @@ def test_export_of_any_iteration(write_config, teacher, tmp_path):
         exported["model"], torch.load(source, weights_only=True)["model"]
     )
     assert target.stat().st_size < source.stat().st_size / 1.5
+
+
+def test_a_checkpointer_that_has_resumed_reads_other_files_again(write_config, teacher, tmp_path):
+    path = write_config(DATASETS__TEST=[], **teacher)
+    run_training(path, stop_at=3)
+    trainer = run_training(path, resume=True)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": trainer.student.state_dict()}, weights)
+    trainer.checkpointer.load(str(weights), checkpointables=[])

@@ -16,14 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 from detectron2.utils import comm
 
-from ..base import (
-    DISTILLERS,
-    CalibrationRequest,
-    FeatureDistiller,
-    FeatureMaps,
-    batchmean_was_paper,
-    renamed_in,
-)
+from ..base import DISTILLERS, CalibrationRequest, FeatureDistiller, FeatureMaps
 from ..checksum import weights_checksum
 from ..taps import AlignmentError, TapPair
 from .assignment import REMAINDERS, SOLVERS, AssignmentError, assign_channels
@@ -34,6 +27,14 @@ from .statistics import MatchingStatistics
 logger = logging.getLogger(__name__)
 
 ADAPTERS = ("bn", "syncbn", "gn", "none")
+
+
+def _preset_is_recipe(name: Any) -> None:
+    if name:
+        raise ConfigError(
+            f"DISTILL.CHANNEL_MATCHING.PRESET {name} no longer exists: published settings are recipes, see "
+            "configs/COCO/*ChannelMatching*.yaml and configs/ChannelMatching; name one in _BASE_, or copy its keys."
+        )
 
 
 @DISTILLERS.register()
@@ -52,6 +53,11 @@ class ChannelMatching(FeatureDistiller):
         >>> losses = matching({tap: student_map}, {tap: teacher_map})
     """
 
+    RENAMED_KEYS = {
+        "SOLVER": ("ASSIGNMENT_SOLVER", str),
+        "FACTORS": ("TAP_WEIGHTS", lambda factors: [1 / factor for factor in factors]),
+        "PRESET": ("", _preset_is_recipe),
+    }
     DEFAULTS = {"TAPS": ["res2.pre_relu", "res3.pre_relu", "res4.pre_relu", "res5.pre_relu"]}
 
     reducer: str = setting(
@@ -335,17 +341,3 @@ def _margin(pair: TapPair) -> Tensor:
     if pair.teacher.norm is None:
         return torch.zeros(pair.teacher.channels)
     return norm_margin(pair.teacher.norm.weight, pair.teacher.norm.bias).float().cpu()
-
-
-def _preset_is_recipe(name: Any) -> None:
-    if name:
-        raise ConfigError(
-            f"DISTILL.CHANNEL_MATCHING.PRESET {name} no longer exists: published settings are recipes, see "
-            "configs/COCO/*ChannelMatching*.yaml and configs/ChannelMatching; name one in _BASE_, or copy its keys."
-        )
-
-
-renamed_in(ChannelMatching, "REDUCTION", "REDUCTION", convert=batchmean_was_paper)
-renamed_in(ChannelMatching, "SOLVER", "ASSIGNMENT_SOLVER")
-renamed_in(ChannelMatching, "FACTORS", "TAP_WEIGHTS", convert=lambda factors: [1 / factor for factor in factors])
-renamed_in(ChannelMatching, "PRESET", "", convert=_preset_is_recipe)

@@ -11,7 +11,7 @@ from d2kd.layers.losses import EPS, channel_statistics
 from d2kd.settings import setting
 from detectron2.config import CfgNode
 
-from ..base import DISTILLERS, Distiller, FeatureMaps, renamed_in
+from ..base import DISTILLERS, Distiller, FeatureMaps
 from ..checksum import weights_checksum
 from ..taps import TapPair, build_aligner
 from .learn_settings import LearnSettings
@@ -33,6 +33,10 @@ class ReceptiveTokens(Distiller):
         >>> losses = method({"p3": student_map}, {"p3": teacher_map})
     """
 
+    RENAMED_KEYS = {
+        "LEVEL_WEIGHTS": ("TAP_WEIGHTS", list),
+        "REDUCTION": ("POSITION_WEIGHTS", lambda value: "mask_sum" if value == "paper" else "unit_sum"),
+    }
     DEFAULTS = {"WEIGHT": 4.0}
 
     file: str = setting("", "The tokens of the teacher, as tools/learn_tokens.py writes them.", config_only=True)
@@ -199,11 +203,3 @@ class _FixedTokens(nn.Module):
             return token_weights(teacher, self.weight, self.bias)
         t = self.tokens.shape[0]
         return self.tokens.new_full((teacher.shape[0], t), 1.0 / t)
-
-
-def _position_weights_were_reduction(value: Any) -> str:
-    return "mask_sum" if value == "paper" else "unit_sum"
-
-
-renamed_in(ReceptiveTokens, "LEVEL_WEIGHTS", "TAP_WEIGHTS")
-renamed_in(ReceptiveTokens, "REDUCTION", "POSITION_WEIGHTS", convert=_position_weights_were_reduction)

@@ -34,7 +34,7 @@ class Architecture:
     >>> @register_architecture("RetinaNet")
     ... class RetinaNetArchitecture(DenseDetector): ...
 
-    The class answers what a configuration decides, an instance (of one model) the rest. Classes derived from a known
+    Class methods depend on the configuration only, the others on a built model. Classes derived from a known
     META_ARCHITECTURE are known too.
 
     Attributes:
@@ -58,7 +58,7 @@ class Architecture:
         Args:
             model: of this architecture.
         """
-        self.model: Any = model  # what lies in Detectron2's models has no types
+        self.model: Any = model  # Detectron2's models are untyped
 
     # ---- what a configuration decides ----
 

@@ -46,7 +46,7 @@ class RetinaNet(DenseDetector):
 
 @register_architecture("FCOS")
 class FCOS(DenseDetector):
-    """FCOS (arXiv 1904.01355), whose points are anchors of no size."""
+    """FCOS (arXiv 1904.01355); anchor-free, one point per location."""
 
     CLASSES = (ClassCount("MODEL.FCOS.NUM_CLASSES"),)
 

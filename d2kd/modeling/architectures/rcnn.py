@@ -4,7 +4,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from d2kd.distillers import Prediction
+from d2kd.distillers import AlignmentError, Prediction
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
@@ -64,7 +64,7 @@ class GeneralizedRCNN(Architecture):
     def stage_of(self, tap: str) -> int | None:
         """Returns the number of the stage in whose head or predictor a tap lies; None for none."""
         for number, stage in enumerate(self.stages):
-            if tap.startswith(tuple(f"{part}{stage.suffix}." for part in _PER_REGION)):
+            if f"{tap.partition('@')[0]}.".startswith(tuple(f"{part}{stage.suffix}." for part in _PER_REGION)):
                 return number
         return None
 
@@ -99,7 +99,16 @@ class ProposalNetwork(Architecture):
 
 
 def is_region_tap(tap: str) -> bool:
-    """Returns whether a tap gives one row a region: it lies in the box head or box predictor of an R-CNN."""
+    """Returns whether a tap gives one row per region: it lies in the box head or box predictor of an R-CNN.
+
+    Raises:
+        AlignmentError: it lies elsewhere in the heads on regions, whose rows are each model's own regions.
+    """
+    if tap.startswith("roi_heads.") and not tap.startswith(_PER_REGION):
+        raise AlignmentError(
+            f"Tap {tap!r} gives a row per region, and each model has its own regions there: of the heads on regions, "
+            f"only {' and '.join(_PER_REGION)} can be compared."
+        )
     return tap.startswith(_PER_REGION)
 
 

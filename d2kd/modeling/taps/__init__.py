@@ -2,7 +2,7 @@
 
 from .address import Tap, TapError, is_in_backbone, last_norm, resolve_tap, tap_names
 from .pairing import pairs_of_methods, shared_levels, shared_predictions
-from .recording import FeatureTaps
+from .recording import FeatureTaps, evaluation_mode
 from .shapes import describe_taps
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Tap",
     "TapError",
     "describe_taps",
+    "evaluation_mode",
     "is_in_backbone",
     "last_norm",
     "pairs_of_methods",

@@ -25,7 +25,7 @@ class Tap(NamedTuple):
     key: str | None = None
     # which call of the module in one forward pass, None where there must be one call only
     call: int | None = None
-    # take what goes into the last ReLU of the module instead of what comes out
+    # tap the input of the module's last ReLU instead of the module's output
     pre_relu: bool = False
     # the module gives (N, H, W, C); the tap is (N, C, H, W)
     channels_last: bool = False
@@ -84,8 +84,9 @@ def tap_names(model: nn.Module) -> list[str]:
 
 
 def is_in_backbone(model: nn.Module, name: str) -> bool:
-    """Returns whether a tap is one of `tap_names`, or a part of such a feature."""
-    return name.partition(".")[0] in tap_names(model)
+    """Returns whether a tap lies in the backbone, neck included."""
+    tapped = resolve_tap(model, name).module
+    return any(module is tapped for module in model.get_submodule("backbone").modules())
 
 
 def _outputs(module: nn.Module | None) -> Sequence[str]:

@@ -42,7 +42,7 @@ class _LastReluInput(TorchFunctionMode):
 
 
 class _AllTapsFired(Exception):
-    """Ends a forward pass that has nothing more to give."""
+    """Aborts the forward pass once all taps have fired."""
 
 
 class FeatureTaps:
@@ -65,7 +65,7 @@ class FeatureTaps:
 
     @contextlib.contextmanager
     def recording(self, stop_when_done: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Yields a dict that the forward passes inside fill: tap name to tensor.
+        """Yields a dict that the forward pass inside fills: tap name to tensor.
 
         Args:
             stop_when_done: end the forward pass inside the block as soon as every tap has fired.
@@ -97,7 +97,7 @@ class FeatureTaps:
 
     @contextlib.contextmanager
     def replacing(self, replace: Callable[[str, Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Like `recording`, but what the model computes with behind each tap is `replace(name, feature)`.
+        """Like `recording`, but the layers behind each tap receive `replace(name, feature)`.
 
         Yields:
             The features as they were before they were replaced, by tap name.
@@ -194,3 +194,14 @@ def _put(tap: Tap, output: Any, value: Tensor) -> Any:
     """The output of the tap's module with another value at the tap."""
     value = value.permute(0, 2, 3, 1) if tap.channels_last else value
     return value if tap.key is None else {**output, tap.key: value}
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode for a block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -11,7 +11,7 @@ from d2kd.rng import preserve_rng_state
 
 from ..architectures import architecture_of, is_region_tap
 from .address import TapError, is_in_backbone, last_norm
-from .recording import FeatureTaps
+from .recording import FeatureTaps, evaluation_mode
 
 #: Side of the blank image, in pixels, that shows the shapes of tapped features.
 _PROBE_SIZE = 128
@@ -34,7 +34,6 @@ def describe_taps(model: nn.Module, names: Sequence[str]) -> dict[str, TapInfo]:
 
 def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, float]]:
     """Channels and strides of tapped features, 0 for vectors."""
-    was_training = model.training
     device = next(model.parameters()).device
     blank = torch.zeros(3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)
     widths: list[int] = []
@@ -43,13 +42,9 @@ def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, floa
     )
     taps = FeatureTaps(model, names)
     in_backbone = all(is_in_backbone(model, tap.name) for tap in taps.taps)
-    model.eval()
-    try:
-        with preserve_rng_state(device), taps.recording(stop_when_done=in_backbone) as features:
-            model([{"image": blank, "height": _PROBE_SIZE, "width": _PROBE_SIZE}])
-    finally:
-        handle.remove()
-        model.train(was_training)
+    recording = taps.recording(stop_when_done=in_backbone)
+    with handle, evaluation_mode(model), preserve_rng_state(device), recording as features:
+        model([{"image": blank, "height": _PROBE_SIZE, "width": _PROBE_SIZE}])
     for name, feature in features.items():
         if feature.dim() not in (2, 4):
             raise TapError(

@@ -1,4 +1,4 @@
-"""How the teacher computes features: passes, which the student may steer."""
+"""How the teacher computes features: passes, which may be conditioned on the student."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ TEACHER_PASSES.__doc__ = (
 class TeacherFeatures(NamedTuple):
     """Features of the teacher, and where they were computed."""
 
-    #: (N, C, H, W), or (R, C) with a row a region or image, by tap.
+    #: (N, C, H, W), or (R, C) with a row per region or image, by tap.
     maps: dict[str, Tensor]
     #: (N, H, W) bool by tap: True where the map was computed. Taps without an entry are whole.
     valid: dict[str, Tensor]

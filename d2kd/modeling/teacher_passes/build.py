@@ -39,13 +39,12 @@ class TeacherPasses:
         self.dense = dense
         self.others = dict(others)
         self.sources = {method: list(names) for method, names in sources.items()}
-        self._stateful = {n: p for n, p in self.others.items() if type(p).state_dict is not TeacherPass.state_dict}
 
     @contextlib.contextmanager
     def around_student(
         self, batched_inputs: Inputs, methods: Sequence[str] | None = None
     ) -> Iterator[dict[str, TeacherFeatures]]:
-        """Yields what fills with the features that each method compares when the block, the student's pass, ends.
+        """Yields a dict that is filled, when the block (the student's forward pass) ends, with each method's features.
 
         Args:
             batched_inputs: in Detectron2's format, on the device.
@@ -65,7 +64,7 @@ class TeacherPasses:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the passes that have one, by name."""
-        return {name: other.state_dict() for name, other in self._stateful.items()}
+        return {name: state for name, other in self.others.items() if (state := other.state_dict())}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` has returned."""
@@ -74,7 +73,7 @@ class TeacherPasses:
 
 
 def _together(dense: TeacherFeatures, others: Sequence[TeacherFeatures]) -> TeacherFeatures:
-    """All features; those of the other passes go before dense ones of the same tap."""
+    """All features; those of the other passes override dense ones of the same tap."""
     maps, valid = dense
     for other in others:
         maps, valid = {**maps, **other.maps}, {**valid, **other.valid}

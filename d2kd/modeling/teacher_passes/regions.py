@@ -42,17 +42,15 @@ class RegionPass(TeacherPass):
         ours, theirs = _rcnn(student), _rcnn(teacher.model)
         self._inputs = theirs.pooled_features
         self._student_pooler, self._pooler = ours.pooler, theirs.pooler
-        self._runs = []
-        pairs = [(stage, _stage_of(theirs, tap), tap) for stage, tap in taps]
-        for student_stage, stage in dict.fromkeys((s, t) for s, t, _ in pairs):
-            names = [tap for s, t, tap in pairs if (s, t) == (student_stage, stage)]
-            self._runs.append((student_stage, theirs.stages[stage], FeatureTaps(teacher.model, names)))
-        names = [tap.name for *_, taps_of_run in self._runs for tap in taps_of_run.taps]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        runs: dict[tuple[int, int], list[str]] = {}
+        for student_stage, tap in taps:
+            runs.setdefault((student_stage, _stage_of(theirs, tap)), []).append(tap)
+        self._runs = [(s, theirs.stages[t], FeatureTaps(teacher.model, names)) for (s, t), names in runs.items()]
+        duplicates = sorted({tap for _, tap in taps if [t for _, t in taps].count(tap) > 1})
+        if duplicates:
             raise TapError(
-                f"The teacher's taps {', '.join(twice)} are compared with several stages of the student's cascade: "
-                "pair each with one stage."
+                f"The teacher's taps {', '.join(duplicates)} are compared with several stages of the student's "
+                "cascade: pair each with one stage."
             )
 
     @classmethod
@@ -63,7 +61,7 @@ class RegionPass(TeacherPass):
             TapError: a tap of student or teacher gives no rows of regions.
         """
         architecture = _rcnn(student)
-        taps = {(_stage_of(architecture, pair.student.name, "student"), pair.teacher.name): None for pair in pairs}
+        taps = {(_stage_of(architecture, pair.student.name), pair.teacher.name): None for pair in pairs}
         return cls(student, teacher, list(taps))
 
     @property
@@ -102,12 +100,11 @@ def _rcnn(model: nn.Module) -> GeneralizedRCNN:
     return architecture
 
 
-def _stage_of(architecture: GeneralizedRCNN, tap: str, whose: str = "") -> int:
+def _stage_of(architecture: GeneralizedRCNN, tap: str) -> int:
     stage = architecture.stage_of(tap)
-    if stage is None and whose == "student":
-        raise TapError(
-            f"Tap {tap!r} of the student does not lie in its box head, so a tap in the teacher's has no regions."
-        )
     if stage is None:
-        raise TapError(f"Tap {tap!r} lies in no stage of the {type(architecture.model).__name__}'s box head.")
+        raise TapError(
+            f"Tap {tap!r} lies in no stage of the {type(architecture.model).__name__}'s box head, and a tap that does "
+            "can be compared with another such tap only: their rows are the regions that the student sampled."
+        )
     return stage
