@@ -1,25 +1,16 @@
-"""The configuration: d2kd's keys beside Detectron2's, and reading YAML files with them.
+"""Every configuration key of d2kd's core, and how others add theirs.
 
 Keys that belong to one part stand in that part's file: those of a method in its class (`d2kd.settings`), those of an
-architecture or backbone beside it (`config_keys`). Here are the keys of the core.
+architecture or backbone beside it (`config_keys`). Reading configurations: `d2kd.config_reader`.
 """
 
-import ast
-import logging
-import os
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import yaml
-
-from d2kd.errors import ConfigError, did_you_mean
-from d2kd.plugins import import_installed, import_plugins
-from detectron2.config import CfgNode, get_cfg
+from d2kd.plugins import import_installed
+from detectron2.config import CfgNode
 
 CN = CfgNode
-logger = logging.getLogger(__name__)
 
 _key_adders: list[Callable[[CfgNode], None]] = []
 
@@ -147,99 +138,9 @@ def renamed_keys(listing: Callable[[], Iterable[RenamedKey]]) -> Callable[[], It
     return listing
 
 
-def read_config(path: str, options: Sequence[Any] = (), imports: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's defaults and d2kd's, changed by a YAML file and a list of [KEY, value, ...].
-
-    Files named by DISTILL.IMPORTS are imported first, so that the keys of what they register exist.
-
-    Args:
-        path: of the YAML file; "" for none.
-        options: changes on top of it; values may be strings, as on a command line.
-        imports: further files and modules to import.
-
-    Raises:
-        ConfigError: the file cannot be read, a key does not exist (the message lists near matches), or a value has
-            another type than its default.
-    """
-    try:
-        content = CfgNode.load_yaml_with_base(path) if path else {}
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"In {path}: {_text(error)}") from error
-    given = get_key(content, "DISTILL.IMPORTS", [])
-    named = [*_names("DISTILL.IMPORTS", given), *_names("DISTILL.IMPORTS", _option(options, "DISTILL.IMPORTS", []))]
-    named = import_plugins(dict.fromkeys([*named, *imports]), [os.path.dirname(file) for file in _files(path)])
-    options = ["DISTILL.IMPORTS", named, *_without(options, "DISTILL.IMPORTS")]
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    renamed = _rename_in_file(content)
-    options, renamed_options = _rename_in_options(options)
-    for where, words in ((path, renamed), ("the command line", renamed_options)):
-        if words:
-            logger.warning("Old keys in %s, still accepted: %s", where, "; ".join(words))
-    if isinstance(given, str):
-        content["DISTILL"]["IMPORTS"] = [given]
-    if path:
-        changed = bool(renamed) or isinstance(given, str)
-        _merge(cfg, lambda: _merge_file(cfg, path, content, changed), path)
-    _merge(cfg, lambda: cfg.merge_from_list(_whole_numbers_as_floats(cfg, options)), "the command line")
-    return cfg
-
-
-def _names(key: str, value: Any) -> list[str]:
-    """A list of names; a single one may stand without brackets."""
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{key} is {value!r}; it must be a list of names.")
-    return list(names)
-
-
-def _files(path: str) -> list[str]:
-    """A YAML file and those that it is based on."""
-    if not path:
-        return []
-    with open(path, encoding="utf-8") as file:
-        content = yaml.load(file, Loader=yaml.BaseLoader)  # which makes strings of everything, whatever its tag
-    bases = _names("_BASE_", content.get("_BASE_", []) if isinstance(content, dict) else [])
-    paths = [os.path.join(os.path.dirname(path), os.path.expanduser(base)) for base in bases]
-    return [path, *(file for base in paths if os.path.isfile(base) for file in _files(base))]
-
-
-def _merge_file(cfg: CfgNode, path: str, content: dict[str, Any], changed: bool) -> None:
-    if not changed:
-        cfg.merge_from_file(path)
-        return
-    with tempfile.TemporaryDirectory() as directory:  # Detectron2 upgrades old versions of its own keys in files only
-        file = os.path.join(directory, os.path.basename(path))
-        with open(file, "w", encoding="utf-8") as opened:
-            yaml.safe_dump(content, opened)
-        cfg.merge_from_file(file)
-
-
-def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
-    try:
-        merge()
-    except (KeyError, ValueError, AssertionError, OSError) as error:
-        message = _text(error)
-        mismatch = re.search(r"Type mismatch \(<class '(\w+)'>.* vs\. (.*)\) for config key: (\S+)", message, re.DOTALL)
-        if mismatch:
-            kind, value, key = mismatch.groups()
-            raise ConfigError(f"In {where}: {key} is {value!r}; it must be of type {kind}.") from error
-        unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
-        hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""
-        raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
-
-
-def _text(error: Exception) -> str:
-    return str(error.args[0] if error.args else error)
-
-
-def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (whole key, value) of every key that is no node."""
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def list_renamed_keys() -> list[RenamedKey]:
+    """Returns all renamed keys, of the core and of what is registered."""
+    return [renamed for listing in _renamed for renamed in listing()]
 
 
 def get_key(cfg: Any, key: str, default: Any = None) -> Any:
@@ -249,86 +150,3 @@ def get_key(cfg: Any, key: str, default: Any = None) -> Any:
             return default
         cfg = cfg[part]
     return cfg
-
-
-def _option(options: Sequence[Any], key: str, default: Any) -> Any:
-    """The value that a list of options gives a key."""
-    values = [value for name, value in zip(options[::2], options[1::2]) if name == key]
-    return _literal(values[-1]) if values else default
-
-
-def _without(options: Sequence[Any], key: str) -> list[Any]:
-    """Options without those for a key."""
-    pairs = [options[i : i + 2] for i in range(0, len(options), 2)]
-    return [item for pair in pairs if pair[0] != key for item in pair]
-
-
-def _literal(value: Any) -> Any:
-    try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
-        return value
-
-
-def _whole_numbers_as_floats(cfg: CfgNode, options: list[Any]) -> list[Any]:
-    """Lets "KEY 8" set a key that holds a float; the configuration system itself wants "8.0"."""
-    floats = {key for key, value in leaves(cfg) if isinstance(value, float)}
-
-    def is_whole(i: int) -> bool:
-        return i % 2 == 1 and options[i - 1] in floats and re.fullmatch(r"-?\d+", str(options[i])) is not None
-
-    return [f"{option}.0" if is_whole(i) else option for i, option in enumerate(options)]
-
-
-def _all_renamed() -> list[RenamedKey]:
-    return [renamed for listing in _renamed for renamed in listing()]
-
-
-def _rename_in_file(content: dict[str, Any]) -> list[str]:
-    """Renames keys of a nested dictionary in place; returns what was renamed, in words."""
-    words = []
-    for old, new, convert in _all_renamed():
-        parent = get_key(content, old.rpartition(".")[0])
-        key = old.rpartition(".")[2]
-        if not isinstance(parent, dict) or key not in parent:
-            continue
-        value = convert(parent[key])
-        if old == new and value == parent[key]:
-            continue
-        words.append(_words(old, new, parent.pop(key), value))
-        if new:
-            node = content
-            for part in new.split(".")[:-1]:
-                node = node.setdefault(part, {})
-            node[new.rpartition(".")[2]] = value
-        if not parent and old != new:
-            _drop_empty(content, old)
-    return words
-
-
-def _drop_empty(content: dict[str, Any], key: str) -> None:
-    """Removes the nodes that a renamed key leaves empty: their own names may not exist any more."""
-    path = key.split(".")[:-1]
-    while path and get_key(content, ".".join(path)) == {}:
-        parent = get_key(content, ".".join(path[:-1]), None) if path[:-1] else content
-        del parent[path.pop()]
-
-
-def _rename_in_options(options: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """Returns options with renamed keys, and what was renamed, in words."""
-    renamed, words = [], []
-    for key, value in zip(options[::2], options[1::2]):
-        for old, new, convert in _all_renamed():
-            converted = convert(_literal(value)) if key == old else None
-            if key == old and (old != new or converted != _literal(value)):
-                words.append(_words(old, new, value, converted))
-                key, value = new, converted
-        renamed += [key, value] if key else []
-    return renamed + list(options[len(options) // 2 * 2 :]), words
-
-
-def _words(old: str, new: str, old_value: Any, value: Any) -> str:
-    if not new:
-        return f"{old} has no effect any more"
-    changed = "" if value == _literal(old_value) else f" {value!r}, not {old_value!r}"
-    return f"{old} is now {new}{changed}" if old != new else f"{old} is now{changed}"

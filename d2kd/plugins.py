@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "d2kd.methods"
 
 
-def import_plugins(names: Iterable[str], directories: Iterable[str] = ()) -> list[str]:
+def import_plugins(names: Iterable[str], directories: Iterable[str] = ("",)) -> list[str]:
     """Imports files and modules, each once in a process.
 
     Args:
         names: paths of Python files ("my_method.py"), or modules ("my_package.methods").
-        directories: where relative paths are looked for if they are not in the working directory.
+        directories: where relative paths are looked for, in this order; "" is the working directory.
 
     Returns:
         The names, with the paths of files made absolute.
@@ -35,6 +35,7 @@ def import_plugins(names: Iterable[str], directories: Iterable[str] = ()) -> lis
     Raises:
         ConfigError: there is no such file or module, or importing it failed.
     """
+    directories = list(directories)
     return [_import(name, directories) for name in names]
 
 
@@ -43,8 +44,8 @@ def import_installed() -> None:
     """Imports the entry points `d2kd.methods` of installed packages; one that fails is left out with a warning."""
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
-            entry.load()
-        except Exception as error:  # somebody else's package must not stop a run that does not use it
+            _import_module(entry.module)
+        except (Exception, SystemExit) as error:  # somebody else's package must not stop a run that does not use it
             logger.warning("Left out entry point %s = %s (%s): %s", entry.name, entry.value, ENTRY_POINT_GROUP, error)
 
 
@@ -56,7 +57,7 @@ def _import(name: str, directories: Iterable[str]) -> str:
         if name.endswith(".py"):
             _import_file(path)
         else:
-            importlib.import_module(name)
+            _import_module(name)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -67,22 +68,25 @@ def _import(name: str, directories: Iterable[str]) -> str:
 
 
 def _find(name: str, directories: Iterable[str]) -> str:
-    tried = [os.path.join(directory, os.path.expanduser(name)) for directory in ("", *directories)]
+    tried = [os.path.join(directory, os.path.expanduser(name)) for directory in directories]
     for path in tried:
         if os.path.isfile(path):
-            return os.path.abspath(path)
-    raise ConfigError(
-        f"DISTILL.IMPORTS (--import) {name}: there is no such file; tried {', '.join(map(os.path.abspath, tried))}."
-    )
+            return os.path.realpath(path)
+    tried = list(dict.fromkeys(map(os.path.abspath, tried)))
+    raise ConfigError(f"DISTILL.IMPORTS (--import) {name}: there is no such file; tried {', '.join(tried)}.")
 
 
-def _import_file(path: str) -> ModuleType:
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file and os.path.abspath(file) == path:
-            return module
+def _import_module(name: str) -> None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None or _imported(os.path.realpath(spec.origin)) is None:
+        importlib.import_module(name)
+
+
+def _import_file(path: str) -> None:
+    if _imported(path) is not None:
+        return
     name = os.path.splitext(os.path.basename(path))[0]
-    if name in sys.modules:
+    if name in sys.modules or importlib.util.find_spec(name) is not None:  # it must not take another module's place
         name = f"{name}_{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it is a file that ends in .py
@@ -96,4 +100,12 @@ def _import_file(path: str) -> ModuleType:
         del sys.modules[spec.name]
         raise
     logger.info("Imported %s", path)
-    return module
+
+
+def _imported(path: str) -> ModuleType | None:
+    """The module that is a file already."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and os.path.realpath(file) == path:
+            return module
+    return None

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 from d2kd.errors import ConfigError, did_you_mean, require_choice
 from detectron2.config import CfgNode
 
+#: Of numbers in settings: what a signed integer of 64 bits holds.
+MAX_NUMBER = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -45,7 +48,7 @@ class Setting:
         return [self._check_one(f"{key}[{i}]", item, kind) for i, item in enumerate(value)]
 
     def _check_one(self, key: str, value: Any, kind: type[Any]) -> Any:
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= MAX_NUMBER:
             value = float(value)
         if type(value) is not kind:
             raise ConfigError(f"{key} is {value!r}; it must be of type {kind.__name__}.")
@@ -56,10 +59,12 @@ class Setting:
         return value
 
     def _check_range(self, key: str, value: float) -> None:
+        if not -MAX_NUMBER <= value <= MAX_NUMBER:  # also false for NaN
+            raise ConfigError(f"{key} is {value}; it must be a finite number, of at most 64 bits.")
         rules = ((self.at_least, ge, "at least"), (self.above, gt, "above"), (self.at_most, le, "at most"))
         given = [(bound, holds, words) for bound, holds, words in rules if bound is not None]
-        if not math.isfinite(value) or not all(holds(value, bound) for bound, holds, _ in given):
-            rule = " and ".join(f"{words} {bound:g}" for bound, _, words in given) or "a finite number"
+        if not all(holds(value, bound) for bound, holds, _ in given):
+            rule = " and ".join(f"{words} {bound:g}" for bound, _, words in given)
             raise ConfigError(f"{key} is {value}; it must be {rule}.")
 
     def renamed(self, value: Any) -> Any:
@@ -105,21 +110,25 @@ class Configurable:
         settings: dict[str, Setting] = {}
         for base in reversed(cls.__mro__[1:]):
             settings.update(vars(base).get("SETTINGS", {}))
-        for name in settings:
-            if name in vars(cls) and not isinstance(vars(cls)[name], Setting):
-                key = settings[name].key
-                raise TypeError(f"{cls.__name__}.{name} hides a setting; its default is changed by DEFAULTS[{key!r}].")
         annotations = inspect.get_annotations(cls)
         for name, declared in vars(cls).items():
             if isinstance(declared, Setting):
+                _check_name(cls, name)
                 default = float(declared.default) if annotations.get(name) in (float, "float") else declared.default
                 settings[name] = replace(declared, key=declared.key or name.upper(), default=default)
+            elif name in settings:
+                key = settings[name].key
+                raise TypeError(f"{cls.__name__}.{name} hides a setting; its default is changed by DEFAULTS[{key!r}].")
         attributes = {declared.key: name for name, declared in settings.items()}
+        if len(attributes) < len(settings):
+            raise TypeError(f"Two settings of {cls.__name__} have one key: {[d.key for d in settings.values()]}.")
         for key, default in vars(cls).get("DEFAULTS", {}).items():
             if key not in attributes:
                 hint = did_you_mean(key, attributes)
                 raise TypeError(f"DEFAULTS of {cls.__name__} names {key}, which is no setting.{hint}")
-            settings[attributes[key]] = replace(settings[attributes[key]], default=default)
+            declared = settings[attributes[key]]
+            default = declared.check(f"The default of {cls.__name__}.{key}", default)
+            settings[attributes[key]] = replace(declared, default=default)
         for declared in settings.values():
             declared.check(f"The default of {cls.__name__}.{declared.key}", declared.default)
         cls.SETTINGS = settings
@@ -164,3 +173,11 @@ class Configurable:
         for name, declared in settings.items():
             value = declared.check(f"{where}.{declared.key}", given.get(name, declared.default))
             setattr(self, name, copy.copy(value))
+
+
+def _check_name(cls: type, name: str) -> None:
+    """Raises TypeError where an attribute of a base class has the name of a setting."""
+    for base in cls.__mro__[1:]:
+        taken = name in vars(base) or name in inspect.get_annotations(base)
+        if taken and not isinstance(vars(base).get(name), Setting):
+            raise TypeError(f"{cls.__name__}.{name} cannot be a setting: {base.__name__}.{name} is something else.")

@@ -10,7 +10,7 @@ python tools/list_keys.py > docs/keys.md
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 
-from d2kd.config import read_config
+from d2kd.config_reader import read_config
 from d2kd.distillers import DISTILLERS, Distiller
 from d2kd.distillers.receptive_tokens import LearnSettings
 from d2kd.engine import add_import_argument, run_tool

@@ -61,6 +61,8 @@ class Distiller(Configurable, nn.Module):
             Decides which taps are the default.
     """
 
+    pairs: list[TapPair]
+
     NODE: ClassVar[str] = ""
     RENAMED_KEYS: ClassVar[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {}
     PREDICTION: ClassVar[str] = ""
@@ -122,7 +124,7 @@ class Distiller(Configurable, nn.Module):
             )
         for pair in pairs:
             self.check_pair(f"DISTILL.{self.NODE}.TAPS", pair)
-        self.pairs: list[TapPair] = list(pairs)
+        self.pairs = list(pairs)
         #: teacher stride / student stride of every pair; None where the features are vectors
         self._stride_ratios = [None if s.is_vector else t.stride / s.stride for s, t in pairs]
 
@@ -169,15 +171,16 @@ class Distiller(Configurable, nn.Module):
         """
         losses = {}
         for level, (ours, theirs) in enumerate(self.pairs):
-            s, t = self.aligned(level, student, teacher)
             known = valid.get(theirs.name) if valid else None
             if known is None:
-                loss = self.level_loss(level, s, t)
+                loss = self.level_loss(level, *self.aligned(level, student, teacher))
             else:
+                # positions that the teacher did not compute may hold anything, even NaN
+                whole = teacher[theirs.name].where(known[:, None], 0)
+                s, t = self.aligned(level, student, {theirs.name: whole})
                 known = align_validity(known, self._stride_ratios[level] or 1.0, (s.shape[-2], s.shape[-1]))
                 loss_where: Callable[..., Tensor] = self.level_loss  # it takes `valid`, see `takes_validity`
-                # positions that the teacher did not compute may hold anything, even NaN
-                loss = loss_where(level, s, t.where(known[:, None], 0), valid=known)
+                loss = loss_where(level, s, t, valid=known)
             losses[ours.name] = self.weight_of(level) * loss
         return losses
 

@@ -1,5 +1,6 @@
 """Evaluating students, their variants (moving average, test-time augmentation) and teachers on `DATASETS.TEST`."""
 
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -110,7 +111,14 @@ def evaluate_variant(trainer_class: Any, cfg: CfgNode, model: nn.Module, suffix:
     """Evaluates a variant of the student: results "<name>_<suffix>", predictions in `inference_<suffix>`."""
     logger.info("Evaluating the variant %s", suffix)
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
-    evaluators = [trainer_class.build_evaluator(cfg, name, folder_of(cfg, name, folder)) for name in cfg.DATASETS.TEST]
+    if len(inspect.signature(trainer_class.build_evaluator).parameters) > 2:
+        folders = [folder_of(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        evaluators = [trainer_class.build_evaluator(cfg, *where) for where in zip(cfg.DATASETS.TEST, folders)]
+    else:  # as Detectron2 has it: the folder is one below OUTPUT_DIR
+        elsewhere = cfg.clone()
+        elsewhere.defrost()
+        elsewhere.OUTPUT_DIR = folder
+        evaluators = [trainer_class.build_evaluator(elsewhere, name) for name in cfg.DATASETS.TEST]
     return {f"{name}_{suffix}": value for name, value in trainer_class.test(cfg, model, evaluators).items()}
 
 

@@ -59,7 +59,7 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 
 def _runs_on_cpu(args: argparse.Namespace) -> bool:
     try:
-        return load_config(args.config_file, command_line_options(args), args.imports).MODEL.DEVICE == "cpu"
+        return load_config(args.config_file, command_line_options(args), args.imports, []).MODEL.DEVICE == "cpu"
     except ConfigError:  # which the processes will tell
         return False
 

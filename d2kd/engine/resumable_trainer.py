@@ -67,6 +67,12 @@ class ResumableTrainer(TrainerBase):
             normalized_model=self.normalized_model,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        if not (hasattr(loader, "seed") and hasattr(loader, "start")):
+            logger.warning(
+                "The training loader, a %s, cannot be set to a position, as those of d2kd.data.loader can: after "
+                "--resume the images come in another order.",
+                type(loader).__name__,
+            )
         self._process_states: list[dict[str, Any]] = []
         self._saved: tuple[str, int] = ("", -1)
         self.build_parts()
@@ -159,7 +165,8 @@ class ResumableTrainer(TrainerBase):
             return False
         self.checkpointer.resume_or_load("", resume=True)
         self.start_iter = self.iter + 1
-        self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
+        if hasattr(self.data_loader, "start"):
+            self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
         logger.info("Resumed from %s: next is iteration %d", self.checkpointer.get_checkpoint_file(), self.start_iter)
         return True
 
@@ -185,7 +192,7 @@ class ResumableTrainer(TrainerBase):
         """Returns all that resuming needs beside what the checkpointer saves itself."""
         state = super().state_dict()
         state["_trainer"] = self._trainer.state_dict()
-        state["data_seed"] = self.data_loader.seed
+        state["data_seed"] = getattr(self.data_loader, "seed", None)
         state["process_states"] = self._process_states
         return state
 
@@ -193,7 +200,8 @@ class ResumableTrainer(TrainerBase):
         """Restores what `state_dict` has returned; random states if there are as many processes as before."""
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
-        self.data_loader.seed = state_dict["data_seed"]
+        if hasattr(self.data_loader, "seed"):
+            self.data_loader.seed = state_dict["data_seed"]
         states = state_dict["process_states"]
         if len(states) == comm.get_world_size():
             load_process_state(self.normalized_model, states[comm.get_rank()])

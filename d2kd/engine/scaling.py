@@ -27,9 +27,9 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     frozen = scaled.is_frozen()
     scaled.defrost()
     for _, method in DISTILLERS:
-        node = scaled.DISTILL[method.NODE]
+        node = scaled.DISTILL.get(method.NODE, {})
         for declared in method.SETTINGS.values():
-            if declared.iterations:
+            if declared.iterations and declared.key in node:
                 node[declared.key] = declared.scaled(node[declared.key], factor)
     # as much is forgotten in an epoch as before; the warm-up goes by the part of the training so far and needs nothing
     scaled.SOLVER.EMA.DECAY **= 1 / factor

@@ -4,10 +4,11 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from d2kd.config import read_config
+from d2kd.config_reader import read_config
 from d2kd.data.datasets import register_datasets
 from d2kd.errors import ConfigError
 from d2kd.files import find_config
@@ -51,7 +52,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
     args.config_file = find_config(args.config_file)
-    cfg = load_config(args.config_file, command_line_options(args), args.imports)
+    notices: list[str] = []  # for the log, which is not there yet
+    cfg = load_config(args.config_file, command_line_options(args), args.imports, notices)
     if args.method and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"--method {args.method} needs a teacher: name its YAML (--teacher-config) and checkpoint "
@@ -64,6 +66,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
+    for notice in notices if comm.is_main_process() else ():
+        logger.warning("%s", notice)
     default_setup(cfg, args)
     return cfg
 
@@ -80,13 +84,19 @@ def log_runtime(device: str = "cpu", seed: str = "none") -> None:
     )
 
 
-def load_config(config_file: str, options: list[str] | None = None, imports: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str,
+    options: Sequence[Any] | None = None,
+    imports: Sequence[str] = (),
+    notices: list[str] | None = None,
+) -> CfgNode:
     """Returns Detectron2's defaults and d2kd's, changed by a YAML file and a list of ["KEY", "value", ...].
 
     Args:
         config_file: "" for none.
         options: changes on top of it.
         imports: files and modules with methods, architectures, ... of one's own, beside those of DISTILL.IMPORTS.
+        notices: see `read_config`.
 
     Raises:
         ConfigError: see `setup`.
@@ -94,13 +104,10 @@ def load_config(config_file: str, options: list[str] | None = None, imports: Seq
     config_file = find_config(config_file)
     if config_file and not os.path.isfile(config_file):
         raise ConfigError(f"--config-file is {config_file!r}: there is no such file.")
-    options = [str(o) for o in options or []]
-    flags = [o for o in options if o.startswith("--")]
+    flags = [str(o) for o in options or [] if str(o).startswith("--")]
     if flags:
         raise ConfigError(f"{' '.join(flags)}: flags go before the first KEY VALUE.")
-    if len(options) % 2:
-        raise ConfigError(f"Options come in pairs, KEY VALUE; these are {len(options)}: {' '.join(options)}")
-    cfg = read_config(config_file, options, imports)
+    cfg = read_config(config_file, options or (), imports, notices=notices)
     _resolve_teacher_config(cfg, config_file)
     if cfg.DISTILL.TEACHER.WEIGHTS and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(

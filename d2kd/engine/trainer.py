@@ -229,7 +229,7 @@ class DistillTrainer(ResumableTrainer):
             "iterations": min(self.iter + 1, self.max_iter),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE,
             "params": _num_parameters(self.student),
-            "seed": self.data_loader.seed,
+            "seed": getattr(self.data_loader, "seed", None),
             "methods": list(cfg.DISTILL.METHODS) if self.distilled is not None else [],
             "best": None if self.best is None else self.best.describe(),
             "stopped_early": self.stopped_early,

@@ -41,5 +41,5 @@ def align_validity(valid: Tensor, stride_ratio: float, size: tuple[int, int]) ->
     """
     maps = valid[:, None].float()
     if stride_ratio != 1.0:
-        maps, _ = align_resolution(maps.new_empty(1, 1, *size), maps, stride_ratio)
+        _, maps = align_resolution(maps.new_empty(1, 1, *size), maps, stride_ratio)
     return maps[:, 0, : size[0], : size[1]] > 1.0 - 1e-4

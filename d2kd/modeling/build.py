@@ -81,6 +81,8 @@ def _class_counts(cfg: CfgNode, teacher_cfg: CfgNode) -> tuple[int, int] | None:
 
 def _methods(cfg: CfgNode) -> list[str]:
     known = sorted(name for name, _ in DISTILLERS)
+    if not isinstance(cfg.DISTILL.METHODS, (list, tuple)):
+        raise MethodError(f"DISTILL.METHODS (--method) is {cfg.DISTILL.METHODS!r}; it must be a list of methods.")
     if not cfg.DISTILL.METHODS and not cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:
         raise MethodError(
             f"A teacher is configured, but nothing uses it: name one or more of {', '.join(known)} in DISTILL.METHODS, "
@@ -95,6 +97,8 @@ def _methods(cfg: CfgNode) -> list[str]:
     methods = list(dict.fromkeys(cfg.DISTILL.METHODS))
     for name in methods:
         method = DISTILLERS.get(name)
+        if method.NODE not in cfg.DISTILL:
+            raise MethodError(f"{name} was registered after the configuration was read: import its file before that.")
         method.check_node(cfg.DISTILL[method.NODE], f"DISTILL.{method.NODE}")
     return methods
 

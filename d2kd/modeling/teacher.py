@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.config import read_config
+from d2kd.config_reader import read_config
 from d2kd.errors import ConfigError, UserError, require_choice
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
@@ -86,7 +86,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     if not PathManager.isfile(path):
         raise TeacherError(f"DISTILL.TEACHER.CONFIG_FILE (--teacher-config) is {path!r}: there is no such file.")
     try:
-        teacher_cfg = read_config(path, cfg.DISTILL.TEACHER.OPTS)
+        teacher_cfg = read_config(path, cfg.DISTILL.TEACHER.OPTS, source="DISTILL.TEACHER.OPTS")
     except ConfigError as error:
         raise TeacherError(
             f"The teacher's configuration {path} (with DISTILL.TEACHER.OPTS) does not load: {error}"

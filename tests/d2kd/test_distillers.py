@@ -157,3 +157,23 @@ def test_arguments_out_of_range_name_the_key(change, message):
     arguments = dict(pairs=[tap_pair("p3", channels=(4, 4))], weight=1.0, mask_ratio=0.5)
     with pytest.raises(ValueError, match=message):
         MaskedGenerative(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("strides", [(8.0, 8.0), (8.0, 16.0), (8.0, 4.0)])
+@pytest.mark.parametrize("method", [FeatureMimic, MaskedGenerative])
+def test_what_the_teacher_did_not_compute_may_be_anything(method, strides):
+    torch.manual_seed(0)
+    distiller = method(pairs=[tap_pair("p3", channels=(4, 4), strides=strides)])
+    side = int(8 * strides[0] / strides[1])
+    s, t = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 4, side, side)
+    valid = torch.ones(2, side, side, dtype=torch.bool)
+    state = distiller.get_extra_state() if method is MaskedGenerative else None
+    whole = distiller({"p3": s}, {"p3": t})["p3"]
+    if state is not None:  # the same masks once more
+        distiller.set_extra_state(state)
+    assert torch.allclose(distiller({"p3": s}, {"p3": t}, {"p3": valid})["p3"], whole, rtol=1e-5)
+    valid[:, :, side // 2 :] = False
+    t[:, :, :, side // 2 :] = float("nan")
+    loss = distiller({"p3": s}, {"p3": t}, {"p3": valid})["p3"]
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(s.grad).all() and s.grad.abs().sum() > 0

@@ -7,6 +7,7 @@ from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from torch.nn import functional as F
 
 from d2kd.distillers import AlignmentError, HeadRegression
+from d2kd.errors import ConfigError
 from d2kd.modeling import TapError, Teacher, build_distilled_model
 from d2kd.modeling.teacher_passes import RegionPass
 from detectron2.modeling import build_model
@@ -247,3 +248,8 @@ def test_the_output_of_the_box_head_itself_is_a_tap():
     tap = "roi_heads.box_head"
     steered = RegionPass(model(config(FASTER_RCNN)), Teacher(model(config(FASTER_RCNN))), [(0, tap)])
     assert steered.taps == [tap]
+
+
+def test_a_dense_pass_gives_no_rows_of_the_students_regions(tmp_path):
+    with pytest.raises(ConfigError, match=r"DISTILL\.LOGIT_KD\.TEACHER_PASS is DensePass.*set it to auto"):
+        distilled(tmp_path, FASTER_RCNN, methods=["LogitKD"], DISTILL__LOGIT_KD__TEACHER_PASS="DensePass")

@@ -9,6 +9,7 @@ from d2kd.distillers.taps import build_aligner, check_alignable
 from d2kd.layers import (
     RandomMasks,
     align_resolution,
+    align_validity,
     keep_mask,
     normalize,
     squared_error,
@@ -103,3 +104,26 @@ def test_aligner_only_where_channels_differ():
 def test_strides_too_far_apart_name_both_shapes_and_the_key():
     with pytest.raises(AlignmentError, match=r"DISTILL\.X\.TAPS\b.*64 channels at stride 4, .*256 at stride 64"):
         check_alignable("DISTILL.X.TAPS", tap_pair("p2", "p6", channels=(64, 256), strides=(4, 64)))
+
+
+@pytest.mark.parametrize("ratio, size", [(1.0, (7, 8)), (2.0, (16, 16)), (0.5, (4, 4))])
+def test_validity_at_other_strides(ratio, size):
+    whole = torch.ones(2, 8, 8, dtype=torch.bool)
+    assert align_validity(whole, ratio, size).shape == (2, *size) and align_validity(whole, ratio, size).all()
+    assert not align_validity(~whole, ratio, size).any()
+    half = whole.clone()
+    half[:, :, 4:] = False
+    aligned = align_validity(half, ratio, size)
+    assert aligned[..., 0].all() and not aligned[..., -1].any()
+
+
+def test_invalid_positions_do_not_count_whatever_they_hold():
+    x, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    valid = torch.rand(2, 4, 4) < 0.5
+    want = torch.stack([(x - y).square().mean(1)[n][valid[n]].sum() for n in range(2)]).sum() / valid.sum()
+    assert torch.allclose(squared_error(x, y, "mean", valid), want)
+    assert torch.allclose(squared_error(x, y, "batchmean", valid), want * 3 * 4 * 4)
+    statistics = standardize(y, valid).transpose(0, 1)[:, valid]
+    assert torch.allclose(statistics.mean(1), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(statistics.square().mean(1), torch.ones(3), atol=1e-4)
+    assert squared_error(x, y, "mean", torch.zeros_like(valid)).item() == 0

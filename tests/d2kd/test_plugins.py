@@ -17,7 +17,7 @@ from runs import TINY, read_checkpoint, run_training, tool
 from torch import Tensor
 
 from d2kd import config
-from d2kd.config import read_config
+from d2kd.config_reader import read_config
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import DISTILLERS
 from d2kd.engine import DistillTrainer, load_config

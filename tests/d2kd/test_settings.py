@@ -129,3 +129,21 @@ def test_a_plain_attribute_does_not_hide_a_setting():
 
         class Hidden(Distiller):
             weight = 9.0
+
+
+@pytest.mark.parametrize("name", ["training", "forward", "level_loss", "pairs", "state_dict", "configure", "SETTINGS"])
+def test_a_setting_cannot_have_the_name_of_something_else(name):
+    with pytest.raises(TypeError, match=rf"\.{name} cannot be a setting"):
+        type("Taken", (Distiller,), {name: setting(1.0, "A number.")})
+
+
+def test_defaults_have_the_type_of_the_declaration():
+    assert type(type("Whole", (Distiller,), {"DEFAULTS": {"WEIGHT": 4}}).SETTINGS["weight"].default) is float
+    for key, default in (("WEIGHT", "high"), ("TAPS", "p3"), ("WEIGHT", -1.0)):
+        with pytest.raises(ConfigError, match=rf"The default of Wrong\.{key}"):
+            type("Wrong", (Distiller,), {"DEFAULTS": {key: default}})
+
+
+def test_two_settings_cannot_have_one_key():
+    with pytest.raises(TypeError, match="have one key"):
+        type("Two", (Distiller,), {"other": setting(1.0, "A number.", key="WEIGHT")})

@@ -19,7 +19,9 @@ from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, NonFiniteLossError, load_config
 from d2kd.modeling import build_distilled_model
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -257,3 +259,23 @@ def test_a_checkpointer_that_has_resumed_reads_other_files_again(write_config, t
     weights = tmp_path / "weights.pth"
     torch.save({"model": trainer.student.state_dict()}, weights)
     trainer.checkpointer.load(str(weights), checkpointables=[])
+
+
+class AsWithDetectron2(DistillTrainer):
+    """What users of DefaultTrainer override, with Detectron2's own signatures."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOEvaluator(dataset_name, output_dir=f"{cfg.OUTPUT_DIR}/own")
+
+
+def test_overridden_as_a_default_trainer(write_config, tmp_path, caplog):
+    path = write_config(SOLVER__EMA__ENABLED=True)
+    run_training(path, stop_at=3, trainer_class=AsWithDetectron2)
+    trainer = run_training(path, resume=True, trainer_class=AsWithDetectron2)
+    assert trainer.start_iter == 3 and set(trainer.evaluation.results) == {"bbox", "bbox_EMA"}
+    assert (tmp_path / "student/own").is_dir() and (tmp_path / "student/inference_EMA/own").is_dir()

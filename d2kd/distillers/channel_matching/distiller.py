@@ -29,11 +29,16 @@ logger = logging.getLogger(__name__)
 ADAPTERS = ("bn", "syncbn", "gn", "none")
 
 
-def _preset_is_recipe(name: Any) -> None:
+def _preset_is_recipe(name: str) -> None:
+    recipes = {
+        "coco": "configs/COCO/retinanet_R18_R50_ChannelMatching_1x.yaml",
+        "imagenet": "configs/ChannelMatching/ImageNet.yaml",
+        "cub200": "configs/ChannelMatching/CUB200.yaml",
+    }
     if name:
+        recipe = recipes.get(name.partition("_")[0], "configs/COCO and configs/ChannelMatching")
         raise ConfigError(
-            f"DISTILL.CHANNEL_MATCHING.PRESET {name} no longer exists: published settings are recipes, see "
-            "configs/COCO/*ChannelMatching*.yaml and configs/ChannelMatching; name one in _BASE_, or copy its keys."
+            f"DISTILL.CHANNEL_MATCHING.PRESET {name} no longer exists: its settings are those of {recipe}; copy them."
         )
 
 

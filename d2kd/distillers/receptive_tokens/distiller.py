@@ -35,7 +35,7 @@ class ReceptiveTokens(Distiller):
 
     RENAMED_KEYS = {
         "LEVEL_WEIGHTS": ("TAP_WEIGHTS", list),
-        "REDUCTION": ("POSITION_WEIGHTS", lambda value: "mask_sum" if value == "paper" else "unit_sum"),
+        "REDUCTION": ("POSITION_WEIGHTS", lambda value: {"paper": "mask_sum", "mean": "unit_sum"}[value]),
     }
     DEFAULTS = {"WEIGHT": 4.0}
 

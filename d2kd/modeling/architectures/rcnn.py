@@ -95,7 +95,7 @@ class GeneralizedRCNN(Architecture):
 class ProposalNetwork(Architecture):
     """Detectron2's region proposal network alone."""
 
-    EVALUATOR_TYPES = ("coco",)
+    EVALUATOR_TYPES = ("coco", "cityscapes_instance")
 
 
 def is_region_tap(tap: str) -> bool:

@@ -122,6 +122,11 @@ def _pass_of(cfg: CfgNode, method: str, pair: TapPair) -> str:
     node = DISTILLERS.get(method).NODE
     name = cfg.DISTILL[node].TEACHER_PASS
     require_choice(f"DISTILL.{node}.TEACHER_PASS", name, [AUTO, *sorted(known for known, _ in TEACHER_PASSES)])
+    if name == DensePass.__name__ and is_region_tap(pair.teacher.name):
+        raise ConfigError(
+            f"DISTILL.{node}.TEACHER_PASS is {name}, and {pair.teacher.name} gives rows of the teacher's own regions "
+            f"there: set it to {AUTO}, for those of the student."
+        )
     if name != AUTO:
         return name
     return RegionPass.__name__ if is_region_tap(pair.teacher.name) else DensePass.__name__

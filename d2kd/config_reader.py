@@ -1,0 +1,228 @@
+"""Reading configurations: YAML files and what they are based on, imports, renamed keys, and clear errors."""
+
+import ast
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from d2kd.config import RenamedKey, add_distill_config, list_renamed_keys
+from d2kd.errors import ConfigError, UserError, did_you_mean
+from d2kd.plugins import import_plugins
+from detectron2.config import CfgNode, get_cfg
+
+logger = logging.getLogger(__name__)
+
+_IMPORTS = "DISTILL.IMPORTS"
+_told: set[str] = set()
+
+
+def read_config(
+    path: str,
+    options: Sequence[Any] = (),
+    imports: Sequence[str] = (),
+    *,
+    source: str = "the command line",
+    notices: list[str] | None = None,
+) -> CfgNode:
+    """Returns Detectron2's defaults and d2kd's, changed by a YAML file and a list of [KEY, value, ...].
+
+    Files named by DISTILL.IMPORTS are imported first, so that the keys of what they register exist: beside the YAML
+    that names them (also one in `_BASE_`), else in the working directory. Options for that key replace the YAML's.
+
+    Args:
+        path: of the YAML file; "" for none.
+        options: changes on top of it; values may be strings, as on a command line.
+        imports: further files and modules to import.
+        source: where the options come from, for messages.
+        notices: takes what is to be logged, such as old keys that are still accepted; None logs it, once in a process.
+
+    Raises:
+        ConfigError: the file cannot be read, a key does not exist (the message lists near matches), or a value has
+            another type than its default.
+    """
+    pairs = _pairs(options, source)
+    chosen = [value for key, value in pairs if key == _IMPORTS]
+    loader = _loader(with_imports=not chosen)
+    flat: dict[str, Any] = {}
+    if path:
+        try:
+            flat = _flatten(loader.load_yaml_with_base(path))
+        except UserError:
+            raise
+        except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"In {path}: {_text(error)}") from error
+    beside = os.path.dirname(path)
+    named = import_plugins([*_names(_IMPORTS, chosen[-1] if chosen else []), *imports], ["", beside])
+    pairs, words = _rename([pair for pair in pairs if pair[0] != _IMPORTS])
+    for where, renamed in ((path, loader.words), (source, words)):
+        if renamed:
+            _tell(f"Old keys in {where}, still accepted: {'; '.join(renamed)}", notices)
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    floats = {key for key, value in leaves(cfg) if isinstance(value, float)}
+    _merge(cfg, lambda: _merge_content(cfg, path, _with_floats(list(flat.items()), floats)), path)
+    changes = [item for pair in _with_floats(pairs, floats) for item in pair]
+    _merge(cfg, lambda: cfg.merge_from_list(changes), source)
+    cfg.DISTILL.IMPORTS = list(dict.fromkeys([*loader.imports, *named]))
+    return cfg
+
+
+class _Loader(CfgNode):
+    """Loads a YAML file and its bases; each of them imports what it names, and has its old keys renamed."""
+
+    imports: list[str]
+    words: list[str]
+    with_imports: bool
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        flat = _flatten(super().load_yaml_with_base(filename, allow_unsafe=False))  # its bases come through here too
+        names = _names(_IMPORTS, flat.pop(_IMPORTS, []))
+        if cls.with_imports:
+            cls.imports += import_plugins(names, [os.path.dirname(filename), ""])
+        pairs, words = _rename(list(flat.items()))
+        cls.words += words
+        return _nest(pairs)
+
+
+def _loader(with_imports: bool) -> type[_Loader]:
+    return type("Loader", (_Loader,), {"imports": [], "words": [], "with_imports": with_imports})
+
+
+def _pairs(options: Sequence[Any], source: str) -> list[tuple[str, Any]]:
+    """Options as (key, value), values as Python literals where they are."""
+    if len(options) % 2 or not all(isinstance(key, str) for key in options[::2]):
+        raise ConfigError(
+            f"Options of {source} come in pairs, KEY VALUE; these are {len(options)}: {' '.join(map(str, options))}"
+        )
+    return [(key, _literal(value)) for key, value in zip(options[::2], options[1::2])]
+
+
+def _literal(value: Any) -> Any:
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _names(key: str, value: Any) -> list[str]:
+    """A list of names; a single one may stand without brackets."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{key} is {value!r}; it must be a list of names.")
+    return list(names)
+
+
+def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of nested dictionaries by whole key; empty ones vanish."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _nest(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        *path, name = key.split(".")
+        node = content
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return content
+
+
+def _rename(pairs: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Returns (key, value) with the keys and values of today, and what was renamed, in words."""
+    renamed_keys = list_renamed_keys()
+    result, words = [], []
+    for key, value in pairs:
+        if value is None and any(renamed.old.startswith(f"{key}.") for renamed in renamed_keys):
+            continue  # a node with nothing in it
+        for renamed in [renamed for renamed in renamed_keys if renamed.old == key]:
+            new = _convert(renamed, value)
+            if renamed.old != renamed.new or new != value:
+                words.append(_words(renamed, value, new))
+                key, value = renamed.new, new
+        result += [(key, value)] if key else []
+    return result, words
+
+
+def _convert(renamed: RenamedKey, value: Any) -> Any:
+    try:
+        return renamed.convert(value)
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{renamed.old} is {value!r}; it is {renamed.new} now, and has no such value.") from error
+
+
+def _words(renamed: RenamedKey, old: Any, new: Any) -> str:
+    if not renamed.new:
+        return f"{renamed.old} has no effect any more"
+    changed = "" if old == new else f" {new!r}, not {old!r}"
+    return (
+        f"{renamed.old} is now{changed}"
+        if renamed.old == renamed.new
+        else f"{renamed.old} is now {renamed.new}{changed}"
+    )
+
+
+def _tell(text: str, notices: list[str] | None) -> None:
+    if notices is not None:
+        notices.append(text)
+    elif text not in _told:
+        _told.add(text)
+        logger.warning("%s", text)
+
+
+def _with_floats(pairs: Sequence[tuple[str, Any]], floats: set[str]) -> list[tuple[str, Any]]:
+    """Lets a whole number set a key that holds a float; the configuration system itself wants "8.0"."""
+    return [(key, float(value) if key in floats and type(value) is int else value) for key, value in pairs]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as lists."""
+
+
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+
+def _merge_content(cfg: CfgNode, path: str, pairs: Sequence[tuple[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as directory:  # Detectron2 upgrades old versions of its own keys in files only
+        file = os.path.join(directory, os.path.basename(path) or "none.yaml")
+        with open(file, "w", encoding="utf-8") as opened:
+            yaml.dump(_nest(pairs), opened, Dumper=_Dumper)
+        cfg.merge_from_file(file)
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
+    try:
+        merge()
+    except (KeyError, ValueError, AssertionError, OSError) as error:
+        message = _text(error)
+        mismatch = re.search(r"Type mismatch \(<class '(\w+)'>.* vs\. (.*)\) for config key: (\S+)", message, re.DOTALL)
+        if mismatch:
+            kind, value, key = mismatch.groups()
+            raise ConfigError(f"In {where}: {key} is {value}; it must be of type {kind}.") from error
+        unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
+        hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""
+        raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) or not error.args else str(error.args[0])
+
+
+def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (whole key, value) of every key that is no node."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
