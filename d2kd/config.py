@@ -70,7 +70,8 @@ def _add_distill(cfg: CfgNode) -> None:
 
 
 def _add_data_and_solver(cfg: CfgNode) -> None:
-    # COCO files as datasets, without code: [{NAME: my_train, JSON: path, IMAGES: directory}, ...].
+    # COCO files as datasets, without code: [{NAME: my_train, JSON: path, IMAGES: directory}, ...]. Another FORMAT has
+    # keys of its own, see `register_dataset_format`.
     cfg.DATASETS.REGISTER = []
     # What to do with an image that cannot be read while training: error | skip (logged once, another image takes its
     # place).

@@ -1,13 +1,13 @@
-"""Datasets named in the config: registering COCO files, and checking everything that a run will read."""
+"""Datasets named in the configuration: their formats, registering them, and checking what a run will read."""
 
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from d2kd.data.bad_images import wrap_mapper
 from d2kd.data.coco_check import DatasetError, validate_coco_json
-from d2kd.errors import did_you_mean
+from d2kd.errors import did_you_mean, require_choice
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,9 +16,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 __all__ = [
+    "DATASET_FORMATS",
     "DatasetError",
+    "DatasetFormat",
     "check_class_counts",
     "check_datasets",
+    "register_dataset_format",
     "register_datasets",
     "validate_coco_json",
     "wrap_mapper",
@@ -26,11 +29,52 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_KEYS = ("NAME", "JSON", "IMAGES")
+
+class DatasetFormat(NamedTuple):
+    """A format that datasets in `DATASETS.REGISTER` may have."""
+
+    #: Keys of an entry with paths, beside NAME and FORMAT.
+    paths: tuple[str, ...]
+    #: Registers a dataset in Detectron2's catalogs: called with its name and the paths, in the order of the keys.
+    register: Callable[..., None]
+
+
+#: Formats by the value of FORMAT; see `register_dataset_format`.
+DATASET_FORMATS: dict[str, DatasetFormat] = {}
+
+
+def register_dataset_format(name: str, paths: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as the `DatasetFormat` of that name; a decorator.
+
+    >>> @register_dataset_format("yolo", paths=("LABELS", "IMAGES"))
+    ... def register_yolo(name: str, labels: str, images: str) -> None:
+    ...     DatasetCatalog.register(name, lambda: read_yolo(labels, images))
+    ...     MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=[...])
+
+    Args:
+        name: what `FORMAT` calls it.
+        paths: keys of an entry that hold paths.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        DATASET_FORMATS[name] = DatasetFormat(tuple(paths), function)
+        return function
+
+    return register
+
+
+@register_dataset_format("coco", paths=("JSON", "IMAGES"))
+def register_coco(name: str, json_file: str, images: str) -> None:
+    """Registers a COCO instances file."""
+    register_coco_instances(name, {}, json_file, images)
+
+
+#: What was registered from configurations: format and paths by name.
+_registered: dict[str, tuple[str, ...]] = {}
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Registers the COCO files of `DATASETS.REGISTER`, [{NAME, JSON, IMAGES}, ...].
+    """Registers the datasets of `DATASETS.REGISTER`, [{NAME, JSON, IMAGES}, ...] or in another FORMAT.
 
     A relative path is taken from the working directory, or else from the folder `DETECTRON2_DATASETS` (default:
     datasets). Files need not be there yet: `check_datasets` looks for those that are used. Registering the same again
@@ -40,35 +84,45 @@ def register_datasets(cfg: CfgNode) -> None:
         DatasetError: if an entry is malformed, or its name is taken by another dataset.
     """
     for i, entry in enumerate(cfg.DATASETS.REGISTER):
-        name, json_file, images = _entry_values(f"DATASETS.REGISTER[{i}]", entry)
-        json_file, images = _candidates(json_file)[0], _candidates(images)[0]
+        where = f"DATASETS.REGISTER[{i}]"
+        kind = _format_of(where, entry)
+        name, paths = entry["NAME"], [_candidates(entry[key])[0] for key in kind.paths]
+        wanted = (entry.get("FORMAT", "coco"), *map(os.path.abspath, paths))
         if name not in DatasetCatalog:
-            register_coco_instances(name, {}, json_file, images)
-            logger.info("Registered dataset %s: %s, images in %s", name, json_file, images)
-            continue
-        meta = MetadataCatalog.get(name)
-        taken = (meta.get("json_file"), meta.get("image_root"))
-        if [p and os.path.abspath(p) for p in taken] != [os.path.abspath(p) for p in (json_file, images)]:
+            kind.register(name, *paths)
+            _registered[name] = wanted
+            logger.info("Registered dataset %s: %s", name, ", ".join(paths))
+        elif _existing(name) != wanted:
             raise DatasetError(
-                f"DATASETS.REGISTER[{i}]: dataset {name!r} exists already, with annotations {taken[0]} and images "
-                f"{taken[1]}; it cannot become {json_file} with {images}. Choose another NAME."
+                f"{where}: dataset {name!r} exists already, as {' '.join(_existing(name))}; it cannot become "
+                f"{' '.join(wanted)}. Choose another NAME."
             )
 
 
-def _entry_values(where: str, entry: Any) -> tuple[str, str, str]:
-    """NAME, JSON and IMAGES of an entry."""
+def _existing(name: str) -> tuple[str, ...]:
+    """Format and paths of a registered dataset, also of one that Detectron2 or other code has registered."""
+    meta = MetadataCatalog.get(name)
+    coco = ("coco", *(os.path.abspath(path) for path in (meta.get("json_file"), meta.get("image_root")) if path))
+    return _registered.get(name, coco)
+
+
+def _format_of(where: str, entry: Any) -> DatasetFormat:
+    """The format of an entry, whose keys are checked."""
     if not isinstance(entry, dict):
-        raise DatasetError(f"{where} must be a mapping with {', '.join(_KEYS)}, got {entry!r}.")
+        raise DatasetError(f"{where} must be a mapping with NAME, JSON, IMAGES, got {entry!r}.")
+    require_choice(f"{where}.FORMAT", entry.get("FORMAT", "coco"), DATASET_FORMATS)
+    kind = DATASET_FORMATS[entry.get("FORMAT", "coco")]
+    needed = ("NAME", *kind.paths)
     for key in entry:
-        if key not in _KEYS:
+        if key not in (*needed, "FORMAT"):
             raise DatasetError(
-                f"{where} has the unknown key {key!r}; it takes {', '.join(_KEYS)}.{did_you_mean(key, _KEYS)}"
+                f"{where} has the unknown key {key!r}; it takes {', '.join(needed)}.{did_you_mean(key, needed)}"
             )
-    for key in _KEYS:
+    for key in needed:
         if not isinstance(entry.get(key), str) or not entry[key]:
             has = f"{key} = {entry[key]!r}" if key in entry else f"no {key}"
-            raise DatasetError(f"{where} has {has}. Each entry needs {', '.join(_KEYS)}, all of them strings.")
-    return entry["NAME"], entry["JSON"], entry["IMAGES"]
+            raise DatasetError(f"{where} has {has}. Each entry needs {', '.join(needed)}, all of them strings.")
+    return kind
 
 
 def _candidates(path: str) -> list[str]:
@@ -99,7 +153,7 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
                 f"Dataset {name!r} of DATASETS.{'TRAIN' if is_train else 'TEST'} is not registered. Correct the name, "
                 f"or add it to DATASETS.REGISTER.{did_you_mean(name, DatasetCatalog.list())}"
             )
-        for key in ("JSON", "IMAGES") if name in given else ():
+        for key in _format_of("DATASETS.REGISTER", given[name]).paths if name in given else ():
             _check_exists(f"{key} of dataset {name!r} (DATASETS.REGISTER)", given[name][key])
         meta = MetadataCatalog.get(name)
         if meta.get("json_file") is None or meta.get("image_root") is None:

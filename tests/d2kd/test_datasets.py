@@ -11,7 +11,9 @@ from PIL import Image
 
 from d2kd.config import add_distill_config
 from d2kd.data.datasets import (
+    DATASET_FORMATS,
     DatasetError,
+    DatasetFormat,
     check_class_counts,
     check_datasets,
     register_datasets,
@@ -19,6 +21,7 @@ from d2kd.data.datasets import (
     wrap_mapper,
 )
 from d2kd.data.loader import ResumableLoader
+from d2kd.errors import ConfigError
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MapDataset, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
@@ -390,3 +393,21 @@ def test_policy_and_pickling():
 def test_batches_of_one_image_that_may_not_tell_its_size(record):
     loader = ResumableLoader([record], dict, lambda seed: TrainingSampler(1, seed=seed), batch_size=3)
     assert next(iter(loader)) == [record] * 3
+
+
+def test_a_format_of_ones_own(tmp_path, monkeypatch):
+    def registering(**entry):
+        cfg = get_cfg()
+        add_distill_config(cfg)
+        cfg.DATASETS.REGISTER = [entry]
+        return cfg
+
+    calls = []
+    folder = DatasetFormat(("IMAGES",), lambda *given: calls.append(given))
+    monkeypatch.setitem(DATASET_FORMATS, "folder", folder)
+    register_datasets(registering(NAME="mine_in_a_folder", FORMAT="folder", IMAGES=str(tmp_path)))
+    assert calls == [("mine_in_a_folder", str(tmp_path))]
+    with pytest.raises(DatasetError, match=r"DATASETS\.REGISTER\[0\] has no IMAGES. Each entry needs NAME, IMAGES,"):
+        register_datasets(registering(NAME="x", FORMAT="folder"))
+    with pytest.raises(ConfigError, match=r"DATASETS\.REGISTER\[0\]\.FORMAT is 'foldr'.*coco.*Did you mean folder"):
+        register_datasets(registering(NAME="x", FORMAT="foldr", IMAGES="y"))
