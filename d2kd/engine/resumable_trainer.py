@@ -64,7 +64,7 @@ class ResumableTrainer(TrainerBase):
             precision=mixed_precision(cfg),
             accumulate=cfg.SOLVER.ACCUMULATE,
             before_raising=self._save_before_failure,
-            normalized_model=self.normalized_model,
+            detector=self.detector,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         if not (hasattr(loader, "seed") and hasattr(loader, "start")):
@@ -129,7 +129,7 @@ class ResumableTrainer(TrainerBase):
         return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
 
     @property
-    def normalized_model(self) -> nn.Module:
+    def detector(self) -> nn.Module:
         """The detector whose running loss normalizers belong to the state of the run."""
         return self.network
 
@@ -172,7 +172,7 @@ class ResumableTrainer(TrainerBase):
 
     def save(self, name: str) -> None:
         """Writes `name`.pth and marks it as the last checkpoint. All processes must call it."""
-        self._process_states = gather_process_states(self.normalized_model)
+        self._process_states = gather_process_states(self.detector)
         if comm.is_main_process():
             self.checkpointer.save(name, iteration=self.iter, methods=self.checkpointer.methods)
             self.save_more(name)
@@ -204,7 +204,7 @@ class ResumableTrainer(TrainerBase):
             self.data_loader.seed = state_dict["data_seed"]
         states = state_dict["process_states"]
         if len(states) == comm.get_world_size():
-            load_process_state(self.normalized_model, states[comm.get_rank()])
+            load_process_state(self.detector, states[comm.get_rank()])
         else:
             logger.warning(
                 "The checkpoint was written by %d processes, now there are %d: training continues, but not bit by "

@@ -17,11 +17,11 @@ class StepSnapshot:
     passes have drawn, the measured gradient norms of the methods, and PyTorch's random states.
     """
 
-    def __init__(self, model: nn.Module, normalized_model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, detector: nn.Module) -> None:
         """
         Args:
             model: that the steps train, maybe wrapped for data parallelism.
-            normalized_model: the detector whose running loss normalizers change.
+            detector: the detector whose running loss normalizers change.
         """
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
         self._distillers = [m for m in model.modules() if isinstance(m, Distiller)]
@@ -32,7 +32,7 @@ class StepSnapshot:
         for buffer in {id(b): b for b in changing}.values():
             by_type.setdefault(buffer.dtype, []).append(buffer)
         self._buffers = [(live, [b.clone() for b in live]) for live in by_type.values()]
-        self._architecture = architecture_of(normalized_model)
+        self._architecture = architecture_of(detector)
         self._loss_normalizers: dict[str, Any] = {}
         self._positions: list[Any] = []
         distilled = [m for m in model.modules() if isinstance(m, DistilledModel)]

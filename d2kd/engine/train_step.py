@@ -44,7 +44,7 @@ class TrainStep(SimpleTrainer):
         precision: torch.dtype | None = None,
         accumulate: int = 1,
         before_raising: Callable[[], str] = lambda: "",
-        normalized_model: nn.Module | None = None,
+        detector: nn.Module | None = None,
     ) -> None:
         """
         Args:
@@ -55,7 +55,7 @@ class TrainStep(SimpleTrainer):
             accumulate: batches per step; their gradients are averaged.
             before_raising: called when a loss is not finite, before anything is updated; saves what is worth saving and
                 returns where to.
-            normalized_model: whose running loss normalizers a failed step must not change, if not the model's.
+            detector: whose running loss normalizers a failed step must not change, if not the model's.
         """
         super().__init__(model, data_loader, optimizer)
         if accumulate < 1:
@@ -65,7 +65,7 @@ class TrainStep(SimpleTrainer):
         self.before_raising = before_raising
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self._snapshot = StepSnapshot(model, normalized_model or model)
+        self._snapshot = StepSnapshot(model, detector or model)
         #: set by a process that is asked to stop
         self.stop_requested = False
         #: whether one of the processes was, as all of them know since the last step

@@ -104,7 +104,7 @@ class DistillTrainer(ResumableTrainer):
         return self.network if self.distilled is None else self.distilled.student
 
     @property
-    def normalized_model(self) -> nn.Module:
+    def detector(self) -> nn.Module:
         """The student."""
         return self.student
 

@@ -59,7 +59,7 @@ class TokenTrainer(ResumableTrainer):
         return self.network
 
     @property
-    def normalized_model(self) -> nn.Module:
+    def detector(self) -> nn.Module:
         """The teacher."""
         return self.learner.teacher
 
