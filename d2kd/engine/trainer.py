@@ -27,15 +27,12 @@ from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from .best import BestCheckpoint, EarlyStop
-from .calibration import CalibrationHook
 from .checkpoint import DistillCheckpointer, write_weights
-from .distill_printer import DistillPrinter
 from .ema import EMAHook, build_ema
 from .evaluation import StudentEvaluation, check_test_augmentation, evaluate, evaluate_teacher, evaluate_with_tta
-from .hooks import CheckpointHook, InterruptHook, ResultWriter
+from .hooks import BestCheckpoint, CalibrationHook, CheckpointHook, EarlyStop, InterruptHook, ResultWriter
 from .resumable_trainer import ResumableTrainer
-from .wandb_writer import WandbWriter, check_wandb
+from .writers import DistillPrinter, WandbWriter, check_wandb
 
 logger = logging.getLogger(__name__)
 

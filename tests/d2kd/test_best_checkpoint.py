@@ -14,8 +14,8 @@ from runs import in_two_processes, read_checkpoint, run_training, tool
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, load_config
-from d2kd.engine.best import BestCheckpoint
-from d2kd.engine.wandb_writer import WandbWriter
+from d2kd.engine.hooks.best import BestCheckpoint
+from d2kd.engine.writers.wandb_writer import WandbWriter
 from d2kd.errors import ConfigError
 from detectron2.modeling import build_model
 from detectron2.utils import comm

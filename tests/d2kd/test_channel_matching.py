@@ -416,7 +416,9 @@ def test_recipes_have_the_published_numbers(recipe):
 
 
 def test_a_preset_of_version_0_1_is_an_error_that_names_the_recipes():
-    with pytest.raises(ConfigError, match=r"DISTILL\.CHANNEL_MATCHING\.PRESET coco_retinanet.*configs/ChannelMatching"):
+    with pytest.raises(
+        ConfigError, match=r"DISTILL\.CHANNEL_MATCHING\.PRESET coco_retinanet.*configs/COCO/retinanet_R18_R50"
+    ):
         load_config("", ["DISTILL.CHANNEL_MATCHING.PRESET", "coco_retinanet_r50_r18"])
 
 

@@ -11,7 +11,7 @@ from d2kd.files import write_json
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
-from .train_step import TrainStep
+from ..train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from d2kd.modeling import DistilledModel
 from d2kd.rng import derive_seed
 from detectron2.engine.train_loop import HookBase
 
-from .checkpoint import broadcast_buffers
+from ..checkpoint import broadcast_buffers
 
 
 class CalibrationHook(HookBase):
