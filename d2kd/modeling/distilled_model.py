@@ -11,7 +11,7 @@ from d2kd.distillers import Distiller, FeatureMaps
 from .architectures import architecture_of
 from .balance import GradientBalance
 from .taps import FeatureTaps, TapError, evaluation_mode, is_in_backbone
-from .teacher import Inputs, Teacher
+from .teacher import BatchedInputs, Teacher
 from .teacher_passes import TeacherPasses
 
 
@@ -56,7 +56,7 @@ class DistilledModel(nn.Module):
         """Where the student lives."""
         return next(self.student.parameters()).device
 
-    def forward(self, batched_inputs: Inputs) -> Any:
+    def forward(self, batched_inputs: BatchedInputs) -> Any:
         """
         Args:
             batched_inputs: Detectron2's input format; in training with ground truth.
@@ -83,7 +83,9 @@ class DistilledModel(nn.Module):
         return losses
 
     @torch.no_grad()
-    def extract_features(self, method: str, batches: Iterable[Inputs]) -> Iterator[tuple[FeatureMaps, FeatureMaps]]:
+    def extract_features(
+        self, method: str, batches: Iterable[BatchedInputs]
+    ) -> Iterator[tuple[FeatureMaps, FeatureMaps]]:
         """Yields the features (student's, teacher's) that a method compares, both networks in evaluation mode.
 
         Each network runs once a batch, and as far as its deepest tap.
@@ -99,7 +101,7 @@ class DistilledModel(nn.Module):
                     self.student(batch)
             yield student, teacher[method].maps
 
-    def _to_device(self, batched_inputs: Inputs) -> Inputs:
+    def _to_device(self, batched_inputs: BatchedInputs) -> BatchedInputs:
         """One copy of the images serves both networks."""
         return [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: A batch in Detectron2's input format.
-Inputs = list[dict[str, Any]]
+BatchedInputs = list[dict[str, Any]]
 
 
 class TeacherError(UserError):
@@ -56,13 +56,13 @@ class Teacher:
         return self  # frozen: copies of a student (an average of its weights, say) share it
 
     @torch.no_grad()
-    def record(self, batched_inputs: Inputs, taps: FeatureTaps) -> dict[str, Tensor]:
+    def record(self, batched_inputs: BatchedInputs, taps: FeatureTaps) -> dict[str, Tensor]:
         """Returns tapped features of a batch in Detectron2's input format; the pass ends at the deepest tap."""
         with self.autocast(), taps.recording(stop_when_done=True) as features:
             self.model(self.prepare(batched_inputs))
         return features
 
-    def prepare(self, batched_inputs: Inputs) -> Inputs:
+    def prepare(self, batched_inputs: BatchedInputs) -> BatchedInputs:
         """Returns the images of a batch ("image": uint8 (C, H, W)) in the teacher's channel order, without truth."""
         inputs = [{k: v for k, v in x.items() if k in ("image", "height", "width")} for x in batched_inputs]
         return [{**x, "image": x["image"].flip(0)} for x in inputs] if self.swap_channels else inputs

@@ -3,7 +3,7 @@
 from .base import (
     ARCHITECTURES,
     Architecture,
-    ClassCount,
+    NumClassesKey,
     architecture_class,
     architecture_of,
     num_classes,
@@ -20,7 +20,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "ArchitectureError",
-    "ClassCount",
+    "NumClassesKey",
     "DenseDetector",
     "GeneralizedRCNN",
     "SemanticSegmentor",

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES: dict[str, type["Architecture"]] = {}
 
 
-class ClassCount(NamedTuple):
+class NumClassesKey(NamedTuple):
     """A configuration key with a number of classes, and the field of a dataset's metadata that lists them."""
 
     key: str
@@ -48,7 +48,7 @@ class Architecture:
     """
 
     KNOWN: ClassVar[bool] = True
-    CLASSES: ClassVar[tuple[ClassCount, ...]] = ()
+    CLASSES: ClassVar[tuple[NumClassesKey, ...]] = ()
     EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ()
     SUPPORTS_TTA: ClassVar[bool] = False
     LOSS_NORMALIZERS: ClassVar[tuple[str, ...]] = ()
@@ -63,7 +63,7 @@ class Architecture:
     # ---- what a configuration decides ----
 
     @classmethod
-    def class_counts(cls, cfg: CfgNode) -> list[tuple[ClassCount, int]]:
+    def class_counts(cls, cfg: CfgNode) -> list[tuple[NumClassesKey, int]]:
         """Returns the numbers of classes that a configuration has, that of the predictions first."""
         counts = [(count, get_key(cfg, count.key)) for count in cls.CLASSES]
         return [(count, int(value)) for count, value in counts if value is not None]
@@ -131,9 +131,9 @@ class UnknownArchitecture(Architecture):
     KNOWN = False
 
     @classmethod
-    def class_counts(cls, cfg: CfgNode) -> list[tuple[ClassCount, int]]:
+    def class_counts(cls, cfg: CfgNode) -> list[tuple[NumClassesKey, int]]:
         """Returns MODEL.<ITS NAME>.NUM_CLASSES, the usual place, if there is such a key."""
-        count = ClassCount(f"MODEL.{cfg.MODEL.META_ARCHITECTURE.upper()}.NUM_CLASSES")
+        count = NumClassesKey(f"MODEL.{cfg.MODEL.META_ARCHITECTURE.upper()}.NUM_CLASSES")
         value = get_key(cfg, count.key)
         return [] if value is None else [(count, int(value))]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from d2kd.distillers import Prediction
 
-from .base import Architecture, ClassCount, register_architecture
+from .base import Architecture, NumClassesKey, register_architecture
 
 
 class DenseDetector(Architecture):
@@ -41,14 +41,14 @@ class DenseDetector(Architecture):
 class RetinaNet(DenseDetector):
     """RetinaNet (arXiv 1708.02002)."""
 
-    CLASSES = (ClassCount("MODEL.RETINANET.NUM_CLASSES"),)
+    CLASSES = (NumClassesKey("MODEL.RETINANET.NUM_CLASSES"),)
 
 
 @register_architecture("FCOS")
 class FCOS(DenseDetector):
     """FCOS (arXiv 1904.01355); anchor-free, one point per location."""
 
-    CLASSES = (ClassCount("MODEL.FCOS.NUM_CLASSES"),)
+    CLASSES = (NumClassesKey("MODEL.FCOS.NUM_CLASSES"),)
 
 
 def box_encoding(module: nn.Module) -> Any:

@@ -8,7 +8,7 @@ from d2kd.distillers import AlignmentError, Prediction
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
-from .base import Architecture, ClassCount, register_architecture
+from .base import Architecture, NumClassesKey, register_architecture
 from .dense_detector import box_encoding
 
 _PER_REGION = ("roi_heads.box_predictor", "roi_heads.box_head")
@@ -27,7 +27,7 @@ class Stage(NamedTuple):
 class GeneralizedRCNN(Architecture):
     """Faster, Mask and Cascade R-CNN, with a pyramid or as "C4" and "DC5"."""
 
-    CLASSES: ClassVar[tuple[ClassCount, ...]] = (ClassCount("MODEL.ROI_HEADS.NUM_CLASSES"),)
+    CLASSES: ClassVar[tuple[NumClassesKey, ...]] = (NumClassesKey("MODEL.ROI_HEADS.NUM_CLASSES"),)
     EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ("coco", "cityscapes_instance", "pascal_voc")
     SUPPORTS_TTA = True
 

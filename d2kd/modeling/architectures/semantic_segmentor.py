@@ -4,7 +4,7 @@ from torch import nn
 
 from d2kd.distillers import Prediction
 
-from .base import Architecture, ClassCount, register_architecture
+from .base import Architecture, NumClassesKey, register_architecture
 from .rcnn import GeneralizedRCNN
 
 
@@ -12,7 +12,7 @@ from .rcnn import GeneralizedRCNN
 class SemanticSegmentor(Architecture):
     """Detectron2's SemanticSegmentor, whatever its head."""
 
-    CLASSES = (ClassCount("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes"),)
+    CLASSES = (NumClassesKey("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes"),)
     EVALUATOR_TYPES = ("sem_seg", "cityscapes_sem_seg")
 
     def predictions(self) -> list[Prediction]:

@@ -11,7 +11,7 @@ from d2kd.distillers import TapPair
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
-from ..teacher import Inputs, Teacher
+from ..teacher import BatchedInputs, Teacher
 
 TEACHER_PASSES = Registry("TEACHER_PASSES")
 TEACHER_PASSES.__doc__ = (
@@ -60,7 +60,7 @@ class TeacherPass:
         return cls(teacher, [pair.teacher.name for pair in pairs])
 
     @property
-    def inputs(self) -> list[str]:
+    def required_taps(self) -> list[str]:
         """Taps of the teacher, over the whole image, that the pass starts from; computed once for all passes."""
         return []
 
@@ -73,12 +73,12 @@ class TeacherPass:
         """Returns a context for the student's forward pass; what it yields is the guidance of that step."""
         return contextlib.nullcontext()
 
-    def __call__(self, batched_inputs: Inputs, guidance: Any, dense: Mapping[str, Tensor]) -> TeacherFeatures:
+    def __call__(self, batched_inputs: BatchedInputs, guidance: Any, dense: Mapping[str, Tensor]) -> TeacherFeatures:
         """
         Args:
             batched_inputs: in Detectron2's format, on the device.
             guidance: what `watch` has yielded.
-            dense: the maps of the pass over the whole image, among them those of `inputs`.
+            dense: the maps of the pass over the whole image, among them those of `required_taps`.
         """
         raise NotImplementedError
 

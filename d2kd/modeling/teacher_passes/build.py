@@ -11,7 +11,7 @@ from d2kd.errors import ConfigError, require_choice
 from detectron2.config import CfgNode
 
 from ..architectures import is_region_tap
-from ..teacher import Inputs, Teacher
+from ..teacher import BatchedInputs, Teacher
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from .dense import DensePass
 from .regions import RegionPass
@@ -33,7 +33,7 @@ class TeacherPasses:
     ) -> None:
         """
         Args:
-            dense: gives the `inputs` of the others too.
+            dense: gives the `required_taps` of the others too.
             others, sources: see above.
         """
         self.dense = dense
@@ -42,7 +42,7 @@ class TeacherPasses:
 
     @contextlib.contextmanager
     def around_student(
-        self, batched_inputs: Inputs, methods: Sequence[str] | None = None
+        self, batched_inputs: BatchedInputs, methods: Sequence[str] | None = None
     ) -> Iterator[dict[str, TeacherFeatures]]:
         """Yields a dict that is filled, when the block (the student's forward pass) ends, with each method's features.
 
@@ -114,8 +114,8 @@ def build_passes(
                 f"DISTILL.{DISTILLERS.get(method).NODE}.TEACHER_PASS is {names[0]}, which computes parts of the "
                 f"teacher's maps; {method} needs whole maps: set it to {AUTO}."
             )
-    inputs = [tap for other in others.values() for tap in other.inputs]
-    return TeacherPasses(DensePass(teacher, [*dense, *inputs]), others, sources)
+    required = [tap for other in others.values() for tap in other.required_taps]
+    return TeacherPasses(DensePass(teacher, [*dense, *required]), others, sources)
 
 
 def _pass_of(cfg: CfgNode, method: str, pair: TapPair) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..taps import FeatureTaps
-from ..teacher import Inputs, Teacher
+from ..teacher import BatchedInputs, Teacher
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 
 
@@ -23,7 +23,7 @@ class DensePass(TeacherPass):
         self._taps = FeatureTaps(teacher.model, self.taps)
 
     def __call__(
-        self, batched_inputs: Inputs, guidance: Any = None, dense: Mapping[str, Tensor] | None = None
+        self, batched_inputs: BatchedInputs, guidance: Any = None, dense: Mapping[str, Tensor] | None = None
     ) -> TeacherFeatures:
         """As in the base class; only the images are needed."""
         return TeacherFeatures(self.teacher.record(batched_inputs, self._taps), {})

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from ..architectures import GeneralizedRCNN, architecture_of
 from ..taps import FeatureTaps, TapError
-from ..teacher import Inputs, Teacher
+from ..teacher import BatchedInputs, Teacher
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 
 #: Boxes of each image (Detectron2's `Boxes`), one list a call of the student's box pooler.
@@ -40,7 +40,7 @@ class RegionPass(TeacherPass):
         """
         super().__init__(teacher, [tap for _, tap in taps])
         ours, theirs = _rcnn(student), _rcnn(teacher.model)
-        self._inputs = theirs.pooled_features
+        self._required_taps = theirs.pooled_features
         self._student_pooler, self._pooler = ours.pooler, theirs.pooler
         runs: dict[tuple[int, int], list[str]] = {}
         for student_stage, tap in taps:
@@ -65,9 +65,9 @@ class RegionPass(TeacherPass):
         return cls(student, teacher, list(taps))
 
     @property
-    def inputs(self) -> list[str]:
+    def required_taps(self) -> list[str]:
         """The maps that the pooler reads."""
-        return self._inputs
+        return self._required_taps
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Regions]:
@@ -81,9 +81,11 @@ class RegionPass(TeacherPass):
             handle.remove()
 
     @torch.no_grad()
-    def __call__(self, batched_inputs: Inputs, guidance: Regions, dense: Mapping[str, Tensor]) -> TeacherFeatures:
+    def __call__(
+        self, batched_inputs: BatchedInputs, guidance: Regions, dense: Mapping[str, Tensor]
+    ) -> TeacherFeatures:
         """As in the base class; the regions are in pixels of the padded image, the same frame for both models."""
-        maps = [dense[name] for name in self._inputs]
+        maps = [dense[name] for name in self._required_taps]
         outputs: dict[str, Tensor] = {}
         with self.teacher.autocast():
             for student_stage, stage, taps in self._runs:

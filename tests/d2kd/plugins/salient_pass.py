@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from d2kd.distillers import TapPair
 from d2kd.layers import RandomMasks
 from d2kd.modeling.taps import FeatureTaps
-from d2kd.modeling.teacher import Inputs, Teacher
+from d2kd.modeling.teacher import BatchedInputs, Teacher
 from d2kd.modeling.teacher_passes import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -35,7 +35,7 @@ class SalientPass(TeacherPass):
         return cls(student, teacher, pairs)
 
     @property
-    def inputs(self) -> list[str]:
+    def required_taps(self) -> list[str]:
         """The whole maps, which the pass over the whole image computes anyway."""
         return self.taps
 
@@ -47,7 +47,7 @@ class SalientPass(TeacherPass):
 
     @torch.no_grad()
     def __call__(
-        self, batched_inputs: Inputs, guidance: Mapping[str, Tensor], dense: Mapping[str, Tensor]
+        self, batched_inputs: BatchedInputs, guidance: Mapping[str, Tensor], dense: Mapping[str, Tensor]
     ) -> TeacherFeatures:
         """The maps are far off where they are not known: whoever looks there is found out."""
         maps, valid = {}, {}
