@@ -114,7 +114,7 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
             "![Ground truth and detections side by side](detections.png)",
         ]
     if report["commands"]:
-        parts += ["## Commands", "``\n" + "\n".join(report["commands"]) + "\n``"]
+        parts += ["## Commands", "```\n" + "\n".join(report["commands"]) + "\n```"]
     files = [(m.title, m.config_file, m.checkpoint) for m in models.values() if m.config_file or m.checkpoint]
     if files:
         parts += ["## Files", "\n".join(_file_line(*entry) for entry in files)]

@@ -248,7 +248,7 @@ def test_command_line(tmp_path, dataset, monkeypatch):
     runs = [f"--run={name}={tmp_path / name}" for name in ("teacher", "baseline", "distilled")]
     run([*runs, "--output", str(tmp_path / "out"), "--dataset", DATASET, "--label", "teacher=The teacher"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| The teacher | 30.0 |" in text and "d2kd report --run=teacher=" in text
+    assert "| The teacher | 30.0 |" in text and "\n```\nd2kd report --run=teacher=" in text
     assert exit_status([f"--run=teacher={tmp_path / 'nothing'}", "--output", str(tmp_path / "none")]) == 2
     assert exit_status([*runs, "--output", str(tmp_path / "none"), "--dataset", "no_such_dataset"]) == 2
     assert not (tmp_path / "none").exists()
