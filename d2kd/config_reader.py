@@ -147,7 +147,7 @@ def _rename(pairs: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], li
         for renamed in [renamed for renamed in renamed_keys if renamed.old == key]:
             new = _convert(renamed, value)
             if renamed.old != renamed.new or new != value:
-                words.append(_words(renamed, value, new))
+                words += [_words(renamed, value, new)] if renamed.new or value else []  # nothing is lost with ""
                 key, value = renamed.new, new
         result += [(key, value)] if key else []
     return result, words
