@@ -56,10 +56,14 @@ def read_config(
             raise
         except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
             raise ConfigError(f"In {path}: {_text(error)}") from error
+        except (AttributeError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"In {path}: _BASE_, there or in a file that it names, is no path, or files are based on each other."
+            ) from error
     beside = os.path.dirname(path)
     named = import_plugins([*_names(_IMPORTS, chosen[-1] if chosen else []), *imports], ["", beside])
     pairs, words = _rename([pair for pair in pairs if pair[0] != _IMPORTS])
-    for where, renamed in ((path, loader.words), (source, words)):
+    for where, renamed in {**loader.words, source: words}.items():
         if renamed:
             _tell(f"Old keys in {where}, still accepted: {'; '.join(renamed)}", notices)
     cfg = get_cfg()
@@ -76,7 +80,7 @@ class _Loader(CfgNode):
     """Loads a YAML file and its bases; each of them imports what it names, and has its old keys renamed."""
 
     imports: list[str]
-    words: list[str]
+    words: dict[str, list[str]]
     with_imports: bool
 
     @classmethod
@@ -86,12 +90,12 @@ class _Loader(CfgNode):
         if cls.with_imports:
             cls.imports += import_plugins(names, [os.path.dirname(filename), ""])
         pairs, words = _rename(list(flat.items()))
-        cls.words += words
+        cls.words[filename] = words
         return _nest(pairs)
 
 
 def _loader(with_imports: bool) -> type[_Loader]:
-    return type("Loader", (_Loader,), {"imports": [], "words": [], "with_imports": with_imports})
+    return type("Loader", (_Loader,), {"imports": [], "words": {}, "with_imports": with_imports})
 
 
 def _pairs(options: Sequence[Any], source: str) -> list[tuple[str, Any]]:
@@ -133,6 +137,8 @@ def _nest(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         node = content
         for part in path:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key} cannot be set: {part} is {node!r}, not a mapping.")
         node[name] = value
     return content
 
@@ -142,15 +148,22 @@ def _rename(pairs: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], li
     renamed_keys = list_renamed_keys()
     result, words = [], []
     for key, value in pairs:
-        if value is None and any(renamed.old.startswith(f"{key}.") for renamed in renamed_keys):
-            continue  # a node with nothing in it
+        if value is None and any(_is_old_node(renamed, key) for renamed in renamed_keys):
+            continue
+        removed = False
         for renamed in [renamed for renamed in renamed_keys if renamed.old == key]:
             new = _convert(renamed, value)
             if renamed.old != renamed.new or new != value:
                 words += [_words(renamed, value, new)] if renamed.new or value else []  # nothing is lost with ""
-                key, value = renamed.new, new
-        result += [(key, value)] if key else []
+                key, value, removed = renamed.new, new, not renamed.new
+        result += [] if removed else [(key, value)]
     return result, words
+
+
+def _is_old_node(renamed: RenamedKey, key: str) -> bool:
+    """Whether a node is there no more, since what it held is elsewhere; with nothing in it, it may still be written."""
+    node, new_node = (name.rpartition(".")[0] for name in (renamed.old, renamed.new))
+    return key == node and bool(renamed.new) and node != new_node
 
 
 def _convert(renamed: RenamedKey, value: Any) -> Any:
@@ -183,7 +196,7 @@ def _tell(text: str, notices: list[str] | None) -> None:
 
 def _with_floats(pairs: Sequence[tuple[str, Any]], floats: set[str]) -> list[tuple[str, Any]]:
     """Lets a whole number set a key that holds a float; the configuration system itself wants "8.0"."""
-    return [(key, float(value) if key in floats and type(value) is int else value) for key, value in pairs]
+    return [(k, float(v) if k in floats and type(v) is int and abs(v) < 2**63 else v) for k, v in pairs]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -206,17 +219,18 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
         merge()
     except (KeyError, ValueError, AssertionError, OSError) as error:
         message = _text(error)
-        mismatch = re.search(r"Type mismatch \(<class '(\w+)'>.* vs\. (.*)\) for config key: (\S+)", message, re.DOTALL)
+        mismatch = re.search(r"Type mismatch \(<class '(\S+)'>.* vs\. (.*)\) for config key: (\S+)", message, re.DOTALL)
         if mismatch:
             kind, value, key = mismatch.groups()
-            raise ConfigError(f"In {where}: {key} is {value}; it must be of type {kind}.") from error
+            wanted = "a mapping of keys" if kind.endswith("CfgNode") else f"of type {kind}"
+            raise ConfigError(f"In {where}: {key} is {value}; it must be {wanted}.") from error
         unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
         hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""
         raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
 
 
 def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, OSError) or not error.args else str(error.args[0])
+    return str(error) if isinstance(error, (OSError, UnicodeError)) or not error.args else str(error.args[0])
 
 
 def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -85,7 +86,7 @@ def _import_module(name: str) -> None:
 def _import_file(path: str) -> None:
     if _imported(path) is not None:
         return
-    name = os.path.splitext(os.path.basename(path))[0]
+    name = re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
     if name in sys.modules or importlib.util.find_spec(name) is not None:  # it must not take another module's place
         name = f"{name}_{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -108,27 +108,24 @@ class Configurable:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         settings: dict[str, Setting] = {}
-        for base in reversed(cls.__mro__[1:]):
-            settings.update(vars(base).get("SETTINGS", {}))
-        annotations = inspect.get_annotations(cls)
-        for name, declared in vars(cls).items():
-            if isinstance(declared, Setting):
-                _check_name(cls, name)
-                default = float(declared.default) if annotations.get(name) in (float, "float") else declared.default
-                settings[name] = replace(declared, key=declared.key or name.upper(), default=default)
-            elif name in settings:
-                key = settings[name].key
-                raise TypeError(f"{cls.__name__}.{name} hides a setting; its default is changed by DEFAULTS[{key!r}].")
-        attributes = {declared.key: name for name, declared in settings.items()}
-        if len(attributes) < len(settings):
-            raise TypeError(f"Two settings of {cls.__name__} have one key: {[d.key for d in settings.values()]}.")
-        for key, default in vars(cls).get("DEFAULTS", {}).items():
-            if key not in attributes:
-                hint = did_you_mean(key, attributes)
-                raise TypeError(f"DEFAULTS of {cls.__name__} names {key}, which is no setting.{hint}")
-            declared = settings[attributes[key]]
-            default = declared.check(f"The default of {cls.__name__}.{key}", default)
-            settings[attributes[key]] = replace(declared, default=default)
+        for part in reversed(cls.__mro__):
+            settings.update(_declared_in(part))
+            hidden = [name for name in settings if name in vars(part) and not isinstance(vars(part)[name], Setting)]
+            if hidden:
+                key = settings[hidden[0]].key
+                raise TypeError(
+                    f"{part.__name__}.{hidden[0]} hides a setting. Change its default in DEFAULTS[{key!r}] instead."
+                )
+            attributes = {declared.key: name for name, declared in settings.items()}
+            if len(attributes) < len(settings):
+                raise TypeError(f"Two settings of {part.__name__} have one key: {[d.key for d in settings.values()]}.")
+            for key, default in vars(part).get("DEFAULTS", {}).items():
+                if key not in attributes:
+                    hint = did_you_mean(key, attributes)
+                    raise TypeError(f"DEFAULTS of {part.__name__} names {key}, which is no setting.{hint}")
+                declared = settings[attributes[key]]
+                default = declared.check(f"The default of {part.__name__}.{key}", default)
+                settings[attributes[key]] = replace(declared, default=default)
         for declared in settings.values():
             declared.check(f"The default of {cls.__name__}.{declared.key}", declared.default)
         cls.SETTINGS = settings
@@ -175,8 +172,22 @@ class Configurable:
             setattr(self, name, copy.copy(value))
 
 
+def _declared_in(part: type) -> dict[str, Setting]:
+    """The settings that a class declares itself, with their keys; annotated as float, a whole number is a float."""
+    annotations, settings = inspect.get_annotations(part), {}
+    for name, declared in vars(part).items():
+        if isinstance(declared, Setting):
+            _check_name(part, name)
+            is_float = annotations.get(name) in (float, "float") and type(declared.default) is int
+            default = float(declared.default) if is_float else declared.default
+            settings[name] = replace(declared, key=declared.key or name.upper(), default=default)
+    return settings
+
+
 def _check_name(cls: type, name: str) -> None:
     """Raises TypeError where an attribute of a base class has the name of a setting."""
+    if name.startswith("_"):
+        raise TypeError(f"{cls.__name__}.{name} cannot be a setting: its name begins with an underscore.")
     for base in cls.__mro__[1:]:
         taken = name in vars(base) or name in inspect.get_annotations(base)
         if taken and not isinstance(vars(base).get(name), Setting):

@@ -83,6 +83,8 @@ def register_datasets(cfg: CfgNode) -> None:
     Raises:
         DatasetError: if an entry is malformed, or its name is taken by another dataset.
     """
+    if not isinstance(cfg.DATASETS.REGISTER, (list, tuple)):
+        raise DatasetError(f"DATASETS.REGISTER is {cfg.DATASETS.REGISTER!r}; it must be a list of mappings.")
     for i, entry in enumerate(cfg.DATASETS.REGISTER):
         where = f"DATASETS.REGISTER[{i}]"
         kind = _format_of(where, entry)

@@ -128,6 +128,11 @@ class Distiller(Configurable, nn.Module):
         #: teacher stride / student stride of every pair; None where the features are vectors
         self._stride_ratios = [None if s.is_vector else t.stride / s.stride for s, t in pairs]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.SETTINGS and isinstance(value, (nn.Module, Tensor)):
+            raise TypeError(f"{type(self).__name__}.{name} is a setting: give the module or tensor another name.")
+        super().__setattr__(name, value)
+
     @classmethod
     def from_config(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         """Returns the constructor's arguments; a subclass adds those that are no keys."""

@@ -111,7 +111,8 @@ def evaluate_variant(trainer_class: Any, cfg: CfgNode, model: nn.Module, suffix:
     """Evaluates a variant of the student: results "<name>_<suffix>", predictions in `inference_<suffix>`."""
     logger.info("Evaluating the variant %s", suffix)
     folder = os.path.join(cfg.OUTPUT_DIR, f"inference_{suffix}")
-    if len(inspect.signature(trainer_class.build_evaluator).parameters) > 2:
+    kinds = [p.kind for p in inspect.signature(trainer_class.build_evaluator).parameters.values()]
+    if kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) > 2 or inspect.Parameter.VAR_POSITIONAL in kinds:
         folders = [folder_of(cfg, name, folder) for name in cfg.DATASETS.TEST]
         evaluators = [trainer_class.build_evaluator(cfg, *where) for where in zip(cfg.DATASETS.TEST, folders)]
     else:  # as Detectron2 has it: the folder is one below OUTPUT_DIR

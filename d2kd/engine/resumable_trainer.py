@@ -200,7 +200,7 @@ class ResumableTrainer(TrainerBase):
         """Restores what `state_dict` has returned; random states if there are as many processes as before."""
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
-        if hasattr(self.data_loader, "seed"):
+        if hasattr(self.data_loader, "seed") and state_dict["data_seed"] is not None:
             self.data_loader.seed = state_dict["data_seed"]
         states = state_dict["process_states"]
         if len(states) == comm.get_world_size():

@@ -1,6 +1,7 @@
 """DistillTrainer: trains a Detectron2 model, with a teacher where one is configured, and evaluates it."""
 
 import contextlib
+import inspect
 import logging
 import os
 import weakref
@@ -54,7 +55,8 @@ class DistillTrainer(ResumableTrainer):
         """Raises UserError for what would fail later, in configuration or in the datasets of some splits."""
         check_datasets(cfg, splits)
         check_class_counts(cfg, splits)
-        if cls.build_evaluator.__func__ is DistillTrainer.build_evaluator.__func__:  # type: ignore[attr-defined]
+        own, ours = (inspect.getattr_static(trainer, "build_evaluator") for trainer in (cls, DistillTrainer))
+        if own is ours:
             check_evaluators(cfg)  # one of one's own knows other types
         check_test_augmentation(cfg)
         check_wandb(cfg)

@@ -86,7 +86,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     if not PathManager.isfile(path):
         raise TeacherError(f"DISTILL.TEACHER.CONFIG_FILE (--teacher-config) is {path!r}: there is no such file.")
     try:
-        teacher_cfg = read_config(path, cfg.DISTILL.TEACHER.OPTS, source="DISTILL.TEACHER.OPTS")
+        teacher_cfg = read_config(path, cfg.DISTILL.TEACHER.OPTS or (), source="DISTILL.TEACHER.OPTS")
     except ConfigError as error:
         raise TeacherError(
             f"The teacher's configuration {path} (with DISTILL.TEACHER.OPTS) does not load: {error}"

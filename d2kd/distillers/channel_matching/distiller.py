@@ -29,6 +29,12 @@ logger = logging.getLogger(__name__)
 ADAPTERS = ("bn", "syncbn", "gn", "none")
 
 
+def _inverse(factors: list[float]) -> list[float]:
+    if not isinstance(factors, (list, tuple)) or not all(0 < factor < math.inf for factor in factors):
+        raise ValueError("no list of positive numbers")
+    return [1 / factor for factor in factors]
+
+
 def _preset_is_recipe(name: str) -> None:
     recipes = {
         "coco": "configs/COCO/retinanet_R18_R50_ChannelMatching_1x.yaml",
@@ -60,7 +66,7 @@ class ChannelMatching(FeatureDistiller):
 
     RENAMED_KEYS = {
         "SOLVER": ("ASSIGNMENT_SOLVER", str),
-        "FACTORS": ("TAP_WEIGHTS", lambda factors: [1 / factor for factor in factors]),
+        "FACTORS": ("TAP_WEIGHTS", _inverse),
         "PRESET": ("", _preset_is_recipe),
     }
     DEFAULTS = {"TAPS": ["res2.pre_relu", "res3.pre_relu", "res4.pre_relu", "res5.pre_relu"]}

@@ -2,8 +2,9 @@
 
 import copy
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
-from d2kd.data.loader import ResumableLoader
 from d2kd.distillers import CalibrationRequest, Distiller
 from d2kd.modeling import DistilledModel
 from d2kd.rng import derive_seed
@@ -38,7 +39,9 @@ class CalibrationHook(HookBase):
             batches = itertools.islice(self._loader(request), request.batches)
             distiller.calibrate(self.model.extract_features(method, batches))
 
-    def _loader(self, request: CalibrationRequest) -> ResumableLoader:
+    def _loader(self, request: CalibrationRequest) -> Iterable[Any]:
+        if not hasattr(self.trainer.data_loader, "seed"):  # another loader, with one stream only
+            return self.trainer.data_loader
         loader = copy.copy(self.trainer.data_loader)
         loader.seed, loader.start = derive_seed(loader.seed, request.step), 0
         return loader
