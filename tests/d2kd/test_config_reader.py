@@ -141,3 +141,37 @@ def test_wrong_types_are_told_in_one_sentence(write):
 def test_options_that_are_no_pairs(options):
     with pytest.raises(ConfigError, match=r"Options of DISTILL\.TEACHER\.OPTS come in pairs"):
         read_config("", options, source="DISTILL.TEACHER.OPTS")
+
+
+@pytest.mark.parametrize("node", ["DISTILL", "DISTILL: {FEATURE_MIMIC: }", "SOLVER"])
+def test_a_child_with_an_empty_node_does_not_lose_what_its_base_says(write, node):
+    write("base.yaml", "SOLVER: {BASE_LR: 0.5}\nDISTILL: {FEATURE_MIMIC: {WEIGHT: 7.0}}")
+    text = node if ":" in node else f"{node}:"
+    with pytest.raises(ConfigError, match=r"child\.yaml: .*(is None; it must be a mapping of keys|cannot be set)"):
+        read_config(write("child.yaml", f"_BASE_: base.yaml\n{text}"))
+
+
+@pytest.mark.parametrize("options", [["DISTILL", None], ["", 1], ["DISTILL.FEATURE_MIMIC", None]])
+def test_null_nodes_and_empty_keys_among_the_options(options):
+    with pytest.raises(ConfigError, match="In the command line"):
+        read_config("", options)
+
+
+def test_a_number_beyond_a_float_is_told_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"SOLVER\.BASE_LR is 1"):
+        read_config("", ["SOLVER.BASE_LR", "1" + "0" * 400])
+
+
+@pytest.mark.parametrize("base", ["5", "{a: b}", "child.yaml"])
+def test_bases_that_are_no_paths_or_go_in_circles(write, base):
+    with pytest.raises(ConfigError, match=r"child\.yaml"):
+        read_config(write("child.yaml", f"_BASE_: {base}"))
+
+
+def test_each_file_is_named_beside_its_own_old_keys(write):
+    write("base.yaml", "DISTILL: {INHERIT: {ENABLED: False}}")
+    notices: list[str] = []
+    child = write("child.yaml", "_BASE_: base.yaml\nDISTILL: {CHANNEL_MATCHING: {SOLVER: scipy}}")
+    read_config(child, notices=notices)
+    told = {name: [line for line in notices if name in line] for name in ("base.yaml", "child.yaml")}
+    assert len(notices) == 2 and "INHERIT" in told["base.yaml"][0] and "SOLVER" in told["child.yaml"][0]

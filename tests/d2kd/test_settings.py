@@ -147,3 +147,31 @@ def test_defaults_have_the_type_of_the_declaration():
 def test_two_settings_cannot_have_one_key():
     with pytest.raises(TypeError, match="have one key"):
         type("Two", (Distiller,), {"other": setting(1.0, "A number.", key="WEIGHT")})
+
+
+def test_a_mixin_brings_settings_and_another_base_cannot_hide_them():
+    class Tempered:
+        temperature: float = setting(2, "A temperature.", above=0)
+
+    class Both(Tempered, Distiller):
+        DEFAULTS = {"WEIGHT": 3.0}
+
+    assert (Both.default_node().TEMPERATURE, Both.default_node().WEIGHT) == (2.0, 3.0)
+
+    class Plain:
+        weight = 9.0
+
+    with pytest.raises(TypeError, match=r"Plain\.weight hides a setting"):
+        type("Hidden", (Plain, Distiller), {})
+
+
+def test_a_module_cannot_take_the_place_of_a_setting():
+    class Projected(Distiller):
+        head: float = setting(1.0, "A number.")
+
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.head = torch.nn.Linear(4, 4)
+
+    with pytest.raises(TypeError, match="head"):
+        Projected(pairs=[tap_pair("p3", channels=(4, 4))])
