@@ -106,12 +106,16 @@ def test_several_test_sets_do_not_overwrite_each_other(cityscapes, tmp_path):
     assert list((tmp_path / "output/inference" / LABELS).iterdir())
 
 
-def test_an_evaluator_of_ones_own_may_know_other_types(digits, write_config):
-    class Own(DistillTrainer):
-        @classmethod
-        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-            return DatasetEvaluators([])
-
+@pytest.mark.parametrize(
+    "build",
+    [
+        classmethod(lambda cls, cfg, dataset_name, output_folder=None: DatasetEvaluators([])),
+        staticmethod(lambda cfg, dataset_name: DatasetEvaluators([])),
+    ],
+    ids=["classmethod", "staticmethod"],
+)
+def test_an_evaluator_of_ones_own_may_know_other_types(digits, write_config, build):
+    Own = type("Own", (DistillTrainer,), {"build_evaluator": build})
     register_coco_instances("lvis_like", {}, str(digits / "annotations/instances_val.json"), str(digits / "val"))
     json_file = MetadataCatalog.pop("lvis_like").json_file
     MetadataCatalog.get("lvis_like").set(json_file=json_file, evaluator_type="lvis")

@@ -165,6 +165,13 @@ def test_file_that_cannot_be_imported(student: Path, directory: Path, code: str 
     assert not (directory / "student").exists()
 
 
+def test_file_with_dots_in_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "my.method-v2.py"
+    file.write_text("import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 0\n")
+    import_plugins([str(file)])
+    assert sys.modules.pop("my_method_v2").A(3).x == 3
+
+
 @pytest.mark.parametrize("name", ["no_such_module", "no_such_package.methods", 5])
 def test_module_that_is_not_there(student: Path, name: Any) -> None:
     with pytest.raises(ConfigError, match=rf"DISTILL\.IMPORTS \(--import\).*{name}"):
