@@ -35,9 +35,11 @@ class _LastReluInput(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def start(self) -> None:
+        """Watches from here on, as entering a `with` would, which a pair of hooks cannot."""
         TorchFunctionMode.__enter__(self)
 
     def stop(self) -> None:
+        """Watches no longer."""
         TorchFunctionMode.__exit__(self, None, None, None)
 
 
@@ -126,6 +128,7 @@ class _Recorder:
         self.modes: list[_LastReluInput] = []
 
     def attach(self, tap: Tap) -> None:
+        """Hooks a tap's module, so that its next forward pass is recorded."""
         if tap.pre_relu:
             self.handles.append(tap.module.register_forward_pre_hook(self._enter_block))
             self.handles.append(tap.module.register_forward_hook(self._leave_block(tap)))
@@ -133,6 +136,7 @@ class _Recorder:
             self.handles.append(tap.module.register_forward_hook(self._take_output(tap)))
 
     def detach(self) -> None:
+        """Removes all hooks, also after a forward pass that failed."""
         for handle in self.handles:
             handle.remove()
         while self.modes:  # an exception inside a block left its mode behind
