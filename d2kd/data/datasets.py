@@ -2,16 +2,13 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from d2kd.data.bad_images import wrap_mapper
-from d2kd.data.coco_check import DatasetError, validate_coco_json
+from d2kd.data.coco import CocoSummary, DatasetError, load_coco, validate_coco_json
 from d2kd.errors import did_you_mean, require_choice
-from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -19,12 +16,10 @@ __all__ = [
     "DATASET_FORMATS",
     "DatasetError",
     "DatasetFormat",
-    "check_class_counts",
     "check_datasets",
     "register_dataset_format",
     "register_datasets",
-    "validate_coco_json",
-    "wrap_mapper",
+    "used_datasets",
 ]
 
 logger = logging.getLogger(__name__)
@@ -66,7 +61,8 @@ def register_dataset_format(name: str, paths: Sequence[str]) -> Callable[[Callab
 @register_dataset_format("coco", paths=("JSON", "IMAGES"))
 def register_coco(name: str, json_file: str, images: str) -> None:
     """Registers a COCO instances file."""
-    register_coco_instances(name, {}, json_file, images)
+    DatasetCatalog.register(name, lambda: load_coco(json_file, images, name))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
 #: What was registered from configurations: format and paths by name.
@@ -144,81 +140,89 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
         splits: "TRAIN", "TEST" or both.
 
     Raises:
-        DatasetError: if a dataset is not registered, or its COCO file is not sound (see `validate_coco_json`).
+        DatasetError: if a dataset is not registered, its COCO file is not sound (see `validate_coco_json`), or there is
+            nothing to train on or to judge by.
     """
     if not comm.is_main_process():
         return
+    for split in splits:
+        summaries = {name: _check_dataset(cfg, name, split) for name in dict.fromkeys(cfg.DATASETS[split])}
+        _check_objects(cfg, split, summaries)
+
+
+def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
+    """Checks one dataset; returns what it holds, or None for those that are no COCO files."""
     given = {e["NAME"]: e for e in cfg.DATASETS.REGISTER}
-    for name, is_train in _used_datasets(cfg, splits).items():
-        if name not in DatasetCatalog:
-            raise DatasetError(
-                f"Dataset {name!r} of DATASETS.{'TRAIN' if is_train else 'TEST'} is not registered. Correct the name, "
-                f"or add it to DATASETS.REGISTER.{did_you_mean(name, DatasetCatalog.list())}"
-            )
-        for key in _format_of("DATASETS.REGISTER", given[name]).paths if name in given else ():
-            _check_exists(f"{key} of dataset {name!r} (DATASETS.REGISTER)", given[name][key])
-        meta = MetadataCatalog.get(name)
-        if meta.get("json_file") is None or meta.get("image_root") is None:
-            continue
-        summary = validate_coco_json(
-            meta.json_file,
-            meta.image_root,
-            need_annotations=is_train,
-            missing_images="warn" if is_train and cfg.DATASETS.ON_BAD_IMAGE == "skip" else "error",
+    if name not in DatasetCatalog:
+        raise DatasetError(
+            f"Dataset {name!r} of DATASETS.{split} is not registered. Correct the name, or add it to "
+            f"DATASETS.REGISTER.{did_you_mean(name, DatasetCatalog.list())}"
         )
-        if meta.get("thing_classes") is None:
-            # What loading would set; known now, it need not be read again.
-            meta.thing_classes = summary.class_names
-        logger.info(
-            "Checked dataset %s: %d images, %d annotations, %d classes",
-            name,
-            summary.num_images,
-            summary.num_annotations,
-            len(summary.class_names),
-        )
+    for key in _format_of("DATASETS.REGISTER", given[name]).paths if name in given else ():
+        _check_exists(f"{key} of dataset {name!r} (DATASETS.REGISTER)", given[name][key])
+    meta, is_train = MetadataCatalog.get(name), split == "TRAIN"
+    if meta.get("json_file") is None or meta.get("image_root") is None:
+        return None
+    masks = (cfg.INPUT.MASK_FORMAT if is_train else "any") if cfg.MODEL.MASK_ON else ""
+    summary = validate_coco_json(
+        meta.json_file,
+        meta.image_root,
+        need_annotations=is_train,
+        missing_images="warn" if is_train and cfg.DATASETS.ON_BAD_IMAGE == "skip" else "error",
+        masks=masks,
+        evaluated=not is_train,
+        as_it_stands=_registered.get(name, ("",))[0] != "coco",
+    )
+    if meta.get("thing_classes") is None:
+        # What loading would set; known now, it need not be read again.
+        meta.thing_classes = summary.class_names
+    logger.info(
+        "Checked dataset %s: %d images, %d annotations, %d classes",
+        name,
+        summary.num_images,
+        summary.num_annotations,
+        len(summary.class_names),
+    )
+    return summary
 
 
-def _used_datasets(cfg: CfgNode, splits: Sequence[str]) -> dict[str, bool]:
-    """Names of the datasets of the splits, and whether each is trained on."""
-    train = dict.fromkeys(cfg.DATASETS.TRAIN if "TRAIN" in splits else (), True)
-    test = dict.fromkeys(cfg.DATASETS.TEST if "TEST" in splits else (), False)
-    return {**test, **train}
+def _check_objects(cfg: CfgNode, split: str, summaries: Mapping[str, CocoSummary | None]) -> None:
+    """Training needs objects, and so does a metric that decides on checkpoints and on the end of the training."""
+    known = {name: summary for name, summary in summaries.items() if summary is not None}
+    empty = {name: summary for name, summary in known.items() if not summary.num_objects}
+    if split == "TRAIN" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and empty and len(empty) == len(summaries):
+        raise DatasetError(
+            f"DATASETS.TRAIN {tuple(summaries)} cannot be trained on: {_no_objects(empty)}. Check the annotation "
+            "files, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images too."
+        )
+    metric = cfg.TEST.BEST_CHECKPOINT.METRIC
+    judged = [name for name in empty if len(summaries) == 1 or metric.startswith(f"{name}/")]
+    if split == "TEST" and metric and judged:
+        raise DatasetError(
+            f"TEST.BEST_CHECKPOINT.METRIC is {metric!r}, which is never defined on DATASETS.TEST: "
+            f"{_no_objects({name: empty[name] for name in judged})}. Choose another test set, or set the metric to ''."
+        )
+    if split == "TEST" and empty:
+        logger.warning("AP will be nan: %s", _no_objects(empty))
+
+
+def _no_objects(summaries: Mapping[str, CocoSummary]) -> str:
+    def describe(summary: CocoSummary) -> str:
+        count = summary.num_annotations
+        return f"all {count} annotations have iscrowd 1" if count else "there are no annotations"
+
+    return "; ".join(f"{describe(summary)} in {name}" for name, summary in summaries.items())
+
+
+def used_datasets(cfg: CfgNode, splits: Sequence[str]) -> list[str]:
+    """Returns the names of the datasets of some splits, each once."""
+    return list(dict.fromkeys(name for split in splits for name in cfg.DATASETS[split]))
 
 
 def _check_exists(what: str, path: str) -> None:
     candidates = _candidates(path)
     if not PathManager.exists(candidates[0]):
         raise DatasetError(
-            f"{what} does not exist; tried {' and '.join(os.path.abspath(p) for p in candidates)}. Correct the "
-            "path, or set DETECTRON2_DATASETS to the folder that it is relative to."
+            f"{what} does not exist; tried {' and '.join(os.path.abspath(p) for p in candidates)}, and beside the YAML "
+            "that names it. Correct the path, or set DETECTRON2_DATASETS to the folder that it is relative to."
         )
-
-
-def check_class_counts(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Compares the number of classes of the model with those of its datasets, in the main process.
-
-    Datasets that do not tell their classes without being loaded are not checked.
-
-    Raises:
-        DatasetError: if they differ.
-    """
-    if not comm.is_main_process():
-        return
-    for count, expected in architecture_class(cfg).class_counts(cfg):
-        for name in _used_datasets(cfg, splits):
-            classes = _class_names(name, count.metadata)
-            if classes is not None and len(classes) != expected:
-                raise DatasetError(
-                    f"Dataset {name!r} has {len(classes)} classes ({', '.join(map(str, classes[:5]))}"
-                    f"{', ...' if len(classes) > 5 else ''}), but {count.key} is {expected}. Set {count.key} to "
-                    f"{len(classes)}, or use another dataset."
-                )
-
-
-def _class_names(name: str, kind: str) -> Any:
-    """Class names of a dataset from its metadata or else its COCO file; None if neither tells."""
-    meta = MetadataCatalog.get(name)
-    names = meta.get(kind)
-    if names is None and kind == "thing_classes" and meta.get("json_file") is not None:
-        names = validate_coco_json(meta.json_file, need_annotations=False).class_names
-    return names

@@ -20,15 +20,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2kd.errors import ConfigError
-from d2kd.modeling.architectures import architecture_class
 from d2kd.rng import derive_seed
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
-from .datasets import DatasetError, wrap_mapper
+from .coco import DatasetError
+from .mapper import LoadingFailure, build_mapper, handing_over_failures, raise_failures, wrap_mapper
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Batches from number `start` on."""
         batches = _Batches(self.build_sampler(self.seed), self.batch_size, self.wide, self.start)
-        dataset = _SeededDataset(self.records, self.mapper, (self.seed, comm.get_rank()))
+        mapper = handing_over_failures(self.mapper) if self.num_workers else self.mapper
+        dataset = _SeededDataset(self.records, mapper, (self.seed, comm.get_rank()))
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -91,7 +92,7 @@ class ResumableLoader:
             # without it, starting the workers draws from the global random state, which belongs to the model
             generator=torch.Generator().manual_seed(self.seed),
         )
-        return iter(loader)
+        return map(raise_failures, iter(loader))
 
 
 def _wide(dicts: list[dict[str, Any]]) -> list[bool] | None:
@@ -132,7 +133,7 @@ class _SeededDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+    def __getitem__(self, draw: Draw) -> Any:
         position, index = draw
         with _seeded(derive_seed(*self.seed, position)):
             for _ in range(MAX_REPLACEMENTS):
@@ -140,7 +141,7 @@ class _SeededDataset(Dataset[dict[str, Any]]):
                 if data is not None:
                     return data
                 index = int(np.random.randint(len(self.records)))
-        raise DatasetError(
+        return LoadingFailure(
             f"{MAX_REPLACEMENTS} images in a row cannot be read (DATASETS.ON_BAD_IMAGE is 'skip'). The files are named "
             "in the log above: check DATASETS.REGISTER or DETECTRON2_DATASETS."
         )
@@ -203,7 +204,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> ResumableL
         ) from error
     return ResumableLoader(
         dicts,
-        wrap_mapper(mapper or architecture_class(cfg).build_mapper(cfg), cfg.DATASETS.ON_BAD_IMAGE),
+        wrap_mapper(mapper or build_mapper(cfg, is_train=True), cfg.DATASETS.ON_BAD_IMAGE),
         _sampler_builder(cfg, dicts),
         batch_size=_batch_size(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -211,6 +212,46 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> ResumableL
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
     )
+
+
+class TestLoader:
+    """Every image of a test set once, shared among the processes, in batches of one."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        """
+        Args:
+            loader: of what its mapper gives, or of failures.
+        """
+        self.loader = loader
+
+    @property
+    def dataset(self) -> Any:
+        """What the images come from."""
+        return self.loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return map(raise_failures, iter(self.loader))
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None) -> TestLoader:
+    """The loader of a test set; an image that cannot be used is an error that names it (`wrap_mapper`)."""
+    dicts = get_detection_dataset_dicts(
+        [dataset_name],
+        filter_empty=False,
+        proposal_files=(
+            [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(dataset_name)]]
+            if cfg.MODEL.LOAD_PROPOSALS
+            else None
+        ),
+    )
+    guarded = wrap_mapper(mapper or build_mapper(cfg, is_train=False), "error", evaluates=True)
+    loader = build_detection_test_loader(
+        dataset=dicts, mapper=handing_over_failures(guarded), num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    return TestLoader(loader)
 
 
 def _batch_size(cfg: CfgNode) -> int:

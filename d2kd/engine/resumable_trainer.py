@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2kd.data.loader import ResumableLoader, build_train_loader
+from d2kd.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventStorage, EventWriter
 
 from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
 from .hooks import CheckpointHook, InterruptHook, WallTime
@@ -146,6 +147,33 @@ class ResumableTrainer(TrainerBase):
     model = _of_step("model")
     optimizer = _of_step("optimizer")
     data_loader = _of_step("data_loader")
+
+    def train(self) -> Any:
+        """Runs the iterations from `start_iter` to `max_iter` with their hooks, as Detectron2's loop does.
+
+        A `UserError` passes without its traceback in the log: its message says all.
+        """
+        logger.info("Starting training from iteration %d", self.start_iter)
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                for self.iter in range(self.start_iter, self.max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                # hooks tell by it whether the training came to its end
+                self.iter = max(self.start_iter, self.max_iter)
+            except UserError:
+                raise
+            except KeyboardInterrupt:
+                logger.warning("Training was interrupted at iteration %d.", self.iter)
+                raise
+            except Exception:
+                logger.exception("Exception during training, at iteration %d:", self.iter)
+                raise
+            finally:
+                self.after_train()
 
     def run_step(self) -> None:
         """Runs one iteration."""

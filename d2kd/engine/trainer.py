@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from d2kd.data.datasets import check_class_counts, check_datasets
+from d2kd.data.classes import check_classes
+from d2kd.data.datasets import check_datasets
+from d2kd.data.loader import build_test_loader
 from d2kd.evaluation.build import build_evaluator, check_evaluators
 from d2kd.modeling import (
     DistilledModel,
@@ -21,7 +23,6 @@ from d2kd.modeling import (
 )
 from d2kd.rng import preserve_rng_state
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import hooks
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
@@ -54,7 +55,7 @@ class DistillTrainer(ResumableTrainer):
     def check_config(cls, cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
         """Raises UserError for what would fail later, in configuration or in the datasets of some splits."""
         check_datasets(cfg, splits)
-        check_class_counts(cfg, splits)
+        check_classes(cfg, splits)
         own, ours = (inspect.getattr_static(trainer, "build_evaluator") for trainer in (cls, DistillTrainer))
         if own is ours:
             check_evaluators(cfg)  # one of one's own knows other types
@@ -72,8 +73,8 @@ class DistillTrainer(ResumableTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        """Returns Detectron2's loader of a test set."""
-        return build_detection_test_loader(cfg, dataset_name)
+        """Returns the loader of a test set, see `d2kd.data.loader`."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -177,7 +178,7 @@ class DistillTrainer(ResumableTrainer):
             with preserve_rng_state(self._trainer.device):
                 evaluate_teacher(type(self), self.cfg, self.distilled.teacher.model)
         with contextlib.suppress(EarlyStop):
-            super().train(self.start_iter, self.max_iter)
+            super().train()
         results = self.evaluation.results
         if results is not None and len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
             verify_results(self.cfg, results)

@@ -3,11 +3,13 @@
 import logging
 import os
 
+from d2kd.data.images import read_label_map
 from d2kd.errors import UserError
+from d2kd.evaluation.coco import CocoEvaluator
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +51,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if kind == "cityscapes_instance":
         logger.warning("%s: AP is COCO's, not that of the Cityscapes benchmark.", dataset_name)
     if kind in ("coco", "cityscapes_instance"):
-        return COCOEvaluator(dataset_name, output_dir=output_folder, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
+        return CocoEvaluator(dataset_name, output_dir=output_folder, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
     if kind in ("sem_seg", "cityscapes_sem_seg"):
-        return SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder)
+        return SemSegEvaluator(
+            dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=read_label_map
+        )
     return PascalVOCDetectionEvaluator(dataset_name)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2kd.data.datasets import check_class_counts, check_datasets
+from d2kd.data.classes import check_classes
+from d2kd.data.datasets import check_datasets
 from d2kd.distillers.receptive_tokens.tokens import dice
 from d2kd.engine import CheckpointError, ResumableTrainer
 from d2kd.modeling import build_network, load_strictly
@@ -51,7 +52,7 @@ class TokenTrainer(ResumableTrainer):
     def check_config(cls, cfg: CfgNode) -> None:
         """Raises UserError for datasets that would fail later."""
         check_datasets(cfg, ("TRAIN",))
-        check_class_counts(cfg, ("TRAIN",))
+        check_classes(cfg, ("TRAIN",))
 
     @property
     def learner(self) -> TokenLearner:
@@ -95,10 +96,6 @@ class TokenTrainer(ResumableTrainer):
         """Continues from the last checkpoint of the output directory if asked to and possible; else tokens are new."""
         if resume:
             self.resume()
-
-    def train(self) -> None:
-        """Trains, and writes the tokens at the end; a run that has made all its steps writes them only."""
-        super().train(self.start_iter, self.max_iter)
 
     def state_dict(self) -> dict[str, Any]:
         """As in the base class, and which teacher the tokens belong to."""

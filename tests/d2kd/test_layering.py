@@ -21,9 +21,9 @@ ALLOWED = {
     "layers": {"rng"},
     "distillers": {"config", "errors", "files", "layers", "settings"},
     "modeling": {"config", "config_reader", "distillers", "errors", "layers", "rng"},
-    "data": {"errors", "modeling", "rng"},
+    "data": {"errors", "files", "modeling", "rng"},
     "visualization": set(),
-    "evaluation": {"errors", "files", "modeling", "runtime", "visualization"},
+    "evaluation": {"data", "errors", "files", "modeling", "runtime", "visualization"},
     "engine": {
         "config_reader",
         "data",

@@ -9,7 +9,6 @@ from torch import nn
 from d2kd.config import get_key
 from d2kd.distillers import Prediction
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone.vit import ViT
 
@@ -70,8 +69,11 @@ class Architecture:
 
     @classmethod
     def build_mapper(cls, cfg: CfgNode) -> Any:
-        """Returns what turns a training record (a dict in Detectron2's format) into the model's input."""
-        return DatasetMapper(cfg, is_train=True)
+        """Returns what turns a training record (a dict in Detectron2's format) into the model's input.
+
+        None stands for the usual one: images with boxes, masks and label maps.
+        """
+        return None
 
     @classmethod
     def with_test_augmentation(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:

@@ -1,0 +1,104 @@
+"""Classes: their number in model and data, and their names and order wherever they must agree."""
+
+from collections.abc import Mapping, Sequence
+
+from d2kd.data.coco import DatasetError, read_coco
+from d2kd.modeling.architectures import architecture_class
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+
+from .datasets import used_datasets
+
+#: Names of classes in the order of the model's, by the field of the metadata that has them: thing_classes, ...
+ClassNames = Mapping[str, Sequence[str]]
+
+#: Names that a message shows of one list.
+_SHOWN = 12
+
+
+def check_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+    """Compares the classes of the datasets of some splits with each other, and their number with the model's.
+
+    Done in the main process. Datasets that do not tell their classes without being loaded are not checked.
+
+    Raises:
+        DatasetError: if they differ.
+    """
+    if not comm.is_main_process():
+        return
+    names = used_datasets(cfg, splits)
+    for count, expected in architecture_class(cfg).class_counts(cfg):
+        known = {name: classes for name in names if (classes := class_names_of(name, count.metadata)) is not None}
+        for name, classes in known.items():
+            first = next(iter(known))
+            require_same_classes(
+                known[first], f"{_split_of(cfg, first)} {first!r}", classes, f"{_split_of(cfg, name)} {name!r}"
+            )
+            if len(classes) != expected:
+                raise DatasetError(
+                    f"Dataset {name!r} has {len(classes)} classes ({', '.join(map(str, classes[:5]))}"
+                    f"{', ...' if len(classes) > 5 else ''}), but {count.key} is {expected}. Set {count.key} to "
+                    f"{len(classes)}, or use another dataset."
+                )
+
+
+def require_same_classes(ours: Sequence[str], whose: str, theirs: Sequence[str], other: str) -> None:
+    """Compares names of classes and their order; a class is known to a model by its place only.
+
+    Args:
+        ours, theirs: in the order of the model's classes.
+        whose, other: what has them, for the message.
+
+    Raises:
+        DatasetError: they differ.
+    """
+    ours, theirs = list(ours), list(theirs)
+    if ours == theirs:
+        return
+    if sorted(map(str, ours)) == sorted(map(str, theirs)):
+        difference = "the same names in another order"
+    else:
+        i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        difference = f"they differ from class {i} on"
+    raise DatasetError(
+        f"{whose} has the classes {show_classes(ours)}, and {other} has {show_classes(theirs)}: {difference}. Give "
+        "their categories the same names in the same order (of ids), or use another dataset."
+    )
+
+
+def show_classes(names: Sequence[str]) -> str:
+    """Returns names of classes for a message, the first ones where there are many."""
+    more = f", ... {len(names)} in all" if len(names) > _SHOWN else ""
+    return f"({', '.join(map(str, names[:_SHOWN]))}{more})"
+
+
+def class_names_of(dataset: str, kind: str = "thing_classes") -> list[str] | None:
+    """Returns the class names of a registered dataset, from its metadata or else its COCO file; else None."""
+    meta = MetadataCatalog.get(dataset)
+    names = meta.get(kind)
+    if names is None and kind == "thing_classes" and meta.get("json_file") is not None:
+        names = read_coco(meta.json_file, need_annotations=False).class_names
+    return None if names is None else list(names)
+
+
+def class_names(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> dict[str, list[str]]:
+    """Returns the names of the classes that a model is configured for, by kind, as the first of its datasets tells.
+
+    Kinds that no dataset tells are left out, and so are files that are not there.
+    """
+    found = {}
+    for kind in dict.fromkeys(count.metadata for count, _ in architecture_class(cfg).class_counts(cfg)):
+        for name in used_datasets(cfg, splits):
+            try:
+                names = class_names_of(name, kind) if name in DatasetCatalog else None
+            except DatasetError:  # of a dataset that this run does not read
+                names = None
+            if names is not None:
+                found[kind] = names
+                break
+    return found
+
+
+def _split_of(cfg: CfgNode, name: str) -> str:
+    return f"DATASETS.{'TRAIN' if name in cfg.DATASETS.TRAIN else 'TEST'}"

@@ -1,0 +1,199 @@
+"""Checks a COCO annotation file before any training time is spent on it."""
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .image_files import check_image_files
+from .reading import CocoFile, DatasetError, id_of, read_coco, short, without_gc
+from .segmentation import SegmentationError, usable_segmentation
+
+logger = logging.getLogger(__name__)
+
+# How far a box may reach out of its image without a word, in pixels; annotation tools round.
+BOX_TOLERANCE = 1.0
+# Numbers beyond this are no coordinates.
+_MAX_COORDINATE = 1e9
+
+
+class CocoSummary(NamedTuple):
+    """What a COCO file holds."""
+
+    num_images: int
+    num_annotations: int
+    class_names: list[str]  # in the order of the category ids
+    num_objects: int  # annotations that are no crowds
+
+
+@without_gc()
+def validate_coco_json(
+    path: str,
+    image_root: str | None = None,
+    *,
+    need_annotations: bool = True,
+    missing_images: str = "error",
+    masks: str = "",
+    evaluated: bool = False,
+    as_it_stands: bool = False,
+) -> CocoSummary:
+    """Checks that a file is a sound COCO instances file.
+
+    Boxes without a positive width and height are a warning only (COCO itself has some), and so are boxes that reach out
+    of their image, unless most do.
+
+    Args:
+        path: the annotation file.
+        image_root: folder of the images; if given, every listed image must be there.
+        need_annotations: whether a file without "annotations" (an image list) is an error.
+        missing_images: "error", or "warn" where training leaves out images that cannot be read.
+        masks: what a model with masks needs: "polygon" or "bitmask" of every object in training, "any" of every
+            annotation in evaluation; "" is for models without, and looks at no segmentation.
+        evaluated: whether `area` counts, as it does in evaluation.
+        as_it_stands: whether the file is read by another loader than `load_coco`, which takes what this corrects
+            (floats for whole numbers, flags as text) otherwise: then it is an error.
+
+    Returns:
+        how many images, annotations and objects it has, and its classes.
+
+    Raises:
+        DatasetError: at the first thing that is wrong.
+    """
+    file = read_coco(path, need_annotations=need_annotations)
+    if file.notes and as_it_stands:
+        raise DatasetError(
+            f"{path}: {file.notes[0]}, which the loader of this dataset takes otherwise. Correct the file, or register "
+            "it in DATASETS.REGISTER."
+        )
+    for note in file.notes:
+        logger.info("%s: %s; read as what is meant", path, note)
+    if file.annotations:
+        _check_boxes(file)
+    if masks:
+        _check_masks(file, masks)
+    if evaluated:
+        for annotation in file.annotations:
+            area_of(file, annotation)
+    if image_root is not None:
+        check_image_files(file, image_root, missing_images)
+    objects = sum(annotation["iscrowd"] == 0 for annotation in file.annotations)
+    return CocoSummary(len(file.images), len(file.annotations), file.class_names, objects)
+
+
+def area_of(file: CocoFile, annotation: dict[str, Any]) -> float | None:
+    """Returns the area of an annotation in square pixels, by which COCO's evaluation tells small from large; None
+    where there is none.
+
+    Raises:
+        DatasetError: it is no such number.
+    """
+    area = annotation.get("area")
+    if area is None or (type(area) in (int, float) and 0 <= area <= _MAX_COORDINATE**2):
+        return area
+    raise DatasetError(
+        f"{file.path}: {file.where(annotation)} has area = {short(repr(area))}. It must be a number of square pixels; "
+        "without it, that of the box is taken."
+    )
+
+
+def _check_boxes(file: CocoFile) -> None:
+    """Boxes must be four numbers, and most of them inside their image."""
+    boxes = _box_array(file)
+    size_of = {image["id"]: (image["width"], image["height"]) for image in file.images}
+    sizes = np.array([size_of[a["image_id"]] for a in file.annotations], dtype=float)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    beyond = np.maximum(-low, high - sizes).max(1)
+    crossing = beyond > BOX_TOLERANCE
+    if crossing.any():
+        gone = ((low >= sizes) | (high <= 0)).any(1) & crossing
+        as_corners = (boxes[:, 2:] > low).all() and (boxes[:, 2:] <= sizes + BOX_TOLERANCE).all()
+        share = crossing.mean()
+        words = _outside(file, boxes, gone if gone.any() else crossing, "wholly " if gone.any() else "")
+        if gone.any() or share > 0.5 or (as_corners and share > 0.1):
+            hint = " They look like [x1, y1, x2, y2]." if as_corners else ""
+            raise DatasetError(f"{words}{hint} COCO boxes are [x, y, width, height] in pixels: correct them.")
+        logger.warning("%s They are clipped in training.", words)
+    empty = (boxes[:, 2:] <= 0).any(1)
+    if empty.any():
+        first = file.annotations[int(empty.argmax())]
+        logger.warning(
+            f"{file.path}: {int(empty.sum())} boxes have no positive width and height, first annotation"
+            f"{id_of(first)}; they are left out in training"
+        )
+    tiny = (boxes[:, 2:] < 1).all(1) & ~empty
+    if tiny.mean() >= 0.9:
+        first = file.annotations[int(tiny.argmax())]
+        logger.warning(
+            f"{file.path}: {int(tiny.sum())} of {len(boxes)} boxes are smaller than one pixel, first annotation"
+            f"{id_of(first)} with bbox {first['bbox']}. Are they shares of the image's size, from 0 to 1? COCO boxes "
+            "are [x, y, width, height] in pixels."
+        )
+
+
+def _outside(file: CocoFile, boxes: np.ndarray, which: np.ndarray, how: str) -> str:
+    annotation = file.annotations[int(which.argmax())]
+    image = next(image for image in file.images if image["id"] == annotation["image_id"])
+    return (
+        f"{file.path}: {int(which.sum())} of {len(boxes)} boxes lie {how}outside their image by more than "
+        f"{BOX_TOLERANCE:g} px, first annotation{id_of(annotation)} with bbox {annotation['bbox']} in "
+        f"{short(image['file_name'])}, which is {image['width']} x {image['height']} (width x height)."
+    )
+
+
+def _box_array(file: CocoFile) -> np.ndarray:
+    """All boxes (N, 4), as [x, y, width, height]."""
+    try:
+        boxes = np.array([a["bbox"] for a in file.annotations])
+        is_table = boxes.shape == (len(file.annotations), 4) and boxes.dtype.kind in "if"
+        if is_table and (np.abs(boxes) <= _MAX_COORDINATE).all():
+            return boxes.astype(float, copy=False)
+    except (ValueError, OverflowError):
+        pass  # Lists of different lengths, or huge numbers; the first wrong one is named below.
+    wrong = next(a for a in file.annotations if not _is_box(a["bbox"]))
+    if not isinstance(wrong["bbox"], list):
+        i = file.annotations.index(wrong)
+        raise DatasetError(
+            f"{file.path} is not in COCO format: annotations[{i}]{id_of(wrong)} has bbox = "
+            f"{short(repr(wrong['bbox']))}. It must be [x, y, width, height], four finite numbers."
+        )
+    raise DatasetError(
+        f"{file.path}: annotation{id_of(wrong)} of image {short(wrong['image_id'])} has bbox {short(wrong['bbox'])}. "
+        f"It must be [x, y, width, height], four finite numbers of at most {_MAX_COORDINATE:g}."
+    )
+
+
+def _is_box(box: Any) -> bool:
+    # also false for NaN, and for booleans, which are no coordinates
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(v) in (int, float) and -_MAX_COORDINATE <= v <= _MAX_COORDINATE for v in box)
+    )
+
+
+def _check_masks(file: CocoFile, masks: str) -> None:
+    """Every annotation must have a segmentation that masks can be made of; in training, crowds need none."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in file.images}
+    wanted = [a for a in file.annotations if masks == "any" or not a["iscrowd"]]
+    wrong: list[tuple[dict[str, Any], str]] = []
+    runs: list[dict[str, Any]] = []
+    for annotation in wanted:
+        try:
+            usable = usable_segmentation(annotation.get("segmentation"), *sizes[annotation["image_id"]])
+        except SegmentationError as error:
+            wrong.append((annotation, str(error)))
+        else:
+            if isinstance(usable, dict):
+                runs.append(annotation)
+    if wrong:
+        first, reason = wrong[0]
+        raise DatasetError(
+            f"{file.path}: {len(wrong)} of {len(wanted)} annotations have no mask that can be used, first "
+            f"{file.where(first)}: its segmentation {reason}. MODEL.MASK_ON needs one of each: correct them, remove "
+            "them, or set MODEL.MASK_ON False."
+        )
+    if runs and masks == "polygon":
+        raise DatasetError(
+            f"{file.path}: {len(runs)} of {len(wanted)} annotations have RLE masks, first {file.where(runs[0])}, and "
+            "INPUT.MASK_FORMAT is polygon: set it to bitmask."
+        )

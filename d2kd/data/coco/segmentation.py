@@ -1,0 +1,109 @@
+"""Segmentations of COCO: polygons [[x, y, x, y, ...], ...], or runs {"size": [h, w], "counts": ...} ("RLE")."""
+
+from typing import Any
+
+import pycocotools.mask as mask_util
+
+#: Numbers a polygon needs: three points.
+_MIN_NUMBERS = 6
+
+
+class SegmentationError(ValueError):
+    """A segmentation that no mask can be made of; the message completes "its segmentation ..."."""
+
+
+def usable_segmentation(value: Any, height: int, width: int) -> Any:
+    """Returns what of a segmentation a mask can be made of: its polygons of three points or more, or its runs.
+
+    Args:
+        value: of the key "segmentation"; None where there is none.
+        height, width: of the image.
+
+    Raises:
+        SegmentationError: nothing is left, or a part of it would crash or mislead what draws masks.
+    """
+    if isinstance(value, list) and value:
+        return _usable_polygons(value, max(height, width))
+    if isinstance(value, dict):
+        _check_runs(value, height, width)
+        return value
+    raise SegmentationError(f"is a {type(value).__name__}" if value else "is missing" if value is None else "is empty")
+
+
+def as_runs(value: Any, height: int, width: int) -> dict[str, Any]:
+    """Returns the mask of a segmentation as compressed RLE; arguments and errors as in `usable_segmentation`."""
+    usable = usable_segmentation(value, height, width)
+    if isinstance(usable, list):
+        return mask_util.merge(mask_util.frPyObjects(usable, height, width))
+    return mask_util.frPyObjects(usable, height, width) if isinstance(usable["counts"], list) else usable
+
+
+def _usable_polygons(polygons: list[Any], side: int) -> list[list[float]]:
+    whole = True
+    for polygon in polygons:
+        if type(polygon) is not list:
+            if type(polygon) in (int, float):
+                raise SegmentationError("is a flat list of numbers: put it into another pair of brackets")
+            kind = type(polygon).__name__
+            raise SegmentationError(f"has a {kind} where a polygon [x, y, x, y, ...] must be")
+        length = len(polygon)
+        if length < _MIN_NUMBERS or length % 2:
+            whole = False
+        if not length:
+            continue
+        try:
+            total, low, high = sum(polygon), min(polygon), max(polygon)
+        except (TypeError, OverflowError):
+            raise SegmentationError(_describe_item(polygon)) from None
+        # a far corner takes as much memory to draw as there are pixels up to it; NaN compares as false
+        if not (low >= -side and high <= 2 * side and total == total):
+            raise SegmentationError("has a coordinate that is not finite or far outside the image")
+    usable = polygons if whole else [p for p in polygons if len(p) >= _MIN_NUMBERS and len(p) % 2 == 0]
+    if not usable:
+        few = all(len(p) < _MIN_NUMBERS for p in polygons)
+        raise SegmentationError("has fewer than three points" if few else "has an odd number of coordinates")
+    return usable
+
+
+def _describe_item(polygon: list[Any]) -> str:
+    item = next((item for item in polygon if type(item) not in (int, float)), None)
+    if isinstance(item, list):
+        return "is a list of points [x, y]: COCO's polygons are [x, y, x, y, ...]"
+    return f"has a {type(item).__name__} where a coordinate must be"
+
+
+def _check_runs(rle: dict[str, Any], height: int, width: int) -> None:
+    size, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(size, list) or [type(n) for n in size] != [int, int] or not isinstance(counts, (list, str)):
+        raise SegmentationError('is a dict, and no RLE {"size": [height, width], "counts": a list or a string}')
+    if size != [height, width]:
+        swapped = " (height and width are swapped)" if size == [width, height] else ""
+        raise SegmentationError(f"has the size {size}, and its image is [{height}, {width}]{swapped}")
+    runs = counts if isinstance(counts, list) else _decode_runs(counts)
+    if not all(type(run) is int and 0 <= run <= height * width for run in runs):
+        raise SegmentationError("has runs that are no numbers of pixels")
+    if sum(runs) != height * width:
+        raise SegmentationError(f"has runs of {sum(runs)} pixels in all, and its image has {height * width}")
+
+
+def _decode_runs(text: str) -> list[int]:
+    """The lengths of runs in COCO's compressed form: groups of 5 bits a character from "0" on, bit 6 continues.
+
+    From the fourth on they are differences to the run before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in text.encode("utf-8", "replace"):
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise SegmentationError("has counts that are no compressed RLE")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise SegmentationError("has counts that end in the middle of a number")
+    return runs

@@ -1,0 +1,170 @@
+"""From a dataset's record to a model's input; images that cannot be used are named, or another takes their place."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2kd.data.coco import DatasetError
+from d2kd.errors import UserError, require_choice
+from d2kd.modeling.architectures import architecture_class
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import transforms as T
+
+from .images import decoding_problem, image_problem, label_map_problem, read_label_map
+
+__all__ = ["ON_BAD_IMAGE", "build_mapper", "handing_over_failures", "raise_failures", "wrap_mapper"]
+
+logger = logging.getLogger(__name__)
+
+ON_BAD_IMAGE = ("error", "skip")
+
+Mapper = Callable[[dict[str, Any]], Any]
+
+
+class ImageMapper(DatasetMapper):
+    """Detectron2's mapper, whose label maps hold classes and not shades: a palette is not applied."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """
+        Args:
+            dataset_dict: one image in Detectron2's standard format. It is not changed.
+
+        Returns:
+            What the model takes; in evaluation without ground truth.
+        """
+        record = dict(dataset_dict)
+        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        detection_utils.check_image_size(record, image)
+        labels, label_file = None, record.pop("sem_seg_file_name", None)
+        if self.is_train and label_file is not None:
+            labels = read_label_map(label_file)
+        inputs = T.AugInput(image, sem_seg=labels)
+        transforms = self.augmentations(inputs)
+        pixels = inputs.image if inputs.image.ndim == 3 else inputs.image[:, :, None]
+        record["image"] = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        if inputs.sem_seg is not None:
+            record["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype(np.int64))
+        if getattr(self, "proposal_topk", None) is not None:
+            detection_utils.transform_proposals(record, image.shape[:2], transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
+            self._transform_annotations(record, transforms, inputs.image.shape[:2])
+        return record
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
+    """Returns the mapper of a configuration: in training that of the architecture, if it has one of its own."""
+    own = architecture_class(cfg).build_mapper(cfg) if is_train else None
+    return ImageMapper(cfg, is_train) if own is None else own
+
+
+def wrap_mapper(mapper: Mapper, on_bad_image: str, *, evaluates: bool = False) -> Mapper:
+    """A mapper that explains, or skips, images that cannot be decoded, that have not their listed size, or whose pixels
+    are no 8-bit numbers.
+
+    Args:
+        mapper: takes a dataset dict.
+        on_bad_image: "error" raises `DatasetError`; "skip" logs each file once per loading process and returns None,
+            upon which the loader takes another image. Evaluation must use "error": a replaced image would go unnoticed
+            in its results.
+        evaluates: whether it is for evaluation, for the advice.
+
+    Raises:
+        ConfigError: if `on_bad_image` is something else.
+    """
+    require_choice("DATASETS.ON_BAD_IMAGE", on_bad_image, ON_BAD_IMAGE)
+    other = "" if evaluates else ", or set DATASETS.ON_BAD_IMAGE to skip to train without it"
+    return _GuardedMapper(mapper, on_bad_image == "skip", f"Repair it or remove it from the dataset{other}.")
+
+
+class _GuardedMapper:
+    """Looks at files before a mapper reads them for the first time, and for the cause when it fails."""
+
+    def __init__(self, mapper: Mapper, skip: bool, advice: str) -> None:
+        self.mapper = mapper
+        self.skip = skip
+        self.advice = advice
+        self._sound: set[str] = set()
+        self._reported: set[str] = set()
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any | None:
+        name = str(dataset_dict.get("file_name"))
+        cause: Exception | None = None
+        problem = None if name in self._sound else _file_problem(dataset_dict)
+        if problem is None:
+            self._sound.add(name)
+            try:
+                return self.mapper(dataset_dict)
+            except (MemoryError, UserError):
+                raise
+            except Exception as error:
+                problem, cause = _file_problem(dataset_dict, decode=True), error
+                if problem is None:
+                    raise
+        if not self.skip:
+            raise DatasetError(f"{problem} {self.advice}") from cause
+        if problem not in self._reported:
+            self._reported.add(problem)
+            logger.warning("%s It is skipped (DATASETS.ON_BAD_IMAGE).", problem)
+        return None
+
+
+def _file_problem(record: dict[str, Any], decode: bool = False) -> str | None:
+    """What is wrong with the image or the label map of a record; None if both can be read."""
+    size = (record["width"], record["height"]) if "width" in record and "height" in record else None
+    for key, what, look in (
+        ("file_name", "Image", image_problem),
+        ("sem_seg_file_name", "Label map", label_map_problem),
+    ):
+        if key in record:
+            path = record[key]
+            problem = look(path, size) or (decoding_problem(path, what) if decode else None)
+            if problem:
+                return problem
+    return None
+
+
+class LoadingFailure:
+    """What a loading process hands over for an image that it cannot load: raised there, an error would lose its
+    one line among those of the processes."""
+
+    def __init__(self, message: str) -> None:
+        """
+        Args:
+            message: of the error.
+        """
+        self.message = message
+
+
+def handing_over_failures(mapper: Mapper) -> Mapper:
+    """Returns a mapper that returns a `LoadingFailure` where the given one raises a `UserError`."""
+    return _HandingOver(mapper)
+
+
+class _HandingOver:
+    def __init__(self, mapper: Mapper) -> None:
+        self.mapper = mapper
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        try:
+            return self.mapper(dataset_dict)
+        except UserError as error:
+            return LoadingFailure(str(error))
+
+
+def raise_failures(batch: list[Any]) -> list[Any]:
+    """Returns a batch as it is.
+
+    Raises:
+        DatasetError: one of its images could not be loaded.
+    """
+    for item in batch:
+        if isinstance(item, LoadingFailure):
+            raise DatasetError(item.message)
+    return batch

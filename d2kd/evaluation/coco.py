@@ -1,0 +1,102 @@
+"""COCO's metrics, whatever the ids of a dataset: back-ends see images, annotations and categories as 1, 2, 3, ..."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from pycocotools.coco import COCO
+
+from d2kd.data.coco import CocoFile, SegmentationError, area_of, parse_coco, usable_segmentation
+from detectron2.evaluation import COCOEvaluator
+
+Entries = list[dict[str, Any]]
+
+
+class NumberedCOCO(COCO):
+    """Ground truth under ids of its own; what comes in and is asked for has the user's.
+
+    Back-ends keep ids as floats, or take id 0 for "none", so that the metrics would depend on the numbering. Images and
+    annotations are numbered in the order of the file, categories in the order of their ids (that of the classes).
+    """
+
+    def __init__(self, file: CocoFile) -> None:
+        """
+        Args:
+            file: the ground truth; it is not changed.
+
+        Raises:
+            DatasetError: the area of an annotation is no number.
+        """
+        super().__init__()
+        self._images = {image["id"]: n for n, image in enumerate(file.images, 1)}
+        self._categories = {category["id"]: n for n, category in enumerate(file.sorted_categories(), 1)}
+        self.dataset = {
+            "images": [{**image, "id": n} for n, image in enumerate(file.images, 1)],
+            "annotations": [self._numbered(file, n, a) for n, a in enumerate(file.annotations, 1)],
+            "categories": [{**c, "id": n} for n, c in enumerate(file.sorted_categories(), 1)],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.createIndex()
+
+    def _numbered(self, file: CocoFile, number: int, annotation: dict[str, Any]) -> dict[str, Any]:
+        image = self._images[annotation["image_id"]]
+        numbered = {
+            **annotation,
+            "id": number,
+            "image_id": image,
+            "category_id": self._categories[annotation["category_id"]],
+            "area": area_of(file, annotation),
+        }
+        if numbered["area"] is None:
+            numbered["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        try:
+            size = file.images[image - 1]["height"], file.images[image - 1]["width"]
+            numbered["segmentation"] = usable_segmentation(annotation.get("segmentation"), *size)
+        except SegmentationError:  # an error in the check of the dataset, for models with masks
+            numbered.pop("segmentation", None)
+        return numbered
+
+    def image_number(self, image_id: Any) -> int:
+        """Returns the id of an image here."""
+        return self._images[image_id]
+
+    def loadRes(self, resFile: Entries) -> COCO:
+        """Returns detections, given in COCO's result format with the user's ids, under the ids here."""
+        return super().loadRes(
+            [
+                {
+                    **result,
+                    "image_id": self._images[result["image_id"]],
+                    "category_id": self._categories[result["category_id"]],
+                }
+                for result in resFile
+            ]
+        )
+
+    def getAnnIds(self, imgIds: Any = (), catIds: Any = (), areaRng: Any = (), iscrowd: Any = None) -> list[int]:
+        """As in pycocotools, with the user's ids."""
+        images = imgIds if isinstance(imgIds, (list, tuple)) else [imgIds]
+        categories = catIds if isinstance(catIds, (list, tuple)) else [catIds]
+        return super().getAnnIds(
+            [self._images[i] for i in images], [self._categories[c] for c in categories], areaRng, iscrowd
+        )
+
+
+class CocoEvaluator(COCOEvaluator):
+    """Detectron2's evaluator; its numbers do not depend on the ids of the dataset, which stay in what it writes."""
+
+    def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
+        """Takes the arguments of `COCOEvaluator`.
+
+        Raises:
+            DatasetError: the dataset is no sound COCO file.
+        """
+        super().__init__(dataset_name, *args, **kwargs)
+        path = self._metadata.json_file
+        content: Any = self._coco_api.dataset
+        self._coco_api: NumberedCOCO = NumberedCOCO(parse_coco(path, content, need_annotations=False))
+
+    def evaluate(self, img_ids: Sequence[Any] | None = None) -> Any:
+        """As in `COCOEvaluator`; `img_ids` are the dataset's."""
+        return super().evaluate(None if img_ids is None else [self._coco_api.image_number(i) for i in img_ids])
