@@ -63,7 +63,7 @@ def configuration(pair: str, method: str, device: str, weights: str) -> CfgNode:
     if method == "ReceptiveTokens":
         cfg.DISTILL.RECEPTIVE_TOKENS.FILE = f"{weights}.tokens"
         cfg.DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS = 0  # with the student's masks, which cost more
-        learner = TokenLearner(load_teacher(teacher_config(cfg)))
+        learner = TokenLearner(load_teacher(teacher_config(cfg))[0])
         learner.export_tokens(dict.fromkeys(learner.taps, 0.0), 0).save(cfg.DISTILL.RECEPTIVE_TOKENS.FILE)
     return cfg
 

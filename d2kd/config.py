@@ -144,6 +144,22 @@ def list_renamed_keys() -> list[RenamedKey]:
     return [renamed for listing in _renamed for renamed in listing()]
 
 
+_paths: list[Callable[[], Iterable[str]]] = [
+    lambda: ["MODEL.WEIGHTS", "DISTILL.TEACHER.CONFIG_FILE", "DISTILL.TEACHER.WEIGHTS"]
+]
+
+
+def path_keys(listing: Callable[[], Iterable[str]]) -> Callable[[], Iterable[str]]:
+    """Registers a function that lists keys with paths of files; a decorator for whoever has some."""
+    _paths.append(listing)
+    return listing
+
+
+def list_path_keys() -> list[str]:
+    """Returns all keys with paths of files, which are looked for beside the YAML that names them, too."""
+    return [key for listing in _paths for key in listing()]
+
+
 def get_key(cfg: Any, key: str, default: Any = None) -> Any:
     """Returns the value of a whole key, e.g. "MODEL.FCOS.NUM_CLASSES", in nested dictionaries; else the default."""
     for part in key.split("."):

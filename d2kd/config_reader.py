@@ -5,12 +5,12 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from d2kd.config import RenamedKey, add_distill_config, list_renamed_keys
+from d2kd.config import RenamedKey, add_distill_config, list_path_keys, list_renamed_keys
 from d2kd.errors import ConfigError, UserError, did_you_mean
 from d2kd.plugins import import_plugins
 from detectron2.config import CfgNode, get_cfg
@@ -68,9 +68,9 @@ def read_config(
             _tell(f"Old keys in {where}, still accepted: {'; '.join(renamed)}", notices)
     cfg = get_cfg()
     add_distill_config(cfg)
-    floats = {key for key, value in leaves(cfg) if isinstance(value, float)}
-    _merge(cfg, lambda: _merge_content(cfg, path, _with_floats(list(flat.items()), floats)), path)
-    changes = [item for pair in _with_floats(pairs, floats) for item in pair]
+    defaults = dict(leaves(cfg))
+    _merge(cfg, lambda: _merge_content(cfg, path, _with_types(list(flat.items()), defaults)), path)
+    changes = [item for pair in _with_types(pairs, defaults) for item in pair]
     _merge(cfg, lambda: cfg.merge_from_list(changes), source)
     cfg.DISTILL.IMPORTS = list(dict.fromkeys([*loader.imports, *named]))
     return cfg
@@ -92,7 +92,7 @@ class _Loader(CfgNode):
             cls.imports += import_plugins(names, [os.path.dirname(filename), ""])
         pairs, words = _rename(list(flat.items()))
         cls.words[filename] = words
-        return _nest(pairs)
+        return _nest(_with_paths(pairs, os.path.dirname(filename)))
 
 
 def _loader(with_imports: bool) -> type[_Loader]:
@@ -195,9 +195,41 @@ def _tell(text: str, notices: list[str] | None) -> None:
         logger.warning("%s", text)
 
 
-def _with_floats(pairs: Sequence[tuple[str, Any]], floats: set[str]) -> list[tuple[str, Any]]:
-    """Lets a whole number set a key that holds a float; the configuration system itself wants "8.0"."""
-    return [(k, float(v) if k in floats and type(v) is int and abs(v) < 2**63 else v) for k, v in pairs]
+def _with_types(pairs: Sequence[tuple[str, Any]], defaults: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Lets a whole number set a key that holds a float, and a single name one that holds names, without brackets."""
+
+    def typed(default: Any, value: Any) -> Any:
+        if isinstance(default, float) and type(value) is int and abs(value) < 2**63:
+            return float(value)
+        if isinstance(default, (list, tuple)) and isinstance(value, str) and all(type(x) is str for x in default):
+            return [value] if value else []
+        return value
+
+    return [(key, typed(defaults.get(key), value)) for key, value in pairs]
+
+
+def _with_paths(pairs: Sequence[tuple[str, Any]], directory: str) -> list[tuple[str, Any]]:
+    """Paths of files that are not in the working directory, but beside the YAML in `directory`, become those."""
+    keys = set(list_path_keys())
+
+    def found(path: Any) -> Any:
+        file, *options = path.split("?") if isinstance(path, str) else [""]
+        beside = os.path.join(directory, file)
+        if not file or "://" in file or os.path.exists(file) or not os.path.exists(beside):
+            return path
+        return "?".join([beside, *options])
+
+    def with_paths(key: str, value: Any) -> Any:
+        if key == "DATASETS.REGISTER" and isinstance(value, (list, tuple)):
+            return [
+                {k: v if k in ("NAME", "FORMAT") else found(v) for k, v in entry.items()}
+                if isinstance(entry, dict)
+                else entry
+                for entry in value
+            ]
+        return found(value) if key in keys else value
+
+    return [(key, with_paths(key, value)) for key, value in pairs]
 
 
 class _Dumper(yaml.SafeDumper):

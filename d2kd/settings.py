@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from operator import ge, gt, le
+from operator import ge, gt, le, lt
 from typing import Any, ClassVar
 
 from d2kd.errors import ConfigError, did_you_mean, require_choice
@@ -25,9 +25,11 @@ class Setting:
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    below: float | None = None
     items: type | None = None
     iterations: bool = False
     config_only: bool = False
+    path: bool = False
     key: str = ""
     renamed_values: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,7 +63,12 @@ class Setting:
     def _check_range(self, key: str, value: float) -> None:
         if not -MAX_NUMBER <= value <= MAX_NUMBER:  # also false for NaN
             raise ConfigError(f"{key} is {value}; it must be a finite number, of at most 64 bits.")
-        rules = ((self.at_least, ge, "at least"), (self.above, gt, "above"), (self.at_most, le, "at most"))
+        rules = (
+            (self.at_least, ge, "at least"),
+            (self.above, gt, "above"),
+            (self.at_most, le, "at most"),
+            (self.below, lt, "below"),
+        )
         given = [(bound, holds, words) for bound, holds, words in rules if bound is not None]
         if not all(holds(value, bound) for bound, holds, _ in given):
             rule = " and ".join(f"{words} {bound:g}" for bound, _, words in given)
@@ -85,10 +92,11 @@ def setting(default: Any, doc: str, **declaration: Any) -> Any:
     Args:
         default: of the YAML key and of the constructor's argument; its type is the key's type.
         doc: what it means, with its unit.
-        declaration: `choices` (words that are allowed); `at_least`, `above`, `at_most` (bounds of a number, or of every
-            number in a list); `items` (type of a list's items, by default str); `iterations=True` (counted in
+        declaration: `choices` (words that are allowed); `at_least`, `above`, `at_most`, `below` (bounds of a number, or
+            of every number in a list); `items` (type of a list's items, by default str); `iterations=True` (counted in
             iterations: scaled with the number of processes, see SOLVER.REFERENCE_WORLD_SIZE); `config_only=True` (a
-            YAML key that is no argument of the constructor); `key` (the YAML key, by default the name in capitals);
+            YAML key that is no argument of the constructor); `path=True` (of a file; looked for beside the YAML that
+            names it, too); `key` (the YAML key, by default the name in capitals);
             `renamed_values` (old words that configurations may still have, to new ones).
     """
     return Setting(default, doc, **declaration)

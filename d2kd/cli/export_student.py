@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def export(source: str, target: str, average: bool = False) -> int:
-    """Writes `target`; returns the number of tensors in it.
+    """Writes `target`, with the names of the classes; returns the number of tensors in it.
 
     Args:
         source: a checkpoint of a training run.
@@ -37,10 +37,11 @@ def export(source: str, target: str, average: bool = False) -> int:
     if average:
         if "ema" not in content:
             raise CheckpointError(f"{source} holds no 'ema': its run did not set SOLVER.EMA.ENABLED.")
-        content = content["ema"]
+    weights = content["ema"]["model"] if average else content["model"]
+    kept = {key: content[key] for key in ("class_names",) if key in content}
     with replacing(target) as temporary:
-        torch.save({"model": content["model"]}, temporary)
-    return len(content["model"])
+        torch.save({"model": weights, **kept}, temporary)
+    return len(weights)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -100,5 +100,15 @@ def class_names(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> dict
     return found
 
 
+def share_class_names(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+    """Lets every process know, in the metadata, what the main one has learned when it checked the datasets."""
+    kinds = ("thing_classes", "stuff_classes")
+    used = [name for name in used_datasets(cfg, splits) if name in DatasetCatalog]
+    known = comm.all_gather([(n, k, MetadataCatalog.get(n).get(k)) for n in used for k in kinds])[0]
+    for name, kind, names in known:
+        if names is not None and MetadataCatalog.get(name).get(kind) is None:
+            MetadataCatalog.get(name).set(**{kind: names})
+
+
 def _split_of(cfg: CfgNode, name: str) -> str:
     return f"DATASETS.{'TRAIN' if name in cfg.DATASETS.TRAIN else 'TEST'}"

@@ -196,7 +196,7 @@ def _check_objects(cfg: CfgNode, split: str, summaries: Mapping[str, CocoSummary
             "files, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images too."
         )
     metric = cfg.TEST.BEST_CHECKPOINT.METRIC
-    judged = [name for name in empty if len(summaries) == 1 or metric.startswith(f"{name}/")]
+    judged = [name for name in empty if len(summaries) == 1 or metric.startswith((f"{name}/", f"{name}_EMA/"))]
     if split == "TEST" and metric and judged:
         raise DatasetError(
             f"TEST.BEST_CHECKPOINT.METRIC is {metric!r}, which is never defined on DATASETS.TEST: "

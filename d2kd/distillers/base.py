@@ -7,14 +7,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from d2kd.config import RenamedKey, config_keys, renamed_keys
+from d2kd.config import RenamedKey, config_keys, path_keys, renamed_keys
 from d2kd.errors import ConfigError
 from d2kd.layers import NORMALIZATIONS, REDUCTIONS, align_resolution, align_validity
 from d2kd.settings import Configurable, setting
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
-from .taps import TapPair, build_aligner, check_alignable
+from .taps import AlignmentError, TapPair, build_aligner, check_alignable
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
@@ -178,16 +178,28 @@ class Distiller(Configurable, nn.Module):
         for level, (ours, theirs) in enumerate(self.pairs):
             known = valid.get(theirs.name) if valid else None
             if known is None:
-                loss = self.level_loss(level, *self.aligned(level, student, teacher))
+                loss = self._loss(level, *self.aligned(level, student, teacher))
             else:
                 # positions that the teacher did not compute may hold anything, even NaN
                 whole = teacher[theirs.name].where(known[:, None], 0)
                 s, t = self.aligned(level, student, {theirs.name: whole})
                 known = align_validity(known, self._stride_ratios[level] or 1.0, (s.shape[-2], s.shape[-1]))
-                loss_where: Callable[..., Tensor] = self.level_loss  # it takes `valid`, see `takes_validity`
-                loss = loss_where(level, s, t, valid=known)
+                loss = self._loss(level, s, t, valid=known)  # it takes `valid`, see `takes_validity`
             losses[ours.name] = self.weight_of(level) * loss
         return losses
+
+    def _loss(self, level: int, student: Tensor, teacher: Tensor, **valid: Tensor) -> Tensor:
+        level_loss: Callable[..., Tensor] = self.level_loss
+        try:
+            return level_loss(level, student, teacher, **valid)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise AlignmentError(
+                f"DISTILL.{self.NODE}.TAPS, {self.pairs[level]}: the map is {tuple(student.shape)} (N, C, H, W), one "
+                "value a channel, and batch norm needs more. Leave that tap out, or take larger images "
+                "(INPUT.MIN_SIZE_TRAIN) or more of them (SOLVER.IMS_PER_BATCH)."
+            ) from error
 
     def build_aligners(self) -> nn.ModuleList:
         """Returns one aligner per pair, from student to teacher channels."""
@@ -200,13 +212,19 @@ class Distiller(Configurable, nn.Module):
     def aligned(self, level: int, student: FeatureMaps, teacher: FeatureMaps) -> tuple[Tensor, Tensor]:
         """Returns both maps of a pair at equal H and W; no gradient for the teacher, nor for a student of weight 0."""
         ours, theirs = self.pairs[level]
-        s, t = student[ours.name], teacher[theirs.name].detach()
+        s, t = student[ours.name], self.teacher_feature(level, teacher).detach()
         if self.weight == 0:
             s = s.detach()
         ratio = self._stride_ratios[level]
         if ratio is None or (ratio == 1.0 and s.shape[-2:] == t.shape[-2:]):
             return s, t
         return align_resolution(s, t, ratio)
+
+    def teacher_feature(self, level: int, teacher: FeatureMaps) -> Tensor:
+        """Returns the teacher's feature of a pair, with its classes in the student's order where it predicts them."""
+        tap = self.pairs[level].teacher
+        feature = teacher[tap.name]
+        return feature if tap.order is None else feature[:, list(tap.order)]
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the unweighted scalar loss of one pair of maps of equal H and W.
@@ -242,6 +260,13 @@ def add_method_keys(cfg: CfgNode) -> None:
                 f"The method {name} has the node DISTILL.{method.NODE}, which is taken: give its class another NODE."
             )
         cfg.DISTILL[method.NODE] = method.default_node()
+
+
+@path_keys
+def method_path_keys() -> Iterator[str]:
+    """Yields the keys of all methods that hold paths."""
+    for _, method in DISTILLERS:
+        yield from (f"DISTILL.{method.NODE}.{s.key}" for s in method.SETTINGS.values() if s.path)
 
 
 @renamed_keys

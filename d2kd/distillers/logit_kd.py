@@ -65,11 +65,12 @@ class LogitKD(PredictionDistiller):
         is by that of the foreground: a mean over all anchors would vanish among the background.
         """
         losses = super().forward(student, teacher, valid)
-        dense = [pair for pair, form in zip(self.pairs, self._forms) if form == "sigmoid"]
+        dense = [(level, pair) for level, pair in enumerate(self.pairs) if self._forms[level] == "sigmoid"]
         if dense:
-            counts = [soft_count(_classes(pair.student, teacher[pair.teacher.name])) for pair in dense]
+            logits = [_classes(pair.student, self.teacher_feature(level, teacher)) for level, pair in dense]
+            counts = [soft_count(x) for x in logits]
             objects = sum(counts[1:], start=counts[0]).clamp(min=1)
-            losses.update({pair.name: losses[pair.name] / objects for pair in dense})
+            losses.update({pair.name: losses[pair.name] / objects for _, pair in dense})
         return losses
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class MaskedGenerative(FeatureDistiller):
     """
 
     mask_ratio: float = setting(
-        0.65, "Share of the positions (or channels) of the student's map that is dropped.", at_least=0, at_most=1
+        0.65, "Share of the positions (or channels) of the student's map that is dropped.", at_least=0, below=1
     )
     mask: str = setting(
         "spatial", "spatial: drop positions of all channels | channel: drop whole channels.", choices=MASK_KINDS

@@ -54,6 +54,10 @@ class TapInfo(NamedTuple):
     prediction: Prediction | None = None
     #: The last batch norm before it, where there is one.
     norm: NormAffine | None = None
+    #: Whether a gradient that reaches it reaches parameters that are trained.
+    trainable: bool = True
+    #: Channels to take, in this order, where these are classes that the other network has in another one; None for all.
+    order: tuple[int, ...] | None = None
 
     @property
     def is_vector(self) -> bool:

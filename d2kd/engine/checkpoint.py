@@ -10,14 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from d2kd.data.classes import require_same_classes
 from d2kd.errors import UserError
 from d2kd.files import replacing
 from d2kd.modeling import DistilledModel
 from d2kd.modeling.architectures import architecture_of
+from d2kd.modeling.pretrained_names import input_advice, source_of, to_detectron2, unpacked
+from d2kd.modeling.strict_loading import require_finite
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from .ema import ModelEMA
+from .run_settings import compare_settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,8 @@ class CheckpointError(UserError):
 class DistillCheckpointer(DetectionCheckpointer):
     """Saves the student as "model", which is all that Detectron2 reads, and beside it what a resumed run needs.
 
-    That is "distillers", "balance", "teacher_passes", "ema" and "trainer" (states), "methods" (names) and "iteration".
+    That is "distillers", "balance", "teacher_passes", "ema" and "trainer" (states), "methods" and "class_names",
+    "settings" (see `run_settings`) and "iteration".
     """
 
     def __init__(
@@ -44,6 +50,8 @@ class DistillCheckpointer(DetectionCheckpointer):
         distilled: DistilledModel | None = None,
         ema: ModelEMA | None = None,
         methods: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        class_names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """
         Args:
@@ -53,8 +61,18 @@ class DistillCheckpointer(DetectionCheckpointer):
             distilled: for runs with a teacher; its distillers, balance and passes are saved and loaded.
             ema: the same, for runs that average the student's weights.
             methods: names of the methods of a run with a teacher; it is only resumed with the same.
+            settings: that are compared on resuming, see `run_settings`.
+            class_names: of the classes that the student predicts, by kind; only a run with the same is resumed.
         """
-        self.methods = None if methods is None else list(methods)
+        self.about: dict[str, Any] = {
+            "methods": None if methods is None else list(methods),
+            "settings": dict(settings or {}),
+            "class_names": {kind: list(names) for kind, names in (class_names or {}).items()},
+        }
+        #: settings of the checkpoint that a resumed run has been loaded from, where they differ and have no effect
+        self.in_force: dict[str, Any] = {}
+        #: whose weights a run has started from, where they are of another project (see `pretrained_names`)
+        self.source: str | None = None
         self._resuming = False
         extra: dict[str, Any] = {"ema": ema}
         if distilled is not None:
@@ -91,13 +109,48 @@ class DistillCheckpointer(DetectionCheckpointer):
             self.checkpointables["ema"].reset()
         return rest
 
+    def advise(self, cfg: CfgNode) -> None:
+        """Warns where a configuration does not suit the weights that a run has started from."""
+        advice = None if self.source is None else input_advice(self.source, cfg)
+        if advice is not None:
+            logger.warning("%s", advice)
+
     def _load_model(self, checkpoint: Any) -> Any:
         self._loaded = set(checkpoint)
-        if self._resuming and checkpoint.get("methods") != self.methods:
+        weights = unpacked(checkpoint.pop("model"))
+        require_finite(weights)
+        checkpoint = {**checkpoint, "model": weights}
+        if not self._resuming:
+            return self._load_start(checkpoint)
+        if checkpoint.get("methods") != self.about["methods"]:
             raise CheckpointError(
-                f"it was written {_with(checkpoint.get('methods'))}, and this run is one {_with(self.methods)}"
+                f"it was written {_with(checkpoint.get('methods'))}, and this run is one {_with(self.about['methods'])}"
             )
+        for kind, names in self.about["class_names"].items():
+            require_same_classes(checkpoint.get("class_names", {}).get(kind, names), "it", names, "this run")
+        self.in_force = compare_settings(checkpoint.get("settings", {}), self.about["settings"])
         return super()._load_model(checkpoint)
+
+    def _load_start(self, checkpoint: Any) -> Any:
+        """Loads the weights that a run starts from; they may be torchvision's or timm's."""
+        self.source = source_of(checkpoint["model"])
+        if self.source is not None:
+            placed, left = to_detectron2(checkpoint["model"], self.model.state_dict())
+            if placed:
+                checkpoint = {**checkpoint, "model": placed, "matching_heuristics": False}
+                names = ", ".join(left[:8]) or "none"
+                logger.info("Weights of a %s: %d tensors have a place; left out: %s", self.source, len(placed), names)
+        example = min(checkpoint["model"], default="none")
+        incompatible = super()._load_model(checkpoint)
+        bottom_up = f"{architecture_of(self.model).bottom_up}."
+        wanted = {name for name, _ in self.model.named_parameters() if name.startswith(bottom_up)}
+        failed = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+        if wanted and wanted <= failed:
+            raise CheckpointError(
+                f"nothing of it fits the backbone, which has e.g. {min(wanted)}, and the file e.g. {example}. Give  the "
+                "weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none"
+            )
+        return incompatible
 
 
 def _with(methods: Sequence[str] | None) -> str:

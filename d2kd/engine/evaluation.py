@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2kd.data.classes import ClassNames, class_names, require_same_classes
 from d2kd.errors import ConfigError
 from d2kd.evaluation.build import folder_of
 from d2kd.files import write_json
-from d2kd.modeling import build_network, load_strictly, load_teacher, teacher_config
+from d2kd.modeling import Teacher, TeacherError, build_network, load_strictly, load_teacher, teacher_config
 from d2kd.modeling.architectures import architecture_class, architecture_of
+from d2kd.modeling.classes import Classes, classes_of, match_classes
 from d2kd.rng import preserve_rng_state
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -160,7 +162,8 @@ def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str
             "OUTPUT_DIR."
         )
     model = build_network(cfg, "--config-file")
-    load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
+    saved = load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
+    _check_class_names(cfg, path, saved.get("class_names"))
     results = dict(trainer_class.test(cfg, model))
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer_class.test_with_tta(cfg, model))
@@ -169,27 +172,66 @@ def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str
     return results
 
 
-def evaluate_teacher(trainer_class: Any, cfg: CfgNode, model: nn.Module | None = None) -> Results:
-    """Evaluates the teacher on `cfg.DATASETS.TEST`, with its own input sizes and channel order.
+def _check_class_names(cfg: CfgNode, path: str, saved: ClassNames | None) -> None:
+    """Compares the classes of the test sets with those that a checkpoint was trained for, or else with those of
+    DATASETS.TRAIN; older checkpoints do not tell theirs.
+
+    Raises:
+        DatasetError: they differ.
+    """
+    data, train = class_names(cfg, ("TEST",)), class_names(cfg, ("TRAIN",))
+    for kind, names in data.items():
+        if saved is not None and kind in saved:
+            require_same_classes(
+                saved[kind], f"The checkpoint {path}", names, f"DATASETS.TEST {cfg.DATASETS.TEST[0]!r}"
+            )
+        elif kind in train:
+            require_same_classes(
+                train[kind],
+                f"DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]!r}",
+                names,
+                f"DATASETS.TEST {cfg.DATASETS.TEST[0]!r}",
+            )
+
+
+def evaluate_teacher(trainer_class: Any, cfg: CfgNode, teacher: Teacher | None = None) -> Results:
+    """Evaluates the teacher on `cfg.DATASETS.TEST`, with its own input sizes and channel order, and under the student's
+    limits (see `teacher_config`).
 
     Writes `OUTPUT_DIR/teacher/result.json`.
 
     Args:
         trainer_class: its `test` evaluates.
         cfg: the student's configuration, which names the teacher.
-        model: the teacher, if it is loaded already.
+        teacher: if it is loaded already.
+
+    Raises:
+        TeacherError: its classes are not those of the data, so that its metrics are not defined there.
     """
     teacher_cfg = teacher_config(cfg)
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher_cfg.DATASETS.TEST = cfg.DATASETS.TEST
-    model = load_teacher(teacher_cfg) if model is None else model
+    if teacher is None:
+        _require_classes_of_data(cfg, classes_of(teacher_cfg))  # their number is known before the weights are
+        teacher = Teacher(*load_teacher(teacher_cfg))
+    _require_classes_of_data(cfg, teacher.classes)
     logger.info("Evaluating the teacher on %s", ", ".join(cfg.DATASETS.TEST))
-    results = trainer_class.test(teacher_cfg, model.eval())
+    results = trainer_class.test(teacher_cfg, teacher.model)
     if comm.is_main_process():
-        params = sum(p.numel() for p in model.parameters())
+        params = sum(p.numel() for p in teacher.model.parameters())
         write_json(
             os.path.join(teacher_cfg.OUTPUT_DIR, "result.json"),
             {"metrics": results, "params": params, "weights": teacher_cfg.MODEL.WEIGHTS},
         )
     return results
+
+
+def _require_classes_of_data(cfg: CfgNode, teacher: Mapping[str, Classes]) -> None:
+    for match in match_classes(classes_of(cfg, datasets=cfg.DATASETS.TEST), teacher).values():
+        if not match.same:
+            raise TeacherError(
+                f"The teacher's metrics on {', '.join(cfg.DATASETS.TEST)} are not defined: the data have "
+                f"{match.student}, and the teacher {match.teacher} ({match.teacher.key} of "
+                "DISTILL.TEACHER.CONFIG_FILE)."
+            )

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from d2kd.data.loader import ResumableLoader, build_train_loader
 from d2kd.errors import UserError
+from d2kd.files import replacing
 from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
@@ -22,6 +23,7 @@ from detectron2.utils.events import EventStorage, EventWriter
 from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
 from .hooks import CheckpointHook, InterruptHook, WallTime
 from .optimizer import build_optimizer
+from .run_settings import run_settings, with_settings
 from .scaling import scale_to_processes
 from .train_step import TrainStep, mixed_precision
 
@@ -114,7 +116,14 @@ class ResumableTrainer(TrainerBase):
 
     def build_checkpointer(self) -> DistillCheckpointer:
         """Returns what saves and loads the run."""
-        return DistillCheckpointer(self.network, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        return DistillCheckpointer(
+            self.network, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), settings=self.settings()
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of the run, to be compared when it is resumed."""
+        records = getattr(self.data_loader, "records", None)
+        return run_settings(self.cfg, None if records is None else len(records))
 
     def build_hooks(self) -> list[HookBase | None]:
         """Returns the hooks in the order of their calls: timing, schedule, `extra_hooks`, writers."""
@@ -153,17 +162,18 @@ class ResumableTrainer(TrainerBase):
 
         A `UserError` passes without its traceback in the log: its message says all.
         """
-        logger.info("Starting training from iteration %d", self.start_iter)
-        self.iter = self.start_iter
-        with EventStorage(self.start_iter) as self.storage:
+        first, end = self.start_iter, self.max_iter
+        logger.info("Starting training from iteration %d", first)
+        self.iter = first
+        with EventStorage(first) as self.storage:
             try:
                 self.before_train()
-                for self.iter in range(self.start_iter, self.max_iter):
+                for self.iter in range(first, end):
                     self.before_step()
                     self.run_step()
                     self.after_step()
                 # hooks tell by it whether the training came to its end
-                self.iter = max(self.start_iter, self.max_iter)
+                self.iter = max(first, end)
             except UserError:
                 raise
             except KeyboardInterrupt:
@@ -174,6 +184,13 @@ class ResumableTrainer(TrainerBase):
                 raise
             finally:
                 self.after_train()
+
+    def before_train(self) -> None:
+        """Writes the configuration that is in force, and calls the hooks."""
+        if comm.is_main_process():
+            with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")) as temporary:
+                temporary.write_text(self.cfg.dump(), encoding="utf-8")
+        super().before_train()
 
     def run_step(self) -> None:
         """Runs one iteration."""
@@ -192,6 +209,7 @@ class ResumableTrainer(TrainerBase):
         if not self.checkpointer.has_checkpoint():
             return False
         self.checkpointer.resume_or_load("", resume=True)
+        self.cfg = with_settings(self.cfg, self.checkpointer.in_force)
         self.start_iter = self.iter + 1
         if hasattr(self.data_loader, "start"):
             self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
@@ -202,7 +220,7 @@ class ResumableTrainer(TrainerBase):
         """Writes `name`.pth and marks it as the last checkpoint. All processes must call it."""
         self._process_states = gather_process_states(self.detector)
         if comm.is_main_process():
-            self.checkpointer.save(name, iteration=self.iter, methods=self.checkpointer.methods)
+            self.checkpointer.save(name, iteration=self.iter, **self.checkpointer.about)
             self.save_more(name)
         self._saved = name, self.iter
         comm.synchronize()

@@ -1,9 +1,11 @@
 """What every tool shares: arguments, the configuration they give, and the first lines of the log."""
 
 import argparse
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from d2kd.config_reader import read_config
 from d2kd.data.datasets import register_datasets
 from d2kd.errors import ConfigError
-from d2kd.files import find_config
+from d2kd.files import find_config, replacing
 from d2kd.runtime import RUNTIME
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -68,8 +70,21 @@ def setup(args: argparse.Namespace) -> CfgNode:
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
     for notice in notices if comm.is_main_process() else ():
         logger.warning("%s", notice)
-    default_setup(cfg, args)
+    starts_anew = not any(getattr(args, flag, False) for flag in ("resume", "eval_only", "eval_teacher"))
+    with contextlib.nullcontext() if starts_anew else _keeping_config(cfg):
+        default_setup(cfg, args)
     return cfg
+
+
+@contextlib.contextmanager
+def _keeping_config(cfg: CfgNode) -> Iterator[None]:
+    """Keeps the configuration of the run in OUTPUT_DIR until another is in force there (see `ResumableTrainer`)."""
+    path = Path(cfg.OUTPUT_DIR, "config.yaml")
+    kept = path.read_bytes() if comm.is_main_process() and path.is_file() else None
+    yield
+    if kept is not None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(kept)
 
 
 def log_runtime(device: str = "cpu", seed: str = "none") -> None:
@@ -108,7 +123,7 @@ def load_config(
     if flags:
         raise ConfigError(f"{' '.join(flags)}: flags go before the first KEY VALUE.")
     cfg = read_config(config_file, options or (), imports, notices=notices)
-    _resolve_teacher_config(cfg, config_file)
+    cfg.DISTILL.TEACHER.CONFIG_FILE = find_config(cfg.DISTILL.TEACHER.CONFIG_FILE)
     if cfg.DISTILL.TEACHER.WEIGHTS and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
@@ -142,13 +157,6 @@ def command_line_options(args: argparse.Namespace) -> list[str]:
         if value is not None:
             changes += [key, value]
     return changes
-
-
-def _resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
-    path = cfg.DISTILL.TEACHER.CONFIG_FILE
-    beside = os.path.join(os.path.dirname(config_file or ""), path)
-    if path and not os.path.isfile(path):
-        cfg.DISTILL.TEACHER.CONFIG_FILE = beside if os.path.isfile(beside) else find_config(path)
 
 
 def _device_name(device: str) -> str:

@@ -32,6 +32,10 @@ class NonFiniteLossError(UserError, FloatingPointError):
     """A loss or gradient became infinite or NaN; the message says where the state before it is."""
 
 
+class TrainingError(UserError):
+    """A step that cannot be made with these images."""
+
+
 class TrainStep(SimpleTrainer):
     """Runs steps over a loader: forward, backward, check, update."""
 
@@ -101,6 +105,9 @@ class TrainStep(SimpleTrainer):
                 losses = self.model(data)
             except FloatingPointError as error:
                 self._fail(str(error).rstrip("."), together=False)
+            except ValueError as error:
+                _explain_batch_norm(self.model, error)
+                raise
         total = sum(losses.values()) / self.accumulate if self.accumulate > 1 else sum(losses.values())
         self.scaler.scale(total).backward()
         return {name: loss.detach().float() for name, loss in losses.items()}
@@ -181,6 +188,25 @@ class TrainStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and "grad_scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _explain_batch_norm(model: nn.Module, error: ValueError) -> None:
+    """
+    Raises:
+        TrainingError: the error is that of a batch norm that sees one value a channel.
+    """
+    if isinstance(error, UserError) or "more than 1 value per channel" not in str(error):
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    name, trace = "a batch norm", error.__traceback__
+    while trace is not None:
+        name = names.get(id(trace.tb_frame.f_locals.get("self")), name)  # the innermost module
+        trace = trace.tb_next
+    raise TrainingError(
+        f"{name.removeprefix('module.')} sees one value a channel, and batch norm needs more in training. Take "
+        "larger images (INPUT.MIN_SIZE_TRAIN) or more of them (SOLVER.IMS_PER_BATCH), or a norm without statistics of "
+        "the batch (MODEL.RESNETS.NORM, MODEL.FPN.NORM: FrozenBN, GN)."
+    ) from error
 
 
 def mixed_precision(cfg: CfgNode) -> torch.dtype | None:

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from d2kd.data.classes import check_classes
+from d2kd.data.classes import check_classes, class_names, share_class_names
 from d2kd.data.datasets import check_datasets
 from d2kd.data.loader import build_test_loader
 from d2kd.evaluation.build import build_evaluator, check_evaluators
 from d2kd.modeling import (
     DistilledModel,
+    Teacher,
+    TeacherError,
     build_distilled_model,
     build_network,
     initialize_student,
@@ -56,6 +58,7 @@ class DistillTrainer(ResumableTrainer):
         """Raises UserError for what would fail later, in configuration or in the datasets of some splits."""
         check_datasets(cfg, splits)
         check_classes(cfg, splits)
+        share_class_names(cfg, splits)
         own, ours = (inspect.getattr_static(trainer, "build_evaluator") for trainer in (cls, DistillTrainer))
         if own is ours:
             check_evaluators(cfg)  # one of one's own knows other types
@@ -124,6 +127,8 @@ class DistillTrainer(ResumableTrainer):
             distilled=self.distilled,
             ema=self.ema,
             methods=None if self.distilled is None else self.cfg.DISTILL.METHODS,
+            settings=self.settings(),
+            class_names=class_names(self.cfg),
         )
 
     def extra_hooks(self) -> list[HookBase | None]:
@@ -157,6 +162,7 @@ class DistillTrainer(ResumableTrainer):
         if resume and self.resume():
             return
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+        self.checkpointer.advise(self.cfg)
         if self.distilled is not None:
             initialize_student(self.cfg, self.distilled)
         if self.ema is not None:
@@ -176,13 +182,19 @@ class DistillTrainer(ResumableTrainer):
             self.max_iter = self.start_iter
         if self.distilled is not None and self.cfg.DISTILL.TEACHER.EVAL_FIRST and self.start_iter == 0:
             with preserve_rng_state(self._trainer.device):
-                evaluate_teacher(type(self), self.cfg, self.distilled.teacher.model)
+                self._evaluate_teacher(self.distilled.teacher)
         with contextlib.suppress(EarlyStop):
             super().train()
         results = self.evaluation.results
         if results is not None and len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
             verify_results(self.cfg, results)
         return results
+
+    def _evaluate_teacher(self, teacher: Teacher) -> None:
+        try:
+            evaluate_teacher(type(self), self.cfg, teacher)
+        except TeacherError as error:
+            logger.warning("%s It is not evaluated (DISTILL.TEACHER.EVAL_FIRST).", error)
 
     @property
     def finished(self) -> bool:
@@ -202,14 +214,16 @@ class DistillTrainer(ResumableTrainer):
     def save_more(self, name: str) -> None:
         """Writes the averaged weights beside the final checkpoint."""
         if name == "model_final" and self.ema is not None:
-            write_weights(os.path.join(self.cfg.OUTPUT_DIR, "model_final_ema.pth"), self.ema.model)
+            path = os.path.join(self.cfg.OUTPUT_DIR, "model_final_ema.pth")
+            write_weights(path, self.ema.model, class_names=self.checkpointer.about["class_names"])
 
     def save_best(self, description: dict[str, Any]) -> None:
         """Writes the weights just evaluated as `model_best.pth`: the student's, or for a metric of it the average's."""
         averaged = self.ema if description["metric"].partition("/")[0].endswith("_EMA") else None
         if comm.is_main_process():
             path = os.path.join(self.cfg.OUTPUT_DIR, "model_best.pth")
-            write_weights(path, self.student if averaged is None else averaged.model, best=description)
+            weights = self.student if averaged is None else averaged.model
+            write_weights(path, weights, best=description, class_names=self.checkpointer.about["class_names"])
 
     def _evaluate(self) -> dict[str, Any]:
         results = self.evaluation.run()

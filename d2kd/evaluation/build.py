@@ -2,9 +2,10 @@
 
 import logging
 import os
+from collections.abc import Sequence
 
 from d2kd.data.images import read_label_map
-from d2kd.errors import UserError
+from d2kd.errors import UserError, did_you_mean
 from d2kd.evaluation.coco import CocoEvaluator
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
@@ -17,12 +18,28 @@ logger = logging.getLogger(__name__)
 TYPES = ("coco", "sem_seg", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg")
 
 
+_COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_SEM_SEG = ("mIoU", "fwIoU", "mACC", "pACC")
+#: Metrics by type, and what stands before "-" and the name of a class in those of one class.
+_METRICS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "coco": (_COCO, ["AP"]),
+    "cityscapes_instance": (_COCO, ["AP"]),
+    "pascal_voc": (("AP", "AP50", "AP75"), []),
+    "sem_seg": (_SEM_SEG, ["IoU", "BoundaryIoU", "min(IoU, B-Iou)", "ACC"]),
+    "cityscapes_sem_seg": (_SEM_SEG, ["IoU", "BoundaryIoU", "min(IoU, B-Iou)", "ACC"]),
+}
+
+
 class EvaluatorError(UserError):
     """A dataset that d2kd has no evaluator for."""
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Raises EvaluatorError if a registered dataset of `DATASETS.TEST` has no evaluator, or none for the model."""
+    """
+    Raises:
+        EvaluatorError: a registered dataset of `DATASETS.TEST` has no evaluator, or none for the model; or these will
+            not give the metric of `TEST.BEST_CHECKPOINT`.
+    """
     scored = architecture_class(cfg).EVALUATOR_TYPES
     for name in cfg.DATASETS.TEST:
         kind = _type_of(name) if name in DatasetCatalog else None
@@ -31,6 +48,31 @@ def check_evaluators(cfg: CfgNode) -> None:
                 f"Dataset {name!r} of DATASETS.TEST has the evaluator type {kind!r}, and what a "
                 f"{cfg.MODEL.META_ARCHITECTURE} predicts is scored by {', '.join(scored)}: leave it out."
             )
+    metric, given = cfg.TEST.BEST_CHECKPOINT.METRIC, _metric_names(cfg)
+    if metric and given is not None and metric not in given:
+        hint = did_you_mean(metric, given) or f" It gives {', '.join(n for n in given if '-' not in n)}."
+        raise EvaluatorError(f"TEST.BEST_CHECKPOINT.METRIC is {metric!r}, which the evaluation will not give.{hint}")
+
+
+def _metric_names(cfg: CfgNode) -> list[str] | None:
+    """Names of all metrics that the evaluations of a run give; None where that is not known."""
+    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork" or not all(n in DatasetCatalog for n in cfg.DATASETS.TEST):
+        return None
+    names = []
+    for dataset in cfg.DATASETS.TEST:
+        kind = _type_of(dataset)
+        tasks = ["sem_seg"] if "sem_seg" in kind else ["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"]
+        classes = MetadataCatalog.get(dataset).get("stuff_classes" if "sem_seg" in kind else "thing_classes")
+        if classes is None:
+            return None
+        metrics, of_classes = _METRICS[kind]
+        metrics = [*metrics, *(f"{name}-{c}" for name in of_classes for c in classes)]
+        for variant in ["", *(["_EMA"] if cfg.SOLVER.EMA.ENABLED else [])]:
+            # a variant's suffix goes to what stands first, see `evaluate_variant`
+            several = len(cfg.DATASETS.TEST) > 1
+            starts = [f"{dataset}{variant}/{t}" if several else f"{t}{variant}" for t in tasks]
+            names += [f"{start}/{metric}" for start in starts for metric in metrics]
+    return names
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

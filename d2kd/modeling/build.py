@@ -1,20 +1,25 @@
 """Builds a distilled model from a configuration: student, teacher, methods, and the student's initialization."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from d2kd.distillers import DISTILLERS, Distiller, TapPair
 from d2kd.errors import UserError, did_you_mean
 from detectron2.config import CfgNode
 
-from .architectures import build_network, num_classes, warn_if_unknown
+from .architectures import architecture_of, build_network, warn_if_unknown
 from .balance import GradientBalance
+from .classes import ClassMatch, classes_of, in_students_order, match_classes, predicts_classes
 from .distilled_model import DistilledModel
 from .init_from_teacher import InitializationReport, init_from_teacher, plan_initialization
 from .taps import pairs_of_methods
 from .teacher import Teacher, load_teacher, teacher_config
 from .teacher_passes import build_passes
+
+logger = logging.getLogger(__name__)
 
 
 class MethodError(UserError):
@@ -41,15 +46,16 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     with torch.random.fork_rng(devices=[]):
         teacher_cfg = teacher_config(cfg)
         teacher = Teacher(
-            load_teacher(teacher_cfg),
+            *load_teacher(teacher_cfg),
             precision=cfg.DISTILL.TEACHER.PRECISION,
             swap_channels={cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT} == {"RGB", "BGR"},
         )
+        matches = match_classes(classes_of(cfg), teacher.classes)
         if cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:  # what does not fit must be known before a run begins
-            exclude = cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE
-            plan_initialization(student, teacher.model, exclude, _class_counts(cfg, teacher_cfg))
-        _check_classes(cfg, teacher_cfg, methods)
+            plan_initialization(student, teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
         pairs = pairs_of_methods(cfg, methods, student, teacher.model)
+        pairs = {name: _matched(name, pairs[name], student, matches) for name in methods}
+        _check_gradients(cfg, pairs)
         distillers = {name: _distiller(cfg, name, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
         for distiller in distillers.values():
             distiller.check_teacher(teacher.model)
@@ -61,8 +67,8 @@ def initialize_student(cfg: CfgNode, model: DistilledModel) -> InitializationRep
     """Initializes the student's neck and heads from the teacher's, where `DISTILL.INIT_FROM_TEACHER` says so."""
     if not cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:
         return None
-    classes = _class_counts(cfg, teacher_config(cfg))
-    return init_from_teacher(model.student, model.teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, classes)
+    matches = match_classes(classes_of(cfg), model.teacher.classes)
+    return init_from_teacher(model.student, model.teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
 
 
 def _distiller(cfg: CfgNode, name: str, pairs: Sequence[TapPair]) -> Distiller:
@@ -72,11 +78,6 @@ def _distiller(cfg: CfgNode, name: str, pairs: Sequence[TapPair]) -> Distiller:
         raise
     except ValueError as error:  # of a method that raises plain ones
         raise MethodError(f"{name}: {error}") from error
-
-
-def _class_counts(cfg: CfgNode, teacher_cfg: CfgNode) -> tuple[int, int] | None:
-    ours, theirs = num_classes(cfg), num_classes(teacher_cfg)
-    return None if ours is None or theirs is None else (ours[1], theirs[1])
 
 
 def _methods(cfg: CfgNode) -> list[str]:
@@ -103,13 +104,59 @@ def _methods(cfg: CfgNode) -> list[str]:
     return methods
 
 
-def _check_classes(cfg: CfgNode, teacher_cfg: CfgNode, methods: Sequence[str]) -> None:
-    ours, theirs = num_classes(cfg), num_classes(teacher_cfg)
-    for method in methods:
-        logits = DISTILLERS.get(method).PREDICTION == "class_logits"
-        if logits and ours is not None and theirs is not None and ours[1] != theirs[1]:
+def _matched(
+    method: str, pairs: Sequence[TapPair], student: nn.Module, matches: Mapping[str, ClassMatch]
+) -> list[TapPair]:
+    """The pairs of a method, with the teacher's predictions in the order of the student's classes.
+
+    Raises:
+        MethodError: it compares predictions for classes, and the teacher has not all of the student's; or the
+            background of a softmax would be that of other classes.
+    """
+    if not DISTILLERS.get(method).PREDICTION:
+        return list(pairs)
+    layers = {layer.path: layer for layer in architecture_of(student).class_layers()}
+    matched = []
+    for pair in pairs:
+        layer = next(
+            (layer for path, layer in layers.items() if path.endswith(pair.student.name.partition("@")[0])), None
+        )
+        match = None if layer is None else matches.get(layer.kind)
+        if layer is None or match is None or match.same:
+            matched.append(pair)
+            continue
+        if not predicts_classes(layer, match, pair.student.channels, pair.teacher.channels):
+            matched.append(pair)  # class-agnostic, or an error that the method tells
+            continue
+        fewer = match.student.number < match.teacher.number
+        softmax = pair.student.prediction is not None and pair.student.prediction.activation == "softmax"
+        if match.known is None or (fewer and softmax):
             raise MethodError(
-                f"{method} compares class scores: the student has {ours[1]} classes ({ours[0]}), the teacher "
-                f"{theirs[1]} ({theirs[0]} of DISTILL.TEACHER.CONFIG_FILE). Give both the same classes, or take "
-                f"{method} out of DISTILL.METHODS."
+                f"{method} compares class scores: the student has {match.student} ({match.student.key}), the teacher "
+                f"{match.teacher} ({match.teacher.key} of DISTILL.TEACHER.CONFIG_FILE). Give both the same classes, or "
+                f"take {method} out of DISTILL.METHODS."
             )
+        matched.append(in_students_order(pair, layer, match))
+    if any(pair.teacher.order is not None for pair in matched):
+        logger.info("%s: the teacher's classes are matched to the student's by their names", method)
+    return matched
+
+
+def _check_gradients(cfg: CfgNode, pairs: Mapping[str, Sequence[TapPair]]) -> None:
+    """What is compared must be able to teach the student something.
+
+    Raises:
+        MethodError: all taps of a method lie before every trained parameter.
+    """
+    for method, compared in pairs.items():
+        dead = [pair.name for pair in compared if not pair.student.trainable]
+        if not dead:
+            continue
+        text = (
+            f"{method} compares {', '.join(dead)}, and no parameter up to there is trained (MODEL.BACKBONE.FREEZE_AT "
+            f"is {cfg.MODEL.BACKBONE.FREEZE_AT}): it can teach the student nothing there."
+        )
+        key = f"DISTILL.{DISTILLERS.get(method).NODE}.TAPS"
+        if len(dead) == len(compared):
+            raise MethodError(f"{text} Name other features in {key}, or set MODEL.BACKBONE.FREEZE_AT lower.")
+        logger.warning("%s Take it out of %s.", text, key)

@@ -1,7 +1,7 @@
 """Initializes the student's neck and heads from the teacher's, wherever names and shapes fit."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,12 +10,13 @@ from torch import nn
 from d2kd.errors import UserError
 
 from .architectures import architecture_of
+from .classes import ClassMatch, class_rows, predicts_classes
 
 logger = logging.getLogger(__name__)
 
 
 class InitializationError(UserError):
-    """A head that cannot be initialized from the teacher because it predicts other classes."""
+    """`DISTILL.INIT_FROM_TEACHER` names what is not there."""
 
 
 class InitializationReport(NamedTuple):
@@ -26,24 +27,27 @@ class InitializationReport(NamedTuple):
     other_shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     # names of the student, outside its bottom-up network, that the teacher lacks
     absent: list[str]
+    # of layers that predict classes, where the models have other ones or in another order: the places in the student's
+    # and the teacher's outputs that stand for the same; empty where nothing does
+    by_class: dict[str, tuple[list[int], list[int]]]
 
 
 def plan_initialization(
     student: nn.Module,
     teacher: nn.Module,
     exclude: Iterable[str] = (),
-    classes: tuple[int, int] | None = None,
+    classes: Mapping[str, ClassMatch] | None = None,
 ) -> InitializationReport:
     """Returns what `init_from_teacher` would copy; nothing is changed.
 
     Args:
         student, teacher: any two models.
         exclude: name prefixes that keep the student's own values, beside its bottom-up network.
-        classes: numbers of classes of student and teacher, where they are known.
+        classes: how the student's classes are to the teacher's, by kind, where that is known: layers that predict
+            classes are copied class by class, and not at all where numbers differ and names are unknown.
 
     Raises:
-        InitializationError: the numbers of classes differ and a prediction layer would be shared, or a prefix of
-            `exclude` matches nothing in the student.
+        InitializationError: a prefix of `exclude` matches nothing in the student.
     """
     ours, theirs = student.state_dict(), teacher.state_dict()
     kept = tuple(exclude)
@@ -52,18 +56,25 @@ def plan_initialization(
             raise InitializationError(
                 f"DISTILL.INIT_FROM_TEACHER.EXCLUDE names {prefix!r}, but nothing in the student starts so."
             )
-    report = InitializationReport(copied=[], other_shape=[], absent=[])
-    for name in [n for n in ours if not n.startswith((f"{architecture_of(student).bottom_up}.", *kept))]:
+    architecture = architecture_of(student)
+    differ = {kind: match for kind, match in (classes or {}).items() if not match.same}
+    class_layers = {layer.path: layer for layer in architecture.class_layers() if layer.kind in differ}
+    report = InitializationReport(copied=[], other_shape=[], absent=[], by_class={})
+    for name in [n for n in ours if not n.startswith((f"{architecture.bottom_up}.", *kept))]:
+        layer = class_layers.get(name.rpartition(".")[0])
         if name not in theirs:
             report.absent.append(name)
-        elif ours[name].shape != theirs[name].shape:
-            report.other_shape.append((name, tuple(ours[name].shape), tuple(theirs[name].shape)))
+            continue
+        shapes = tuple(ours[name].shape), tuple(theirs[name].shape)
+        if layer is not None and shapes[0] and shapes[0][1:] == shapes[1][1:]:
+            match = differ[layer.kind]
+            if predicts_classes(layer, match, shapes[0][0], shapes[1][0]):
+                report.by_class[name] = class_rows(layer, match, shapes[0][0], shapes[1][0]) or ([], [])
+                continue
+        if shapes[0] != shapes[1]:
+            report.other_shape.append((name, *shapes))
         else:
             report.copied.append(name)
-    if classes is not None and classes[0] != classes[1]:
-        predictors = [name for name, a, b in report.other_shape if _counts_classes(a[0], b[0], classes)]
-        if predictors:
-            raise InitializationError(_classes_differ(predictors, classes))
     return report
 
 
@@ -72,36 +83,26 @@ def init_from_teacher(
     student: nn.Module,
     teacher: nn.Module,
     exclude: Iterable[str] = (),
-    classes: tuple[int, int] | None = None,
+    classes: Mapping[str, ClassMatch] | None = None,
 ) -> InitializationReport:
     """Copies neck and heads of the teacher into the student, once; nothing stays tied or frozen.
 
     This is the "init_student" step of the official code of Yang et al., "Masked Generative Distillation" (2022), except
-    that it reports what fitted. Arguments and errors are those of `plan_initialization`; the student is changed in
-    place.
+    that it reports what fitted, and tells classes apart by their names. Arguments and errors are those of
+    `plan_initialization`; the student is changed in place.
     """
     report = plan_initialization(student, teacher, exclude, classes)
     ours, theirs = student.state_dict(), teacher.state_dict()
     for name in report.copied:
         ours[name].copy_(theirs[name])
-    _log(report)
+    for name, (to, source) in report.by_class.items():
+        if to:
+            ours[name][to] = theirs[name][source].to(ours[name])
+    _log(report, classes or {})
     return report
 
 
-def _counts_classes(ours: int, theirs: int, classes: tuple[int, int]) -> bool:
-    """Whether two numbers of channels are to each other as the numbers of classes, with or without a background."""
-    return any(ours * (classes[1] + extra) == theirs * (classes[0] + extra) for extra in (0, 1))
-
-
-def _classes_differ(predictors: Sequence[str], classes: tuple[int, int]) -> str:
-    layers = sorted({name.rpartition(".")[0] for name in predictors})
-    return (
-        f"The student has {classes[0]} classes, the teacher {classes[1]}: {', '.join(layers)} cannot be initialized "
-        f"from it. Add them to DISTILL.INIT_FROM_TEACHER.EXCLUDE ({layers!r}), or give both models the same classes."
-    )
-
-
-def _log(report: InitializationReport) -> None:
+def _log(report: InitializationReport, classes: Mapping[str, ClassMatch]) -> None:
     def modules(names: Iterable[str]) -> str:
         return ", ".join(sorted({name.rpartition(".")[0] for name in names})) or "none"
 
@@ -113,7 +114,25 @@ def _log(report: InitializationReport) -> None:
             ours,
             theirs,
         )
+    if report.by_class:
+        _log_classes(report, [match for match in classes.values() if not match.same])
     if report.absent:
         logger.info("Not initialized from the teacher, which has no such layer: %s", modules(report.absent))
-    if not report.copied:
+    if not report.copied and not any(places for places, _ in report.by_class.values()):
         logger.warning("Nothing of the teacher fits: the student keeps its own initialization.")
+
+
+def _log_classes(report: InitializationReport, matches: Sequence[ClassMatch]) -> None:
+    layers = ", ".join(sorted({name.rpartition(".")[0] for name in report.by_class}))
+    for match in matches:
+        shared = [i for i in match.indices or () if i is not None]
+        sides = f"the student has {match.student}, the teacher {match.teacher}"
+        if shared:
+            logger.warning("Initialized by the names of classes, %d of them: %s, for %s.", len(shared), layers, sides)
+        else:
+            logger.warning(
+                "Not initialized from the teacher, which has other classes: %s keep their own values, for %s. Teach "
+                "them by features, or give both models the same classes.",
+                layers,
+                sides,
+            )

@@ -89,7 +89,7 @@ def source_of(weights: Mapping[str, Any]) -> str | None:
         lacks, such as timm's deep stems ("resnet50d"), squeeze-and-excitation, and layer scale (DINOv2, DeiT III).
         Differences without weights cannot be seen: activations, or timm's blur pooling ("resnetblur50").
     """
-    source, _ = _recognize(_unpack(weights))
+    source, _ = _recognize(unpacked(weights))
     return source
 
 
@@ -106,7 +106,7 @@ def to_detectron2(weights: Mapping[str, Any], model_names: Collection[str]) -> t
         them where `source_of` is None, or the model has another kind of network. The batch counters of norms that are
         frozen in the model are in neither.
     """
-    weights = _unpack(weights)
+    weights = unpacked(weights)
     source, names = _recognize(weights)
     model_names = set(model_names)
     prefix = _bottom_up_prefix(source, model_names)
@@ -147,11 +147,11 @@ def input_advice(source: str, cfg: Any) -> str | None:
     return f"Weights of a {source} need what they were trained with: set {', '.join(changes)}."
 
 
-def _unpack(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the innermost {name: tensor}."""
+def unpacked(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the innermost {name: tensor} of a file's content."""
     for key in _CONTAINERS:
         if isinstance(checkpoint.get(key), Mapping):
-            return _unpack(checkpoint[key])
+            return unpacked(checkpoint[key])
     return checkpoint
 
 

@@ -1,8 +1,10 @@
 """Loading a checkpoint of which every key must fit."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from d2kd.errors import UserError
@@ -21,11 +23,12 @@ class _StrictCheckpointer(DetectionCheckpointer):
     problems: Any = None
 
     def _load_model(self, checkpoint: Any) -> Any:
+        require_finite(checkpoint["model"])
         self.problems = super()._load_model(checkpoint)
         return self.problems
 
 
-def load_strictly(model: nn.Module, path: str, who: str, keys: str) -> None:
+def load_strictly(model: nn.Module, path: str, who: str, keys: str) -> dict[str, Any]:
     """Loads a checkpoint of which every key must fit.
 
     Args:
@@ -34,15 +37,19 @@ def load_strictly(model: nn.Module, path: str, who: str, keys: str) -> None:
         who: whose weights these are, for messages.
         keys: the configuration keys that decide, for messages.
 
+    Returns:
+        What the file holds beside the weights.
+
     Raises:
-        StrictLoadingError: the file cannot be read, or a key is missing, unexpected or of another shape.
+        StrictLoadingError: the file cannot be read, a key is missing, unexpected or of another shape, or a weight is
+            not finite.
     """
     checkpointer = _StrictCheckpointer(model)
     incompatible_log = logging.getLogger("fvcore.common.checkpoint")
     level = incompatible_log.level
     incompatible_log.setLevel(logging.ERROR)  # the error below says it all, once
     try:
-        checkpointer.load(path, checkpointables=[])
+        rest = checkpointer.load(path, checkpointables=[])
     except Exception as error:
         raise StrictLoadingError(f"The {who}'s checkpoint {path} cannot be read: {error}") from error
     finally:
@@ -53,6 +60,23 @@ def load_strictly(model: nn.Module, path: str, who: str, keys: str) -> None:
             f"The {who}'s checkpoint {path} does not fit its configuration ({keys}):\n" + "\n".join(problems)
         )
     logger.info("Loaded the %s's weights from %s: every key fits.", who, path)
+    return dict(rest)
+
+
+def require_finite(weights: Mapping[str, Any]) -> None:
+    """
+    Args:
+        weights: tensors or NumPy arrays by name.
+
+    Raises:
+        StrictLoadingError: some are infinite or NaN, which everything that is computed with them would be too.
+    """
+    bad = [name for name, value in weights.items() if not bool(torch.as_tensor(value).isfinite().all())]
+    if bad:
+        raise StrictLoadingError(
+            f"{len(bad)} of its {len(weights)} tensors have infinite or NaN values, first {bad[0]}. Take an earlier "
+            "checkpoint: these weights are of a training that failed."
+        )
 
 
 def describe_problems(incompatible: Any, limit: int = 8) -> list[str]:

@@ -2,18 +2,21 @@
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2kd.config import get_key
 from d2kd.config_reader import read_config
 from d2kd.errors import ConfigError, UserError, require_choice
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from .architectures import build_network, warn_if_unknown
+from .architectures import architecture_class, build_network, warn_if_unknown
+from .classes import Classes, classes_of
 from .strict_loading import load_strictly
 from .taps import FeatureTaps
 
@@ -37,10 +40,18 @@ class Teacher:
     padding.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str = "float32", swap_channels: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Mapping[str, Classes] | None = None,
+        *,
+        precision: str = "float32",
+        swap_channels: bool = False,
+    ) -> None:
         """
         Args:
             model: any Detectron2 model; it is frozen and put in evaluation mode here.
+            classes: what it predicts, by kind (see `d2kd.modeling.classes`); None where that is not known.
             precision: float32, bfloat16 or float16, the arithmetic of the forward pass.
             swap_channels: the images come in the opposite channel order (RGB / BGR) of what the model wants.
 
@@ -49,6 +60,7 @@ class Teacher:
         """
         require_choice("DISTILL.TEACHER.PRECISION", precision, PRECISIONS)
         self.model = model.eval().requires_grad_(False)
+        self.classes = dict(classes or {})
         self.precision = PRECISIONS[precision]
         self.swap_channels = swap_channels
 
@@ -77,7 +89,7 @@ class Teacher:
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """Returns the teacher's own configuration, on the student's device.
+    """Returns the teacher's own configuration, on the student's device and with its limits on detections.
 
     Raises:
         TeacherError: the file is missing, or is no configuration.
@@ -93,11 +105,33 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         ) from error
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
+    _share_limits(cfg, teacher_cfg)
     return teacher_cfg
 
 
-def load_teacher(teacher_cfg: CfgNode) -> nn.Module:
-    """Returns the teacher with its weights, all of them.
+def _share_limits(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+    """Detections beyond the student's limits count for nobody: metrics of both would not be comparable."""
+    ours, theirs = architecture_class(cfg).SCORE_THRESHOLD, architecture_class(teacher_cfg).SCORE_THRESHOLD
+    for key in ["TEST.DETECTIONS_PER_IMAGE", *([ours] if ours and ours == theirs else [])]:
+        value = get_key(cfg, key)
+        if get_key(teacher_cfg, key) != value:
+            logger.info(
+                "The teacher is evaluated with the student's %s: %s, not %s", key, value, get_key(teacher_cfg, key)
+            )
+            teacher_cfg.merge_from_list([key, value])
+    if ours and theirs and ours != theirs and get_key(cfg, ours) != get_key(teacher_cfg, theirs):
+        # other heads have other scores, so one number would not be one limit
+        logger.info(
+            "Student and teacher drop detections below other scores: %s %s, and %s %s",
+            ours,
+            get_key(cfg, ours),
+            theirs,
+            get_key(teacher_cfg, theirs),
+        )
+
+
+def load_teacher(teacher_cfg: CfgNode) -> tuple[nn.Module, dict[str, Classes]]:
+    """Returns the teacher with its weights, all of them, and its classes.
 
     Raises:
         TeacherError: the file is missing or broken, or keys are missing, unexpected or of another shape.
@@ -116,5 +150,5 @@ def load_teacher(teacher_cfg: CfgNode) -> nn.Module:
         raise TeacherError(f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {path!r}: there is no such file.")
     warn_if_unknown(teacher_cfg, "Teacher")
     model = build_network(teacher_cfg, "DISTILL.TEACHER.CONFIG_FILE (--teacher-config)")
-    load_strictly(model, path, "teacher", "DISTILL.TEACHER.CONFIG_FILE and DISTILL.TEACHER.WEIGHTS")
-    return model
+    saved = load_strictly(model, path, "teacher", "DISTILL.TEACHER.CONFIG_FILE and DISTILL.TEACHER.WEIGHTS")
+    return model, classes_of(teacher_cfg, saved.get("class_names"))

@@ -97,14 +97,6 @@ def test_teacher_keys_that_are_missing_or_unknown(distil, teacher, tmp_path):
     assert "missing in the checkpoint: head.bbox_pred.bias" in message and "not in the model: head.surplus" in message
 
 
-def test_other_classes_where_a_head_is_inherited(distil, tmp_path, write_config):
-    path = write_config("other", MODEL__RETINANET__NUM_CLASSES=7)
-    torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=7)).state_dict()}, tmp_path / "other.pth")
-    keys = {"DISTILL__TEACHER__CONFIG_FILE": str(path), "DISTILL__TEACHER__WEIGHTS": str(tmp_path / "other.pth")}
-    message = distil(**keys)
-    assert all(words in message for words in ("10 classes", "7", "head.cls_score", "DISTILL.INIT_FROM_TEACHER.EXCLUDE"))
-
-
 def test_unknown_method_names_near_matches(distil):
     message = distil(DISTILL__METHODS=["FeatureMimik"])
     assert "FeatureMimik" in message and "Did you mean FeatureMimic" in message

@@ -241,7 +241,7 @@ def test_one_step_and_one_inference(paths, untrained, monkeypatch, tmp_path):
     torch.manual_seed(1)
     if is_distillation(cfg):
         teacher = build_model(teacher_config(cfg))
-        monkeypatch.setattr(build, "load_teacher", lambda teacher_cfg: teacher)
+        monkeypatch.setattr(build, "load_teacher", lambda teacher_cfg: (teacher, {}))
         if "ReceptiveTokens" in cfg.DISTILL.METHODS:
             give_tokens(cfg, teacher, tmp_path / "tokens.pth")
     before = build_model(cfg).state_dict()

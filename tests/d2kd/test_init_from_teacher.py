@@ -5,11 +5,18 @@ import torch
 from models import FASTER_RCNN, config, model
 
 from d2kd.modeling.architectures import architecture_of
+from d2kd.modeling.classes import Classes, match_classes
 from d2kd.modeling.init_from_teacher import InitializationError, init_from_teacher
 
 
 def changed(net, before):
     return {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def matches(ours, theirs):
+    """Different numbers of classes, whose names are not known."""
+    numbers = {"thing_classes": Classes("A", ours, None)}, {"thing_classes": Classes("B", theirs, None)}
+    return match_classes(*numbers)
 
 
 def snapshot(net):
@@ -44,26 +51,20 @@ def test_excluded_modules_keep_their_own():
         init_from_teacher(student, model(seed=2), exclude=["heads"])
 
 
-def test_other_classes_are_an_error_that_names_layers_and_nothing_is_changed():
+def test_layers_of_other_classes_keep_their_own():
     student, teacher = model(seed=1), model(config(MODEL__RETINANET__NUM_CLASSES=5), seed=2)
     before = snapshot(student)
-    with pytest.raises(
-        InitializationError, match=r"3 classes, the teacher 5.*head\.cls_score.*DISTILL\.INIT_FROM_TEACHER\.EXCLUDE\b"
-    ):
-        init_from_teacher(student, teacher, classes=(3, 5))
-    assert not changed(student, before)
-    assert (
-        "head.cls_score.weight"
-        not in init_from_teacher(student, teacher, exclude=["head.cls_score"], classes=(3, 5)).copied
-    )
+    report = init_from_teacher(student, teacher, classes=matches(3, 5))
+    assert set(report.by_class) == {"head.cls_score.weight", "head.cls_score.bias"}
+    assert not any(name.startswith("head.cls_score") for name in changed(student, before))
+    assert not init_from_teacher(student, teacher, exclude=["head.cls_score"], classes=matches(3, 5)).by_class
 
 
 def test_layers_of_another_width_are_no_predictors_of_other_classes():
     narrow = model(config(MODEL__FPN__OUT_CHANNELS=4, MODEL__RETINANET__NUM_CLASSES=5), seed=2)
-    with pytest.raises(InitializationError, match=r"3 classes, the teacher 5: head\.cls_score cannot"):
-        init_from_teacher(model(seed=1), narrow, classes=(3, 5))
-    report = init_from_teacher(model(seed=1), narrow, exclude=["head.cls_score"], classes=(3, 5))
+    report = init_from_teacher(model(seed=1), narrow, classes=matches(3, 5))
     assert "backbone.fpn_output3.weight" in [name for name, *_ in report.other_shape]
+    assert set(report.by_class) == {"head.cls_score.bias"}
 
 
 def test_another_architecture_shares_what_has_the_same_name():

@@ -188,7 +188,7 @@ def test_form_of_the_box_predictor_follows_its_loss(tmp_path):
 def test_other_classes_are_an_error_that_names_both_keys(tmp_path):
     with pytest.raises(
         MethodError,
-        match=r"3 classes \(MODEL\.RETINANET\.NUM_CLASSES\), the teacher 5 \(MODEL\.RETINANET\.NUM_CLASSES\b",
+        match=r"3 classes \(MODEL\.RETINANET\.NUM_CLASSES\), the teacher 5 classes \(MODEL\.RETINANET\.NUM_CLASSES\b",
     ):
         distilled(tmp_path, RETINANET, {"MODEL__RETINANET__NUM_CLASSES": 5}, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
 

@@ -401,7 +401,7 @@ def test_a_token_file_that_does_not_fit_is_an_error(tmp_path, file, keys, messag
 def distillation(tmp_path, file, **keys):
     teacher_keys = write_teacher(tmp_path)
     cfg = config(**{**teacher_keys, "DISTILL__METHODS": ["ReceptiveTokens"]})
-    checksum = weights_checksum(load_teacher(teacher_config(cfg)).state_dict())
+    checksum = weights_checksum(load_teacher(teacher_config(cfg))[0].state_dict())
     write_tokens(tmp_path / "tokens.pth", **{"teacher": checksum, **file})
     keys = {"DISTILL__RECEPTIVE_TOKENS__FILE": str(tmp_path / "tokens.pth"), **keys}
     return config(**{**teacher_keys, "DISTILL__METHODS": ["ReceptiveTokens"], **keys})

@@ -246,7 +246,7 @@ def test_export_of_any_iteration(write_config, teacher, tmp_path):
     assert done.returncode == 2 and target.read_text() == "an earlier export"
     tool("export_student", source, target, "--config-file", path)
     exported = torch.load(target, weights_only=True)
-    assert list(exported) == ["model"] and same_tensors(
+    assert list(exported) == ["model", "class_names"] and same_tensors(
         exported["model"], torch.load(source, weights_only=True)["model"]
     )
     assert target.stat().st_size < source.stat().st_size / 1.5

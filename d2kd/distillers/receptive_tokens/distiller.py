@@ -39,7 +39,9 @@ class ReceptiveTokens(Distiller):
     }
     DEFAULTS = {"WEIGHT": 4.0}
 
-    file: str = setting("", "The tokens of the teacher, as tools/learn_tokens.py writes them.", config_only=True)
+    file: str = setting(
+        "", "The tokens of the teacher, as tools/learn_tokens.py writes them.", config_only=True, path=True
+    )
     token_taps: list[str] = setting(
         [], "Whose tokens serve each pair of taps; [] takes those of the teacher's tap.", config_only=True
     )

@@ -3,6 +3,7 @@
 from .base import (
     ARCHITECTURES,
     Architecture,
+    ClassLayer,
     NumClassesKey,
     architecture_class,
     architecture_of,
@@ -20,6 +21,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "ArchitectureError",
+    "ClassLayer",
     "NumClassesKey",
     "DenseDetector",
     "GeneralizedRCNN",

@@ -25,6 +25,35 @@ class NumClassesKey(NamedTuple):
     metadata: str = "thing_classes"
 
 
+class ClassLayer(NamedTuple):
+    """A layer with outputs for every class: its path, where it predicts, and how many numbers a class has."""
+
+    path: str
+    #: As in `Prediction`.
+    location: str
+    #: 4 for boxes, 1 for scores.
+    width: int = 1
+
+    @property
+    def kind(self) -> str:
+        """The field of a dataset's metadata that lists these classes."""
+        return "stuff_classes" if self.location == "pixel" else "thing_classes"
+
+    def groups(self, outputs: int, classes: int) -> int | None:
+        """Returns how many times all classes stand one after the other among the outputs: once for every anchor.
+
+        None where the layer has other outputs than for these classes, as class-agnostic ones do.
+        """
+        numbers = self.width * classes
+        if self.location == "anchor":
+            return outputs // numbers if outputs % numbers == 0 else None
+        return 1 if outputs == numbers or self.has_background(outputs, classes) else None
+
+    def has_background(self, outputs: int, classes: int) -> bool:
+        """Returns whether the last output is that of the background."""
+        return self.location != "anchor" and self.width == 1 and outputs == classes + 1
+
+
 class Architecture:
     """What d2kd knows of every Detectron2 model: it has a backbone, with or without a bottom-up network inside.
 
@@ -41,6 +70,7 @@ class Architecture:
         CLASSES: where the numbers of classes are configured.
         EVALUATOR_TYPES: values of `evaluator_type`, in a dataset's metadata, that predictions can be scored by; ()
             stands for all.
+        SCORE_THRESHOLD: the key of the score below which the model gives no detection; "" for none.
         SUPPORTS_TTA: whether there is test-time augmentation (TEST.AUG), see `with_test_augmentation`.
         LOSS_NORMALIZERS: attributes of the model with running normalizers of its losses. They are in no `state_dict`,
             and belong to the state of a run.
@@ -49,6 +79,7 @@ class Architecture:
     KNOWN: ClassVar[bool] = True
     CLASSES: ClassVar[tuple[NumClassesKey, ...]] = ()
     EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ()
+    SCORE_THRESHOLD: ClassVar[str] = ""
     SUPPORTS_TTA: ClassVar[bool] = False
     LOSS_NORMALIZERS: ClassVar[tuple[str, ...]] = ()
 
@@ -111,6 +142,19 @@ class Architecture:
         if "linear" in self.feature_shapes():
             return [Prediction("linear", "class_logits", "image", activation="softmax")]
         return []
+
+    def class_layers(self) -> list[ClassLayer]:
+        """Returns the layers with outputs for every class, by their path: those of `predictions` here."""
+        named = dict(self.model.named_modules())
+        layers = {}
+        for prediction in self.predictions():
+            path = prediction.tap.partition("@")[0]
+            path = next((p for p in (path, f"{self.bottom_up}.{path}", f"backbone.{path}") if p in named), path)
+            if prediction.kind == "class_logits":
+                layers[path] = ClassLayer(path, prediction.location)
+            elif prediction.kind == "box_deltas" and prediction.location == "region":
+                layers[path] = ClassLayer(path, prediction.location, width=4)
+        return list(layers.values())
 
     def is_channels_last(self, module: nn.Module) -> bool:
         """Returns whether a module gives (N, H, W, C), as the blocks of a vision transformer do."""

@@ -42,6 +42,7 @@ class RetinaNet(DenseDetector):
     """RetinaNet (arXiv 1708.02002)."""
 
     CLASSES = (NumClassesKey("MODEL.RETINANET.NUM_CLASSES"),)
+    SCORE_THRESHOLD = "MODEL.RETINANET.SCORE_THRESH_TEST"
 
 
 @register_architecture("FCOS")
@@ -49,6 +50,7 @@ class FCOS(DenseDetector):
     """FCOS (arXiv 1904.01355); anchor-free, one point per location."""
 
     CLASSES = (NumClassesKey("MODEL.FCOS.NUM_CLASSES"),)
+    SCORE_THRESHOLD = "MODEL.FCOS.SCORE_THRESH_TEST"
 
 
 def box_encoding(module: nn.Module) -> Any:

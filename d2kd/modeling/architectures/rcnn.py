@@ -8,7 +8,7 @@ from d2kd.distillers import AlignmentError, Prediction
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
-from .base import Architecture, NumClassesKey, register_architecture
+from .base import Architecture, ClassLayer, NumClassesKey, register_architecture
 from .dense_detector import box_encoding
 
 _PER_REGION = ("roi_heads.box_predictor", "roi_heads.box_head")
@@ -29,6 +29,7 @@ class GeneralizedRCNN(Architecture):
 
     CLASSES: ClassVar[tuple[NumClassesKey, ...]] = (NumClassesKey("MODEL.ROI_HEADS.NUM_CLASSES"),)
     EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ("coco", "cityscapes_instance", "pascal_voc")
+    SCORE_THRESHOLD = "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
     SUPPORTS_TTA = True
 
     @classmethod
@@ -89,6 +90,12 @@ class GeneralizedRCNN(Architecture):
                 }
                 found.append(Prediction(f"{tap}.bbox_pred", "box_deltas", "region", number, requires=requires))
         return found
+
+    def class_layers(self) -> list[ClassLayer]:
+        """Returns those of the box predictors and of the mask head."""
+        masks = "roi_heads.mask_head.predictor"
+        has_masks = masks in dict(self.model.named_modules())
+        return super().class_layers() + ([ClassLayer(masks, "region")] if has_masks else [])
 
 
 @register_architecture("ProposalNetwork")

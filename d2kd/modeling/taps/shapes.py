@@ -17,9 +17,8 @@ from .recording import FeatureTaps, evaluation_mode
 _PROBE_SIZE = 128
 
 
-@torch.no_grad()
 def describe_taps(model: nn.Module, names: Sequence[str]) -> dict[str, TapInfo]:
-    """Returns channels, strides, meaning and norms of tapped features.
+    """Returns channels, strides, meaning and norms of tapped features, and whether a gradient passes them.
 
     Raises:
         TapError: a tap is unknown, does not fire, fires twice, or is neither a feature map (N, C, H, W) nor a vector
@@ -27,13 +26,15 @@ def describe_taps(model: nn.Module, names: Sequence[str]) -> dict[str, TapInfo]:
     """
     predictions = {p.tap: p for p in architecture_of(model).predictions()}
     described = {}
-    for name, (channels, stride) in _shapes(model, names).items():
-        described[name] = TapInfo(name, channels, stride, predictions.get(name), _norm_before(model, name, channels))
+    for name, (channels, stride, trainable) in _shapes(model, names).items():
+        norm = _norm_before(model, name, channels)
+        described[name] = TapInfo(name, channels, stride, predictions.get(name), norm, trainable)
     return described
 
 
-def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """Channels and strides of tapped features, 0 for vectors."""
+@torch.enable_grad()
+def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, float, bool]]:
+    """Channels and strides (0 for vectors) of tapped features, and whether a gradient passes them."""
     device = next(model.parameters()).device
     blank = torch.zeros(3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)
     widths: list[int] = []
@@ -51,7 +52,14 @@ def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, floa
                 f"Tap {name!r} has the shape {tuple(feature.shape)}; only feature maps (N, C, H, W) and vectors (R, "
                 "C) can be distilled."
             )
-    return {n: (f.shape[1], widths[0] / f.shape[-1] if f.dim() == 4 else 0.0) for n, f in features.items()}
+    shapes = {}
+    for tap in taps.taps:
+        feature = features[tap.name]
+        stride = widths[0] / feature.shape[-1] if feature.dim() == 4 else 0.0
+        # heads may run without gradient in evaluation
+        trainable = feature.requires_grad or not is_in_backbone(model, tap.name)
+        shapes[tap.name] = (feature.shape[1], stride, trainable)
+    return shapes
 
 
 def _norm_before(model: nn.Module, tap: str, channels: int) -> NormAffine | None:
