@@ -73,6 +73,7 @@ class DistillCheckpointer(DetectionCheckpointer):
         self.in_force: dict[str, Any] = {}
         #: whose weights a run has started from, where they are of another project (see `pretrained_names`)
         self.source: str | None = None
+        self._started_with: set[str] = set()
         self._resuming = False
         extra: dict[str, Any] = {"ema": ema}
         if distilled is not None:
@@ -114,6 +115,16 @@ class DistillCheckpointer(DetectionCheckpointer):
         advice = None if self.source is None else input_advice(self.source, cfg)
         if advice is not None:
             logger.warning("%s", advice)
+        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and n not in self._started_with]
+        if frozen:
+            logger.warning(
+                "%d parameters, first %s, are frozen (MODEL.BACKBONE.FREEZE_AT is %d) with the random values that they "
+                "have without weights: MODEL.WEIGHTS %r gives them none. Set FREEZE_AT 0 to train them.",
+                len(frozen),
+                frozen[0],
+                cfg.MODEL.BACKBONE.FREEZE_AT,
+                cfg.MODEL.WEIGHTS,
+            )
 
     def _load_model(self, checkpoint: Any) -> Any:
         self._loaded = set(checkpoint)
@@ -147,9 +158,10 @@ class DistillCheckpointer(DetectionCheckpointer):
         failed = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         if wanted and wanted <= failed:
             raise CheckpointError(
-                f"nothing of it fits the backbone, which has e.g. {min(wanted)}, and the file e.g. {example}. Give  the "
-                "weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none"
+                f"nothing of it fits the backbone, which has e.g. {min(wanted)}, and the file e.g. {example}. Give "
+                "the weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none"
             )
+        self._started_with = set(self.model.state_dict()) - failed
         return incompatible
 
 

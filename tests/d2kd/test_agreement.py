@@ -246,6 +246,13 @@ def test_torchvision_weights_are_understood(write_config, tmp_path, wrapped, cap
     assert "set INPUT.FORMAT to RGB" in caplog.text
 
 
+def test_frozen_stages_without_weights_are_told(write_config, caplog):
+    trainer = DistillTrainer(load_config(str(write_config(MODEL__BACKBONE__FREEZE_AT=2))))
+    with caplog.at_level(logging.WARNING, "d2kd"):
+        trainer.resume_or_load(resume=False)
+    assert "first backbone.bottom_up.stem.conv1.weight, are frozen (MODEL.BACKBONE.FREEZE_AT is 2)" in caplog.text
+
+
 # --- what cannot teach ----------------------------------------------------------------------------
 
 
