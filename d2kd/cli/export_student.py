@@ -7,11 +7,9 @@ import argparse
 import logging
 import os
 
-import torch
-
 from d2kd.engine import CheckpointError, add_import_argument, load_config, log_runtime, run_tool
-from d2kd.files import replacing
 from d2kd.modeling import build_network, load_strictly
+from d2kd.modeling.checkpoint_files import InvalidCheckpointError, read_checkpoint, without_checksum, write_checkpoint
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger(__name__)
@@ -29,8 +27,8 @@ def export(source: str, target: str, average: bool = False) -> int:
         CheckpointError: `source` cannot be read, or holds no model.
     """
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = without_checksum(source, read_checkpoint(source))
+    except InvalidCheckpointError as error:
         raise CheckpointError(f"{source} cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{source} holds no 'model': it is not a training checkpoint.")
@@ -39,8 +37,7 @@ def export(source: str, target: str, average: bool = False) -> int:
             raise CheckpointError(f"{source} holds no 'ema': its run did not set SOLVER.EMA.ENABLED.")
     weights = content["ema"]["model"] if average else content["model"]
     kept = {key: content[key] for key in ("class_names",) if key in content}
-    with replacing(target) as temporary:
-        torch.save({"model": weights, **kept}, temporary)
+    write_checkpoint(target, {"model": weights, **kept})
     return len(weights)
 
 

@@ -7,7 +7,7 @@ d2kd train --config-file student.yaml --teacher-config teacher.yaml --teacher-we
 
 import argparse
 
-from d2kd.engine import add_import_argument, launch_tool, setup
+from d2kd.engine import add_run_arguments, launch_tool, locked, setup
 from d2kd.errors import ConfigError
 from d2kd.token_learning import TokenTrainer
 from detectron2.engine import default_argument_parser
@@ -17,9 +17,13 @@ def main(args: argparse.Namespace) -> None:
     """One process of the run."""
     if args.eval_only:
         raise ConfigError("--eval-only: tokens are not evaluated; see the pictures in OUTPUT_DIR/masks.")
-    trainer = TokenTrainer(setup(args))
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    if args.weights:
+        args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
+    cfg = setup(args)
+    with locked(cfg.OUTPUT_DIR):
+        trainer = TokenTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -27,5 +31,8 @@ def run(arguments: list[str] | None = None) -> None:
     parser = default_argument_parser()
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.set_defaults(teacher_config=None, teacher_weights=None, method=None)  # the teacher is --config-file here
-    add_import_argument(parser)
+    parser.add_argument(
+        "--teacher-weights", dest="weights", metavar="FILE", help="checkpoint of the teacher (MODEL.WEIGHTS)"
+    )
+    add_run_arguments(parser)
     launch_tool(main, parser.parse_args(arguments))

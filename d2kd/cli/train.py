@@ -13,6 +13,7 @@ from d2kd.engine import (
     evaluate_student,
     evaluate_teacher,
     launch_tool,
+    locked,
     setup,
 )
 from d2kd.errors import ConfigError
@@ -30,9 +31,10 @@ def main(args: argparse.Namespace) -> Any:
         return evaluate_teacher(DistillTrainer, cfg)
     if args.eval_only:
         return evaluate_student(DistillTrainer, cfg, args.resume)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    with locked(cfg.OUTPUT_DIR):
+        trainer = DistillTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -4,7 +4,8 @@ from .checkpoint import CheckpointError, DistillCheckpointer
 from .evaluation import evaluate_student, evaluate_teacher
 from .launching import launch_tool, run_tool
 from .resumable_trainer import ResumableTrainer
-from .setup import add_import_argument, argument_parser, load_config, log_runtime, setup
+from .run_folder import FolderError, locked
+from .setup import add_import_argument, add_run_arguments, argument_parser, load_config, log_runtime, setup
 from .train_step import NonFiniteLossError
 from .trainer import DistillTrainer
 
@@ -12,13 +13,16 @@ __all__ = [
     "CheckpointError",
     "DistillCheckpointer",
     "DistillTrainer",
+    "FolderError",
     "NonFiniteLossError",
     "ResumableTrainer",
     "add_import_argument",
+    "add_run_arguments",
     "argument_parser",
     "evaluate_student",
     "evaluate_teacher",
     "launch_tool",
+    "locked",
     "load_config",
     "log_runtime",
     "run_tool",

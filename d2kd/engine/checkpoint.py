@@ -1,6 +1,7 @@
 """Checkpoints: the student under plain Detectron2 keys, everything else that a resumed run needs beside it."""
 
 import logging
+import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +16,9 @@ from d2kd.errors import UserError
 from d2kd.files import replacing
 from d2kd.modeling import DistilledModel
 from d2kd.modeling.architectures import architecture_of
+from d2kd.modeling.checkpoint_files import SafeCheckpointer, write_checkpoint
 from d2kd.modeling.pretrained_names import input_advice, source_of, to_detectron2, unpacked
 from d2kd.modeling.strict_loading import require_finite
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -34,7 +35,7 @@ class CheckpointError(UserError):
     """A checkpoint that does not belong to the run that wants to continue from it."""
 
 
-class DistillCheckpointer(DetectionCheckpointer):
+class DistillCheckpointer(SafeCheckpointer):
     """Saves the student as "model", which is all that Detectron2 reads, and beside it what a resumed run needs.
 
     That is "distillers", "balance", "teacher_passes", "ema" and "trainer" (states), "methods" and "class_names",
@@ -80,6 +81,28 @@ class DistillCheckpointer(DetectionCheckpointer):
             passes = distilled.passes if distilled.passes.state_dict() else None
             extra |= {"distillers": distilled.distillers, "balance": distilled.balance, "teacher_passes": passes}
         super().__init__(student, save_dir, trainer=trainer, **{n: x for n, x in extra.items() if x is not None})
+
+    def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
+        """Writes `name`.pth; all states, `about` and `extra`, with a checksum.
+
+        Args:
+            name: file name without ending.
+            tag: whether a resumed run continues from it.
+            extra: further entries.
+        """
+        if not self.save_to_disk:
+            return
+        states = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        write_checkpoint(path, {"model": self.model.state_dict(), **states, **self.about, **extra})
+        if tag:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Records which file of the folder a resumed run continues from."""
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+            temporary.write_text(last_filename_basename, encoding="utf-8")
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Continues from the last checkpoint of `save_dir` if `resume` is set and there is one, else loads weights from
@@ -173,8 +196,7 @@ def _with(methods: Sequence[str] | None) -> str:
 
 def write_weights(path: str, model: nn.Module, **extra: Any) -> None:
     """Writes {"model": state dict, **extra}; `last_checkpoint` stays as it is."""
-    with replacing(path) as temporary:
-        torch.save({"model": model.state_dict(), **extra}, temporary)
+    write_checkpoint(path, {"model": model.state_dict(), **extra})
 
 
 def process_state(model: nn.Module) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Evaluating students, their variants (moving average, test-time augmentation) and teachers on `DATASETS.TEST`."""
 
 import inspect
+import json
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from detectron2.utils import comm
 
 from .checkpoint import broadcast_buffers
 from .ema import ModelEMA
+from .run_folder import holds_a_run
+from .run_settings import with_settings, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +154,9 @@ def evaluate_with_tta(trainer_class: Any, cfg: CfgNode, model: nn.Module) -> dic
 def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str, Any]:
     """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`; every key must fit.
 
+    Writes `result.json` and predictions for reports: into `OUTPUT_DIR`, or `OUTPUT_DIR/evaluation` where a training has
+    its own there. The training's result is not written anew; its predictions are, if it is the same evaluation again.
+
     Raises:
         ConfigError: there is nothing to evaluate.
         StrictLoadingError: the checkpoint does not fit.
@@ -164,12 +171,35 @@ def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str
     model = build_network(cfg, "--config-file")
     saved = load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
     _check_class_names(cfg, path, saved.get("class_names"))
+    trained = holds_a_run(cfg.OUTPUT_DIR)
+    again = trained and _is_result_of(cfg, path)
+    comm.synchronize()
+    if trained and not again:
+        cfg = with_settings(cfg, {"OUTPUT_DIR": os.path.join(cfg.OUTPUT_DIR, "evaluation")})
     results = dict(trainer_class.test(cfg, model))
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer_class.test_with_tta(cfg, model))
     if comm.is_main_process():
+        if not again:
+            write_config(cfg)
+            _write_result(cfg, results, model, path)
         verify_results(cfg, results)
     return results
+
+
+def _is_result_of(cfg: CfgNode, weights: str) -> bool:
+    """Whether these weights on these test sets are what the `result.json` of OUTPUT_DIR is about."""
+    folder = Path(cfg.OUTPUT_DIR)
+    if not (folder / "result.json").is_file() or not os.path.exists(weights):
+        return False
+    same = os.path.realpath(weights) == os.path.realpath(folder / "model_final.pth")
+    return same and json.loads((folder / "result.json").read_text()).get("datasets") == list(cfg.DATASETS.TEST)
+
+
+def _write_result(cfg: CfgNode, results: Results, model: nn.Module, weights: str) -> None:
+    params = sum(p.numel() for p in model.parameters())
+    content = {"metrics": results, "datasets": list(cfg.DATASETS.TEST), "params": params, "weights": weights}
+    write_json(os.path.join(cfg.OUTPUT_DIR, "result.json"), content)
 
 
 def _check_class_names(cfg: CfgNode, path: str, saved: ClassNames | None) -> None:
@@ -219,11 +249,7 @@ def evaluate_teacher(trainer_class: Any, cfg: CfgNode, teacher: Teacher | None =
     logger.info("Evaluating the teacher on %s", ", ".join(cfg.DATASETS.TEST))
     results = trainer_class.test(teacher_cfg, teacher.model)
     if comm.is_main_process():
-        params = sum(p.numel() for p in teacher.model.parameters())
-        write_json(
-            os.path.join(teacher_cfg.OUTPUT_DIR, "result.json"),
-            {"metrics": results, "params": params, "weights": teacher_cfg.MODEL.WEIGHTS},
-        )
+        _write_result(teacher_cfg, results, teacher.model, teacher_cfg.MODEL.WEIGHTS)
     return results
 
 

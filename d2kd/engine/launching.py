@@ -16,13 +16,18 @@ from d2kd.errors import ConfigError, UserError
 from detectron2.engine import launch
 from detectron2.utils.logger import setup_logger
 
+from .hooks import Terminated
+from .run_folder import DISK_ERRORS
 from .setup import command_line_options, load_config
 
 logger = logging.getLogger(__name__)
 
 
 def run_tool(main: Callable[[], Any]) -> Any:
-    """Runs a tool; a `UserError` becomes one line in the log and exit status 2, Ctrl-C status 130."""
+    """Runs a tool; a `UserError` becomes one line in the log and exit status 2, Ctrl-C status 130, SIGTERM 143.
+
+    So does a disk that is full or not to be written to.
+    """
     try:
         return main()
     except UserError as error:
@@ -30,6 +35,14 @@ def run_tool(main: Callable[[], Any]) -> Any:
             setup_logger(name="d2kd")
         logger.error("%s", error)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        logger.error("Cannot write%s: %s. Make room, or choose another OUTPUT_DIR.", where, error.strerror)
+        sys.exit(2)
+    except Terminated:
+        sys.exit(143)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -2,32 +2,39 @@
 
 import logging
 import os
+import re
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2kd.data.loader import ResumableLoader, build_train_loader
 from d2kd.errors import UserError
-from d2kd.files import replacing
 from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import LRMultiplier, build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
 from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
 from .hooks import CheckpointHook, InterruptHook, WallTime
 from .optimizer import build_optimizer
-from .run_settings import run_settings, with_settings
+from .run_folder import DISK_ERRORS
+from .run_settings import run_settings, with_settings, write_config
 from .scaling import scale_to_processes
-from .train_step import TrainStep, mixed_precision
+from .train_step import NonFiniteLossError, TrainStep, mixed_precision
 
 logger = logging.getLogger(__name__)
+
+
+#: A loss this many times the lowest so far is no noise.
+_EXPLOSION = 10.0
 
 
 def _of_step(name: str) -> Any:
@@ -66,10 +73,12 @@ class ResumableTrainer(TrainerBase):
             optimizer,
             precision=mixed_precision(cfg),
             accumulate=cfg.SOLVER.ACCUMULATE,
-            before_raising=self._save_before_failure,
+            before_raising=self._before_failure,
             detector=self.detector,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        #: options of the optimizer's groups as configured: those in a checkpoint may be of another configuration
+        self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if not (hasattr(loader, "seed") and hasattr(loader, "start")):
             logger.warning(
                 "The training loader, a %s, cannot be set to a position, as those of d2kd.data.loader can: after "
@@ -179,6 +188,10 @@ class ResumableTrainer(TrainerBase):
             except KeyboardInterrupt:
                 logger.warning("Training was interrupted at iteration %d.", self.iter)
                 raise
+            except OSError as error:
+                if error.errno not in DISK_ERRORS:
+                    logger.exception("Exception during training, at iteration %d:", self.iter)
+                raise
             except Exception:
                 logger.exception("Exception during training, at iteration %d:", self.iter)
                 raise
@@ -188,8 +201,7 @@ class ResumableTrainer(TrainerBase):
     def before_train(self) -> None:
         """Writes the configuration that is in force, and calls the hooks."""
         if comm.is_main_process():
-            with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")) as temporary:
-                temporary.write_text(self.cfg.dump(), encoding="utf-8")
+            write_config(self.cfg)
         super().before_train()
 
     def run_step(self) -> None:
@@ -211,16 +223,23 @@ class ResumableTrainer(TrainerBase):
         self.checkpointer.resume_or_load("", resume=True)
         self.cfg = with_settings(self.cfg, self.checkpointer.in_force)
         self.start_iter = self.iter + 1
+        self._saved = Path(self.checkpointer.get_checkpoint_file()).stem, self.iter
+        self._use_configured_schedule()
         if hasattr(self.data_loader, "start"):
             self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
         logger.info("Resumed from %s: next is iteration %d", self.checkpointer.get_checkpoint_file(), self.start_iter)
         return True
 
-    def save(self, name: str) -> None:
-        """Writes `name`.pth and marks it as the last checkpoint. All processes must call it."""
+    def save(self, name: str, tag: bool = True) -> None:
+        """Writes `name`.pth and marks it as the last checkpoint. All processes must call it.
+
+        Raises:
+            NonFiniteLossError: weights are infinite or NaN; the last checkpoint stays what it was.
+        """
+        self._require_finite_weights()
         self._process_states = gather_process_states(self.detector)
         if comm.is_main_process():
-            self.checkpointer.save(name, iteration=self.iter, **self.checkpointer.about)
+            self.checkpointer.save(name, tag=tag, iteration=self.iter)
             self.save_more(name)
         self._saved = name, self.iter
         comm.synchronize()
@@ -259,13 +278,70 @@ class ResumableTrainer(TrainerBase):
                 comm.get_world_size(),
             )
 
-    def _save_before_failure(self) -> str:
+    def _use_configured_schedule(self) -> None:
+        """Lets the configuration decide on learning rate, momentum and weight decay, not the optimizer's state."""
+        if not isinstance(self.scheduler, LRMultiplier):  # one of one's own keeps its state
+            return
+        for group, configured in zip(self.optimizer.param_groups, self._configured):
+            group.update(configured)
+        self.scheduler.base_lrs = [group["initial_lr"] for group in self._configured]
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
+            group["lr"] = rate
+
+    def _require_finite_weights(self) -> None:
+        ours = self.checkpointer.checkpointables.get("ema")
+        states = [self.network.state_dict(), *([] if ours is None else [ours.model.state_dict()])]
+        named = [(n, t) for s in states for n, t in s.items() if isinstance(t, Tensor) and t.is_floating_point()]
+        finite = torch.stack([t.isfinite().all() for _, t in named]).tolist() if named else []
+        bad = [name for (name, _), is_finite in zip(named, finite) if not is_finite]
+        bad = next((names for names in comm.all_gather(bad) if names), [])
+        if bad:
+            self._tag_sound_checkpoint()
+            raise NonFiniteLossError(
+                f"Not finite after iteration {self.iter}: {len(bad)} weights, first {bad[0]}. They are not saved. "
+                f"{self._how_to_go_on()}"
+            )
+
+    def _before_failure(self) -> str:
+        """Keeps the state before an iteration that fails, and says how to go on."""
         self.iter -= 1  # the state is that after the iteration before
         name = f"model_before_failure_{self.iter + 1:07d}"
-        self.save(name)
+        try:
+            self.save(name, tag=False)
+            kept = f"The state before it is kept in {os.path.join(self.cfg.OUTPUT_DIR, name)}.pth."
+        except NonFiniteLossError:
+            kept = "The weights were ruined before it."
         self.iter += 1
-        path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
-        return f" The state before this iteration is kept in {path}; --resume continues there."
+        self._tag_sound_checkpoint()
+        return f"{kept} {self._how_to_go_on()}"
+
+    def _tag_sound_checkpoint(self) -> None:
+        """Lets a resumed run continue from the last checkpoint before the loss began to grow without end."""
+        if not comm.is_main_process():
+            return
+        history = self.storage.histories().get("total_loss")
+        losses = history.values() if history is not None else []
+        lowest = min((loss for loss, _ in losses), default=0.0)
+        # a run that fails at once has been resumed from ruined weights
+        none_yet = self.iter - (self.iter == self.start_iter)
+        sound = max((int(i) for loss, i in losses if loss <= _EXPLOSION * lowest), default=none_yet)
+        names = (re.fullmatch(r"model_(\d+)\.pth", path.name) for path in Path(self.cfg.OUTPUT_DIR).glob("model_*.pth"))
+        # the loss of an iteration tells of the weights that the one before has left
+        earlier = [match for match in names if match and int(match[1]) < sound]
+        if earlier:
+            self.checkpointer.tag_last_checkpoint(max(earlier, key=lambda match: int(match[1]))[0])
+        elif self.checkpointer.has_checkpoint() and self._saved[1] >= sound:
+            Path(self.cfg.OUTPUT_DIR, "last_checkpoint").unlink()
+
+    def _how_to_go_on(self) -> str:
+        advice = (
+            "a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a "
+            "smaller weight of a method"
+        )
+        if comm.is_main_process() and self.checkpointer.has_checkpoint():
+            name = Path(self.checkpointer.get_checkpoint_file()).name
+            return f"--resume continues from {name}: give it {advice}."
+        return f"No checkpoint lies before it: start anew (--overwrite) with {advice}."
 
 
 def wrap_data_parallel(model: nn.Module) -> nn.Module:

@@ -1,21 +1,28 @@
 """What of a run's settings must stay when it is resumed, and what lies in its checkpoint and has no effect any more."""
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from d2kd.config import get_key
 from d2kd.errors import UserError
+from d2kd.files import replacing
 from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
 #: What the state of a run is made for.
 FIXED = ("SOLVER.OPTIMIZER", "DATASETS.TRAIN")
-#: What the states of optimizer, schedule and loader bring along, or what was done at the start.
+#: What the state of the loader brings along, or what was done at the start.
 RESTORED = (
     "SEED",
     "MODEL.WEIGHTS",
+    "DISTILL.INIT_FROM_TEACHER.ENABLED",
+    "DISTILL.INIT_FROM_TEACHER.EXCLUDE",
+)
+#: What a resumed run may change, and should say.
+FREE = (
     "SOLVER.BASE_LR",
     "SOLVER.MOMENTUM",
     "SOLVER.NESTEROV",
@@ -24,11 +31,6 @@ RESTORED = (
     "SOLVER.WEIGHT_DECAY_BIAS",
     "SOLVER.BIAS_LR_FACTOR",
     "SOLVER.LAYER_DECAY",
-    "DISTILL.INIT_FROM_TEACHER.ENABLED",
-    "DISTILL.INIT_FROM_TEACHER.EXCLUDE",
-)
-#: What a resumed run may change, and should say.
-FREE = (
     "SOLVER.MAX_ITER",
     "SOLVER.STEPS",
     "SOLVER.GAMMA",
@@ -91,6 +93,12 @@ def with_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
         get_key(changed, ".".join(path), changed)[name] = value
     changed.freeze()
     return changed
+
+
+def write_config(cfg: CfgNode) -> None:
+    """Writes the configuration that is in force as `OUTPUT_DIR/config.yaml`."""
+    with replacing(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:
+        temporary.write_text(cfg.dump(), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,8 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from .run_folder import claim_folder, prepare_folder
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,8 +33,16 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--teacher-weights", metavar="FILE", help="checkpoint of the teacher (DISTILL.TEACHER.WEIGHTS)")
     group.add_argument("--method", metavar="NAME[,NAME]", help="methods to distil with (DISTILL.METHODS)")
     group.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher only")
-    add_import_argument(parser)
+    add_run_arguments(parser)
     return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--overwrite` and `--import`, which every training takes."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove what another run has left in OUTPUT_DIR, and start anew"
+    )
+    add_import_argument(parser)
 
 
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
@@ -61,11 +71,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"--method {args.method} needs a teacher: name its YAML (--teacher-config) and checkpoint "
             "(--teacher-weights)."
         )
+    if not (args.config_file or cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
+        raise ConfigError("--config-file is missing: give the YAML of the model and its datasets.")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        notices.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no CUDA device here: this runs on the CPU.")
         cfg.MODEL.DEVICE = "cpu"
     _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
     cfg.freeze()
+    if comm.is_main_process():
+        prepare_folder(cfg.OUTPUT_DIR)
+        if not getattr(args, "eval_only", False) and not getattr(args, "eval_teacher", False):
+            claim_folder(cfg, args.resume, getattr(args, "overwrite", False))
+    comm.synchronize()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
     for notice in notices if comm.is_main_process() else ():
@@ -135,8 +153,10 @@ def load_config(
 def _use_device(name: str) -> None:
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"MODEL.DEVICE is {name!r}; it must be cuda, cpu, or one GPU, such as cuda:1.") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"MODEL.DEVICE is {name!r}; it must be cuda, cpu, or one GPU, such as cuda:1.")
     if device.type != "cuda" or device.index is None:
         return
     if comm.get_world_size() > 1:

@@ -168,13 +168,10 @@ class TrainStep(SimpleTrainer):
     def _fail(self, what: str, together: bool = True) -> NoReturn:
         self._snapshot.restore()
         if together or comm.get_world_size() == 1:
-            kept = self.before_raising()
+            advice = self.before_raising()
         else:  # the other processes wait for this one's gradients and cannot take part in saving
-            kept = " --resume continues from the last checkpoint."
-        raise NonFiniteLossError(
-            f"Not finite at iteration {self.iter}: {what}. Try a lower SOLVER.BASE_LR, a longer "
-            f"SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a smaller weight of that method.{kept}"
-        )
+            advice = "--resume continues from the last checkpoint: give it a lower SOLVER.BASE_LR."
+        raise NonFiniteLossError(f"Not finite at iteration {self.iter}: {what}. {advice}")
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, optimizer and loss scale."""

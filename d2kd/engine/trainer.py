@@ -34,7 +34,15 @@ from detectron2.utils.events import EventWriter
 from .checkpoint import DistillCheckpointer, write_weights
 from .ema import EMAHook, build_ema
 from .evaluation import StudentEvaluation, check_test_augmentation, evaluate, evaluate_teacher, evaluate_with_tta
-from .hooks import BestCheckpoint, CalibrationHook, CheckpointHook, EarlyStop, InterruptHook, ResultWriter
+from .hooks import (
+    BestCheckpoint,
+    CalibrationHook,
+    CheckpointHook,
+    EarlyStop,
+    EvaluationHook,
+    InterruptHook,
+    ResultWriter,
+)
 from .resumable_trainer import ResumableTrainer
 from .writers import DistillPrinter, WandbWriter, check_wandb
 
@@ -141,7 +149,7 @@ class DistillTrainer(ResumableTrainer):
             InterruptHook(self._trainer),
         ]
         if cfg.DATASETS.TEST:
-            ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+            ret.append(EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
             ret.append(self.best)
             if cfg.TEST.AUG.ENABLED:
                 ret.append(hooks.CallbackHook(after_train=lambda _: self._evaluate_with_tta()))
@@ -178,6 +186,8 @@ class DistillTrainer(ResumableTrainer):
             if comm.all_gather(os.path.isfile(self.result_file))[0]:
                 logger.info("Nothing to do: the result is in %s", self.result_file)
                 return None
+            if comm.is_main_process() and not os.path.isfile(self._averaged_file):
+                self.save_more("model_final")  # a run that was killed behind the student's
             self.stopped_early = self.start_iter < self.max_iter
             self.max_iter = self.start_iter
         if self.distilled is not None and self.cfg.DISTILL.TEACHER.EVAL_FIRST and self.start_iter == 0:
@@ -201,6 +211,13 @@ class DistillTrainer(ResumableTrainer):
         """Whether the training has come to its end, early or not."""
         return self.stopped_early or super().finished
 
+    def after_evaluation(self) -> None:
+        """Ends the training where it no longer gets better; else completes this iteration's checkpoint."""
+        if self.best is not None and self.best.exhausted:
+            logger.info("%s has not risen for long: training ends early.", self.best.metric)
+            self.stop_early()
+        self.save_again()
+
     def stop_early(self) -> None:
         """Ends the training here as if this were its last iteration; all processes must call it.
 
@@ -214,8 +231,11 @@ class DistillTrainer(ResumableTrainer):
     def save_more(self, name: str) -> None:
         """Writes the averaged weights beside the final checkpoint."""
         if name == "model_final" and self.ema is not None:
-            path = os.path.join(self.cfg.OUTPUT_DIR, "model_final_ema.pth")
-            write_weights(path, self.ema.model, class_names=self.checkpointer.about["class_names"])
+            write_weights(self._averaged_file, self.ema.model, class_names=self.checkpointer.about["class_names"])
+
+    @property
+    def _averaged_file(self) -> str:
+        return os.path.join(self.cfg.OUTPUT_DIR, "model_final_ema.pth")
 
     def save_best(self, description: dict[str, Any]) -> None:
         """Writes the weights just evaluated as `model_best.pth`: the student's, or for a metric of it the average's."""
@@ -239,6 +259,7 @@ class DistillTrainer(ResumableTrainer):
         cfg = self.cfg
         return {
             "metrics": self.evaluation.results or {},
+            "datasets": list(cfg.DATASETS.TEST),
             "wall_time_s": round(self.wall_time.seconds, 2),
             "iterations": min(self.iter + 1, self.max_iter),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE,

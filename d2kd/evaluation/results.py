@@ -74,6 +74,7 @@ def load_result(
         raise ResultError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere.")
     try:
         content = json.loads(path.read_text())
+        _require_dataset(name, directory, content, dataset_name)
         metrics = content["metrics"]
         metrics = metrics.get(dataset_name, metrics)[task]
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -96,6 +97,15 @@ def load_result(
         checkpoint=existing("model_final.pth"),
         **{k: content.get(k) for k in ("wall_time_s", "iterations", "images_per_batch", "params", "seed")},
     )
+
+
+def _require_dataset(name: str, directory: Path, content: Mapping[str, Any], dataset_name: str | None) -> None:
+    datasets = content.get("datasets")
+    if dataset_name is not None and datasets is not None and dataset_name not in datasets:
+        raise ResultError(
+            f"Run {name!r}: {directory / 'result.json'} is an evaluation on {', '.join(datasets) or 'no dataset'}, not "
+            f"on {dataset_name}. Evaluate it there (d2kd eval, with DATASETS.TEST and an OUTPUT_DIR), and compare that."
+        )
 
 
 def compare(models: Mapping[str, ModelResult], metric: str = "AP") -> dict[str, Any]:

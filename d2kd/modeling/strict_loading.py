@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from d2kd.errors import UserError
-from detectron2.checkpoint import DetectionCheckpointer
+
+from .checkpoint_files import SafeCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ class StrictLoadingError(UserError):
     """A checkpoint that cannot be read, or does not fit its model."""
 
 
-class _StrictCheckpointer(DetectionCheckpointer):
+class _StrictCheckpointer(SafeCheckpointer):
     """Keeps what did not fit, for `load_strictly` to judge."""
 
     problems: Any = None

@@ -3,9 +3,11 @@
 import itertools
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -82,6 +84,10 @@ class TokenTrainer(ResumableTrainer):
         logger.info("Learning %d tokens for each of %s", node.LEARN.NUM_TOKENS, ", ".join(learner.taps))
         return learner
 
+    def build_parts(self) -> None:
+        """Makes what keeps the overlaps of the last steps."""
+        self._dice: dict[str, deque[float]] = {name: deque(maxlen=_DICE_WINDOW) for name in self.learner.taps}
+
     def extra_hooks(self) -> list[HookBase | None]:
         """Returns a check of the taps, checkpoints, pictures and the token file, in that order."""
         ret: list[HookBase | None] = [_CheckTaps(), *super().extra_hooks()]
@@ -99,7 +105,8 @@ class TokenTrainer(ResumableTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in the base class, and which teacher the tokens belong to."""
-        return {**super().state_dict(), "teacher": self.learner.teacher_checksum, "taps": list(self.learner.taps)}
+        own = {"teacher": self.learner.teacher_checksum, "taps": list(self.learner.taps)}
+        return {**super().state_dict(), **own, "dice": {name: list(values) for name, values in self._dice.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -112,6 +119,14 @@ class TokenTrainer(ResumableTrainer):
         if state_dict["taps"] != self.learner.taps:
             raise CheckpointError(f"its tokens are of the taps {', '.join(state_dict['taps'])}")
         super().load_state_dict(state_dict)
+        for name, values in state_dict.get("dice", {}).items():
+            self._dice[name].extend(values)
+
+    def after_step(self) -> None:
+        """Keeps the overlap of the last masks, and calls the hooks."""
+        for name, values in self._dice.items() if comm.is_main_process() else ():
+            values.append(float(self.storage.history(f"loss_dice/{name}").latest()))
+        super().after_step()
 
     def _write_tokens(self) -> None:
         if not self.finished:
@@ -131,9 +146,9 @@ class TokenTrainer(ResumableTrainer):
         logger.info("Wrote %s: the DISTILL.RECEPTIVE_TOKENS.FILE of students of this teacher", self.result_file)
 
     def _overlaps(self) -> dict[str, float]:
-        """Dice overlap by tap, over the last steps; over one batch where an interrupted run has made all steps."""
-        if self.start_iter < self.max_iter:
-            return {n: float(self.storage.history(f"loss_dice/{n}").median(_DICE_WINDOW)) for n in self.learner.taps}
+        """Dice overlap by tap, over the last steps; over one batch where a checkpoint of an older version has none."""
+        if all(self._dice.values()):
+            return {name: float(np.median(values)) for name, values in self._dice.items()}
         seen = self.learner.compute_masks(next(iter(self.data_loader)))
         return {n: float(dice(level.masks)) for n, level in seen.items()}
 

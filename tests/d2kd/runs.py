@@ -39,6 +39,15 @@ TINY = {
 }
 
 
+def make_trainer(path: Path, trainer_class: type = DistillTrainer, **changes: Any) -> Any:
+    """A trainer, before its weights are loaded; `changes` are keys with '__' for '.'."""
+    cfg = load_config(str(path), [x for key, value in changes.items() for x in (key.replace("__", "."), value)])
+    register_datasets(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(cfg.SEED)
+    return trainer_class(cfg)
+
+
 def run_training(
     path: Path, *, resume: bool = False, stop_at: int = 0, trainer_class: type = DistillTrainer, **changes: Any
 ) -> Any:
@@ -46,11 +55,7 @@ def run_training(
 
     `stop_at` ends the run early, after its checkpoint; `changes` are keys with '__' for '.'.
     """
-    cfg = load_config(str(path), [x for key, value in changes.items() for x in (key.replace("__", "."), value)])
-    register_datasets(cfg)
-    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True, parents=True)
-    torch.manual_seed(cfg.SEED)
-    trainer = trainer_class(cfg)
+    trainer = make_trainer(path, trainer_class, **changes)
     trainer.resume_or_load(resume=resume)
     if stop_at:
         trainer.max_iter, full = stop_at, trainer.max_iter

@@ -8,7 +8,7 @@ import torch
 import torchvision
 import yaml
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
-from runs import read_checkpoint, run_training
+from runs import make_trainer, read_checkpoint, run_training
 from test_bad_input import error_of
 
 from d2kd.engine import CheckpointError, DistillTrainer, load_config
@@ -16,6 +16,7 @@ from d2kd.engine.evaluation import evaluate_teacher
 from d2kd.errors import ConfigError, UserError
 from d2kd.modeling import build_distilled_model, initialize_student, teacher_config
 from d2kd.modeling.architectures import ClassLayer, architecture_of
+from d2kd.modeling.checkpoint_files import write_checkpoint
 from d2kd.modeling.classes import Classes, classes_of, match_classes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
@@ -238,7 +239,7 @@ def test_torchvision_weights_are_understood(write_config, tmp_path, wrapped, cap
     }
     path = write_config(**keys, MODEL__WEIGHTS=str(tmp_path / "resnet18.pth"))
     with caplog.at_level(logging.WARNING, "d2kd"):
-        trainer = DistillTrainer(load_config(str(path)))
+        trainer = make_trainer(path)
         trainer.resume_or_load(resume=False)
     ours = trainer.student.backbone.bottom_up.res4[0].conv1
     assert torch.equal(ours.weight.cpu(), state["layer3.0.conv1.weight"])
@@ -247,7 +248,7 @@ def test_torchvision_weights_are_understood(write_config, tmp_path, wrapped, cap
 
 
 def test_frozen_stages_without_weights_are_told(write_config, caplog):
-    trainer = DistillTrainer(load_config(str(write_config(MODEL__BACKBONE__FREEZE_AT=2))))
+    trainer = make_trainer(write_config(MODEL__BACKBONE__FREEZE_AT=2))
     with caplog.at_level(logging.WARNING, "d2kd"):
         trainer.resume_or_load(resume=False)
     assert "first backbone.bottom_up.stem.conv1.weight, are frozen (MODEL.BACKBONE.FREEZE_AT is 2)" in caplog.text
@@ -259,10 +260,10 @@ def test_frozen_stages_without_weights_are_told(write_config, caplog):
 def test_taps_in_frozen_stages(write_config, teacher, caplog):
     keys = {**teacher, "MODEL__BACKBONE__FREEZE_AT": 2}
     with pytest.raises(UserError, match=r"FeatureMimic compares res2.*FREEZE_AT is 2.*DISTILL\.FEATURE_MIMIC\.TAPS"):
-        DistillTrainer(load_config(str(write_config(**keys, DISTILL__FEATURE_MIMIC__TAPS=["res2"]))))
+        make_trainer(write_config(**keys, DISTILL__FEATURE_MIMIC__TAPS=["res2"]))
     keys["DISTILL__FEATURE_MIMIC__TAPS"] = ["res2", "res3"]
     with caplog.at_level(logging.WARNING, "d2kd"):
-        DistillTrainer(load_config(str(write_config(**keys))))
+        make_trainer(write_config(**keys))
     assert "FeatureMimic compares res2, and no parameter up to there is trained" in caplog.text
 
 
@@ -317,19 +318,32 @@ def test_the_same_images_in_smaller_batches(interrupted):
 
 def test_what_has_no_effect_is_told_and_config_yaml_has_what_is_in_force(interrupted, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "d2kd"):
-        trainer = run_training(interrupted, resume=True, SOLVER__BASE_LR=0.5, SOLVER__MAX_ITER=5, SOLVER__GAMMA=0.2)
-    assert "SOLVER.BASE_LR 0.5 has no effect on a resumed run: 0.002 is in force" in caplog.text
+        trainer = run_training(interrupted, resume=True, SEED=5, SOLVER__MAX_ITER=5)
+    assert "SEED 5 has no effect on a resumed run: 1 is in force" in caplog.text
     assert "SOLVER.MAX_ITER is 5 from here on; it was 6" in caplog.text
     written = yaml.safe_load((tmp_path / "student" / "config.yaml").read_text())
-    assert written["SOLVER"]["BASE_LR"] == trainer.cfg.SOLVER.BASE_LR == 0.002
-    assert written["SOLVER"]["MAX_ITER"] == 5
+    assert written["SEED"] == trainer.cfg.SEED == 1 and written["SOLVER"]["MAX_ITER"] == 5
+
+
+def test_a_changed_schedule_is_in_force_from_the_next_iteration_on(interrupted, monkeypatch):
+    rates = []
+    step = DistillTrainer.run_step
+    monkeypatch.setattr(
+        DistillTrainer,
+        "run_step",
+        lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"]) or step(trainer),
+    )
+    changed = {"SOLVER__BASE_LR": 0.004, "SOLVER__MOMENTUM": 0.5, "SOLVER__STEPS": [5], "SOLVER__GAMMA": 0.5}
+    trainer = run_training(interrupted, resume=True, **changed)
+    assert rates == pytest.approx([0.004, 0.004, 0.002])
+    assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
 
 
 def test_data_with_other_classes(interrupted):
     MetadataCatalog.get("digits_train")  # its names are those of the checkpoint
     checkpoint = Path(interrupted).parent / "student" / "model_final.pth"
-    content = torch.load(checkpoint, weights_only=True)
-    torch.save({**content, "class_names": {"thing_classes": DIGITS[::-1]}}, checkpoint)
+    content = read_checkpoint(checkpoint.parent)
+    write_checkpoint(checkpoint, {**content, "class_names": {"thing_classes": DIGITS[::-1]}})
     with pytest.raises(CheckpointError, match=r"Cannot resume from .*it has the classes \(9, 8"):
         run_training(interrupted, resume=True)
 
@@ -384,7 +398,7 @@ def test_paths_are_looked_for_beside_the_yaml_that_names_them(tmp_path, monkeypa
 
 
 def test_evaluating_a_teacher_that_is_loaded(write_config, teacher, monkeypatch):
-    trainer = DistillTrainer(load_config(str(write_config(**teacher))))
+    trainer = make_trainer(write_config(**teacher))
     seen = []
     monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda cls, cfg, net: seen.append(net) or {}))
     evaluate_teacher(DistillTrainer, trainer.cfg, trainer.distilled.teacher)

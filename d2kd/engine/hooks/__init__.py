@@ -2,14 +2,17 @@
 
 from .best import BestCheckpoint, EarlyStop
 from .calibration import CalibrationHook
-from .run import CheckpointHook, InterruptHook, ResultWriter, WallTime
+from .evaluation import EvaluationHook
+from .run import CheckpointHook, InterruptHook, ResultWriter, Terminated, WallTime
 
 __all__ = [
     "BestCheckpoint",
     "CalibrationHook",
     "CheckpointHook",
     "EarlyStop",
+    "EvaluationHook",
     "InterruptHook",
     "ResultWriter",
+    "Terminated",
     "WallTime",
 ]

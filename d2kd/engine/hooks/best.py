@@ -21,7 +21,7 @@ class EarlyStop(BaseException):
 class BestCheckpoint(HookBase):
     """Keeps the best weights by one metric as `model_best.pth`, and stops the training without a rise.
 
-    All processes see the same metric, so they decide alike. Comes after the hooks that save and evaluate.
+    All processes see the same metric, so they decide alike.
     `model_best.pth` holds weights only: a run is resumed from its last checkpoint, not from its best one.
     """
 
@@ -46,7 +46,6 @@ class BestCheckpoint(HookBase):
         self.best_iter: int | None = None
         self._reference: float | None = None
         self._stale = 0
-        self._judged_iter = -1
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Optional["BestCheckpoint"]:
@@ -76,7 +75,6 @@ class BestCheckpoint(HookBase):
             ConfigError: the metric is not among them.
         """
         value = self._value(results)
-        self._judged_iter = self.trainer.iter
         if not math.isnan(value) and (self.best is None or value > self.best):
             self.best, self.best_iter = value, self.trainer.iter
             self.trainer.save_best(self.describe())
@@ -89,15 +87,6 @@ class BestCheckpoint(HookBase):
     def describe(self) -> dict[str, Any]:
         """Metric, best value and its iteration."""
         return {"metric": self.metric, "value": self.best, "iteration": self.best_iter}
-
-    def after_step(self) -> None:
-        """Stops, or completes this iteration's checkpoint with what the evaluation told."""
-        if self._judged_iter != self.trainer.iter:
-            return
-        if self.exhausted:
-            logger.info("%s has not risen for %d evaluations: training ends early.", self.metric, self._stale)
-            self.trainer.stop_early()
-        self.trainer.save_again()
 
     def state_dict(self) -> dict[str, Any]:
         """Best value so far and evaluations since."""

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 _SAME_SIGNAL = 1.0
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends a run as Ctrl-C does, with the exit status of its own."""
+
+
 class CheckpointHook(HookBase):
     """Saves every `period` iterations and at the end. Runs on all processes, for each has a random state of its own."""
 
@@ -51,6 +55,7 @@ class InterruptHook(HookBase):
         """
         self.step = step
         self._received: float | None = None
+        self._number: int | None = None
         self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
@@ -68,22 +73,27 @@ class InterruptHook(HookBase):
         """Saves and stops if a signal has come.
 
         Raises:
-            KeyboardInterrupt: after saving.
+            KeyboardInterrupt: after saving; `Terminated` where the signal was SIGTERM.
         """
         if not self.step.stop_agreed or self.trainer.iter + 1 >= self.trainer.max_iter:
             return
         self.trainer.save(f"model_{self.trainer.iter:07d}")
         logger.warning("Stopped after iteration %d and saved; continue with --resume.", self.trainer.iter)
-        raise KeyboardInterrupt
+        raise self._interruption()
 
     def _handle(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if self._received is None:
             self._received, self.step.stop_requested = now, True
+            self._number = number
             name = signal.Signals(number).name
             logger.warning("%s: finishing this iteration, then saving. Again to stop at once.", name)
         elif now - self._received > _SAME_SIGNAL:
-            raise KeyboardInterrupt
+            raise self._interruption()
+
+    def _interruption(self) -> KeyboardInterrupt:
+        # a process that was asked through the steps has had no signal itself
+        return Terminated() if self._number == signal.SIGTERM else KeyboardInterrupt()
 
 
 class WallTime(HookBase):

@@ -1,0 +1,152 @@
+"""The folder of a run: one run in it at a time, no other run's files in it, and nothing left of killed writes."""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from d2kd.errors import UserError
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+#: What runs write, as patterns; logs and configurations stay.
+_WRITTEN = (
+    "last_checkpoint",
+    "model_*.pth",
+    "metrics.json",
+    "result.json",
+    "tokens.pth",
+    "inference*",
+    "teacher",
+    "evaluation",
+    "masks",
+    "events.out.tfevents.*",
+)
+#: Left by writes that were killed: see `d2kd.files.replacing`, and Detectron2's runtime.
+_LEFT_OVER = re.compile(r"\..*\.\d+\.tmp(\..*)?|.*\.tmp\d+")
+
+
+#: Of a disk that is full, or not to be written to.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class FolderError(UserError):
+    """An OUTPUT_DIR that a run cannot, or must not, write into."""
+
+
+def prepare_folder(path: str) -> None:
+    """Makes a folder, and checks that files can be written into it.
+
+    Raises:
+        FolderError: it cannot be made, is a file, or takes no files.
+    """
+    if not path:
+        raise FolderError("OUTPUT_DIR is empty: name a folder for checkpoints and logs.")
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise FolderError(
+            f"OUTPUT_DIR {path} cannot be written into ({error.strerror or error}). Choose another folder, or make "
+            "room for it."
+        ) from error
+
+
+def holds_a_run(path: str) -> bool:
+    """Returns whether a folder has files that a training has written."""
+    return any(next(Path(path).glob(pattern), None) for pattern in ("last_checkpoint", "model_*.pth", "metrics.json"))
+
+
+def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
+    """Sees to it that a training finds in its folder only what belongs to it.
+
+    Args:
+        cfg: of the run.
+        resume: it continues a run that is there.
+        overwrite: what another run has left there may go.
+
+    Raises:
+        FolderError: there is another run, or a file that this one reads; or checkpoints to resume from of which none is
+            named as the last.
+    """
+    folder = cfg.OUTPUT_DIR
+    reads = {
+        "MODEL.WEIGHTS": "" if resume else cfg.MODEL.WEIGHTS,
+        "DISTILL.TEACHER.WEIGHTS": cfg.DISTILL.TEACHER.WEIGHTS,
+        "DISTILL.RECEPTIVE_TOKENS.FILE": cfg.DISTILL.RECEPTIVE_TOKENS.FILE,
+    }
+    for key, file in reads.items():
+        parent = Path(os.path.realpath(os.path.dirname(file.split("?")[0]) or "."))
+        own = Path(os.path.realpath(folder))
+        if file and (parent == own or (overwrite and own in parent.parents)):
+            raise FolderError(
+                f"{key} {file} lies in OUTPUT_DIR {folder}, where this run would write over it. Choose another "
+                "OUTPUT_DIR."
+            )
+    remove_left_overs(folder)
+    if resume:
+        checkpoints = sorted(path.name for path in Path(folder).glob("model_*.pth"))
+        if checkpoints and not Path(folder, "last_checkpoint").is_file():
+            raise FolderError(
+                f"--resume: OUTPUT_DIR {folder} has checkpoints ({', '.join(checkpoints[-3:])}), but no file "
+                "last_checkpoint that names the one to continue from. Write its name into such a file."
+            )
+    elif holds_a_run(folder):
+        if not overwrite:
+            raise FolderError(
+                f"OUTPUT_DIR {folder} holds another run. Continue it with --resume, choose another OUTPUT_DIR, or give "
+                "--overwrite to remove what it has left."
+            )
+        _remove_run(folder)
+
+
+def _remove_run(folder: str) -> None:
+    gone = [path for pattern in _WRITTEN for path in Path(folder).glob(pattern)]
+    for path in gone:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    logger.warning("--overwrite: removed %d files and folders of another run from %s", len(gone), folder)
+
+
+def remove_left_overs(folder: str) -> None:
+    """Removes what killed writes have left in a folder."""
+    for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        if path.is_file() and _LEFT_OVER.fullmatch(path.name):
+            logger.info("Removed %s, which a killed write has left", path)
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Keeps other runs out of a folder; the system lets go of it when the process ends, however that is.
+
+    Raises:
+        FolderError: another run is in it.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None and comm.is_main_process():
+            file: IO[Any] = stack.enter_context(open(os.path.join(folder, ".lock"), "w"))
+            try:
+                # not flock, which the data workers of a killed run would hold on to
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise FolderError(
+                    f"Another run is writing into OUTPUT_DIR {folder}. Wait for its end, or choose another folder."
+                ) from error
+            except OSError:  # a file system without locks
+                logger.info("%s lies on a file system without locks: two runs in it would not be noticed", folder)
+        yield

@@ -1,0 +1,311 @@
+"""The folder of a run: nothing of the user's is lost in it, and killed or diverged runs go on as they should."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import same_tensors
+from models import config, model
+from runs import ROOT, command, environment, make_trainer, read_checkpoint, run_training, tool
+from test_bad_input import error_of
+
+from d2kd.cli import train
+from d2kd.engine import DistillTrainer, NonFiniteLossError, argument_parser, locked
+from d2kd.engine.run_folder import FolderError, prepare_folder, remove_left_overs
+from d2kd.errors import UserError
+from d2kd.modeling.checkpoint_files import checksum, write_checkpoint
+
+
+def run_tool(path, output, *arguments):
+    """Runs `d2kd train` in this process."""
+    train.main(argument_parser().parse_args(["--config-file", str(path), *arguments, "OUTPUT_DIR", str(output)]))
+
+
+# --- what is there stays ------------------------------------------------------------------------------------
+
+
+def test_another_run_is_not_written_over(write_config, tmp_path):
+    path, output = write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[]), tmp_path / "out"
+    run_tool(path, output)
+    before = {file.name: file.read_bytes() for file in output.iterdir() if file.suffix in (".pth", ".json", ".yaml")}
+    with pytest.raises(FolderError, match=r"holds another run.*--resume.*OUTPUT_DIR.*--overwrite"):
+        run_tool(path, output)
+    assert before == {name: (output / name).read_bytes() for name in before}
+    (output / "notes.txt").touch()
+    run_tool(path, output, "--overwrite")
+    assert (output / "notes.txt").exists()
+    lines = (output / "metrics.json").read_text().splitlines()
+    assert len(lines) == 1  # nothing of the run before is left in it
+    run_tool(path, output, "--resume")
+
+
+@pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "DISTILL.TEACHER.WEIGHTS"])
+def test_a_file_that_is_read_is_not_written_over(write_config, teacher, tmp_path, key):
+    torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=10)).state_dict()}, tmp_path / "model_final.pth")
+    with pytest.raises(FolderError, match=rf"{key} .*model_final\.pth lies in OUTPUT_DIR"):
+        args = ["--config-file", str(write_config(**teacher)), "OUTPUT_DIR", str(tmp_path)]
+        train.main(argument_parser().parse_args([*args, key, str(tmp_path / "model_final.pth")]))
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_folders_that_take_no_files(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path, words in (
+        (tmp_path / "file", "Not a directory|File exists"),
+        (tmp_path / "file" / "below", "Not a dir"),
+        ("", "is empty"),
+    ):
+        with pytest.raises(FolderError, match=rf"OUTPUT_DIR.*({words})"):
+            prepare_folder(str(path))
+    prepare_folder(str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_full_disk_is_one_line(write_config, tmp_path, monkeypatch):
+    # no file may grow beyond 100 kB, as if the disk were full
+    line = f"ulimit -f 100; exec {' '.join(command('train_net', '--config-file', write_config(DATASETS__TEST=[])))}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout[-3000:]
+    assert "Cannot write" in done.stdout and not list((tmp_path / "student").glob("*.pth"))
+
+
+def test_two_runs_in_one_folder_at_once(write_config, tmp_path):
+    path, output = write_config(DATASETS__TEST=[], SOLVER__MAX_ITER=100000), tmp_path / "student"
+    first = subprocess.Popen(
+        command("train_net", "--config-file", path), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.time() + 120
+        while not (output / "model_0000002.pth").exists():
+            assert time.time() < deadline and first.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(FolderError, match="Another run is writing into OUTPUT_DIR"), locked(str(output)):
+            pass
+    finally:
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 143
+    with locked(str(output)):
+        pass
+
+
+def test_left_overs_of_killed_writes_are_removed(tmp_path):
+    for name in (".model_0000002.123.tmp.pth", "last_checkpoint.tmp77", "model_0000002.pth", "notes.tmp"):
+        (tmp_path / name).touch()
+    remove_left_overs(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"model_0000002.pth", "notes.tmp"}
+
+
+def test_checkpoints_without_a_last_one(write_config, tmp_path):
+    path, output = write_config(DATASETS__TEST=[]), tmp_path / "out"
+    run_tool(path, output)
+    (output / "last_checkpoint").unlink()
+    with pytest.raises(FolderError, match=r"has checkpoints \(model_0000002\.pth, .*\), but no file last_checkpoint"):
+        run_tool(path, output, "--resume")
+
+
+def test_evaluations_leave_a_training_and_its_result_alone(write_config, tmp_path):
+    path, output = write_config(), tmp_path / "student"
+    run_training(path)
+    before = {file: file.read_bytes() for file in output.rglob("*.json")}
+    weights = ["MODEL.WEIGHTS", str(output / "model_0000002.pth")]
+    args = argument_parser().parse_args(
+        ["--config-file", str(path), "--eval-only", *weights, "SOLVER.BASE_LR", "9", "OUTPUT_DIR", str(output)]
+    )
+    config_yaml = (output / "config.yaml").read_bytes()
+    train.main(args)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert (output / "config.yaml").read_bytes() == config_yaml
+    result = json.loads((output / "evaluation" / "result.json").read_text())
+    assert result["datasets"] == ["digits_val"] and "AP" in result["metrics"]["bbox"]
+    assert (output / "evaluation" / "inference" / "coco_instances_results.json").exists()
+
+
+# --- killed anywhere ----------------------------------------------------------------------------------------
+
+#: Scores of the evaluations, best at the second, so that the run stops early.
+SCORES = {1: 1.0, 3: 3.0, 5: 2.0, 7: 1.5, 9: 4.0}
+
+
+class Scripted(DistillTrainer):
+    """Evaluates by a script; dies, as by `kill -9`, at a chosen file or evaluation."""
+
+    die_at = -1
+    reached = 0
+
+    @classmethod
+    def passes(cls) -> None:
+        """A place where a process may be killed."""
+        if cls.reached == cls.die_at:
+            os._exit(9)
+        cls.reached += 1
+
+    @classmethod
+    def test(cls, cfg, net, evaluators=None):
+        cls.passes()
+        number = cls.running.iter  # at the end, one higher than that of the last step
+        return {"bbox": {"AP": SCORES.get(number) or SCORES[number - 1]}}
+
+    def train(self):
+        type(self).running = self
+        return super().train()
+
+
+def in_child(function):
+    """Runs a function in a fork of this process; returns its exit status."""
+    child = os.fork()
+    if not child:
+        try:
+            function()
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001
+            print(error, flush=True)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def watched_writes(monkeypatch):
+    """Every file that is put into its place is a place to die, before and after."""
+    replace = Path.replace
+
+    def watched(path, target):
+        Scripted.passes()
+        result = replace(path, target)
+        Scripted.passes()
+        return result
+
+    monkeypatch.setattr(Path, "replace", watched)
+
+
+def outcome(output):
+    """What a finished run has come to."""
+    files = {p.name: read_checkpoint(output, p.stem)["model"] for p in output.glob("model_*.pth")}
+    result = json.loads((output / "result.json").read_text())
+    return files, {key: result[key] for key in ("metrics", "best", "stopped_early", "iterations")}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("patience", [2, 0], ids=["stops early", "to the end"])
+def test_a_run_that_is_killed_anywhere_ends_as_the_undisturbed_one(write_config, tmp_path, watched_writes, patience):
+    changes = {
+        "SOLVER__MAX_ITER": 10,
+        "SOLVER__STEPS": [6],
+        "SOLVER__EMA__ENABLED": True,
+        "TEST__EVAL_PERIOD": 2,
+        "TEST__BEST_CHECKPOINT__METRIC": "bbox/AP",
+        "TEST__EARLY_STOP__PATIENCE": patience,
+    }
+    path = write_config(SOLVER__CHECKPOINT_PERIOD=2, **changes)
+    torch.set_num_threads(1)
+
+    def run(output, die_at=-1, resume=False):
+        def body():
+            Scripted.die_at, Scripted.reached = die_at, 0
+            run_training(path, trainer_class=Scripted, resume=resume, OUTPUT_DIR=str(output))
+            (output / "places").write_text(str(Scripted.reached))
+
+        return in_child(body)
+
+    assert run(tmp_path / "whole") == 0
+    places = int((tmp_path / "whole" / "places").read_text())
+    files, result = outcome(tmp_path / "whole")
+    assert places > 30 and result["stopped_early"] == bool(patience)
+    picked = random.Random(0).sample(range(places), 12)
+    for place in picked:
+        output = tmp_path / f"killed_{place}"
+        assert run(output, die_at=place) == 9
+        assert run(output, resume=True) == 0
+        killed_files, killed_result = outcome(output)
+        assert killed_result == result and killed_files.keys() == files.keys(), place
+        assert all(same_tensors(files[name], killed_files[name]) for name in files), place
+
+
+# --- diverged -----------------------------------------------------------------------------------------------
+
+
+def test_after_a_divergence_a_lower_rate_trains_on(write_config, tmp_path):
+    path = write_config(DATASETS__TEST=[], SOLVER__MAX_ITER=12, SOLVER__CHECKPOINT_PERIOD=1, SOLVER__WARMUP_ITERS=0)
+    run_training(path, stop_at=4)
+    with pytest.raises(NonFiniteLossError, match=r"--resume continues from model_000000\d\.pth.*SOLVER\.BASE_LR"):
+        run_training(path, resume=True, SOLVER__BASE_LR=1e6)
+    for _ in range(2):  # a second wrong attempt costs nothing
+        last = (tmp_path / "student" / "last_checkpoint").read_text()
+        state = read_checkpoint(tmp_path / "student", Path(last).stem)["model"]
+        assert all(value.isfinite().all() for value in state.values()) and int(last[6:13]) <= 4, last
+        with pytest.raises(NonFiniteLossError):
+            run_training(path, resume=True, SOLVER__BASE_LR=1e6)
+    trainer = run_training(path, resume=True, SOLVER__BASE_LR=0.001)
+    assert trainer.finished
+    assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "student")["model"].values())
+
+
+def test_weights_that_the_last_step_ruins_are_not_delivered(write_config, tmp_path, monkeypatch):
+    path = write_config(DATASETS__TEST=[])
+    step = DistillTrainer.run_step
+
+    def ruin(trainer):
+        step(trainer)
+        if trainer.iter == 5:
+            with torch.no_grad():
+                next(trainer.student.parameters()).fill_(float("inf"))
+
+    monkeypatch.setattr(DistillTrainer, "run_step", ruin)
+    with pytest.raises(NonFiniteLossError, match=r"after iteration 5: 1 weights.*not saved.*model_0000002\.pth"):
+        run_training(path)
+    assert (
+        not (tmp_path / "student" / "model_final.pth").exists() and not (tmp_path / "student" / "result.json").exists()
+    )
+    monkeypatch.undo()
+    assert run_training(path, resume=True).finished
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_flipped_bits_are_noticed(write_config, tmp_path):
+    path = write_config(DATASETS__TEST=[])
+    run_training(path, stop_at=3)
+    file = tmp_path / "student" / "model_final.pth"
+    whole, dice = file.read_bytes(), random.Random(0)
+    good = read_checkpoint(file.parent)["model"]
+    for _ in range(25):
+        damaged = bytearray(whole)
+        damaged[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            trainer = make_trainer(path)
+            trainer.resume_or_load(resume=True)
+        except UserError as error:
+            assert "model_final.pth" in str(error)
+        else:  # in a part of the file that holds nothing
+            assert same_tensors(trainer.student.state_dict(), good)
+
+
+def test_checksums_tell_values_types_and_places_apart(tmp_path):
+    content = {"a": torch.arange(4.0), "b": [1, "x", None, 2.5], "c": {"d": torch.zeros((), dtype=torch.bfloat16)}}
+    others = [
+        {**content, "a": torch.arange(4)},
+        {**content, "a": torch.arange(4.0).reshape(2, 2)},
+        {**content, "b": [1, "x", None, 2]},
+        {**content, "b": ["x", 1, None, 2.5]},
+        {**content, "c": {"e": torch.zeros((), dtype=torch.bfloat16)}},
+    ]
+    sums = [checksum(x) for x in (content, *others)]
+    assert len(set(sums)) == len(sums) and checksum(dict(content)) == sums[0]
+    write_checkpoint(tmp_path / "x.pth", content)
+    assert checksum({k: v for k, v in torch.load(tmp_path / "x.pth").items() if k != "checksum"}) == sums[0]
+
+
+def test_sigterm_to_a_tool_and_its_status(write_config, tmp_path):
+    done = tool("train_net", "--config-file", tmp_path / "none.yaml", check=False)
+    assert done.returncode == 2 and "none.yaml" in done.stdout
+    assert error_of(write_config(), tmp_path / "x", "MODEL.DEVICE", "mps").startswith("MODEL.DEVICE is 'mps'")
