@@ -14,7 +14,7 @@ Entries = list[dict[str, Any]]
 
 
 class NumberedCOCO(COCO):
-    """Ground truth under ids of its own; what comes in and is asked for has the user's.
+    """Ground truth under ids of its own; detections come in with the user's.
 
     Back-ends keep ids as floats, or take id 0 for "none", so that the metrics would depend on the numbering. Images and
     annotations are numbered in the order of the file, categories in the order of their ids (that of the classes).
@@ -74,13 +74,20 @@ class NumberedCOCO(COCO):
             ]
         )
 
-    def getAnnIds(self, imgIds: Any = (), catIds: Any = (), areaRng: Any = (), iscrowd: Any = None) -> list[int]:
-        """As in pycocotools, with the user's ids."""
-        images = imgIds if isinstance(imgIds, (list, tuple)) else [imgIds]
-        categories = catIds if isinstance(catIds, (list, tuple)) else [catIds]
-        return super().getAnnIds(
-            [self._images[i] for i in images], [self._categories[c] for c in categories], areaRng, iscrowd
-        )
+
+class _ByUserIds:
+    """Ground truth as the evaluation of proposals asks for it: by the ids in predictions, which are the user's."""
+
+    def __init__(self, coco: NumberedCOCO) -> None:
+        self._coco = coco
+        self.loadAnns = coco.loadAnns
+
+    @property
+    def dataset(self) -> Any:
+        return self._coco.dataset
+
+    def getAnnIds(self, imgIds: Sequence[Any]) -> list[int]:
+        return self._coco.getAnnIds(imgIds=[self._coco.image_number(i) for i in imgIds])
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -95,8 +102,16 @@ class CocoEvaluator(COCOEvaluator):
         super().__init__(dataset_name, *args, **kwargs)
         path = self._metadata.json_file
         content: Any = self._coco_api.dataset
-        self._coco_api: NumberedCOCO = NumberedCOCO(parse_coco(path, content, need_annotations=False))
+        self._coco_api: Any = NumberedCOCO(parse_coco(path, content, need_annotations=False))
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> Any:
         """As in `COCOEvaluator`; `img_ids` are the dataset's."""
         return super().evaluate(None if img_ids is None else [self._coco_api.image_number(i) for i in img_ids])
+
+    def _eval_box_proposals(self, predictions: Entries) -> None:
+        numbered = self._coco_api
+        self._coco_api = _ByUserIds(numbered)
+        try:
+            super()._eval_box_proposals(predictions)
+        finally:
+            self._coco_api = numbered
