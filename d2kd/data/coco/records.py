@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from .image_files import find_image_files
-from .reading import CocoFile, id_order, read_coco
+from .reading import MAX_SIDE, CocoFile, id_order, read_coco
 from .segmentation import SegmentationError, as_runs, usable_segmentation
 
 logger = logging.getLogger(__name__)
@@ -70,10 +70,20 @@ def _annotation_record(annotation: dict[str, Any], category: int) -> dict[str, A
         "category_id": category,
         "iscrowd": annotation["iscrowd"],
     }
-    if annotation.get("keypoints"):
+    points = annotation.get("keypoints")
+    if points and _are_keypoints(points):
         # COCO's key points are indices of pixels, Detectron2's positions: half a pixel further
-        record["keypoints"] = [v + 0.5 if i % 3 < 2 else v for i, v in enumerate(annotation["keypoints"])]
+        record["keypoints"] = [v + 0.5 if i % 3 < 2 else v for i, v in enumerate(points)]
     return record
+
+
+def _are_keypoints(value: Any) -> bool:
+    # [x, y, visibility, ...]; infinite and NaN compare as false
+    return (
+        isinstance(value, list)
+        and len(value) % 3 == 0
+        and all(type(v) in (int, float) and abs(v) <= MAX_SIDE for v in value)
+    )
 
 
 def _segmentation(value: Any, height: int, width: int) -> Any:
