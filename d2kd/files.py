@@ -73,4 +73,6 @@ def describe_foreign_file(path: str | Path) -> str | None:
         return "it is a Git LFS pointer, not the file itself"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, probably the error page of a download"
+    if head.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        return "it is compressed: unpack it"
     return None

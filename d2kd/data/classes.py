@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from d2kd.data.coco import DatasetError, read_coco
+from d2kd.data.coco import DatasetError, read_coco, short
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -13,8 +13,9 @@ from .datasets import used_datasets
 #: Names of classes in the order of the model's, by the field of the metadata that has them: thing_classes, ...
 ClassNames = Mapping[str, Sequence[str]]
 
-#: Names that a message shows of one list.
+#: Names, and their characters in all, that a message shows of one list.
 _SHOWN = 12
+_LONGEST = 240
 
 
 def check_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
@@ -37,9 +38,8 @@ def check_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> No
             )
             if len(classes) != expected:
                 raise DatasetError(
-                    f"Dataset {name!r} has {len(classes)} classes ({', '.join(map(str, classes[:5]))}"
-                    f"{', ...' if len(classes) > 5 else ''}), but {count.key} is {expected}. Set {count.key} to "
-                    f"{len(classes)}, or use another dataset."
+                    f"Dataset {name!r} has {len(classes)} classes {show_classes(classes)}, but {count.key} is "
+                    f"{expected}. Set {count.key} to {len(classes)}, or use another dataset."
                 )
 
 
@@ -70,7 +70,7 @@ def require_same_classes(ours: Sequence[str], whose: str, theirs: Sequence[str],
 def show_classes(names: Sequence[str]) -> str:
     """Returns names of classes for a message, the first ones where there are many."""
     more = f", ... {len(names)} in all" if len(names) > _SHOWN else ""
-    return f"({', '.join(map(str, names[:_SHOWN]))}{more})"
+    return f"({short(', '.join(map(str, names[:_SHOWN])), _LONGEST)}{more})"
 
 
 def class_names_of(dataset: str, kind: str = "thing_classes") -> list[str] | None:

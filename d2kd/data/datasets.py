@@ -199,17 +199,19 @@ def _check_objects(cfg: CfgNode, split: str, summaries: Mapping[str, CocoSummary
     judged = [name for name in empty if len(summaries) == 1 or metric.startswith((f"{name}/", f"{name}_EMA/"))]
     if split == "TEST" and metric and judged:
         raise DatasetError(
-            f"TEST.BEST_CHECKPOINT.METRIC is {metric!r}, which is never defined on DATASETS.TEST: "
+            f"TEST.BEST_CHECKPOINT.METRIC is {metric!r}, which tells nothing on DATASETS.TEST: "
             f"{_no_objects({name: empty[name] for name in judged})}. Choose another test set, or set the metric to ''."
         )
     if split == "TEST" and empty:
-        logger.warning("AP will be nan: %s", _no_objects(empty))
+        logger.warning("AP will tell nothing: %s", _no_objects(empty))
 
 
 def _no_objects(summaries: Mapping[str, CocoSummary]) -> str:
     def describe(summary: CocoSummary) -> str:
-        count = summary.num_annotations
-        return f"all {count} annotations have iscrowd 1" if count else "there are no annotations"
+        if not summary.num_annotations:
+            return "there are no annotations"
+        all_crowds = summary.num_crowds == summary.num_annotations
+        return f"all {summary.num_annotations} annotations have iscrowd 1{'' if all_crowds else ' or an empty box'}"
 
     return "; ".join(f"{describe(summary)} in {name}" for name, summary in summaries.items())
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from d2kd.files import describe_foreign_file
 from detectron2.utils.file_io import PathManager
@@ -22,25 +22,20 @@ _TAIL = 64
 Size = tuple[int, int]
 
 
-def image_problem(path: str, size: Size | None = None, what: str = "Image") -> str | None:
-    """Returns what is wrong with an image file, in a sentence, from its first and last bytes; None for nothing.
+def image_problem(path: str, size: Size | None = None, *, decode: bool = False) -> str | None:
+    """Returns what is wrong with an image file, in a sentence; None for nothing.
 
     Args:
         path: that the path manager knows.
         size: that it must have when shown upright.
-        what: begins the sentence.
+        decode: look at all pixels, and not at the first and last bytes only.
     """
-    return _problem(path, what, lambda image: _depth_problem(path, image) or _size_problem(image, size))
+    return _problem("Image", path, lambda image: _depth_problem(path, image) or _size_problem(image, size), decode)
 
 
-def label_map_problem(path: str, size: Size | None = None) -> str | None:
+def label_map_problem(path: str, size: Size | None = None, *, decode: bool = False) -> str | None:
     """Returns what is wrong with a label map, as `image_problem` does."""
-    return _problem(path, "Label map", lambda image: _label_problem(image) or _size_problem(image, size))
-
-
-def decoding_problem(path: str, what: str = "Image") -> str | None:
-    """Returns why an image file cannot be decoded, as `image_problem` does."""
-    return _problem(path, what, _decode)
+    return _problem("Label map", path, lambda image: _label_problem(image) or _size_problem(image, size), decode)
 
 
 def read_label_map(path: str, dtype: Any = None) -> np.ndarray:
@@ -63,9 +58,12 @@ def read_label_map(path: str, dtype: Any = None) -> np.ndarray:
         return np.array(ImageOps.exif_transpose(image), dtype=dtype)
 
 
-def _problem(path: str, what: str, look: Callable[[Image.Image], str | None]) -> str | None:
+def _problem(what: str, path: str, look: Callable[[Image.Image], str | None], decode: bool) -> str | None:
+    name = f"{what} {path if path.isprintable() else repr(path)}"
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            if decode:
+                image.load()
             found = look(image)
             if found is None and _looks_cut(file, image):
                 image.load()
@@ -73,13 +71,14 @@ def _problem(path: str, what: str, look: Callable[[Image.Image], str | None]) ->
         raise
     # Decoders raise all kinds of exceptions on damaged files; each means the same here.
     except Exception as error:
-        reason = describe_foreign_file(path) or f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        return f"{what} {path} cannot be read ({reason})."
-    return f"{what} {path} {found}." if found else None
+        return f"{name} cannot be read ({describe_foreign_file(path) or _reason(error)})."
+    return f"{name} {found}." if found else None
 
 
-def _decode(image: Image.Image) -> None:
-    image.load()
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its message is the path again
+        return "its content is that of no known image format"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _looks_cut(file: Any, image: Image.Image) -> bool:
@@ -121,6 +120,8 @@ def _label_problem(image: Image.Image) -> str | None:
 
 
 def _size_problem(image: Image.Image, size: Size | None) -> str | None:
+    if image.format == "PNG" and size == image.size[::-1]:
+        image.load()  # the tag may stand behind the pixels
     orientation = _orientation(image)
     upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
     if size is None or size == upright:
@@ -136,6 +137,7 @@ def _size_problem(image: Image.Image, size: Size | None) -> str | None:
 
 def _orientation(image: Image.Image) -> int | None:
     try:
-        return image.getexif().get(_EXIF_ORIENTATION)
+        # that of PNG files decodes them, and damage goes unnoticed the second time
+        return Image.Image.getexif(image).get(_EXIF_ORIENTATION)
     except Exception:  # a damaged block of EXIF data has no orientation
         return None

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
-from .images import decoding_problem, image_problem, label_map_problem, read_label_map
+from .images import image_problem, label_map_problem, read_label_map
 
 __all__ = ["ON_BAD_IMAGE", "build_mapper", "handing_over_failures", "raise_failures", "wrap_mapper"]
 
@@ -118,15 +118,10 @@ class _GuardedMapper:
 def _file_problem(record: dict[str, Any], decode: bool = False) -> str | None:
     """What is wrong with the image or the label map of a record; None if both can be read."""
     size = (record["width"], record["height"]) if "width" in record and "height" in record else None
-    for key, what, look in (
-        ("file_name", "Image", image_problem),
-        ("sem_seg_file_name", "Label map", label_map_problem),
-    ):
-        if key in record:
-            path = record[key]
-            problem = look(path, size) or (decoding_problem(path, what) if decode else None)
-            if problem:
-                return problem
+    for key, look in (("file_name", image_problem), ("sem_seg_file_name", label_map_problem)):
+        problem = look(record[key], size, decode=decode) if key in record else None
+        if problem:
+            return problem
     return None
 
 

@@ -42,7 +42,10 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
         (H, W, C) uint8 in [0, 255]; (H, W, 1) for "L"; float in [0, 1] for YUV. It may be a read-only view.
     """
     with PathManager.open(file_name, "rb") as f:
-        return convert_PIL_to_numpy(_apply_exif_orientation(Image.open(f)), format)
+        image = Image.open(f)
+        # before EXIF data is asked for, which decodes PNG files too, but in vain the second time: half an image
+        image.load()
+        return convert_PIL_to_numpy(_apply_exif_orientation(image), format)
 
 
 def _apply_exif_orientation(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import itertools
+import json
 import logging
 import os
 import pickle
@@ -285,8 +286,11 @@ def _load_ground_truth(dataset_name: str, metadata: Any, output_dir: str | None,
             )
         metadata.json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
         convert_to_coco_json(dataset_name, metadata.json_file, allow_cached=allow_cached)
+    coco_api = COCO()
+    with PathManager.open(metadata.json_file, "rb") as file:  # bytes, of which JSON tells the encoding
+        coco_api.dataset = json.load(file)
     with contextlib.redirect_stdout(io.StringIO()):
-        coco_api = COCO(PathManager.get_local_path(metadata.json_file))
+        coco_api.createIndex()
     for annotation in coco_api.dataset.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cases import SIZE, runs_of, sound_split
@@ -32,7 +31,9 @@ NUMBERS = st.one_of(
     st.sampled_from([math.nan, math.inf, -math.inf, -0.0, 1e9, 1e-320, 1e300, 0.5]),
 )
 TEXTS = st.one_of(
-    st.sampled_from(["", "0", "1", "\n", "a\nb", "a\0b", "\ud800", "x" * 3000, "../0000.png", "0000.png", "PPYo0", "%"]),
+    st.sampled_from(
+        ["", "0", "1", "\n", "a\nb", "a\0b", "\ud800", "x" * 3000, "../0000.png", "0000.png", "PPYo0", "%"]
+    ),
     st.text(max_size=8),
 )
 KEYS = st.one_of(

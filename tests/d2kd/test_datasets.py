@@ -174,7 +174,7 @@ def test_only_the_asked_splits_are_checked(folder):
 
 def test_a_sound_file(folder, caplog):
     summary = validate_coco_json(str(folder / "ann.json"), str(folder / "images"))
-    assert summary == (1, 1, ["one", "two"], 1) and not caplog.records
+    assert summary == (1, 1, ["one", "two"], 0, 1) and not caplog.records
 
 
 def test_files_that_are_not_there_or_not_json(folder):
@@ -248,7 +248,7 @@ def test_boxes_may_round(folder, bbox):
 
 def test_empty_boxes_are_a_warning(folder, caplog):
     validate_coco_json(edit(folder, repeat("annotations", id=5, bbox=[4, 4, 0, 3])))
-    assert "1 boxes have no positive width" in caplog.text and "(id 5)" in caplog.text
+    assert "1 of 2 boxes have no positive width" in caplog.text and "(id 5)" in caplog.text
 
 
 def test_no_annotations_at_all(folder):

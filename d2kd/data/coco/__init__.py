@@ -1,7 +1,7 @@
 """COCO annotation files: read alike for training and evaluation, checked before any training time is spent."""
 
 from .check import CocoSummary, area_of, validate_coco_json
-from .reading import CocoFile, DatasetError, parse_coco, read_coco
+from .reading import CocoFile, DatasetError, parse_coco, read_coco, short
 from .records import load_coco
 from .segmentation import SegmentationError, as_runs, usable_segmentation
 
@@ -15,6 +15,7 @@ __all__ = [
     "load_coco",
     "parse_coco",
     "read_coco",
+    "short",
     "usable_segmentation",
     "validate_coco_json",
 ]

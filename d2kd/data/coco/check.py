@@ -1,6 +1,7 @@
 """Checks a COCO annotation file before any training time is spent on it."""
 
 import logging
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ class CocoSummary(NamedTuple):
     num_images: int
     num_annotations: int
     class_names: list[str]  # in the order of the category ids
-    num_objects: int  # annotations that are no crowds
+    num_crowds: int
+    num_objects: int  # annotations with a box of positive size that are no crowds
 
 
 @without_gc()
@@ -39,8 +41,8 @@ def validate_coco_json(
 ) -> CocoSummary:
     """Checks that a file is a sound COCO instances file.
 
-    Boxes without a positive width and height are a warning only (COCO itself has some), and so are boxes that reach out
-    of their image, unless most do.
+    Some faults are a warning only: files that are listed twice, boxes without a positive width and height (COCO itself
+    has some), and, unless they are most, boxes that reach out of their image and polygons far from their box.
 
     Args:
         path: the annotation file.
@@ -67,8 +69,8 @@ def validate_coco_json(
         )
     for note in file.notes:
         logger.info("%s: %s; read as what is meant", path, note)
-    if file.annotations:
-        _check_boxes(file)
+    _check_file_names(file)
+    objects = _check_boxes(file, evaluated) if file.annotations else 0
     if masks:
         _check_masks(file, masks)
     if evaluated:
@@ -76,8 +78,8 @@ def validate_coco_json(
             area_of(file, annotation)
     if image_root is not None:
         check_image_files(file, image_root, missing_images)
-    objects = sum(annotation["iscrowd"] == 0 for annotation in file.annotations)
-    return CocoSummary(len(file.images), len(file.annotations), file.class_names, objects)
+    crowds = sum(annotation["iscrowd"] for annotation in file.annotations)
+    return CocoSummary(len(file.images), len(file.annotations), file.class_names, crowds, objects)
 
 
 def area_of(file: CocoFile, annotation: dict[str, Any]) -> float | None:
@@ -96,8 +98,18 @@ def area_of(file: CocoFile, annotation: dict[str, Any]) -> float | None:
     )
 
 
-def _check_boxes(file: CocoFile) -> None:
-    """Boxes must be four numbers, and most of them inside their image."""
+def _check_file_names(file: CocoFile) -> None:
+    names = Counter(image["file_name"] for image in file.images)
+    if len(names) < len(file.images):
+        name, count = names.most_common(1)[0]
+        logger.warning(
+            f"{file.path}: {len(file.images)} images have only {len(names)} files, {short(name)} is listed {count} "
+            "times. Each image is used with its own annotations only: merge those of one file."
+        )
+
+
+def _check_boxes(file: CocoFile, evaluated: bool) -> int:
+    """Boxes must be four numbers, and most of them inside their image; returns how many objects have one."""
     boxes = _box_array(file)
     size_of = {image["id"]: (image["width"], image["height"]) for image in file.images}
     sizes = np.array([size_of[a["image_id"]] for a in file.annotations], dtype=float)
@@ -112,13 +124,13 @@ def _check_boxes(file: CocoFile) -> None:
         if gone.any() or share > 0.5 or (as_corners and share > 0.1):
             hint = " They look like [x1, y1, x2, y2]." if as_corners else ""
             raise DatasetError(f"{words}{hint} COCO boxes are [x, y, width, height] in pixels: correct them.")
-        logger.warning("%s They are clipped in training.", words)
+        logger.warning("%s They are clipped in training%s.", words, ", and not in evaluation" if evaluated else "")
     empty = (boxes[:, 2:] <= 0).any(1)
     if empty.any():
         first = file.annotations[int(empty.argmax())]
         logger.warning(
-            f"{file.path}: {int(empty.sum())} boxes have no positive width and height, first annotation"
-            f"{id_of(first)}; they are left out in training"
+            f"{file.path}: {int(empty.sum())} of {len(boxes)} boxes have no positive width and height, first annotation"
+            f"{id_of(first)}; {'no detection can match them' if evaluated else 'they are left out in training'}"
         )
     tiny = (boxes[:, 2:] < 1).all(1) & ~empty
     if tiny.mean() >= 0.9:
@@ -128,6 +140,8 @@ def _check_boxes(file: CocoFile) -> None:
             f"{id_of(first)} with bbox {first['bbox']}. Are they shares of the image's size, from 0 to 1? COCO boxes "
             "are [x, y, width, height] in pixels."
         )
+    crowd = np.array([annotation["iscrowd"] for annotation in file.annotations], dtype=bool)
+    return int((~empty & ~crowd).sum())
 
 
 def _outside(file: CocoFile, boxes: np.ndarray, which: np.ndarray, how: str) -> str:
@@ -176,15 +190,21 @@ def _check_masks(file: CocoFile, masks: str) -> None:
     sizes = {image["id"]: (image["height"], image["width"]) for image in file.images}
     wanted = [a for a in file.annotations if masks == "any" or not a["iscrowd"]]
     wrong: list[tuple[dict[str, Any], str]] = []
-    runs: list[dict[str, Any]] = []
+    runs, cut, astray = [], [], []
     for annotation in wanted:
+        value = annotation.get("segmentation")
         try:
-            usable = usable_segmentation(annotation.get("segmentation"), *sizes[annotation["image_id"]])
+            usable = usable_segmentation(value, *sizes[annotation["image_id"]])
         except SegmentationError as error:
             wrong.append((annotation, str(error)))
-        else:
-            if isinstance(usable, dict):
-                runs.append(annotation)
+            continue
+        if isinstance(usable, dict):
+            runs.append(annotation)
+            continue
+        if usable is not value:
+            cut.append(annotation)
+        if _is_astray(usable, annotation["bbox"]):
+            astray.append(annotation)
     if wrong:
         first, reason = wrong[0]
         raise DatasetError(
@@ -197,3 +217,28 @@ def _check_masks(file: CocoFile, masks: str) -> None:
             f"{file.path}: {len(runs)} of {len(wanted)} annotations have RLE masks, first {file.where(runs[0])}, and "
             "INPUT.MASK_FORMAT is polygon: set it to bitmask."
         )
+    if astray:
+        words = (
+            f"{file.path}: the polygons of {len(astray)} of {len(wanted)} annotations lie wholly outside their box, "
+            f"first {file.where(astray[0])}. COCO's polygons are in pixels of the whole image, as boxes are."
+        )
+        if len(astray) > 0.5 * len(wanted):
+            raise DatasetError(f"{words} Correct them, or set MODEL.MASK_ON False.")
+        logger.warning(words)
+    if cut:
+        logger.warning(
+            f"{file.path}: {len(cut)} of {len(wanted)} annotations have polygons with fewer than three points or an "
+            f"odd number of coordinates, first {file.where(cut[0])}; they are used without these."
+        )
+
+
+def _is_astray(polygons: list[list[float]], box: list[float]) -> bool:
+    """Whether polygons do not touch their box, up to rounding."""
+    x, y, width, height = box
+    left, right = x - BOX_TOLERANCE, x + width + BOX_TOLERANCE
+    top, bottom = y - BOX_TOLERANCE, y + height + BOX_TOLERANCE
+    first_x, first_y = polygons[0][:2]
+    if left <= first_x <= right and top <= first_y <= bottom:  # as nearly always
+        return False
+    xs, ys = ([v for polygon in polygons for v in polygon[axis::2]] for axis in (0, 1))
+    return max(xs) < left or min(xs) > right or max(ys) < top or min(ys) > bottom

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from d2kd.errors import UserError
+from d2kd.files import describe_foreign_file
 from detectron2.utils.file_io import PathManager
 
 Entries = list[dict[str, Any]]
@@ -62,7 +63,7 @@ class CocoFile:
     def where(self, annotation: dict[str, Any]) -> str:
         """Returns which annotation it is, for messages."""
         image = next(image for image in self.images if image["id"] == annotation["image_id"])
-        return f"annotation{id_of(annotation)} in {image['file_name']}"
+        return f"annotation{id_of(annotation)} in {short(image['file_name'])}"
 
 
 def id_order(value: Any) -> tuple[bool, Any]:
@@ -75,10 +76,10 @@ def id_of(entry: Any) -> str:
     return f" (id {short(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
 
 
-def short(value: Any) -> str:
+def short(value: Any, longest: int = 80) -> str:
     """Returns a value of the file for a message, on one line and not too long."""
     text = repr(value) if not (isinstance(value, str) and value.isprintable()) else value
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 @contextlib.contextmanager
@@ -108,10 +109,11 @@ def read_coco(path: str, *, need_annotations: bool = True) -> CocoFile:
         what = "is a directory, not a file" if PathManager.isdir(path) else "does not exist"
         raise DatasetError(f"Annotation file {path} {what}. Correct the path.")
     try:
-        with PathManager.open(path, "r", encoding="utf-8-sig") as f:
+        with PathManager.open(path, "rb") as f:  # bytes, of which JSON tells the encoding
             content = json.load(f)
     except (ValueError, RecursionError) as e:  # also of numbers with too many digits
-        raise DatasetError(f"{path} is not JSON ({_first_line(e)}). Is it complete, and the annotation file?") from e
+        reason = describe_foreign_file(path) or _first_line(e)
+        raise DatasetError(f"{path} is not JSON ({reason}). Is it complete, and the annotation file?") from e
     except OSError as e:
         raise DatasetError(f"Annotation file {path} cannot be read ({_first_line(e)}).") from e
     return parse_coco(path, content, need_annotations=need_annotations)

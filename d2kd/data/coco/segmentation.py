@@ -1,11 +1,15 @@
 """Segmentations of COCO: polygons [[x, y, x, y, ...], ...], or runs {"size": [h, w], "counts": ...} ("RLE")."""
 
+import functools
+import re
+from itertools import accumulate
 from typing import Any
 
 import pycocotools.mask as mask_util
 
 #: Numbers a polygon needs: three points.
 _MIN_NUMBERS = 6
+_POINTS = "is a list of points [x, y]: COCO's polygons are [x, y, x, y, ...]"
 
 
 class SegmentationError(ValueError):
@@ -60,6 +64,8 @@ def _usable_polygons(polygons: list[Any], side: int) -> list[list[float]]:
             raise SegmentationError("has a coordinate that is not finite or far outside the image")
     usable = polygons if whole else [p for p in polygons if len(p) >= _MIN_NUMBERS and len(p) % 2 == 0]
     if not usable:
+        if len(polygons) > 2 and all(len(p) == 2 for p in polygons):
+            raise SegmentationError(_POINTS)
         few = all(len(p) < _MIN_NUMBERS for p in polygons)
         raise SegmentationError("has fewer than three points" if few else "has an odd number of coordinates")
     return usable
@@ -68,7 +74,7 @@ def _usable_polygons(polygons: list[Any], side: int) -> list[list[float]]:
 def _describe_item(polygon: list[Any]) -> str:
     item = next((item for item in polygon if type(item) not in (int, float)), None)
     if isinstance(item, list):
-        return "is a list of points [x, y]: COCO's polygons are [x, y, x, y, ...]"
+        return _POINTS
     return f"has a {type(item).__name__} where a coordinate must be"
 
 
@@ -80,30 +86,31 @@ def _check_runs(rle: dict[str, Any], height: int, width: int) -> None:
         swapped = " (height and width are swapped)" if size == [width, height] else ""
         raise SegmentationError(f"has the size {size}, and its image is [{height}, {width}]{swapped}")
     runs = counts if isinstance(counts, list) else _decode_runs(counts)
-    if not all(type(run) is int and 0 <= run <= height * width for run in runs):
+    if not set(map(type, runs)) <= {int} or min(runs, default=0) < 0:
         raise SegmentationError("has runs that are no numbers of pixels")
     if sum(runs) != height * width:
         raise SegmentationError(f"has runs of {sum(runs)} pixels in all, and its image has {height * width}")
 
 
 def _decode_runs(text: str) -> list[int]:
-    """The lengths of runs in COCO's compressed form: groups of 5 bits a character from "0" on, bit 6 continues.
-
-    From the fourth on they are differences to the run before the last.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for code in text.encode("utf-8", "replace"):
-        bits = code - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise SegmentationError("has counts that are no compressed RLE")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise SegmentationError("has counts that end in the middle of a number")
+    """The lengths of runs in COCO's compressed form: from the fourth on differences to the run before the last."""
+    numbers = _NUMBER.findall(text)
+    if sum(map(len, numbers)) != len(text):
+        cut = _NUMBER.fullmatch(text[-1] + "0") is not None
+        raise SegmentationError(
+            f"has counts that {'end in the middle of a number' if cut else 'are no compressed RLE'}"
+        )
+    runs = [*map(_read_number, numbers)]
+    runs[1::2], runs[2::2] = accumulate(runs[1::2]), accumulate(runs[2::2])
     return runs
+
+
+# groups of 5 bits a character from "0" on, the lowest first; bit 6 says that another follows
+_NUMBER = re.compile("[P-o]{0,12}[0-O]")
+
+
+@functools.lru_cache(2**14)
+def _read_number(text: str) -> int:
+    groups = [ord(character) - 48 for character in text]
+    value = sum((group & 31) << 5 * i for i, group in enumerate(groups))
+    return value - (1 << 5 * len(groups)) if groups[-1] & 16 else value

@@ -55,7 +55,7 @@ class ResizeShortestEdge(Augmentation):
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """Size (height, width) of the output. TorchScript can compile this function."""
+        """Size (height, width) of the output, at least one pixel each. TorchScript can compile this function."""
         scale = float(short_edge_length) / min(oldh, oldw)
         newh, neww = oldh * scale, oldw * scale
         if oldh < oldw:
@@ -65,7 +65,7 @@ class ResizeShortestEdge(Augmentation):
         longer = max(newh, neww)
         if longer > max_size:
             newh, neww = newh * (float(max_size) / longer), neww * (float(max_size) / longer)
-        return int(newh + 0.5), int(neww + 0.5)
+        return max(int(newh + 0.5), 1), max(int(neww + 0.5), 1)
 
 
 class Resize(Augmentation):
@@ -127,5 +127,5 @@ class ResizeScale(Augmentation):
         scale = np.random.uniform(self.min_scale, self.max_scale)
         size = np.array(image.shape[:2])
         ratio = (scale * np.array([self.target_height, self.target_width]) / size).min()
-        h, w = np.round(size * ratio).astype(int).tolist()
+        h, w = np.round(size * ratio).astype(int).clip(min=1).tolist()
         return ResizeTransform(*image.shape[:2], h, w, self.interp)
