@@ -120,7 +120,7 @@ def _label_problem(image: Image.Image) -> str | None:
 
 
 def _size_problem(image: Image.Image, size: Size | None) -> str | None:
-    if image.format == "PNG" and size == image.size[::-1]:
+    if image.format == "PNG" and size == image.size[::-1] != image.size:
         image.load()  # the tag may stand behind the pixels
     orientation = _orientation(image)
     upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
