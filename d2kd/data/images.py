@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from d2kd.errors import UserError
 from d2kd.files import describe_foreign_file
 from detectron2.utils.file_io import PathManager
 
@@ -22,6 +23,17 @@ _TAIL = 64
 Size = tuple[int, int]
 
 
+class LabelMapError(UserError):
+    """A label map that cannot be used; the message says which one, and why."""
+
+
+class LabelRange(NamedTuple):
+    """Labels that stand for something: 0 to `num_classes` - 1, and the one that is ignored."""
+
+    num_classes: int
+    ignored: int | None
+
+
 def image_problem(path: str, size: Size | None = None, *, decode: bool = False) -> str | None:
     """Returns what is wrong with an image file, in a sentence; None for nothing.
 
@@ -30,32 +42,53 @@ def image_problem(path: str, size: Size | None = None, *, decode: bool = False) 
         size: that it must have when shown upright.
         decode: look at all pixels, and not at the first and last bytes only.
     """
-    return _problem("Image", path, lambda image: _depth_problem(path, image) or _size_problem(image, size), decode)
+
+    def look(image: Image.Image) -> str | None:
+        return _depth_problem(path, image) or _size_problem(image, size, "the annotations say")
+
+    return _problem("Image", path, look, decode)
 
 
 def label_map_problem(path: str, size: Size | None = None, *, decode: bool = False) -> str | None:
-    """Returns what is wrong with a label map, as `image_problem` does."""
-    return _problem("Label map", path, lambda image: _label_problem(image) or _size_problem(image, size), decode)
+    """Returns what is wrong with a label map, as `image_problem` does; `size` is that of its image."""
+    return _problem(
+        "Label map", path, lambda image: _label_problem(image) or _size_problem(image, size, "its image is"), decode
+    )
 
 
-def read_label_map(path: str, dtype: Any = None) -> np.ndarray:
+def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = None) -> np.ndarray:
     """Reads a label map: grey values, or the indices of a palette, are classes.
 
     Args:
         path: that the path manager knows.
         dtype: of the result; None keeps the file's.
+        labels: that it may have.
 
     Returns:
         (H, W), upright.
 
     Raises:
-        ValueError: it has colors (its palette, if any, was applied), which stand for no class.
+        LabelMapError: it cannot be read, has colors (its palette, if any, was applied), or has other labels.
     """
-    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+    found = []
+
+    def read(image: Image.Image) -> str | None:
         problem = _label_problem(image)
-        if problem:
-            raise ValueError(f"Label map {path} {problem}.")
-        return np.array(ImageOps.exif_transpose(image), dtype=dtype)
+        if problem is None:
+            found.append(np.array(ImageOps.exif_transpose(image), dtype=dtype))
+            problem = None if labels is None else _range_problem(found[0], labels)
+        return problem
+
+    problem = _problem("Label map", path, read, decode=False)
+    if problem:
+        raise LabelMapError(problem)
+    return found[0]
+
+
+def image_size(path: str) -> Size:
+    """Returns the size of an image file when shown upright."""
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        return _upright_size(image)
 
 
 def _problem(what: str, path: str, look: Callable[[Image.Image], str | None], decode: bool) -> str | None:
@@ -119,20 +152,37 @@ def _label_problem(image: Image.Image) -> str | None:
     )
 
 
-def _size_problem(image: Image.Image, size: Size | None) -> str | None:
+def _range_problem(found: np.ndarray, labels: LabelRange) -> str | None:
+    wrong = (found < 0) | (found >= labels.num_classes)
+    if labels.ignored is not None:
+        wrong &= found != labels.ignored
+    if not wrong.any():
+        return None
+    return (
+        f"has the label {found[wrong][0]}, and there are {labels.num_classes} classes, from 0 on; "
+        f"{'no label' if labels.ignored is None else labels.ignored} is ignored"
+    )
+
+
+def _size_problem(image: Image.Image, size: Size | None, whose: str) -> str | None:
     if image.format == "PNG" and size == image.size[::-1] != image.size:
         image.load()  # the tag may stand behind the pixels
-    orientation = _orientation(image)
-    upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    upright = _upright_size(image)
     if size is None or size == upright:
         return None
-    text = f"is {upright[0]} x {upright[1]} (width x height), but the annotations say {size[0]} x {size[1]}"
-    if size == upright[::-1]:
-        cause = f"by its EXIF orientation {orientation}" if upright != image.size else "in the annotations"
-        text += f": width and height are swapped {cause}"
-        if upright != image.size:
-            text += ". List the size of the image as it is shown, with boxes that fit, or remove the tag"
-    return text
+    text = f"is {upright[0]} x {upright[1]} (width x height), but {whose} {size[0]} x {size[1]}"
+    if size != upright[::-1]:
+        return text
+    if upright == image.size:
+        return f"{text}: width and height are swapped"
+    return (
+        f"{text}: width and height are swapped by its EXIF orientation {_orientation(image)}. List the size of the "
+        "image as it is shown, with boxes that fit, or remove the tag"
+    )
+
+
+def _upright_size(image: Image.Image) -> Size:
+    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -10,11 +10,11 @@ import torch
 from d2kd.data.coco import DatasetError
 from d2kd.errors import UserError, require_choice
 from d2kd.modeling.architectures import architecture_class
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
-from .images import image_problem, label_map_problem, read_label_map
+from .images import LabelMapError, LabelRange, image_problem, image_size, label_map_problem, read_label_map
 
 __all__ = ["ON_BAD_IMAGE", "build_mapper", "handing_over_failures", "raise_failures", "wrap_mapper"]
 
@@ -27,6 +27,25 @@ Mapper = Callable[[dict[str, Any]], Any]
 
 class ImageMapper(DatasetMapper):
     """Detectron2's mapper, whose label maps hold classes and not shades: a palette is not applied."""
+
+    @configurable
+    def __init__(self, is_train: bool, *, labels: LabelRange | None = None, **arguments: Any) -> None:
+        """
+        Args:
+            is_train: whether targets are wanted.
+            labels: that label maps may have; None admits all.
+            arguments: of Detectron2's mapper.
+        """
+        super().__init__(is_train, **arguments)
+        self.labels = labels
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Constructor arguments from a configuration."""
+        counts = {count.metadata: number for count, number in architecture_class(cfg).class_counts(cfg)}
+        classes = counts.get("stuff_classes")
+        labels = None if classes is None else LabelRange(classes, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+        return {**super().from_config(cfg, is_train), "labels": labels}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
@@ -41,7 +60,7 @@ class ImageMapper(DatasetMapper):
         detection_utils.check_image_size(record, image)
         labels, label_file = None, record.pop("sem_seg_file_name", None)
         if self.is_train and label_file is not None:
-            labels = read_label_map(label_file)
+            labels = read_label_map(label_file, labels=self.labels)
         inputs = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(inputs)
         pixels = inputs.image if inputs.image.ndim == 3 else inputs.image[:, :, None]
@@ -101,6 +120,8 @@ class _GuardedMapper:
             self._sound.add(name)
             try:
                 return self.mapper(dataset_dict)
+            except LabelMapError as error:
+                problem, cause = str(error), error
             except (MemoryError, UserError):
                 raise
             except Exception as error:
@@ -117,12 +138,13 @@ class _GuardedMapper:
 
 def _file_problem(record: dict[str, Any], decode: bool = False) -> str | None:
     """What is wrong with the image or the label map of a record; None if both can be read."""
+    image, labels = record.get("file_name"), record.get("sem_seg_file_name")
     size = (record["width"], record["height"]) if "width" in record and "height" in record else None
-    for key, look in (("file_name", image_problem), ("sem_seg_file_name", label_map_problem)):
-        problem = look(record[key], size, decode=decode) if key in record else None
-        if problem:
-            return problem
-    return None
+    problem = None if image is None else image_problem(image, size, decode=decode)
+    if problem is None and labels is not None:
+        size = image_size(image) if size is None and image is not None else size
+        problem = label_map_problem(labels, size, decode=decode)
+    return problem
 
 
 class LoadingFailure:

@@ -3,8 +3,9 @@
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 
-from d2kd.data.images import read_label_map
+from d2kd.data.images import LabelRange, read_label_map
 from d2kd.errors import UserError, did_you_mean
 from d2kd.evaluation.coco import CocoEvaluator
 from d2kd.modeling.architectures import architecture_class
@@ -95,9 +96,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if kind in ("coco", "cityscapes_instance"):
         return CocoEvaluator(dataset_name, output_dir=output_folder, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
     if kind in ("sem_seg", "cityscapes_sem_seg"):
-        return SemSegEvaluator(
-            dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=read_label_map
-        )
+        meta = MetadataCatalog.get(dataset_name)
+        read = partial(read_label_map, labels=LabelRange(len(meta.stuff_classes), meta.get("ignore_label")))
+        return SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=read)
     return PascalVOCDetectionEvaluator(dataset_name)
 
 
