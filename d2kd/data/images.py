@@ -93,6 +93,8 @@ def image_size(path: str) -> Size:
 
 def _problem(what: str, path: str, look: Callable[[Image.Image], str | None], decode: bool) -> str | None:
     name = f"{what} {path if path.isprintable() else repr(path)}"
+    if not PathManager.isfile(path):  # a pipe would be waited for
+        return f"{name} cannot be read (there is no such file)."
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             if decode:

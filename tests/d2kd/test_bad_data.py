@@ -1,9 +1,11 @@
 """Damaged files and odd content beyond the cases of cases.py: one line that names them, or read as what is meant."""
 
 import json
+import os
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -144,6 +146,34 @@ def test_odd_images_that_are_sound(image, tmp_path):
     (tmp_path / "a.png").write_bytes(image)
     record = {"file_name": str(tmp_path / "a.png"), "width": 40, "height": 30}
     assert wrap_mapper(ImageMapper(config(), False), "error")(record)["image"].shape[0] == 3
+
+
+@pytest.mark.parametrize("kind", [".png", ".tiff"])
+def test_colors_of_16_bits_are_scaled_to_8(kind, tmp_path):
+    pixels = np.asarray(noise())
+    _, data = cv2.imencode(kind, pixels.astype(np.uint16) * 257)  # in BGR
+    (tmp_path / f"a{kind}").write_bytes(data.tobytes())
+    record = {"file_name": str(tmp_path / f"a{kind}"), "width": 40, "height": 30}
+    cfg = config(INPUT__MIN_SIZE_TEST=0, INPUT__FORMAT="BGR")
+    inputs = wrap_mapper(ImageMapper(cfg, False), "error")(record)
+    assert np.array_equal(inputs["image"].numpy().transpose(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize("dtype, mode", [(np.uint16, "16-bit"), (np.int32, "32-bit"), (np.float32, "floating-point")])
+def test_grey_of_other_depths_is_refused(dtype, mode, tmp_path):
+    grey = np.asarray(noise().convert("L")).astype(dtype)
+    (tmp_path / "a.tiff").write_bytes(encode(Image.fromarray(grey), "tiff"))
+    record = {"file_name": str(tmp_path / "a.tiff"), "width": 40, "height": 30}
+    with pytest.raises(DatasetError, match=f"a.tiff has {mode} pixels .* convert all images to 8 bits"):
+        wrap_mapper(ImageMapper(config(), False), "error")(record)
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), os.mkfifo])
+def test_what_is_no_file_is_named(make, tmp_path):
+    make(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "width": 40, "height": 30}
+    with pytest.raises(DatasetError, match=r"a\.png cannot be read \(there is no such file\)"):
+        wrap_mapper(ImageMapper(config(), True), "error")(record)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (4000, 2), (2, 4000)])

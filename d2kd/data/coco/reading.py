@@ -167,7 +167,9 @@ def _sections(path: str, content: Any, required: Sequence[str]) -> list[Entries]
         wanted = set(_KEYS[key])
         for i, entry in enumerate(entries):
             if not isinstance(entry, dict) or not wanted <= entry.keys():
-                has = f"lacks {sorted(wanted - entry.keys())}" if isinstance(entry, dict) else f"is {short(entry)!r}"
+                has = (
+                    f"lacks {sorted(wanted - entry.keys())}" if isinstance(entry, dict) else f"is {short(repr(entry))}"
+                )
                 raise DatasetError(
                     f"{path} is not in COCO format: {key}[{i}]{id_of(entry)} {has}. Each needs {', '.join(_KEYS[key])}."
                 )

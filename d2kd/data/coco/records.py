@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from .image_files import find_image_files
-from .reading import MAX_SIDE, CocoFile, id_order, read_coco
+from .reading import MAX_SIDE, CocoFile, id_order, read_coco, without_gc
 from .segmentation import SegmentationError, as_runs, usable_segmentation
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 Records = list[dict[str, Any]]
 
 
+@without_gc()
 def load_coco(json_file: str, image_root: str, dataset_name: str) -> Records:
     """Loads a COCO instances file as records, ordered by image id; sets the class names in the dataset's metadata.
 
