@@ -9,6 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from d2kd.errors import UserError
 from d2kd.files import describe_foreign_file
+from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,21 @@ def label_map_problem(path: str, size: Size | None = None, *, decode: bool = Fal
     )
 
 
+def read_image(path: str, format: str) -> np.ndarray:
+    """Reads an image as Detectron2 does, but never in part: damage within a file is an error.
+
+    Args:
+        path: that the path manager knows.
+        format: of `INPUT.FORMAT`.
+
+    Returns:
+        (H, W, C), upright.
+    """
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        image.load()  # what asks for EXIF data hides what fails here, and the pixels so far are taken
+        return detection_utils.convert_PIL_to_numpy(_upright(image), format)
+
+
 def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = None) -> np.ndarray:
     """Reads a label map: grey values, or the indices of a palette, are classes.
 
@@ -75,7 +91,8 @@ def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = Non
     def read(image: Image.Image) -> str | None:
         problem = _label_problem(image)
         if problem is None:
-            found.append(np.array(ImageOps.exif_transpose(image), dtype=dtype))
+            image.load()
+            found.append(np.array(_upright(image), dtype=dtype))
             problem = None if labels is None else _range_problem(found[0], labels)
         return problem
 
@@ -181,6 +198,10 @@ def _size_problem(image: Image.Image, size: Size | None, whose: str) -> str | No
         f"{text}: width and height are swapped by its EXIF orientation {_orientation(image)}. List the size of the "
         "image as it is shown, with boxes that fit, or remove the tag"
     )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _orientation(image) is not None else image
 
 
 def _upright_size(image: Image.Image) -> Size:

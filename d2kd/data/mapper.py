@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
-from .images import LabelMapError, LabelRange, image_problem, image_size, label_map_problem, read_label_map
+from .images import LabelMapError, LabelRange, image_problem, image_size, label_map_problem, read_image, read_label_map
 
 __all__ = ["ON_BAD_IMAGE", "build_mapper", "handing_over_failures", "raise_failures", "wrap_mapper"]
 
@@ -26,7 +26,7 @@ Mapper = Callable[[dict[str, Any]], Any]
 
 
 class ImageMapper(DatasetMapper):
-    """Detectron2's mapper, whose label maps hold classes and not shades: a palette is not applied."""
+    """Detectron2's mapper, which reads images whole or not at all, and label maps as classes, not shades."""
 
     @configurable
     def __init__(self, is_train: bool, *, labels: LabelRange | None = None, **arguments: Any) -> None:
@@ -56,7 +56,7 @@ class ImageMapper(DatasetMapper):
             What the model takes; in evaluation without ground truth.
         """
         record = dict(dataset_dict)
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        image = read_image(record["file_name"], self.image_format)
         detection_utils.check_image_size(record, image)
         labels, label_file = None, record.pop("sem_seg_file_name", None)
         if self.is_train and label_file is not None:

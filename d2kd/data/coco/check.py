@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .image_files import check_image_files
-from .reading import CocoFile, DatasetError, id_of, read_coco, short, without_gc
+from .reading import CocoFile, DatasetError, Entries, id_of, read_coco, short, without_gc
 from .segmentation import SegmentationError, usable_segmentation
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,9 @@ def _check_masks(file: CocoFile, masks: str) -> None:
     sizes = {image["id"]: (image["height"], image["width"]) for image in file.images}
     wanted = [a for a in file.annotations if masks == "any" or not a["iscrowd"]]
     wrong: list[tuple[dict[str, Any], str]] = []
-    runs, cut, astray = [], [], []
+    runs: Entries = []
+    cut: Entries = []
+    astray: Entries = []
     for annotation in wanted:
         value = annotation.get("segmentation")
         try:
@@ -217,18 +219,22 @@ def _check_masks(file: CocoFile, masks: str) -> None:
             f"{file.path}: {len(runs)} of {len(wanted)} annotations have RLE masks, first {file.where(runs[0])}, and "
             "INPUT.MASK_FORMAT is polygon: set it to bitmask."
         )
+    _tell_polygons(file, len(wanted), astray, cut)
+
+
+def _tell_polygons(file: CocoFile, total: int, astray: Entries, cut: Entries) -> None:
     if astray:
         words = (
-            f"{file.path}: the polygons of {len(astray)} of {len(wanted)} annotations lie wholly outside their box, "
-            f"first {file.where(astray[0])}. COCO's polygons are in pixels of the whole image, as boxes are."
+            f"{file.path}: the polygons of {len(astray)} of {total} annotations lie wholly outside their box, first "
+            f"{file.where(astray[0])}. COCO's polygons are in pixels of the whole image, as boxes are."
         )
-        if len(astray) > 0.5 * len(wanted):
+        if len(astray) > 0.5 * total:
             raise DatasetError(f"{words} Correct them, or set MODEL.MASK_ON False.")
         logger.warning(words)
     if cut:
         logger.warning(
-            f"{file.path}: {len(cut)} of {len(wanted)} annotations have polygons with fewer than three points or an "
-            f"odd number of coordinates, first {file.where(cut[0])}; they are used without these."
+            f"{file.path}: {len(cut)} of {total} annotations have polygons with fewer than three points or an odd "
+            f"number of coordinates, first {file.where(cut[0])}; they are used without these."
         )
 
 
