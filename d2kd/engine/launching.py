@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2kd.errors import ConfigError, UserError
 from detectron2.engine import launch
+from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .hooks import Terminated
@@ -21,6 +23,9 @@ from .run_folder import DISK_ERRORS
 from .setup import command_line_options, load_config
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that a process waits with its error: if the main one has the same, it tells it, and ends all others.
+_PATIENCE = 3.0
 
 
 def run_tool(main: Callable[[], Any]) -> Any:
@@ -33,18 +38,25 @@ def run_tool(main: Callable[[], Any]) -> Any:
     except UserError as error:
         if not logging.getLogger("d2kd").handlers:
             setup_logger(name="d2kd")
-        logger.error("%s", error)
+        _tell(str(error))
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         where = f" {error.filename}" if error.filename else ""
-        logger.error("Cannot write%s: %s. Make room, or choose another OUTPUT_DIR.", where, error.strerror)
+        _tell(f"Cannot write{where}: {error.strerror}. Make room, or choose another OUTPUT_DIR.")
         sys.exit(2)
     except Terminated:
         sys.exit(143)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _tell(message: str) -> None:
+    logger.error("%s", message)
+    if not comm.is_main_process():  # whose log goes to a file only
+        time.sleep(_PATIENCE)
+        print(f"Process {comm.get_rank()}: {message}", file=sys.stderr, flush=True)
 
 
 def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
