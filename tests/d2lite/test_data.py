@@ -45,6 +45,7 @@ from d2lite.data.samplers import (
     TrainingSampler,
 )
 from d2lite.structures import BitMasks, BoxMode
+from d2lite.utils import comm
 
 TRIANGLE = [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
 
@@ -161,11 +162,17 @@ def test_training_sampler_refuses_bad_sizes(size, error):
         TrainingSampler(size)
 
 
-def test_inference_sampler_splits_evenly():
-    parts = [InferenceSampler._get_local_indices(10, 4, rank) for rank in range(4)]
+def test_inference_sampler_splits_evenly(monkeypatch):
+    def split(size, processes):
+        monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+        for rank in range(processes):
+            monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+            yield InferenceSampler(size)
+
+    parts = list(split(10, 4))
     assert [len(p) for p in parts] == [3, 3, 2, 2]
     assert list(itertools.chain(*parts)) == list(range(10))
-    assert InferenceSampler._get_local_indices(2, 3, 2) == range(0)
+    assert [list(part) for part in split(2, 3)] == [[0], [1], []]
 
 
 def test_subset_sampler_stays_in_its_subset():
