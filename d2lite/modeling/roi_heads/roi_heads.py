@@ -128,9 +128,7 @@ class StandardROIHeads(ROIHeads):
         Returns:
             The same, with the field `pred_masks` (R_i, 1, M, M) if the model has masks.
         """
-        assert not self.training, "forward_with_given_boxes() is for inference"
-        missing = [field for field in ("pred_boxes", "pred_classes") if not instances[0].has(field)]
-        assert not missing, f"instances without {' and '.join(missing)}"
+        self._check_given_boxes(instances)
         return self._forward_mask(features, instances)
 
     def _box_losses(
