@@ -27,7 +27,11 @@ from d2lite.data import (
 )
 from d2lite.data import detection_utils as utils
 from d2lite.data import transforms as T
-from d2lite.data.common import AspectRatioGroupedDataset
+from d2lite.data.common import (
+    AspectRatioGroupedDataset,
+    _PickledList,
+    set_default_dataset_from_list_serialize_method,
+)
 from d2lite.data.datasets import (
     convert_to_coco_dict,
     convert_to_coco_json,
@@ -111,6 +115,21 @@ def test_dataset_from_list(serialize):
     with pytest.raises(IndexError):
         dataset[4]
     assert len(DatasetFromList([], serialize=serialize)) == 0
+
+
+def test_serialize_method_of_datasets_is_a_default_to_set():
+    items = [{"a": 1}, {"a": 2}]
+    with set_default_dataset_from_list_serialize_method(tuple):
+        dataset = DatasetFromList(items)
+        assert dataset[0] is items[0] and DatasetFromList(items, serialize=list)[1] is items[1]
+        with set_default_dataset_from_list_serialize_method(False):
+            plain = DatasetFromList(items)
+            assert plain[0] == items[0] and plain[0] is not items[0]
+    assert isinstance(dataset._lst, tuple)
+    assert type(DatasetFromList(items)._lst) is _PickledList and DatasetFromList(items)[1] == items[1]
+    with pytest.raises(ZeroDivisionError), set_default_dataset_from_list_serialize_method(tuple):
+        raise ZeroDivisionError
+    assert type(DatasetFromList(items)._lst) is _PickledList
 
 
 def test_map_dataset_replaces_bad_elements():
