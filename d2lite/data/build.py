@@ -25,15 +25,11 @@ from d2lite.data.samplers import (
 from d2lite.utils import comm
 from d2lite.utils.env import seed_all_rng
 
-__all__ = [
-    "build_batch_data_loader",
-    "build_detection_train_loader",
-    "build_detection_test_loader",
-    "filter_images_with_only_crowd_annotations",
-    "get_detection_dataset_dicts",
-    "print_instances_class_histogram",
-    "worker_init_reset_seed",
-]
+__all__ = ["build_batch_data_loader", "build_detection_train_loader", "build_detection_test_loader"]
+__all__ += ["trivial_batch_collator", "worker_init_reset_seed"]
+# known by this place too
+__all__ += ["filter_images_with_only_crowd_annotations", "get_detection_dataset_dicts"]
+__all__ += ["print_instances_class_histogram"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +46,7 @@ def _train_loader_from_config(
     if dataset is None:
         _check_supported(cfg)
         dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    if sampler is None and not isinstance(dataset, torchdata.IterableDataset):
+    if sampler is None and not _is_stream(dataset):
         sampler = _training_sampler(cfg.DATALOADER, dataset)
     return {
         "dataset": dataset,
@@ -108,15 +104,8 @@ def build_detection_train_loader(
         kwargs: for `build_batch_data_loader`.
     """
     dataset, sampler = _mapped_and_ordered(dataset, mapper, sampler, TrainingSampler)
-    return build_batch_data_loader(
-        dataset,
-        sampler,
-        total_batch_size,
-        aspect_ratio_grouping=aspect_ratio_grouping,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        **kwargs,
-    )
+    kwargs.update(aspect_ratio_grouping=aspect_ratio_grouping, num_workers=num_workers, collate_fn=collate_fn)
+    return build_batch_data_loader(dataset, sampler, total_batch_size, **kwargs)
 
 
 def build_batch_data_loader(
@@ -147,22 +136,15 @@ def build_batch_data_loader(
         kwargs: for `torch.utils.data.DataLoader`.
     """
     batch_size = _batch_size(total_batch_size, single_gpu_batch_size)
-    if isinstance(dataset, torchdata.IterableDataset):
-        assert sampler is None, "an iterable dataset comes in its own order: sampler must be None"
+    _check_order(dataset, sampler)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if num_workers == 0:
         # The DataLoader rejects options that apply to workers only.
         kwargs = {k: v for k, v in kwargs.items() if k not in ("prefetch_factor", "persistent_workers")}
     kwargs.update(num_workers=num_workers, worker_init_fn=worker_init_reset_seed, generator=generator)
     if not aspect_ratio_grouping:
-        return torchdata.DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=batch_size,
-            drop_last=drop_last,
-            collate_fn=trivial_batch_collator if collate_fn is None else collate_fn,
-            **kwargs,
-        )
+        kwargs.update(drop_last=drop_last, collate_fn=collate_fn or trivial_batch_collator)
+        return torchdata.DataLoader(dataset, batch_size, sampler=sampler, **kwargs)
     # Single elements leave the workers, as the group of an image decides its batch.
     images = torchdata.DataLoader(dataset, sampler=sampler, collate_fn=operator.itemgetter(0), **kwargs)
     batches = AspectRatioGroupedDataset(images, batch_size)
@@ -188,12 +170,11 @@ def _test_loader_from_config(
 ) -> dict[str, Any]:
     _check_supported(cfg)
     dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-    is_iterable = isinstance(dataset, torchdata.IterableDataset)
     return {
         "dataset": dataset,
         "mapper": DatasetMapper(cfg, False) if mapper is None else mapper,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "sampler": None if is_iterable else InferenceSampler(len(dataset)),
+        "sampler": None if _is_stream(dataset) else InferenceSampler(len(dataset)),
     }
 
 
@@ -218,14 +199,8 @@ def build_detection_test_loader(
         collate_fn: turns the list of mapped dicts into a batch; the list itself when None.
     """
     dataset, sampler = _mapped_and_ordered(dataset, mapper, sampler, InferenceSampler)
-    return torchdata.DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=False,
-        num_workers=num_workers,
-        collate_fn=trivial_batch_collator if collate_fn is None else collate_fn,
-    )
+    collate = collate_fn or trivial_batch_collator
+    return torchdata.DataLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate)
 
 
 # --- Both -----------------------------------------------------------------------------------------
@@ -238,15 +213,23 @@ def _mapped_and_ordered(
     default_sampler: Callable[[int], torchdata.Sampler],
 ) -> tuple[torchdata.Dataset, torchdata.Sampler | None]:
     """The dataset with `mapper` applied, and its sampler, which only an iterable dataset lacks."""
-    if isinstance(dataset, list):
-        dataset = DatasetFromList(dataset, copy=False)
+    examples = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
     if mapper is not None:
-        dataset = MapDataset(dataset, mapper)
-    if isinstance(dataset, torchdata.IterableDataset):
-        assert sampler is None, "an iterable dataset comes in its own order: sampler must be None"
-    elif sampler is None:
-        sampler = default_sampler(len(dataset))
-    return dataset, sampler
+        examples = MapDataset(examples, mapper)
+    _check_order(examples, sampler)
+    if sampler is None and not _is_stream(examples):
+        sampler = default_sampler(len(examples))
+    return examples, sampler
+
+
+def _is_stream(dataset: Sequence[Any] | torchdata.Dataset) -> bool:
+    return isinstance(dataset, torchdata.IterableDataset)
+
+
+def _check_order(dataset: torchdata.Dataset, sampler: torchdata.Sampler | None) -> None:
+    assert sampler is None or not _is_stream(dataset), (
+        "an iterable dataset comes in its own order: sampler must be None"
+    )
 
 
 def trivial_batch_collator(batch: list[Any]) -> list[Any]:

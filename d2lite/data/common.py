@@ -5,15 +5,20 @@ import itertools
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch.utils.data as data
 from torch.utils.data.sampler import Sampler
 
-__all__ = ["MapDataset", "DatasetFromList", "AspectRatioGroupedDataset", "ToIterableDataset"]
+__all__ = ["AspectRatioGroupedDataset", "DatasetFromList", "MapDataset", "ToIterableDataset"]
+__all__ += ["set_default_dataset_from_list_serialize_method"]
 
 logger = logging.getLogger(__name__)
+
+
+SerializeMethod = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class DatasetFromList(data.Dataset):
@@ -23,23 +28,23 @@ class DatasetFromList(data.Dataset):
     would be copied page by page, as reading a Python object writes its reference count.
     """
 
-    def __init__(self, lst: Sequence[Any], copy: bool = True, serialize: bool = True) -> None:
+    def __init__(self, lst: Sequence[Any], copy: bool = True, serialize: bool | SerializeMethod = True) -> None:
         """
         Args:
             lst: the elements.
             copy: return copies of the elements (always so when they are serialized).
-            serialize: keep the elements pickled.
+            serialize: keep the elements pickled; or what makes of the list another that is kept in its place.
         """
-        self._copy = copy
-        self._serialize = serialize
-        self._lst = _PickledList(lst) if serialize else lst
+        method = _default_serialize if serialize is True else serialize
+        self._copy = copy and not method
+        self._lst = method(lst) if method else lst
 
     def __len__(self) -> int:
         return len(self._lst)
 
     def __getitem__(self, idx: int) -> Any:
         item = self._lst[idx]
-        return copy.deepcopy(item) if self._copy and not self._serialize else item
+        return copy.deepcopy(item) if self._copy else item
 
 
 class _PickledList:
@@ -64,6 +69,25 @@ class _PickledList:
             raise IndexError(f"index {idx} is out of range for a dataset of {n} elements")
         idx = idx % n
         return pickle.loads(memoryview(self._buffer[self._ends[idx] : self._ends[idx + 1]]))
+
+
+_default_serialize: SerializeMethod | bool = _PickledList
+
+
+@contextmanager
+def set_default_dataset_from_list_serialize_method(func: SerializeMethod | bool) -> Iterator[None]:
+    """Within it, `DatasetFromList(serialize=True)` keeps what `func` makes of a list; its elements if `func` is False.
+
+    Args:
+        func: takes a list, returns an object with its length and elements, such as one in shared memory.
+    """
+    global _default_serialize
+    before = _default_serialize
+    _default_serialize = _PickledList if func is True else func
+    try:
+        yield
+    finally:
+        _default_serialize = before
 
 
 class MapDataset(data.Dataset):

@@ -12,12 +12,6 @@ from tabulate import tabulate
 from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
 from d2lite.data.detection_utils import check_metadata_consistency
 
-__all__ = [
-    "filter_images_with_only_crowd_annotations",
-    "get_detection_dataset_dicts",
-    "print_instances_class_histogram",
-]
-
 logger = logging.getLogger(__name__)
 
 Dicts = list[dict[str, Any]]
@@ -43,7 +37,7 @@ def get_detection_dataset_dicts(
     """
     if min_keypoints > 0:
         raise NotImplementedError("min_keypoints: d2lite has no keypoints; Detectron2 has them")
-    if proposal_files is not None:
+    if proposal_files:
         raise NotImplementedError("proposal_files: d2lite has no precomputed proposals; Detectron2 has them")
     names = [names] if isinstance(names, str) else list(names)
     assert names, "no dataset names given: set DATASETS.TRAIN or DATASETS.TEST"
@@ -54,7 +48,7 @@ def get_detection_dataset_dicts(
         assert len(dicts), f"dataset {name!r} is empty"
     dicts = list(itertools.chain.from_iterable(datasets))
     has_instances = "annotations" in dicts[0]
-    if filter_empty and has_instances:
+    if has_instances and filter_empty:
         dicts = filter_images_with_only_crowd_annotations(dicts)
     if check_consistency and has_instances and MetadataCatalog.get(names[0]).get("thing_classes") is not None:
         check_metadata_consistency("thing_classes", names)

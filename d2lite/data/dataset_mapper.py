@@ -10,8 +10,6 @@ from d2lite.config import CfgNode, configurable
 from d2lite.data import detection_utils as utils
 from d2lite.data import transforms as T
 
-__all__ = ["DatasetMapper"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -91,40 +89,33 @@ class DatasetMapper:
         Returns:
             What the model takes.
         """
-        dataset_dict = dict(dataset_dict)
-        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
-        utils.check_image_size(dataset_dict, image)
-        sem_seg = None
-        if "sem_seg_file_name" in dataset_dict:
-            sem_seg = utils.read_image(dataset_dict.pop("sem_seg_file_name"), "L")[:, :, 0]
-        inputs = T.AugInput(image, sem_seg=sem_seg)
+        example = dict(dataset_dict)
+        image = utils.read_image(example["file_name"], self.image_format)
+        utils.check_image_size(example, image)
+        labels = example.pop("sem_seg_file_name", None)
+        inputs = T.AugInput(image, sem_seg=None if labels is None else utils.read_image(labels, "L")[:, :, 0])
         transforms = self.augmentations(inputs)
-        dataset_dict["image"] = _to_chw(inputs.image)
+        example["image"] = _to_chw(inputs.image)
         if inputs.sem_seg is not None:
-            dataset_dict["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
-        if not self.is_train:
-            dataset_dict.pop("annotations", None)
-        elif "annotations" in dataset_dict:
-            self._transform_annotations(dataset_dict, transforms, inputs.image.shape[:2])
-        return dataset_dict
+            example["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
+        if self.is_train and "annotations" in example:
+            self._transform_annotations(example, transforms, inputs.image.shape[:2])
+        example.pop("annotations", None)
+        return example
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: tuple[int, int]
     ) -> None:
         """Replaces "annotations" by "instances"; crowd annotations are left out."""
         unwanted = {"keypoints"} if self.use_instance_mask else {"keypoints", "segmentation"}
-        annos = [
-            utils.transform_instance_annotations(
-                {k: v for k, v in anno.items() if k not in unwanted}, transforms, image_shape
-            )
-            for anno in dataset_dict.pop("annotations")
-            if anno.get("iscrowd", 0) == 0
-        ]
-        instances = utils.annotations_to_instances(annos, image_shape, mask_format=self.instance_mask_format)
+        single = [anno for anno in dataset_dict.pop("annotations") if anno.get("iscrowd", 0) == 0]
+        wanted = [{k: v for k, v in anno.items() if k not in unwanted} for anno in single]
+        annos = [utils.transform_instance_annotations(anno, transforms, image_shape) for anno in wanted]
+        found = utils.annotations_to_instances(annos, image_shape, mask_format=self.instance_mask_format)
         # An image without annotations has no masks either.
-        if self.recompute_boxes and instances.has("gt_masks"):
-            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        dataset_dict["instances"] = utils.filter_empty_instances(instances)
+        if self.recompute_boxes and found.has("gt_masks"):
+            found.gt_boxes = found.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = utils.filter_empty_instances(found)
 
 
 def _to_chw(image: np.ndarray) -> torch.Tensor:

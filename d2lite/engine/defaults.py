@@ -34,14 +34,15 @@ from d2lite.utils import comm
 from d2lite.utils.events import EventWriter
 from d2lite.utils.logger import setup_logger
 
-__all__ = [
-    "DefaultPredictor",
-    "DefaultTrainer",
-    "create_ddp_model",
-    "default_argument_parser",
-    "default_setup",
-    "default_writers",
-]
+__all__ = ["DefaultPredictor", "DefaultTrainer", "create_ddp_model"]
+__all__ += ["default_argument_parser", "default_setup", "default_writers"]
+
+logger = logging.getLogger(__name__)
+
+
+def _of_step(name: str, doc: str) -> property:
+    """An attribute of the trainer that lies in its inner trainer, which runs the iterations."""
+    return property(lambda outer: getattr(outer._trainer, name), lambda o, v: setattr(o._trainer, name, v), doc=doc)
 
 
 class DefaultTrainer(TrainerBase):
@@ -70,20 +71,26 @@ class DefaultTrainer(TrainerBase):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
 
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
-        model = create_ddp_model(model, broadcast_buffers=False)
-        self._trainer = _build_step(cfg, model, data_loader, optimizer)
+        self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
+        self._trainer = self._build_step()
         self._trainer.register_hooks([_ForwardAfterBackward(self)])
-
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
         # A proxy: the checkpointer is an attribute of the trainer, and a cycle would keep both alive.
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        self.checkpointer = DetectionCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.register_hooks(self.build_hooks())
+
+    def _build_step(self) -> SimpleTrainer:
+        """Builds model, optimizer and data, and what runs one iteration with them."""
+        cfg = self.cfg
+        net = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, net)
+        loader = self.build_train_loader(cfg)
+        parts = (create_ddp_model(net, broadcast_buffers=False), loader, optimizer)
+        if not cfg.SOLVER.AMP.ENABLED:
+            return SimpleTrainer(*parts)
+        # CPUs have fast kernels for bfloat16 only.
+        precision = torch.bfloat16 if torch.device(cfg.MODEL.DEVICE).type == "cpu" else torch.float16
+        return AMPTrainer(*parts, precision=precision)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads weights, and with `resume` the rest of the state.
@@ -92,23 +99,21 @@ class DefaultTrainer(TrainerBase):
             resume: continue from the last checkpoint in `OUTPUT_DIR`; where there is none, and without
                 `resume`, load `MODEL.WEIGHTS` and start at iteration 0.
         """
-        resuming = resume and self.checkpointer.has_checkpoint()
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
-        if resuming:
-            # The checkpoint stores the last completed iteration.
-            self.start_iter = self.iter + 1
+        checkpoints = self.checkpointer
+        resuming = resume and checkpoints.has_checkpoint()
+        checkpoints.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        # The checkpoint stores the last completed iteration.
+        self.start_iter = self.iter + 1 if resuming else self.start_iter
 
     def build_hooks(self) -> list[HookBase | None]:
         """Returns the hooks: timing, schedule, precise batch norm, checkpoints, evaluation, writers."""
-        hook_list: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler(), self._precise_bn()]
-        # Saved before the evaluation: if that fails, the checkpoint is there.
-        if comm.is_main_process():
-            hook_list.append(hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD))
-        hook_list.append(hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_store_results))
-        # Last, so that the evaluation's results are written with the rest.
-        if comm.is_main_process():
-            hook_list.append(hooks.PeriodicWriter(self.build_writers(), period=20))
-        return hook_list
+        cfg, files = self.cfg, comm.is_main_process()
+        saving = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD) if files else None
+        testing = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_and_store_results)
+        writing = hooks.PeriodicWriter(self.build_writers(), period=20) if files else None
+        # Saved before the evaluation: if that fails, the checkpoint is there. Writers are last, for its results.
+        steps = [hooks.IterationTimer(), hooks.LRScheduler(), self._precise_bn(), saving, testing, writing]
+        return [hook for hook in steps if hook is not None]
 
     def _precise_bn(self) -> HookBase | None:
         options = self.cfg.TEST.PRECISE_BN
@@ -117,17 +122,18 @@ class DefaultTrainer(TrainerBase):
         cfg = self.cfg.clone()
         cfg.defrost()
         # Rarely used, so worker processes would only occupy memory.
-        cfg.DATALOADER.NUM_WORKERS = 0
+        cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0])
         loader = self.build_train_loader(cfg)
         return hooks.PreciseBN(self.cfg.TEST.EVAL_PERIOD, self.model, loader, options.NUM_ITER)
 
     def _test_and_store_results(self) -> Mapping[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+        results = self._last_eval_results = self.test(self.cfg, self.model)
+        return results
 
     def build_writers(self) -> list[EventWriter]:
         """Returns the writers of the metrics: by default log, `metrics.json` and TensorBoard."""
-        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        cfg = self.cfg
+        return default_writers(cfg.OUTPUT_DIR, self.max_iter)
 
     def train(self) -> Mapping[str, Any] | None:
         """Trains.
@@ -135,16 +141,19 @@ class DefaultTrainer(TrainerBase):
         Returns:
             The last evaluation's results where `TEST.EXPECTED_RESULTS` are given, in the main process.
         """
+        cfg = self.cfg
         super().train(self.start_iter, self.max_iter)
-        if len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
-            verify_results(self.cfg, self._last_eval_results)
-            return self._last_eval_results
-        return None
+        if not cfg.TEST.EXPECTED_RESULTS or not comm.is_main_process():
+            return None
+        results = self._last_eval_results
+        verify_results(cfg, results)
+        return results
 
     def run_step(self) -> None:
         """Runs one iteration."""
-        self._trainer.iter = self.iter
-        self._trainer.run_step()
+        step = self._trainer
+        step.iter = self.iter
+        step.run_step()
 
     def after_train(self) -> None:
         """Writes what is left to write if the training is complete, then calls the hooks' `after_train`."""
@@ -163,38 +172,15 @@ class DefaultTrainer(TrainerBase):
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
-    @property
-    def model(self) -> nn.Module:
-        """The model, wrapped for several processes if there are several."""
-        return self._trainer.model
-
-    @model.setter
-    def model(self, value: nn.Module) -> None:
-        self._trainer.model = value
-
-    @property
-    def data_loader(self) -> Iterable[Any]:
-        """The training data."""
-        return self._trainer.data_loader
-
-    @data_loader.setter
-    def data_loader(self, value: Iterable[Any]) -> None:
-        self._trainer.data_loader = value
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer."""
-        return self._trainer.optimizer
-
-    @optimizer.setter
-    def optimizer(self, value: torch.optim.Optimizer) -> None:
-        self._trainer.optimizer = value
+    model = _of_step("model", "The model, wrapped for several processes if there are several.")
+    data_loader = _of_step("data_loader", "The training data.")
+    optimizer = _of_step("optimizer", "The optimizer.")
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Builds the model and logs it."""
         model = build_model(cfg)
-        logging.getLogger(__name__).info("Model:\n%s", model)
+        logger.info("Model:\n%s", model)
         return model
 
     @classmethod
@@ -244,21 +230,17 @@ class DefaultTrainer(TrainerBase):
             ValueError: if there are not as many evaluators as datasets.
         """
         names = cfg.DATASETS.TEST
-        if isinstance(evaluators, DatasetEvaluator):
-            evaluators = [evaluators]
-        if evaluators is not None and len(evaluators) != len(names):
-            raise ValueError(f"There are {len(names)} test datasets, but {len(evaluators)} evaluators.")
-        results: OrderedDict[str, Any] = OrderedDict()
-        for index, name in enumerate(names):
-            evaluator = evaluators[index] if evaluators is not None else None
-            results[name] = cls._test_on(cfg, model, name, evaluator)
+        given = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
+        if given is not None and len(given) != len(names):
+            raise ValueError(f"There are {len(names)} test datasets, but {len(given)} evaluators.")
+        pairs = zip(names, given or [None] * len(names))
+        results = OrderedDict((name, cls._test_on(cfg, model, name, evaluator)) for name, evaluator in pairs)
         return next(iter(results.values())) if len(results) == 1 else results
 
     @classmethod
     def _test_on(
         cls, cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetEvaluator | None
     ) -> Mapping[str, Any]:
-        logger = logging.getLogger(__name__)
         if evaluator is None:
             try:
                 evaluator = cls.build_evaluator(cfg, name)
@@ -311,7 +293,7 @@ class DefaultTrainer(TrainerBase):
         solver.CHECKPOINT_PERIOD = round(solver.CHECKPOINT_PERIOD / scale)
         cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
         solver.REFERENCE_WORLD_SIZE = num_workers
-        logging.getLogger(__name__).info(
+        logger.info(
             "Scaled the config to %d processes: batch_size=%d, learning_rate=%g, max_iter=%d, warmup=%d.",
             num_workers,
             solver.IMS_PER_BATCH,
@@ -322,16 +304,6 @@ class DefaultTrainer(TrainerBase):
         if frozen:
             cfg.freeze()
         return cfg
-
-
-def _build_step(
-    cfg: CfgNode, model: nn.Module, data_loader: Iterable[Any], optimizer: torch.optim.Optimizer
-) -> SimpleTrainer:
-    if not cfg.SOLVER.AMP.ENABLED:
-        return SimpleTrainer(model, data_loader, optimizer)
-    # CPUs have fast kernels for bfloat16 only.
-    precision = torch.bfloat16 if torch.device(cfg.MODEL.DEVICE).type == "cpu" else torch.float16
-    return AMPTrainer(model, data_loader, optimizer, precision=precision)
 
 
 class _ForwardAfterBackward(HookBase):

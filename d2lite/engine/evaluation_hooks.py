@@ -1,5 +1,6 @@
 """Hooks around evaluations: precise batch-norm statistics before, the evaluation, the best checkpoint after."""
 
+import functools
 import itertools
 import logging
 import math
@@ -36,7 +37,7 @@ class EvalHook(HookBase):
         """
         self._period = eval_period
         self._func = eval_function
-        self._eval_after_train = eval_after_train
+        self._at_end = eval_after_train
 
     def after_step(self) -> None:
         # The evaluation at the end is left to after_train, behind the other hooks' last step.
@@ -44,7 +45,7 @@ class EvalHook(HookBase):
             self._do_eval()
 
     def after_train(self) -> None:
-        if self._eval_after_train and self.trainer.iter >= self.trainer.max_iter:
+        if self._at_end and self.trainer.iter >= self.trainer.max_iter:
             self._do_eval()
         # The function may hold a reference to the trainer and would keep it alive.
         del self._func
@@ -86,13 +87,13 @@ class PreciseBN(HookBase):
             num_iter: number of batches to average over.
         """
         self._model = model
-        self._data_loader = data_loader
+        self._loader = data_loader
         self._num_iter = num_iter
         self._period = period
         self._disabled = not get_bn_modules(model)
         if self._disabled:
             logger.info("PreciseBN is off: no batch-normalization layer is in training mode.")
-        self._data_iter: Iterator[Any] | None = None
+        self._batches: Iterator[Any] | None = None
 
     def after_step(self) -> None:
         if is_turn(self.trainer, self._period, at_end=True):
@@ -102,12 +103,12 @@ class PreciseBN(HookBase):
         """Computes the statistics and puts them into the model."""
         if self._disabled:
             return
-        if self._data_iter is None:
-            self._data_iter = iter(self._data_loader)
+        if self._batches is None:
+            self._batches = iter(self._loader)
         # What the model reports during these passes is no part of the training.
         with EventStorage():
             logger.info("Running precise-BN for %d iterations; training continues afterward.", self._num_iter)
-            update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
+            update_bn_stats(self._model, itertools.islice(self._batches, self._num_iter), self._num_iter)
 
 
 class BestCheckpointer(HookBase):
@@ -135,10 +136,9 @@ class BestCheckpointer(HookBase):
         if mode not in ("max", "min"):
             raise ValueError(f"BestCheckpointer's mode must be 'max' or 'min', got '{mode}'.")
         self._period = eval_period
-        self._checkpointer = checkpointer
-        self._val_metric = val_metric
+        self._metric = val_metric
         self._is_better = operator.gt if mode == "max" else operator.lt
-        self._file_prefix = file_prefix
+        self._save = functools.partial(checkpointer.save, file_prefix)
         self.best_metric: float | None = None
         self.best_iter: int | None = None
 
@@ -151,25 +151,20 @@ class BestCheckpointer(HookBase):
             self._save_if_best()
 
     def _save_if_best(self) -> None:
-        latest = self.trainer.storage.latest().get(self._val_metric)
+        name, best = self._metric, self.best_metric
+        latest = self.trainer.storage.latest().get(name)
         if latest is None:
-            logger.warning("No metric '%s' to choose the best checkpoint by.", self._val_metric)
+            logger.warning("No metric '%s' to choose the best checkpoint by.", name)
             return
-        metric, iteration = latest
-        if not math.isfinite(metric):
+        value, iteration = latest
+        if not math.isfinite(value):
             return
-        if self.best_metric is not None and not self._is_better(metric, self.best_metric):
-            logger.info(
-                "%s: %.5f is not better than %.5f of iteration %d.",
-                self._val_metric,
-                metric,
-                self.best_metric,
-                self.best_iter,
-            )
+        if best is not None and not self._is_better(value, best):
+            logger.info("%s: %.5f is not better than %.5f of iteration %d.", name, value, best, self.best_iter)
             return
-        self.best_metric, self.best_iter = float(metric), int(iteration)
-        self._checkpointer.save(self._file_prefix, iteration=self.best_iter)
-        logger.info("Saved the best model so far: %s is %.5f.", self._val_metric, metric)
+        self.best_metric, self.best_iter = float(value), int(iteration)
+        self._save(iteration=self.best_iter)
+        logger.info("Saved the best model so far: %s is %.5f.", name, value)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best value so far and its iteration."""

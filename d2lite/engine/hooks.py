@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
 from fvcore.common.param_scheduler import ParamScheduler
-from fvcore.common.timer import Timer
 
 from d2lite.engine.evaluation_hooks import BestCheckpointer, EvalHook, PreciseBN
 from d2lite.engine.profiling import AutogradProfiler, TorchMemoryStats, TorchProfiler
@@ -53,28 +52,31 @@ class CallbackHook(HookBase):
         Args:
             before_train, after_train, before_step, after_step: called with the trainer at that point.
         """
-        self._before_train = before_train
-        self._before_step = before_step
-        self._after_step = after_step
-        self._after_train = after_train
+        points = {
+            "before_train": before_train,
+            "after_train": after_train,
+            "before_step": before_step,
+            "after_step": after_step,
+        }
+        self._functions = {point: function for point, function in points.items() if function is not None}
+
+    def _call(self, point: str) -> None:
+        if point in self._functions:
+            self._functions[point](self.trainer)
 
     def before_train(self) -> None:
-        if self._before_train:
-            self._before_train(self.trainer)
+        self._call("before_train")
 
     def before_step(self) -> None:
-        if self._before_step:
-            self._before_step(self.trainer)
+        self._call("before_step")
 
     def after_step(self) -> None:
-        if self._after_step:
-            self._after_step(self.trainer)
+        self._call("after_step")
 
     def after_train(self) -> None:
-        if self._after_train:
-            self._after_train(self.trainer)
+        self._call("after_train")
         # The functions may hold references to the trainer and would keep it alive.
-        self._before_train = self._after_train = self._before_step = self._after_step = None
+        self._functions.clear()
 
 
 class IterationTimer(HookBase):
@@ -85,41 +87,33 @@ class IterationTimer(HookBase):
         Args:
             warmup_iter: timing starts with this iteration, from 1; those before are slower.
         """
-        self._warmup_iter = warmup_iter
-        self._step_timer = Timer()
-        self._total_timer = Timer()
-        self._start_time = time.perf_counter()
-        self._counted = 0
+        self._warmup = warmup_iter
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began = time.perf_counter()
+        self._count, self._in_steps = 0, 0.0
 
     def before_train(self) -> None:
-        self._start_time = time.perf_counter()
-        self._total_timer.reset()
-        self._total_timer.pause()
+        self._reset()
 
     def before_step(self) -> None:
-        self._step_timer.reset()
-        self._total_timer.resume()
+        self._step_began = time.perf_counter()
 
     def after_step(self) -> None:
-        done = self.trainer.iter - self.trainer.start_iter + 1
-        if done >= self._warmup_iter:
-            self._counted += 1
-            self.trainer.storage.put_scalars(time=self._step_timer.seconds())
+        seconds = time.perf_counter() - self._step_began
+        if self.trainer.iter - self.trainer.start_iter + 1 < self._warmup:
+            self._reset()
         else:
-            self._start_time = time.perf_counter()
-            self._total_timer.reset()
-        self._total_timer.pause()
+            self._count += 1
+            self._in_steps += seconds
+            self.trainer.storage.put_scalars(time=seconds)
 
     def after_train(self) -> None:
-        total = time.perf_counter() - self._start_time
-        in_steps = self._total_timer.seconds()
-        if self._counted > 0 and in_steps > 0:
-            logger.info(
-                "Overall training speed: %d iterations in %s (%.4f s / it)",
-                self._counted,
-                _duration(in_steps),
-                in_steps / self._counted,
-            )
+        total, in_steps, count = time.perf_counter() - self._began, self._in_steps, self._count
+        if count:
+            pace = in_steps / count
+            logger.info("Overall training speed: %d iterations in %s (%.4f s / it)", count, _duration(in_steps), pace)
         logger.info("Total training time: %s (%s on hooks)", _duration(total), _duration(total - in_steps))
 
 
@@ -145,16 +139,19 @@ class PeriodicWriter(HookBase):
         self._writers = list(writers)
         self._period = period
 
+    def _write(self) -> None:
+        for each in self._writers:
+            each.write()
+
     def after_step(self) -> None:
         if is_turn(self.trainer, self._period, at_end=True):
-            for writer in self._writers:
-                writer.write()
+            self._write()
 
     def after_train(self) -> None:
-        for writer in self._writers:
-            # Other hooks may have added metrics, such as the last evaluation's.
-            writer.write()
-            writer.close()
+        # Other hooks may have added metrics, such as the last evaluation's.
+        self._write()
+        for each in self._writers:
+            each.close()
 
 
 class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
@@ -181,15 +178,14 @@ class LRScheduler(HookBase):
             scheduler: a torch scheduler, or an fvcore one, which multiplies the base learning rates over the
                 whole training; None is the trainer's.
         """
-        self._optimizer = optimizer
-        self._scheduler = scheduler
+        self._optimizer, self._scheduler = optimizer, scheduler
 
     def before_train(self) -> None:
-        self._optimizer = self._optimizer or self.trainer.optimizer
-        if isinstance(self.scheduler, ParamScheduler):
-            self._scheduler = LRMultiplier(
-                self._optimizer, self.scheduler, self.trainer.max_iter, last_iter=self.trainer.iter - 1
-            )
+        trainer, schedule = self.trainer, self.scheduler
+        if self._optimizer is None:
+            self._optimizer = trainer.optimizer
+        if isinstance(schedule, ParamScheduler):
+            self._scheduler = LRMultiplier(self._optimizer, schedule, trainer.max_iter, last_iter=trainer.iter - 1)
         self._group = self.get_best_param_group_id(self._optimizer)
 
     @staticmethod
@@ -207,21 +203,23 @@ class LRScheduler(HookBase):
         return rates.index(Counter(rates).most_common(1)[0][0])
 
     def after_step(self) -> None:
-        lr = self._optimizer.param_groups[self._group]["lr"]
-        self.trainer.storage.put_scalar("lr", lr, smoothing_hint=False)
+        shown = self._optimizer.param_groups[self._group]
+        self.trainer.storage.put_scalars(smoothing_hint=False, lr=shown["lr"])
         self.scheduler.step()
 
     @property
     def scheduler(self) -> _LRScheduler | ParamScheduler:
         """The scheduler in use."""
-        return self._scheduler or self.trainer.scheduler
+        return self.trainer.scheduler if self._scheduler is None else self._scheduler
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the scheduler's state."""
-        return self.scheduler.state_dict() if isinstance(self.scheduler, _LRScheduler) else {}
+        schedule = self.scheduler
+        return schedule.state_dict() if isinstance(schedule, _LRScheduler) else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the scheduler's state."""
-        if isinstance(self.scheduler, _LRScheduler):
-            logger.info("Loading scheduler from state_dict ...")
-            self.scheduler.load_state_dict(state_dict)
+        schedule = self.scheduler
+        if isinstance(schedule, _LRScheduler):
+            logger.info("Restoring the state of the learning-rate schedule ...")
+            schedule.load_state_dict(state_dict)

@@ -14,8 +14,6 @@ import torch.multiprocessing as mp
 
 from d2lite.utils import comm
 
-__all__ = ["DEFAULT_TIMEOUT", "launch"]
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -54,28 +52,17 @@ def launch(
     """
     if _under_torchrun():
         return _join_torchrun(main_func, args, timeout)
-    world_size = num_machines * num_gpus_per_machine
-    if world_size <= 1:
+    processes = num_gpus_per_machine * num_machines
+    if processes <= 1:
         return main_func(*args)
     if torch.cuda.is_available() and num_gpus_per_machine > torch.cuda.device_count():
         raise ValueError(
             f"{num_gpus_per_machine} GPUs per machine were requested, but this one has "
             f"{torch.cuda.device_count()}. Set --num-gpus or CUDA_VISIBLE_DEVICES."
         )
-    mp.start_processes(
-        _run_worker,
-        nprocs=num_gpus_per_machine,
-        args=(
-            main_func,
-            world_size,
-            num_gpus_per_machine,
-            machine_rank,
-            _rendezvous_url(dist_url, num_machines),
-            tuple(args),
-            timeout,
-        ),
-        start_method="spawn",
-    )
+    url = _rendezvous_url(dist_url, num_machines)
+    job = (main_func, processes, num_gpus_per_machine, machine_rank, url, tuple(args), timeout)
+    mp.start_processes(_run_worker, job, num_gpus_per_machine, start_method="spawn")
     return None
 
 
@@ -84,12 +71,10 @@ def _under_torchrun() -> bool:
 
 
 def _join_torchrun(main_func: Callable[..., Any], args: Sequence[Any], timeout: timedelta) -> Any:
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+    backend = _take_gpu(int(os.environ["LOCAL_RANK"]))
     if dist.is_initialized():
         return main_func(*args)
-    dist.init_process_group(_backend(), init_method="env://", timeout=timeout)
+    dist.init_process_group(backend, init_method="env://", timeout=timeout)
     comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     result = main_func(*args)
     _destroy_process_group()
@@ -110,7 +95,7 @@ def _rendezvous_url(dist_url: str | None, num_machines: int) -> str:
         if num_machines > 1:
             raise ValueError("With several machines, --dist-url must name the first one: tcp://host:port.")
         return f"tcp://127.0.0.1:{_free_port()}"
-    if num_machines > 1 and dist_url.startswith("file://"):
+    if dist_url.startswith("file:") and num_machines > 1:
         logger.warning("file:// is not reliable with several machines; prefer --dist-url tcp://host:port.")
     return dist_url
 
@@ -121,8 +106,12 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
+def _take_gpu(local_rank: int) -> str:
+    """Makes a GPU, where there are any, this process's; returns the backend that the processes talk through."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(local_rank)
+    return "nccl"
 
 
 def _run_worker(
@@ -136,14 +125,13 @@ def _run_worker(
     timeout: timedelta,
 ) -> None:
     """Body of each started process."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
+    backend = _take_gpu(local_rank)
+    if backend == "gloo" and "OMP_NUM_THREADS" not in os.environ:
         # Each process would otherwise use all cores, and they would slow each other down.
         torch.set_num_threads(max(1, torch.get_num_threads() // num_gpus_per_machine))
     rank = machine_rank * num_gpus_per_machine + local_rank
     try:
-        dist.init_process_group(_backend(), init_method=dist_url, world_size=world_size, rank=rank, timeout=timeout)
+        dist.init_process_group(backend, init_method=dist_url, world_size=world_size, rank=rank, timeout=timeout)
     except Exception:
         logger.error("Process %d of %d could not join the process group at %s.", rank, world_size, dist_url)
         raise

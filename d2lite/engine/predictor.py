@@ -30,13 +30,11 @@ class DefaultPredictor:
         """
         if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
             raise ValueError(f"DefaultPredictor needs INPUT.FORMAT BGR or RGB, got '{cfg.INPUT.FORMAT}'.")
-        self.cfg = cfg.clone()
-        self.model = build_model(self.cfg)
-        self.model.eval()
+        self.cfg, self.input_format = cfg.clone(), cfg.INPUT.FORMAT
+        self.model = build_model(self.cfg).eval()
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if len(cfg.DATASETS.TEST) else None
         DetectionCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.aug = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST)
-        self.input_format = cfg.INPUT.FORMAT
 
     @torch.no_grad()
     def __call__(self, original_image: np.ndarray) -> dict[str, Any]:

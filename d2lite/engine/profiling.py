@@ -3,6 +3,8 @@
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
@@ -15,7 +17,32 @@ logger = logging.getLogger(__name__)
 Predicate = Callable[[TrainerBase], bool]
 
 
-class TorchProfiler(HookBase):
+class _Profiler(HookBase):
+    """Runs a profiler, which subclasses make, over chosen iterations, and lets them write what it found."""
+
+    def __init__(self, wanted: Predicate) -> None:
+        self._wanted = wanted
+        self._running = ExitStack()
+        self._profiler: Any = None
+
+    def before_step(self) -> None:
+        if self._wanted(self.trainer):
+            self._profiler = self._running.enter_context(self._make())
+
+    def after_step(self) -> None:
+        if self._profiler is not None:
+            self._running.close()
+            self._write(self._profiler)
+            self._profiler = None
+
+    def _make(self) -> AbstractContextManager[Any]:
+        raise NotImplementedError
+
+    def _write(self, profiler: Any) -> None:
+        raise NotImplementedError
+
+
+class TorchProfiler(_Profiler):
     """Profiles chosen iterations with `torch.profiler`: traces, and tables of the slowest operators."""
 
     def __init__(
@@ -33,51 +60,28 @@ class TorchProfiler(HookBase):
             activities: what to watch; None is the CPU, and the GPU where there is one.
             save_tensorboard: whether to write traces.
         """
-        if activities is None:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-        self._enable_predicate = enable_predicate
-        self._activities = list(activities)
-        self._log_dir = os.path.join(output_dir, "log")
-        self._save_tensorboard = save_tensorboard
-        self._profiler: profile | None = None
+        super().__init__(enable_predicate)
+        here = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]
+        self._watched = here if activities is None else list(activities)
+        self._folder = os.path.join(output_dir, "log")
+        self._traces = save_tensorboard
 
-    def before_step(self) -> None:
-        if not self._enable_predicate(self.trainer):
-            return
-        handler = None
-        if self._save_tensorboard:
-            worker = f"profiler-tensorboard-iter{self.trainer.iter}"
-            handler = tensorboard_trace_handler(self._log_dir, worker)
-        self._profiler = profile(
-            activities=self._activities,
-            on_trace_ready=handler,
-            record_shapes=True,
-            profile_memory=True,
-            with_stack=True,
-            with_flops=True,
-        )
-        self._profiler.__enter__()
+    def _make(self) -> profile:
+        worker = f"profiler-tensorboard-iter{self.trainer.iter}"
+        handler = tensorboard_trace_handler(self._folder, worker) if self._traces else None
+        details = dict.fromkeys(("record_shapes", "profile_memory", "with_stack", "with_flops"), True)
+        return profile(activities=self._watched, on_trace_ready=handler, **details)
 
-    def after_step(self) -> None:
-        if self._profiler is None:
-            return
-        self._profiler.__exit__(None, None, None)
-        averages = self._profiler.key_averages()
-        PathManager.mkdirs(self._log_dir)
-        for key in self._sort_keys():
-            path = os.path.join(self._log_dir, f"profiler-{key}-iter{self.trainer.iter}.txt")
-            with PathManager.open(path, "w") as f:
-                f.write(averages.table(sort_by=key, row_limit=100))
-        self._profiler = None
-
-    def _sort_keys(self) -> list[str]:
-        on_gpu = ProfilerActivity.CUDA in self._activities
-        return ["cpu_time_total", "device_time_total"] if on_gpu else ["cpu_time_total"]
+    def _write(self, profiler: profile) -> None:
+        averages = profiler.key_averages()
+        PathManager.mkdirs(self._folder)
+        for key in ("cpu_time_total", "device_time_total")[: 1 + (ProfilerActivity.CUDA in self._watched)]:
+            path = os.path.join(self._folder, f"profiler-{key}-iter{self.trainer.iter}.txt")
+            with PathManager.open(path, "w") as table:
+                table.write(averages.table(sort_by=key, row_limit=100))
 
 
-class AutogradProfiler(HookBase):
+class AutogradProfiler(_Profiler):
     """Profiles chosen iterations with `torch.autograd.profiler` and writes them as Chrome traces."""
 
     def __init__(self, enable_predicate: Predicate, output_dir: str, *, use_cuda: bool = True) -> None:
@@ -87,25 +91,18 @@ class AutogradProfiler(HookBase):
             output_dir: gets `profiler-trace-iter<iteration>.json`.
             use_cuda: whether to time the GPU as well, where there is one.
         """
-        self._enable_predicate = enable_predicate
-        self._output_dir = output_dir
-        self._use_device = "cuda" if use_cuda and torch.cuda.is_available() else None
-        self._profiler: torch.autograd.profiler.profile | None = None
+        super().__init__(enable_predicate)
+        self._folder = output_dir
+        self._device = "cuda" if use_cuda and torch.cuda.is_available() else None
 
-    def before_step(self) -> None:
-        if self._enable_predicate(self.trainer):
-            self._profiler = torch.autograd.profiler.profile(use_device=self._use_device)
-            self._profiler.__enter__()
+    def _make(self) -> torch.autograd.profiler.profile:
+        return torch.autograd.profiler.profile(use_device=self._device)
 
-    def after_step(self) -> None:
-        if self._profiler is None:
-            return
-        self._profiler.__exit__(None, None, None)
-        PathManager.mkdirs(self._output_dir)
-        path = os.path.join(self._output_dir, f"profiler-trace-iter{self.trainer.iter}.json")
-        self._profiler.export_chrome_trace(path)
+    def _write(self, profiler: torch.autograd.profiler.profile) -> None:
+        PathManager.mkdirs(self._folder)
+        path = os.path.join(self._folder, f"profiler-trace-iter{self.trainer.iter}.json")
+        profiler.export_chrome_trace(path)
         logger.info("Wrote a profile to %s", path)
-        self._profiler = None
 
 
 class TorchMemoryStats(HookBase):
@@ -118,16 +115,13 @@ class TorchMemoryStats(HookBase):
             max_runs: how many times to log; the last time with torch's full summary.
         """
         self._period = period
-        self._max_runs = max_runs
-        self._runs = 0
+        self._left = max_runs if torch.cuda.is_available() else 0
 
     def after_step(self) -> None:
-        if not torch.cuda.is_available() or self._runs >= self._max_runs:
-            return
         done = self.trainer.iter + 1
-        if done % self._period != 0 and done != self.trainer.max_iter:
+        if self._left <= 0 or (done % self._period != 0 and done != self.trainer.max_iter):
             return
-        self._runs += 1
+        self._left -= 1
         measures = {
             "max_reserved_mem": torch.cuda.max_memory_reserved(),
             "reserved_mem": torch.cuda.memory_reserved(),
@@ -136,6 +130,6 @@ class TorchMemoryStats(HookBase):
         }
         text = ", ".join(f"{name}: {size / 2**20:.0f}MB" for name, size in measures.items())
         logger.info("iter: %d, %s", self.trainer.iter, text)
-        if self._runs == self._max_runs:
+        if self._left == 0:
             logger.info("%s", torch.cuda.memory_summary())
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.memory.reset_peak_memory_stats()

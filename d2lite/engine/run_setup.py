@@ -32,10 +32,8 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     Args:
         epilog: text after the help; None shows examples.
     """
-    parser = argparse.ArgumentParser(
-        epilog=epilog or _EXAMPLES.format(program=os.path.basename(sys.argv[0])),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    examples = epilog or _EXAMPLES.format(program=os.path.basename(sys.argv[0]))
+    parser = argparse.ArgumentParser(epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", metavar="FILE", help="path to the config file")
     parser.add_argument(
         "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR, if there is one"
@@ -47,12 +45,8 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     parser.add_argument(
         "--dist-url", default="auto", help="rendezvous address: tcp://host:port, or auto on one machine"
     )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        default=None,
-        help="changes to the config, as pairs at the end of the command: KEY VALUE KEY VALUE ...",
-    )
+    pairs = "changes to the config, as pairs at the end of the command: KEY VALUE KEY VALUE ..."
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help=pairs)
     return parser
 
 
@@ -75,9 +69,9 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
         cfg: the full config.
         args: the parsed command line; may be anything with or without `config_file` and `eval_only`.
     """
-    rank = comm.get_rank()
-    output_dir = cfg.OUTPUT_DIR
-    if comm.is_main_process() and output_dir:
+    rank, output_dir = comm.get_rank(), cfg.OUTPUT_DIR
+    writes = bool(output_dir) and comm.is_main_process()
+    if writes:
         PathManager.mkdirs(output_dir)
     logger = _setup_loggers(output_dir, rank)
     _set_float32_precision(cfg.FLOAT32_PRECISION)
@@ -92,7 +86,7 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
     config_file = getattr(args, "config_file", "")
     if config_file:
         logger.info("Contents of args.config_file=%s:\n%s", config_file, _read_text(config_file))
-    if comm.is_main_process() and output_dir:
+    if writes:
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
     seed_all_rng(seed)
     # Timing the convolution algorithms for each image size pays off only if the size recurs often.
@@ -143,11 +137,8 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
         max_iter: for the estimate of the time left.
     """
     PathManager.mkdirs(output_dir)
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json")),
-        TensorboardXWriter(output_dir),
-    ]
+    metrics = JSONWriter(os.path.join(output_dir, "metrics.json"))
+    return [CommonMetricPrinter(max_iter), metrics, TensorboardXWriter(output_dir)]
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
@@ -158,16 +149,16 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
         fp16_compression: exchange gradients in half precision.
         **kwargs: of `DistributedDataParallel`.
     """
-    if comm.get_world_size() == 1:
+    if comm.get_world_size() < 2:
         return model
-    if "device_ids" not in kwargs and next(model.parameters()).is_cuda:
-        kwargs["device_ids"] = [comm.get_local_rank()]
+    if next(model.parameters()).is_cuda:
+        kwargs.setdefault("device_ids", [comm.get_local_rank()])
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.15
     if renamed and "broadcast_buffers" in kwargs:
         kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")
-    ddp = DistributedDataParallel(model, **kwargs)
+    wrapped = DistributedDataParallel(model, **kwargs)
     if fp16_compression:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-        ddp.register_comm_hook(state=None, hook=fp16_compress_hook)
-    return ddp
+        wrapped.register_comm_hook(None, fp16_compress_hook)
+    return wrapped

@@ -48,20 +48,27 @@ class SimpleTrainer(TrainerBase):
         self.gather_metric_period = gather_metric_period
         self.zero_grad_before_forward = zero_grad_before_forward
         self.async_write_metrics = async_write_metrics
-        self._data_loader_iter_obj: Iterator[Any] | None = None
+        self._batches: Iterator[Any] | None = None
         self._pending_metrics: PendingLosses | None = None
 
     def run_step(self) -> None:
         """Runs forward pass, backward pass and optimizer step on the next batch."""
         batch, data_time = self._next_batch()
-        if self.zero_grad_before_forward:
-            self.optimizer.zero_grad()
-        loss_dict, losses = self._forward(batch)
-        if not self.zero_grad_before_forward:
-            self.optimizer.zero_grad()
-        losses.backward()
+        clear, early = self.optimizer.zero_grad, self.zero_grad_before_forward
+        if early:
+            clear()
+        loss_dict, total = self._forward(batch)
+        if not early:
+            clear()
+        self._backpropagate(total)
         self.after_backward()
         self._submit_metrics(loss_dict, data_time)
+        self._step_optimizer()
+
+    def _backpropagate(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def _step_optimizer(self) -> None:
         self.optimizer.step()
 
     def _next_batch(self) -> tuple[Any, float]:
@@ -70,22 +77,20 @@ class SimpleTrainer(TrainerBase):
             raise RuntimeError(
                 f"{type(self).__name__}: the model is in eval mode; call model.train() after evaluating it."
             )
-        start = time.perf_counter()
+        began = time.perf_counter()
         batch = next(self._data_loader_iter)
-        return batch, time.perf_counter() - start
+        return batch, time.perf_counter() - began
 
     def _forward(self, batch: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        loss_dict = self.model(batch)
-        if isinstance(loss_dict, torch.Tensor):
-            return {"total_loss": loss_dict}, loss_dict
-        return loss_dict, sum(loss_dict.values())
+        losses = self.model(batch)
+        named = {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
+        return named, sum(named.values())
 
     @property
     def _data_loader_iter(self) -> Iterator[Any]:
         # Created on first use: worker processes start only if there is a training.
-        if self._data_loader_iter_obj is None:
-            self._data_loader_iter_obj = iter(self.data_loader)
-        return self._data_loader_iter_obj
+        self._batches = iter(self.data_loader) if self._batches is None else self._batches
+        return self._batches
 
     def reset_data_loader(self, data_loader_builder: Callable[[], Iterable[Any]]) -> None:
         """Replaces the data loader; the old one is released before the new one is built.
@@ -93,8 +98,8 @@ class SimpleTrainer(TrainerBase):
         Args:
             data_loader_builder: makes the new one.
         """
+        self._batches = None
         del self.data_loader
-        self._data_loader_iter_obj = None
         self.data_loader = data_loader_builder()
 
     def after_train(self) -> None:
@@ -159,15 +164,13 @@ class SimpleTrainer(TrainerBase):
         if not np.isfinite(total):
             not_finite = [name for name, value in metrics.items() if not np.isfinite(value)]
             raise FloatingPointError(
-                f"Loss became infinite or NaN at iteration={cur_iter}!\n"
+                f"The loss became infinite or NaN in iteration {cur_iter}.\n"
                 f"Not finite: {', '.join(not_finite) or 'the sum'}\nloss_dict = {metrics}"
             )
         if comm.is_main_process():
-            storage = get_event_storage()
-            storage.put_scalar("data_time", data_time, cur_iter=cur_iter)
-            storage.put_scalar(f"{prefix}total_loss", total, cur_iter=cur_iter)
-            if len(metrics) > 1:
-                storage.put_scalars(cur_iter=cur_iter, **metrics)
+            single = metrics if len(metrics) > 1 else {}
+            scalars = {"data_time": data_time, f"{prefix}total_loss": total, **single}
+            get_event_storage().put_scalars(cur_iter=cur_iter, **scalars)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the base class's state and the optimizer's."""
@@ -217,22 +220,19 @@ class AMPTrainer(SimpleTrainer):
         self.precision = precision
         self.log_grad_scaler = log_grad_scaler
 
-    def run_step(self) -> None:
-        """Runs forward pass, backward pass and optimizer step on the next batch, in mixed precision."""
-        batch, data_time = self._next_batch()
-        if self.zero_grad_before_forward:
-            self.optimizer.zero_grad()
+    def _forward(self, batch: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         with torch.autocast(self.device_type, dtype=self.precision):
-            loss_dict, losses = self._forward(batch)
-        if not self.zero_grad_before_forward:
-            self.optimizer.zero_grad()
-        self.grad_scaler.scale(losses).backward()
+            return super()._forward(batch)
+
+    def _backpropagate(self, loss: torch.Tensor) -> None:
+        super()._backpropagate(self.grad_scaler.scale(loss))
         if self.log_grad_scaler:
             get_event_storage().put_scalar("[metric]grad_scaler", self.grad_scaler.get_scale())
-        self.after_backward()
-        self._submit_metrics(loss_dict, data_time)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+
+    def _step_optimizer(self) -> None:
+        scaler = self.grad_scaler
+        scaler.step(self.optimizer)
+        scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the base class's state and, where the loss is scaled, the scaler's."""
@@ -243,6 +243,7 @@ class AMPTrainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, also that of another precision."""
+        scaler = self.grad_scaler
         super().load_state_dict(state_dict)
-        if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if scaler.is_enabled() and "grad_scaler" in state_dict:
+            scaler.load_state_dict(state_dict["grad_scaler"])

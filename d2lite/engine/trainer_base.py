@@ -80,17 +80,18 @@ class TrainerBase:
         Whatever ends the training is logged with its iteration; `after_train` is called in any case.
         """
         logger.info("Starting training from iteration %d", start_iter)
-        self.iter = self.start_iter = start_iter
-        self.max_iter = max_iter
-        with EventStorage(start_iter) as self.storage:
+        self.start_iter, self.max_iter = start_iter, max_iter
+        # after_train recognizes a complete training by iter >= max_iter.
+        self.iter = start_iter
+        self.storage = EventStorage(start_iter)
+        with self.storage:
             try:
                 self.before_train()
-                for self.iter in range(start_iter, max_iter):
+                while self.iter < max_iter:
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                # after_train recognizes a complete training by this value.
-                self.iter = max(start_iter, max_iter)
+                    self.iter += 1
             except KeyboardInterrupt:
                 logger.warning("Training was interrupted at iteration %d.", self.iter)
                 raise

@@ -5,7 +5,8 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,27 +38,26 @@ class DatasetEvaluators(DatasetEvaluator):
 
     def __init__(self, evaluators: Sequence[DatasetEvaluator]) -> None:
         super().__init__()
-        self._evaluators = evaluators
+        self._parts = list(evaluators)
 
     def reset(self) -> None:
-        for evaluator in self._evaluators:
-            evaluator.reset()
+        for part in self._parts:
+            part.reset()
 
     def process(self, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:
-        for evaluator in self._evaluators:
-            evaluator.process(inputs, outputs)
+        for part in self._parts:
+            part.process(inputs, outputs)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """
         Raises:
             AssertionError: if two evaluators report the same task.
         """
+        # each in every process: evaluators gather there
+        reports = [part.evaluate() or {} for part in self._parts]
         results = OrderedDict()
-        for evaluator in self._evaluators:
-            result = evaluator.evaluate()
-            if result is None or not comm.is_main_process():
-                continue
-            for task, metrics in result.items():
+        if comm.is_main_process():
+            for task, metrics in chain.from_iterable(report.items() for report in reports):
                 if task in results:
                     raise AssertionError(f"Two evaluators report results for the same task {task!r}")
                 results[task] = metrics
@@ -87,18 +87,16 @@ def inference_on_dataset(
     if not isinstance(evaluator, DatasetEvaluator):
         evaluator = DatasetEvaluators(evaluator or [])
     evaluator.reset()
-    call = _Callbacks(callbacks)
-    with ExitStack() as stack:
-        if isinstance(model, nn.Module):
-            stack.enter_context(inference_context(model))
-        stack.enter_context(torch.no_grad())
+    call, on_gpu = _Callbacks(callbacks), torch.cuda.is_available()
+    mode = inference_context(model) if isinstance(model, nn.Module) else nullcontext()
+    with mode, torch.no_grad():
         timer = _StageTimer(total)
         call("on_start")
         for inputs in data_loader:
             timer.lap("data")
             call("before_inference")
             outputs = model(inputs)
-            if torch.cuda.is_available():
+            if on_gpu:
                 torch.cuda.synchronize()
             call("after_inference")
             timer.lap("inference")
@@ -107,8 +105,7 @@ def inference_on_dataset(
             timer.finish_iteration()
         call("on_end")
     timer.log_total()
-    results = evaluator.evaluate()
-    return {} if results is None else results
+    return evaluator.evaluate() or {}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Normalization layers, and `get_norm`, which makes them from the name in a config."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,11 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features) - eps)
-        self.register_buffer("num_batches_tracked", None)
+        # variance + eps is 1: a new layer changes nothing
+        start = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - eps}
+        for name, value in start.items():
+            self.register_buffer(name, torch.full((num_features,), value))
+        self.register_buffer("num_batches_tracked", tensor=None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes (N, C, H, W); the result has the type of `x`."""
@@ -128,15 +129,16 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         super().__init__(*args, **kwargs)
         if stats_mode not in ("", "N"):
             raise AssertionError(f"stats_mode must be '' or 'N', got {stats_mode!r}")
-        self._stats_mode = stats_mode
+        self._by_size = stats_mode == "N"
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalizes (N, C, H, W)."""
-        synchronize = self.training and dist.is_available() and dist.is_initialized()
-        if not synchronize or dist.get_world_size() == 1:
-            return super().forward(input)
+        together = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return self._normalize_together(input) if together else super().forward(input)
+
+    def _normalize_together(self, input: Tensor) -> Tensor:
         x = input.float()
-        if self._stats_mode == "N":
+        if self._by_size:
             moments, share = self._moments_by_size(x)
         else:
             if x.shape[0] == 0:
@@ -146,9 +148,8 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         mean, mean_of_square = moments.unbind()
         var = (mean_of_square - mean * mean).clamp(min=0)  # rounding makes it negative where x hardly varies
         if self.track_running_stats:
-            momentum = self.momentum * share
-            self.running_mean += momentum * (mean.detach() - self.running_mean)
-            self.running_var += momentum * (var.detach() - self.running_var)
+            for average, new in ((self.running_mean, mean), (self.running_var, var)):
+                average += self.momentum * share * (new.detach() - average)
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1)).to(input.dtype)
@@ -180,24 +181,21 @@ class CycleBatchNormList(nn.ModuleList):
     """
 
     def __init__(self, length: int, bn_class: Callable[..., nn.Module] = nn.BatchNorm2d, **kwargs: Any) -> None:
-        self._affine = kwargs.pop("affine", True)
-        super().__init__([bn_class(**kwargs, affine=False) for _ in range(length)])
-        if self._affine:
-            channels = self[0].num_features
-            self.weight = nn.Parameter(torch.ones(channels))
-            self.bias = nn.Parameter(torch.zeros(channels))
-        self._pos = 0
+        affine = kwargs.pop("affine", True)
+        super().__init__(bn_class(**kwargs, affine=False) for _ in range(length))
+        self.weight, self.bias = _identity(self[0].num_features) if affine else (None, None)
+        self._calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes (N, C, H, W) with the statistics whose turn it is."""
-        x = self[self._pos](x)
-        self._pos = (self._pos + 1) % len(self)
-        if self._affine:
-            x = torch.addcmul(self.bias.view(1, -1, 1, 1), x, self.weight.view(1, -1, 1, 1))
-        return x
+        x = self[self._calls % len(self)](x)
+        self._calls += 1
+        if self.weight is None:
+            return x
+        return torch.addcmul(self.bias.view(1, -1, 1, 1), x, self.weight.view(1, -1, 1, 1))
 
     def extra_repr(self) -> str:
-        return f"affine={self._affine}"
+        return f"affine={self.weight is not None}"
 
 
 class LayerNorm(nn.Module):
@@ -210,8 +208,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, normalized_shape: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(normalized_shape))
-        self.bias = nn.Parameter(torch.zeros(normalized_shape))
+        self.weight, self.bias = _identity(normalized_shape)
         self.eps = eps
         self.normalized_shape = (normalized_shape,)
 
@@ -224,13 +221,18 @@ class LayerNorm(nn.Module):
         return f"{self.normalized_shape[0]}, eps={self.eps}"
 
 
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "BN": nn.BatchNorm2d,
-    "SyncBN": nn.SyncBatchNorm,
-    "nnSyncBN": nn.SyncBatchNorm,
-    "naiveSyncBN": NaiveSyncBatchNorm,
-    "naiveSyncBN_N": lambda channels: NaiveSyncBatchNorm(channels, stats_mode="N"),
-    "FrozenBN": FrozenBatchNorm2d,
-    "GN": lambda channels: nn.GroupNorm(32, channels),
-    "LN": LayerNorm,
-}
+def _identity(channels: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of an affine transform that changes nothing yet."""
+    return nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = dict(
+    BN=nn.BatchNorm2d,
+    SyncBN=nn.SyncBatchNorm,
+    nnSyncBN=nn.SyncBatchNorm,
+    naiveSyncBN=NaiveSyncBatchNorm,
+    naiveSyncBN_N=partial(NaiveSyncBatchNorm, stats_mode="N"),
+    FrozenBN=FrozenBatchNorm2d,
+    GN=partial(nn.GroupNorm, 32),
+    LN=LayerNorm,
+)

@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BatchNorm2d = nn.BatchNorm2d
-ConvTranspose2d = nn.ConvTranspose2d
-Linear = nn.Linear
-interpolate = F.interpolate
+BatchNorm2d, ConvTranspose2d, Linear, interpolate = nn.BatchNorm2d, nn.ConvTranspose2d, nn.Linear, F.interpolate
 
 
 class Conv2d(nn.Conv2d):
@@ -35,12 +32,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'); N may be 0."""
-        x = self._conv_forward(x, self.weight, self.bias)
+        out = self._conv_forward(x, self.weight, self.bias)
         if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+            out = self.norm(out)
+        return out if self.activation is None else self.activation(out)
 
 
 def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
@@ -54,9 +49,8 @@ def empty_input_loss_func_wrapper(loss_func: Callable[..., Tensor]) -> Callable[
     """Makes the mean of `loss_func` over zero targets 0 (and still differentiable) instead of NaN."""
 
     def wrapped_loss_func(input: Tensor, target: Tensor, *, reduction: str = "mean", **kwargs: Any) -> Tensor:
-        if target.numel() == 0 and reduction == "mean":
-            return input.sum() * 0.0
-        return loss_func(input, target, reduction=reduction, **kwargs)
+        no_mean = reduction == "mean" and target.numel() == 0
+        return input.sum() * 0.0 if no_mean else loss_func(input, target, reduction=reduction, **kwargs)
 
     return wrapped_loss_func
 
@@ -71,7 +65,7 @@ def nonzero_tuple(x: Tensor) -> tuple[Tensor, ...]:
 
 def shapes_to_tensor(x: list[int], device: torch.device | None = None) -> Tensor:
     """Turns a list of sizes into an integer tensor of shape (len(x),) on `device`."""
-    return torch.as_tensor(x, device=device)
+    return torch.tensor(x, device=device)
 
 
 def move_device_like(src: Tensor, dst: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from d2lite.structures import Boxes
 from d2lite.utils.registry import Registry
 
 ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
-ANCHOR_GENERATOR_REGISTRY.__doc__ = """
-Modules that turn a list of feature maps into a list of `Boxes`, one per level.
+"""Modules that turn a list of feature maps into a list of `Boxes`, one per level.
+
 Called as `cls(cfg, input_shape)` with `input_shape` a list of `ShapeSpec`.
 """
 
@@ -23,11 +23,9 @@ def build_anchor_generator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Mod
     """Builds the generator named by `cfg.MODEL.ANCHOR_GENERATOR.NAME` for feature maps of `input_shape`."""
     name = cfg.MODEL.ANCHOR_GENERATOR.NAME
     if name == "RotatedAnchorGenerator":
-        raise NotImplementedError(
-            "MODEL.ANCHOR_GENERATOR.NAME is RotatedAnchorGenerator: d2lite leaves out rotated boxes; "
-            "install Detectron2 to use them."
-        )
-    return ANCHOR_GENERATOR_REGISTRY.get(name)(cfg, input_shape)
+        message = "d2lite leaves out rotated boxes; install Detectron2 to use them."
+        raise NotImplementedError(f"MODEL.ANCHOR_GENERATOR.NAME is {name}: {message}")
+    return ANCHOR_GENERATOR_REGISTRY.build(name, cfg, input_shape)
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -74,12 +72,8 @@ class DefaultAnchorGenerator(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
         """Constructor arguments from MODEL.ANCHOR_GENERATOR, and the strides of `input_shape`."""
-        return {
-            "sizes": cfg.MODEL.ANCHOR_GENERATOR.SIZES,
-            "aspect_ratios": cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
-            "strides": [x.stride for x in input_shape],
-            "offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
-        }
+        node, strides = cfg.MODEL.ANCHOR_GENERATOR, [shape.stride for shape in input_shape]
+        return dict(sizes=node.SIZES, aspect_ratios=node.ASPECT_RATIOS, strides=strides, offset=node.OFFSET)
 
     @property
     @torch.jit.unused
@@ -153,14 +147,14 @@ class BufferList(nn.Module):
 
     def __init__(self, buffers: Sequence[torch.Tensor] | Iterator[torch.Tensor]) -> None:
         super().__init__()
-        for i, buffer in enumerate(buffers):
-            self.register_buffer(str(i), buffer, persistent=False)
+        for tensor in buffers:
+            self.register_buffer(str(len(self)), tensor, persistent=False)
 
     def __len__(self) -> int:
         return len(self._buffers)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(self._buffers.values())
+        yield from self._buffers.values()
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return list(self._buffers.values())[index]

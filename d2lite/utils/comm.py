@@ -37,11 +37,11 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
         num_workers_per_machine: processes per machine; it divides the world size.
     """
     global _LOCAL_PROCESS_GROUP
-    world_size = get_world_size()
-    assert world_size % num_workers_per_machine == 0, (
-        f"{world_size} processes cannot be spread over machines with {num_workers_per_machine} each"
+    processes = get_world_size()
+    assert processes % num_workers_per_machine == 0, (
+        f"{processes} processes cannot be spread over machines with {num_workers_per_machine} each"
     )
-    for first in range(0, world_size, num_workers_per_machine):
+    for first in range(0, processes, num_workers_per_machine):
         ranks = list(range(first, first + num_workers_per_machine))
         group = dist.new_group(ranks)
         if get_rank() in ranks:
@@ -73,12 +73,12 @@ def _local_info(variable: str, query: Any) -> int:
 
 def synchronize() -> None:
     """Waits until all processes get here."""
-    if get_world_size() == 1:
-        return
-    if dist.get_backend() == dist.Backend.NCCL:
-        dist.barrier(device_ids=[torch.cuda.current_device()])
-    else:
-        dist.barrier()
+    if get_world_size() > 1:
+        dist.barrier(device_ids=[torch.cuda.current_device()] if _uses_nccl() else None)
+
+
+def _uses_nccl() -> bool:
+    return dist.get_backend() == dist.Backend.NCCL
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def _cpu_group() -> dist.ProcessGroup:
 
 def _object_group() -> dist.ProcessGroup:
     # NCCL would send pickled objects through GPU memory.
-    return _cpu_group() if dist.get_backend() == dist.Backend.NCCL else dist.group.WORLD
+    return _cpu_group() if _uses_nccl() else dist.group.WORLD
 
 
 def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -144,12 +144,12 @@ def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> di
     Returns:
         The results on rank 0; on the others the values are not defined.
     """
-    world_size = get_world_size()
-    if world_size == 1:
+    processes = get_world_size()
+    if processes == 1:
         return input_dict
     names = sorted(input_dict)
     values = torch.stack([input_dict[name] for name in names])
-    dist.reduce(values, dst=0)
+    dist.reduce(values, 0)
     if average and is_main_process():
-        values /= world_size
+        values /= processes
     return dict(zip(names, values))

@@ -63,24 +63,24 @@ class JSONWriter(EventWriter):
             window_size: of the median, for scalars to be smoothed.
         """
         _drop_partial_line(json_file)
-        self._file_handle = PathManager.open(json_file, "a")
-        self._window_size = window_size
+        self._file = PathManager.open(json_file, "a")
+        self._window = window_size
         self._new_scalars = _NewScalars()
 
     def write(self) -> None:
         """Appends the scalars put since the last call."""
         by_iteration: dict[int, dict[str, Any]] = defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        latest = get_event_storage().latest_with_smoothing_hint(self._window)
         for name, value, iteration in self._new_scalars.take(latest):
             by_iteration[iteration][name] = _strict_json_number(value)
         for iteration in sorted(by_iteration):
             line = {**by_iteration[iteration], "iteration": iteration}
-            self._file_handle.write(json.dumps(line, sort_keys=True) + "\n")
-        self._file_handle.flush()
+            self._file.write(json.dumps(line, sort_keys=True) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file_handle.close()
+        self._file.close()
 
 
 def _strict_json_number(value: float) -> Any:
@@ -111,22 +111,21 @@ class TensorboardXWriter(EventWriter):
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._window_size = window_size
+        self._window = window_size
         self._writer = SummaryWriter(log_dir, **kwargs)
         self._new_scalars = _NewScalars()
 
     def write(self) -> None:
         """Writes what is new; images and histograms are removed from the storage."""
-        storage = get_event_storage()
-        latest = storage.latest_with_smoothing_hint(self._window_size)
-        for name, value, iteration in self._new_scalars.take(latest):
-            self._writer.add_scalar(name, value, iteration)
-        for name, image, iteration in storage._vis_data:
-            self._writer.add_image(name, image, iteration)
-        storage.clear_images()
-        for histogram in storage._histograms:
+        events = get_event_storage()
+        for scalar in self._new_scalars.take(events.latest_with_smoothing_hint(self._window)):
+            self._writer.add_scalar(*scalar)
+        for image in events._vis_data:
+            self._writer.add_image(*image)
+        events.clear_images()
+        for histogram in events._histograms:
             self._writer.add_histogram_raw(**histogram)
-        storage.clear_histograms()
+        events.clear_histograms()
 
     def close(self) -> None:
         """Closes the event file."""
@@ -145,33 +144,34 @@ class CommonMetricPrinter(EventWriter):
         # Programs that monitor a training catch or filter these lines by the name that they have in Detectron2.
         self.logger = logging.getLogger("detectron2.utils.events")
         self._max_iter = max_iter
-        self._window_size = window_size
+        self._window = window_size
         self._last_write: tuple[int, float] | None = None
 
     def write(self) -> None:
         """Logs the line; nothing once training is over."""
-        storage = get_event_storage()
-        iteration = storage.iter
-        if iteration == self._max_iter:
-            return
-        parts = [f"eta: {eta}" if (eta := self._eta(storage)) else "", f"iter: {iteration}"]
-        parts += [
-            f"{name}: {storage._smoothed(name, self._window_size):.4g}"
-            for name in storage.histories()
-            if "loss" in name or "[metric]" in name
-        ]
-        parts += [self._timing(storage, "time"), self._timing(storage, "data_time")]
+        events = get_event_storage()
+        if events.iter != self._max_iter:
+            self.logger.info(" %s", "  ".join(part for part in self._parts(events) if part))
+
+    def _parts(self, storage: EventStorage) -> Iterator[str]:
+        eta = self._eta(storage)
+        yield eta and f"eta: {eta}"
+        yield f"iter: {storage.iter}"
+        for name in storage.histories():
+            if "loss" in name or "[metric]" in name:
+                yield f"{name}: {storage._smoothed(name, self._window):.4g}"
+        yield self._timing(storage, "time")
+        yield self._timing(storage, "data_time")
         if "lr" in storage.histories():
-            parts.append(f"lr: {storage.history('lr').latest():.5g}")
+            yield f"lr: {storage.history('lr').latest():.5g}"
         if torch.cuda.is_available():
-            parts.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        self.logger.info(" %s", "  ".join(part for part in parts if part))
+            yield f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M"
 
     def _timing(self, storage: EventStorage, name: str) -> str:
         if name not in storage.histories():
             return ""
         history = storage.history(name)
-        average = history.avg(storage.count_samples(name, self._window_size))
+        average = history.avg(storage.count_samples(name, self._window))
         return f"{name}: {average:.4f}  last_{name}: {history.latest():.4f}"
 
     def _eta(self, storage: EventStorage) -> str:

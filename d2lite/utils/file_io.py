@@ -4,12 +4,12 @@ import os
 from typing import IO, Any
 from urllib.parse import urlparse
 
-from iopath.common.file_io import HTTPURLHandler, OneDrivePathHandler, PathHandler, get_cache_dir
-from iopath.common.file_io import PathManager as PathManagerBase
+from iopath.common import file_io
+from iopath.common.file_io import PathHandler, get_cache_dir
 
 __all__ = ["PathHandler", "PathManager"]
 
-PathManager = PathManagerBase()
+PathManager = file_io.PathManager()
 """Opens local paths, http(s):// and detectron2:// ones."""
 
 
@@ -41,9 +41,9 @@ class Detectron2Handler(PathHandler):
             ) from None
 
     def _open(self, path: str, mode: str = "r", **kwargs: Any) -> IO[Any]:
-        return PathManager.open(self._get_local_path(path), mode, **kwargs)
+        local = self._get_local_path(path)
+        return PathManager.open(local, mode, **kwargs)
 
 
-PathManager.register_handler(HTTPURLHandler())
-PathManager.register_handler(OneDrivePathHandler())
-PathManager.register_handler(Detectron2Handler())
+for _handler in (file_io.HTTPURLHandler, file_io.OneDrivePathHandler, Detectron2Handler):
+    PathManager.register_handler(_handler())

@@ -1,24 +1,14 @@
 """Retry of a computation that ran out of GPU memory."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial, wraps
 from typing import Any
 
 import torch
 
-__all__ = ["retry_if_cuda_oom"]
-
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def _record_cuda_oom(failures: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as e:
-        failures.append(str(e))
 
 
 def retry_if_cuda_oom(func: Callable) -> Callable:
@@ -36,12 +26,11 @@ def retry_if_cuda_oom(func: Callable) -> Callable:
 
     @wraps(func)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        failures: list[str] = []
-        with _record_cuda_oom(failures):
-            return func(*args, **kwargs)
-        torch.cuda.empty_cache()
-        with _record_cuda_oom(failures):
-            return func(*args, **kwargs)
+        call = partial(func, *args, **kwargs)
+        for _ in range(2):
+            with suppress(torch.cuda.OutOfMemoryError):
+                return call()
+            torch.cuda.empty_cache()
         logger.info("%s ran out of GPU memory; it is repeated on the CPU.", getattr(func, "__name__", func))
         return func(*map(_to_cpu, args), **{name: _to_cpu(value) for name, value in kwargs.items()})
 

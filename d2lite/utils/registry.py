@@ -12,6 +12,10 @@ __all__ = ["Registry", "locate"]
 class Registry(_Registry):
     """Objects by name, as in fvcore; an unknown name is reported with near matches."""
 
+    def build(self, name: str, *args: Any) -> Any:
+        """Calls the object registered under `name` with `args`."""
+        return self.get(name)(*args)
+
     def get(self, name: str) -> Any:
         """Returns the object registered under `name`. Raises KeyError if there is none."""
         if name in self:

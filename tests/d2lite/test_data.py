@@ -27,7 +27,11 @@ from d2lite.data import (
 )
 from d2lite.data import detection_utils as utils
 from d2lite.data import transforms as T
-from d2lite.data.common import AspectRatioGroupedDataset
+from d2lite.data.common import (
+    AspectRatioGroupedDataset,
+    _PickledList,
+    set_default_dataset_from_list_serialize_method,
+)
 from d2lite.data.datasets import (
     convert_to_coco_dict,
     convert_to_coco_json,
@@ -45,6 +49,7 @@ from d2lite.data.samplers import (
     TrainingSampler,
 )
 from d2lite.structures import BitMasks, BoxMode
+from d2lite.utils import comm
 
 TRIANGLE = [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]]
 
@@ -112,6 +117,21 @@ def test_dataset_from_list(serialize):
     assert len(DatasetFromList([], serialize=serialize)) == 0
 
 
+def test_serialize_method_of_datasets_is_a_default_to_set():
+    items = [{"a": 1}, {"a": 2}]
+    with set_default_dataset_from_list_serialize_method(tuple):
+        dataset = DatasetFromList(items)
+        assert dataset[0] is items[0] and DatasetFromList(items, serialize=list)[1] is items[1]
+        with set_default_dataset_from_list_serialize_method(False):
+            plain = DatasetFromList(items)
+            assert plain[0] == items[0] and plain[0] is not items[0]
+    assert isinstance(dataset._lst, tuple)
+    assert type(DatasetFromList(items)._lst) is _PickledList and DatasetFromList(items)[1] == items[1]
+    with pytest.raises(ZeroDivisionError), set_default_dataset_from_list_serialize_method(tuple):
+        raise ZeroDivisionError
+    assert type(DatasetFromList(items)._lst) is _PickledList
+
+
 def test_map_dataset_replaces_bad_elements():
     dataset = MapDataset(DatasetFromList([1, 2, 3, 4]), lambda x: None if x in (2, 3) else 10 * x)
     assert [dataset[i] for i in range(4)] == [10, 40, 40, 40]
@@ -161,11 +181,17 @@ def test_training_sampler_refuses_bad_sizes(size, error):
         TrainingSampler(size)
 
 
-def test_inference_sampler_splits_evenly():
-    parts = [InferenceSampler._get_local_indices(10, 4, rank) for rank in range(4)]
+def test_inference_sampler_splits_evenly(monkeypatch):
+    def split(size, processes):
+        monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+        for rank in range(processes):
+            monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+            yield InferenceSampler(size)
+
+    parts = list(split(10, 4))
     assert [len(p) for p in parts] == [3, 3, 2, 2]
     assert list(itertools.chain(*parts)) == list(range(10))
-    assert InferenceSampler._get_local_indices(2, 3, 2) == range(0)
+    assert [list(part) for part in split(2, 3)] == [[0], [1], []]
 
 
 def test_subset_sampler_stays_in_its_subset():

@@ -1,6 +1,7 @@
 """Registers COCO, Cityscapes and PASCAL VOC under the directory DETECTRON2_DATASETS (default: datasets)."""
 
 import os
+from functools import partial
 
 from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
 from d2lite.data.datasets.builtin_meta import _get_builtin_metadata
@@ -8,25 +9,26 @@ from d2lite.data.datasets.cityscapes import load_cityscapes_instances, load_city
 from d2lite.data.datasets.coco import register_coco_instances
 from d2lite.data.datasets.pascal_voc import register_pascal_voc
 
-# name -> (images, annotations), relative to the root
+# (year, folder of images) -> the splits with images in it
 _COCO = {
-    "coco_2014_train": ("coco/train2014", "coco/annotations/instances_train2014.json"),
-    "coco_2014_val": ("coco/val2014", "coco/annotations/instances_val2014.json"),
-    "coco_2014_minival": ("coco/val2014", "coco/annotations/instances_minival2014.json"),
-    "coco_2014_valminusminival": ("coco/val2014", "coco/annotations/instances_valminusminival2014.json"),
-    "coco_2017_train": ("coco/train2017", "coco/annotations/instances_train2017.json"),
-    "coco_2017_val": ("coco/val2017", "coco/annotations/instances_val2017.json"),
-    "coco_2017_test": ("coco/test2017", "coco/annotations/image_info_test2017.json"),
-    "coco_2017_test-dev": ("coco/test2017", "coco/annotations/image_info_test-dev2017.json"),
-    "coco_2017_val_100": ("coco/val2017", "coco/annotations/instances_val2017_100.json"),
+    (2014, "train"): ("train",),
+    (2014, "val"): ("val", "minival", "valminusminival"),
+    (2017, "train"): ("train",),
+    (2017, "val"): ("val", "val_100"),
+    (2017, "test"): ("test", "test-dev"),
 }
 
 
 def register_all_coco(root: str) -> None:
     """Registers COCO's 2014 and 2017 instance splits under `root`/coco."""
-    for name, (images, annotations) in _COCO.items():
-        metadata = _get_builtin_metadata("coco")
-        register_coco_instances(name, metadata, os.path.join(root, annotations), os.path.join(root, images))
+    coco = os.path.join(root, "coco")
+    for (year, folder), splits in _COCO.items():
+        kind = "image_info" if folder == "test" else "instances"
+        for split in splits:
+            part, *size = split.split("_")
+            json_file = os.path.join(coco, "annotations", "_".join([kind, f"{part}{year}", *size]) + ".json")
+            metadata = _get_builtin_metadata("coco")
+            register_coco_instances(f"coco_{year}_{split}", metadata, json_file, os.path.join(coco, f"{folder}{year}"))
 
 
 def register_all_cityscapes(root: str) -> None:
@@ -40,10 +42,9 @@ def register_all_cityscapes(root: str) -> None:
             ("sem_seg", load_cityscapes_semantic, "cityscapes_sem_seg", {"ignore_label": 255}),
         ):
             name = f"cityscapes_fine_{task}_{split}"
-            DatasetCatalog.register(name, lambda load=load, images=images, labels=labels: load(images, labels))
-            MetadataCatalog.get(name).set(
-                image_dir=images, gt_dir=labels, evaluator_type=evaluator, **extra, **metadata
-            )
+            properties = {"image_dir": images, "gt_dir": labels, "evaluator_type": evaluator, **extra, **metadata}
+            DatasetCatalog.register(name, partial(load, images, labels))
+            MetadataCatalog.get(name).set(**properties)
 
 
 def register_all_pascal_voc(root: str) -> None:
@@ -52,10 +53,8 @@ def register_all_pascal_voc(root: str) -> None:
         for split in splits:
             name = f"voc_{year}_{split}"
             register_pascal_voc(name, os.path.join(root, f"VOC{year}"), split, year)
-            MetadataCatalog.get(name).evaluator_type = "pascal_voc"
+            MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
 
 
-_root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-register_all_coco(_root)
-register_all_cityscapes(_root)
-register_all_pascal_voc(_root)
+for _register in (register_all_coco, register_all_cityscapes, register_all_pascal_voc):
+    _register(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))

@@ -3,13 +3,12 @@
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from d2lite.data.catalog import DatasetCatalog, MetadataCatalog
 from d2lite.structures import BoxMode
 from d2lite.utils.file_io import PathManager
-
-__all__ = ["load_voc_instances", "register_pascal_voc"]
 
 CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -28,7 +27,8 @@ def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> 
     Raises:
         ValueError: if an object has another class.
     """
-    with PathManager.open(os.path.join(dirname, "ImageSets", "Main", split + ".txt")) as f:
+    listing = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
+    with PathManager.open(listing) as f:
         names = [line.split()[0] for line in f if line.strip()]
     annotations = PathManager.get_local_path(os.path.join(dirname, "Annotations/"))
     number = {name: k for k, name in enumerate(class_names)}
@@ -47,11 +47,11 @@ def _load_xml(path: str, number: dict[str, int]) -> dict[str, Any]:
     with PathManager.open(path) as f:
         tree = ET.parse(f)
     annotations = []
-    for obj in tree.findall("object"):
-        name = obj.findtext("name")
+    for item in tree.iterfind("object"):
+        name = item.findtext("name")
         if name not in number:
             raise ValueError(f"{path}: class {name!r} is not one of {', '.join(number)}")
-        x0, y0, x1, y1 = (float(obj.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+        x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
         # VOC counts pixels from 1 and includes the last one: only the start moves.
         box = [x0 - 1.0, y0 - 1.0, x1, y1]
         annotations.append({"category_id": number[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS})
@@ -67,5 +67,5 @@ def register_pascal_voc(
     name: str, dirname: str, split: str, year: int, class_names: Sequence[str] = CLASS_NAMES
 ) -> None:
     """Registers a split of PASCAL VOC; the arguments are as for `load_voc_instances`."""
-    DatasetCatalog.register(name, lambda: load_voc_instances(dirname, split, class_names))
+    DatasetCatalog.register(name, partial(load_voc_instances, dirname, split, class_names))
     MetadataCatalog.get(name).set(thing_classes=list(class_names), dirname=dirname, year=year, split=split)

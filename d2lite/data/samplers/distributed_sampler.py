@@ -16,12 +16,7 @@ from torch.utils.data.sampler import Sampler
 
 from d2lite.utils import comm
 
-__all__ = [
-    "TrainingSampler",
-    "RandomSubsetTrainingSampler",
-    "RepeatFactorTrainingSampler",
-    "InferenceSampler",
-]
+__all__ = ["InferenceSampler", "RandomSubsetTrainingSampler", "RepeatFactorTrainingSampler", "TrainingSampler"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +24,26 @@ logger = logging.getLogger(__name__)
 class _EndlessSampler(Sampler):
     """Yields this process's share of an endless stream of indices, the same stream in all processes."""
 
-    def _start(self, seed: int | None) -> None:
+    def _start(self, seed: int | None, shuffle: bool) -> None:
         self._seed = _shared_seed(seed)
-        self._rank = comm.get_rank()
-        self._world_size = comm.get_world_size()
+        self._shuffle = shuffle
+        # Asked for here: the worker processes of a data loader, which may iterate this, are in no process group.
+        self._share = (comm.get_rank(), None, comm.get_world_size())
 
     def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(self._infinite_indices(), self._rank, None, self._world_size)
+        return itertools.islice(self._infinite_indices(), *self._share)
 
     def _infinite_indices(self) -> Iterator[int]:
-        """The whole stream, generated from `self._seed`."""
+        """The whole stream: one epoch after the other."""
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            epoch = self._epoch(generator)
+            if self._shuffle:
+                epoch = epoch[torch.randperm(len(epoch), generator=generator)]
+            yield from epoch.tolist()
+
+    def _epoch(self, generator: torch.Generator) -> torch.Tensor:
+        """The indices of one epoch, not shuffled."""
         raise NotImplementedError
 
 
@@ -59,15 +64,11 @@ class TrainingSampler(_EndlessSampler):
             raise TypeError(f"TrainingSampler(size=) must be an int, got {type(size).__name__}")
         if size <= 0:
             raise ValueError(f"TrainingSampler(size=) must be positive, got {size}: is the dataset empty?")
-        self._size = size
-        self._shuffle = shuffle
-        self._start(seed)
+        self._indices = torch.arange(size)
+        self._start(seed, shuffle)
 
-    def _infinite_indices(self) -> Iterator[int]:
-        g = torch.Generator()
-        g.manual_seed(self._seed)
-        while True:
-            yield from (torch.randperm(self._size, generator=g).tolist() if self._shuffle else range(self._size))
+    def _epoch(self, generator: torch.Generator) -> torch.Tensor:
+        return self._indices
 
 
 class RandomSubsetTrainingSampler(TrainingSampler):
@@ -89,23 +90,13 @@ class RandomSubsetTrainingSampler(TrainingSampler):
             seed_shuffle: seed of the permutations, equal in all processes.
             seed_subset: seed of the selection of the subset, equal in all processes.
         """
-        super().__init__(size=size, shuffle=shuffle, seed=seed_shuffle)
+        super().__init__(size, shuffle, seed_shuffle)
         assert 0.0 < subset_ratio <= 1.0, f"subset_ratio must be in (0, 1], got {subset_ratio}"
-        self._size_subset = int(size * subset_ratio)
-        assert self._size_subset > 0, f"subset_ratio {subset_ratio} of {size} images leaves none"
-        g = torch.Generator()
-        g.manual_seed(_shared_seed(seed_subset))
-        self._indexes_subset = torch.randperm(size, generator=g)[: self._size_subset]
-        logger.info("Training on %d of %d images (subset_ratio %s)", self._size_subset, size, subset_ratio)
-
-    def _infinite_indices(self) -> Iterator[int]:
-        g = torch.Generator()
-        g.manual_seed(self._seed)
-        while True:
-            subset = self._indexes_subset
-            if self._shuffle:
-                subset = subset[torch.randperm(self._size_subset, generator=g)]
-            yield from subset.tolist()
+        kept = int(size * subset_ratio)
+        assert kept > 0, f"subset_ratio {subset_ratio} of {size} images leaves none"
+        generator = torch.Generator().manual_seed(_shared_seed(seed_subset))
+        self._indices = torch.randperm(size, generator=generator)[:kept]
+        logger.info("Training on %d of %d images (subset_ratio %s)", kept, size, subset_ratio)
 
 
 class RepeatFactorTrainingSampler(_EndlessSampler):
@@ -121,10 +112,8 @@ class RepeatFactorTrainingSampler(_EndlessSampler):
             shuffle: False keeps the order of the dataset.
             seed: must be equal in all processes; when None the processes agree on a random one.
         """
-        self._shuffle = shuffle
-        self._start(seed)
-        self._int_part = torch.trunc(repeat_factors)
-        self._frac_part = repeat_factors - self._int_part
+        self._factors = repeat_factors
+        self._start(seed, shuffle)
 
     @staticmethod
     def repeat_factors_from_category_frequency(
@@ -151,20 +140,10 @@ class RepeatFactorTrainingSampler(_EndlessSampler):
         per_image = [max((factors[c] for c in image), default=1.0) for image in categories]
         return torch.tensor(per_image, dtype=torch.float32)
 
-    def _get_epoch_indices(self, generator: torch.Generator) -> torch.Tensor:
-        """Indices of one epoch, in the order of the dataset, with the fractions rounded at random."""
-        rands = torch.rand(len(self._frac_part), generator=generator)
-        counts = self._int_part + (rands < self._frac_part).float()
-        return torch.repeat_interleave(torch.arange(len(counts)), counts.long())
-
-    def _infinite_indices(self) -> Iterator[int]:
-        g = torch.Generator()
-        g.manual_seed(self._seed)
-        while True:
-            indices = self._get_epoch_indices(g)
-            if self._shuffle:
-                indices = indices[torch.randperm(len(indices), generator=g)]
-            yield from indices.tolist()
+    def _epoch(self, generator: torch.Generator) -> torch.Tensor:
+        """In the order of the dataset, with the fractions rounded at random."""
+        once_more = torch.rand(len(self._factors), generator=generator) < self._factors.frac()
+        return torch.arange(len(once_more)).repeat_interleave(self._factors.long() + once_more)
 
 
 class InferenceSampler(Sampler):
@@ -176,22 +155,16 @@ class InferenceSampler(Sampler):
             size: length of the dataset.
         """
         assert size > 0, "nothing to run on: the dataset is empty"
-        self._size = size
-        self._rank = comm.get_rank()
-        self._world_size = comm.get_world_size()
-        self._local_indices = self._get_local_indices(size, self._world_size, self._rank)
-
-    @staticmethod
-    def _get_local_indices(total_size: int, world_size: int, rank: int) -> range:
-        share, rest = divmod(total_size, world_size)
+        rank = comm.get_rank()
+        share, rest = divmod(size, comm.get_world_size())
         begin = share * rank + min(rank, rest)
-        return range(begin, begin + share + (rank < rest))
+        self._part = range(begin, begin + share + (rank < rest))
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._local_indices
+        return iter(self._part)
 
     def __len__(self) -> int:
-        return len(self._local_indices)
+        return len(self._part)
 
 
 def _shared_seed(seed: int | None) -> int:

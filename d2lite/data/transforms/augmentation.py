@@ -49,9 +49,8 @@ class Augmentation:
 
     def _rand_range(self, low: float = 1.0, high: float | None = None, size: int | None = None) -> Any:
         """Uniform in [low, high), or in [0, low) when `high` is None."""
-        if high is None:
-            low, high = 0, low
-        return np.random.uniform(low, high, size)
+        bounds = (0, low) if high is None else (low, high)
+        return np.random.uniform(*bounds, size)
 
     def __repr__(self) -> str:
         """The class name and the constructor arguments that differ from their defaults."""
@@ -71,9 +70,6 @@ class Augmentation:
     __str__ = __repr__
 
 
-TransformGen = Augmentation
-
-
 class AugmentationList(Augmentation):
     """Applies augmentations (or plain transforms) one after the other."""
 
@@ -82,7 +78,7 @@ class AugmentationList(Augmentation):
         Args:
             augs: augmentations or transforms, first to last.
         """
-        self.augs = [_transform_to_aug(x) for x in augs]
+        self.augs = list(map(_as_augmentation, augs))
 
     def __call__(self, aug_input: "AugInput") -> TransformList:
         """Applies all of them to `aug_input` in place and returns the transforms chosen."""
@@ -115,18 +111,16 @@ class AugInput:
 
     def transform(self, tfm: Transform) -> None:
         """Applies a transform to everything here, in place."""
-        self.image = tfm.apply_image(self.image)
-        if self.boxes is not None:
-            self.boxes = tfm.apply_box(self.boxes)
-        if self.sem_seg is not None:
-            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+        methods = {"image": tfm.apply_image, "boxes": tfm.apply_box, "sem_seg": tfm.apply_segmentation}
+        for name, apply in methods.items():
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, apply(value))
 
     def apply_augmentations(self, augmentations: Sequence[Augmentation | Transform]) -> TransformList:
         """Applies augmentations in place and returns the transforms chosen."""
-        return AugmentationList(augmentations)(self)
-
-
-StandardAugInput = AugInput
+        chain = AugmentationList(augmentations)
+        return chain(self)
 
 
 def apply_augmentations(
@@ -143,7 +137,8 @@ def apply_augmentations(
     return (aug_input.image if is_image else aug_input), transforms
 
 
-apply_transform_gens = apply_augmentations
+# earlier names
+TransformGen, StandardAugInput, apply_transform_gens = Augmentation, AugInput, apply_augmentations
 
 
 class _FixedAugmentation(Augmentation):
@@ -165,7 +160,7 @@ class _FixedAugmentation(Augmentation):
     __str__ = __repr__
 
 
-def _transform_to_aug(tfm_or_aug: Augmentation | Transform) -> Augmentation:
+def _as_augmentation(tfm_or_aug: Augmentation | Transform) -> Augmentation:
     """Wraps a plain transform as an augmentation."""
     assert isinstance(tfm_or_aug, (Augmentation, Transform)), (
         f"expected an Augmentation or a Transform, got {type(tfm_or_aug).__name__}"

@@ -66,11 +66,11 @@ class RandomLighting(Augmentation):
         super().__init__()
         self._init(locals())
         self.eigen_vecs = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-        self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
+        self.eigen_vals = np.array((0.2175, 0.0188, 0.0045))
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Samples three weights."""
         assert image.shape[-1] == 3, f"RandomLighting needs RGB images, got shape {image.shape}"
-        weights = np.random.normal(scale=self.scale, size=3)
+        weights = np.random.normal(0.0, self.scale, 3)
         shift = self.eigen_vecs.dot(weights * self.eigen_vals)
         return BlendTransform(src_image=shift, src_weight=1.0, dst_weight=1.0)

@@ -14,7 +14,7 @@ from fvcore.transforms.transform import (
     VFlipTransform,
 )
 
-from d2lite.data.transforms.augmentation import AugInput, Augmentation, _transform_to_aug
+from d2lite.data.transforms.augmentation import AugInput, Augmentation, _as_augmentation
 from d2lite.data.transforms.augmentation_color import (
     RandomBrightness,
     RandomContrast,
@@ -251,7 +251,7 @@ class RandomApply(Augmentation):
             prob: probability, in [0, 1].
         """
         super().__init__()
-        self.aug = _transform_to_aug(tfm_or_aug)
+        self.aug = _as_augmentation(tfm_or_aug)
         assert 0.0 <= prob <= 1.0, f"prob must be in [0, 1], got {prob}"
         self.prob = prob
 

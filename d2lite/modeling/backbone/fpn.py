@@ -47,9 +47,9 @@ class FPN(Backbone):
         strides = [shapes[name].stride for name in in_features]
         _check_strides(dict(zip(in_features, strides, strict=True)))
 
+        levels = [int(math.log2(stride)) for stride in strides]
         self.lateral_convs, self.output_convs = [], []
-        for name, stride in zip(in_features, strides, strict=True):
-            level = int(math.log2(stride))
+        for name, level in zip(in_features, levels, strict=True):
             lateral = _conv(shapes[name].channels, out_channels, 1, norm)
             output = _conv(out_channels, out_channels, 3, norm)
             self.add_module(f"fpn_lateral{level}", lateral)
@@ -59,22 +59,19 @@ class FPN(Backbone):
             self.output_convs.insert(0, output)
 
         self.top_block = top_block
-        self.in_features = tuple(in_features)
-        self._top_down_features = tuple(reversed(in_features))
+        self.in_features, self._top_down_features = tuple(in_features), tuple(reversed(in_features))
         self.bottom_up = bottom_up
-        levels = [int(math.log2(stride)) for stride in strides]
         _declare_levels(self, levels, out_channels)
-        self._size_divisibility = strides[-1]
-        self._square_pad = square_pad
-        self._fuse_type = fuse_type
+        self._coarsest_stride, self._square_size = strides[-1], square_pad
+        self._averages = fuse_type == "avg"
 
     @property
     def size_divisibility(self) -> int:
-        return self._size_divisibility
+        return self._coarsest_stride
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        return {"square_size": self._square_pad}
+        return {"square_size": self._square_size}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> {"p<k>": (N, out_channels, H / 2^k, W / 2^k)}."""
@@ -85,15 +82,10 @@ class FPN(Backbone):
             fused = lateral_conv(features[name])
             if top_down is not None:
                 fused = fused + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
-                if self._fuse_type == "avg":
-                    fused = fused / 2
+                fused = fused / 2 if self._averages else fused
             top_down = fused
             results.insert(0, output_conv(fused))
-        if self.top_block is not None:
-            source = _find_level(self.top_block.in_feature, features, results, self._out_features)
-            results.extend(self.top_block(source))
-        assert len(results) == len(self._out_features), "the top block gives another number of levels than it declares"
-        return {name: level for name, level in zip(self._out_features, results)}
+        return _name_levels(self, features, results)
 
 
 def _declare_levels(pyramid: Backbone, levels: list[int], channels: int) -> None:
@@ -105,20 +97,26 @@ def _declare_levels(pyramid: Backbone, levels: list[int], channels: int) -> None
     pyramid._out_feature_channels = dict.fromkeys(pyramid._out_features, channels)
 
 
-def _find_level(name: str, features: dict[str, Tensor], results: list[Tensor], names: list[str]) -> Tensor:
-    """The input of a top block: a feature of the network below, or one of the levels made so far."""
-    return features[name] if name in features else results[names.index(name)]
+def _name_levels(pyramid: Backbone, features: dict[str, Tensor], levels: list[Tensor]) -> dict[str, Tensor]:
+    """The output of a pyramid: its own `levels`, and those that its top block makes of one of the `features` of the
+    network below, or of one of the levels.
+    """
+    names, top = pyramid._out_features, pyramid.top_block
+    if top is not None:
+        source = features[top.in_feature] if top.in_feature in features else levels[names.index(top.in_feature)]
+        levels = [*levels, *top(source)]
+    assert len(levels) == len(names), "the top block gives another number of levels than it declares"
+    return dict(zip(names, levels))
+
+
+def _level_conv(in_channels: int, out_channels: int, kernel_size: int, norm: Norm) -> Conv2d:
+    """A convolution that keeps the size of the map, with a bias where it has no norm."""
+    norm_layer = get_norm(norm, out_channels)
+    return Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm, norm=norm_layer)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: Norm) -> Conv2d:
-    conv = Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=kernel_size,
-        padding=kernel_size // 2,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-    )
+    conv = _level_conv(in_channels, out_channels, kernel_size, norm)
     weight_init.c2_xavier_fill(conv)
     return conv
 
@@ -152,8 +150,8 @@ class LastLevelP6P7(nn.Module):
         self.in_feature = in_feature
         self.p6 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
-        for module in (self.p6, self.p7):
-            weight_init.c2_xavier_fill(module)
+        for conv in (self.p6, self.p7):
+            weight_init.c2_xavier_fill(conv)
 
     def forward(self, c5: Tensor) -> list[Tensor]:
         """(N, C, H, W) -> [P6, P7] of half and a quarter of the size."""
@@ -170,9 +168,9 @@ def build_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds ResNet + FPN with P6 and P7 made from "res5"; config keys as above."""
-    bottom_up = build_resnet_backbone(cfg, input_shape)
-    in_channels = bottom_up.output_shape()["res5"].channels
-    return _build_fpn(cfg, bottom_up, LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    resnet = build_resnet_backbone(cfg, input_shape)
+    in_channels = resnet.output_shape()["res5"].channels
+    return _build_fpn(cfg, resnet, LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:

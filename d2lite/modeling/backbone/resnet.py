@@ -1,5 +1,7 @@
 """Residual networks: ResNet (arXiv 1512.03385), ResNeXt (1611.05431), with deformable blocks (1703.06211)."""
 
+import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from d2lite.layers import CNNBlockBase, ShapeSpec
+from d2lite.layers import CNNBlockBase as ResNetBlockBase
 from d2lite.modeling.backbone.backbone import Backbone
 from d2lite.modeling.backbone.build import BACKBONE_REGISTRY
 from d2lite.modeling.backbone.resnet_blocks import BasicBlock, BasicStem, BottleneckBlock, DeformBottleneckBlock
@@ -21,8 +24,6 @@ __all__ = [
     "build_resnet_backbone",
     "make_stage",
 ]
-
-ResNetBlockBase = CNNBlockBase
 
 _BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -57,32 +58,25 @@ class ResNet(Backbone):
         self.num_classes = num_classes
         stages = stages[: _num_stages_needed(stages, out_features)]
         self.stage_names = tuple(f"res{i}" for i in range(2, 2 + len(stages)))
-        self.stages = []
         channels, stride = stem.out_channels, stem.stride
-        self._out_feature_channels = {"stem": channels}
-        self._out_feature_strides = {"stem": stride}
+        shapes = {"stem": (channels, stride)}
         for name, blocks in zip(self.stage_names, stages, strict=True):
             if not blocks or not all(isinstance(block, CNNBlockBase) for block in blocks):
                 raise AssertionError(f"{name} must be a non-empty list of CNNBlockBase, got {blocks}")
-            stage = nn.Sequential(*blocks)
-            self.add_module(name, stage)
-            self.stages.append(stage)
-            for block in blocks:
-                stride *= block.stride
-            channels = blocks[-1].out_channels
-            self._out_feature_channels[name] = channels
-            self._out_feature_strides[name] = stride
+            self.add_module(name, nn.Sequential(*blocks))
+            channels, stride = blocks[-1].out_channels, stride * math.prod(block.stride for block in blocks)
+            shapes[name] = (channels, stride)
+        self.stages = [getattr(self, name) for name in self.stage_names]
 
-        last = self.stage_names[-1] if stages else "stem"
         if num_classes is not None:
-            self.avgpool = nn.AdaptiveAvgPool2d(1)
-            self.linear = nn.Linear(channels, num_classes)
+            classifier = nn.Linear(channels, num_classes)
             # arXiv 1706.02677, section 5.1
-            nn.init.normal_(self.linear.weight, std=0.01)
-            last = "linear"
-            self._out_feature_channels[last] = num_classes
-            self._out_feature_strides[last] = stride
-        self._out_features = list(out_features) if out_features is not None else [last]
+            nn.init.normal_(classifier.weight, std=0.01)
+            self.avgpool, self.linear = nn.AdaptiveAvgPool2d(1), classifier
+            shapes["linear"] = (num_classes, stride)
+        self._out_feature_channels = {name: size for name, (size, _) in shapes.items()}
+        self._out_feature_strides = {name: size for name, (_, size) in shapes.items()}
+        self._out_features = [list(shapes)[-1]] if out_features is None else list(out_features)
         self._check_out_features()
         self.freeze(freeze_at)
 
@@ -97,27 +91,21 @@ class ResNet(Backbone):
         """(N, C, H, W) -> {name: features}, for the names in `out_features`."""
         assert x.dim() == 4, f"ResNet needs an input of shape (N, C, H, W), got {list(x.shape)}"
         outputs: dict[str, Tensor] = {}
-        x = self.stem(x)
-        if "stem" in self._out_features:
-            outputs["stem"] = x
         # Not over self.stages, because TorchScript does not support a plain list of modules.
-        for name, stage in self.named_children():
-            if name in self.stage_names:
-                x = stage(x)
+        for name, part in self.named_children():
+            if name == "stem" or name in self.stage_names:
+                x = part(x)
                 if name in self._out_features:
                     outputs[name] = x
-        if self.num_classes is not None:
-            if "linear" in self._out_features:
-                outputs["linear"] = self.linear(torch.flatten(self.avgpool(x), 1))
+        if self.num_classes is not None and "linear" in self._out_features:
+            outputs["linear"] = self.linear(torch.flatten(self.avgpool(x), 1))
         return outputs
 
     def freeze(self, freeze_at: int = 0) -> "ResNet":
         """Freezes the first `freeze_at` parts (1: the stem, 2: the stem and "res2", ...); returns self."""
-        if freeze_at >= 1:
-            self.stem.freeze()
-        for stage in self.stages[: max(freeze_at - 1, 0)]:
-            for block in stage.children():
-                block.freeze()
+        parts = [[self.stem], *(stage.children() for stage in self.stages)]
+        for block in chain.from_iterable(parts[: max(freeze_at, 0)]):
+            block.freeze()
         return self
 
     @staticmethod
@@ -170,17 +158,9 @@ class ResNet(Backbone):
         for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
             if not basic:
                 kwargs["bottleneck_channels"] = channels // 4
+            sizes = dict(in_channels=in_channels, out_channels=channels)
             strides = [1 if i == 0 else 2] + [1] * (num_blocks - 1)
-            stages.append(
-                ResNet.make_stage(
-                    block_class,
-                    num_blocks,
-                    stride_per_block=strides,
-                    in_channels=in_channels,
-                    out_channels=channels,
-                    **kwargs,
-                )
-            )
+            stages.append(ResNet.make_stage(block_class, num_blocks, stride_per_block=strides, **sizes, **kwargs))
             in_channels, channels = channels, channels * 2
         return stages
 
@@ -193,9 +173,7 @@ def _num_stages_needed(stages: list[list[CNNBlockBase]], out_features: list[str]
     return max((numbers.get(name, len(stages)) for name in out_features), default=0)
 
 
-def make_stage(*args: Any, **kwargs: Any) -> list[CNNBlockBase]:
-    """The same as `ResNet.make_stage`."""
-    return ResNet.make_stage(*args, **kwargs)
+make_stage = ResNet.make_stage
 
 
 @BACKBONE_REGISTRY.register()
@@ -208,37 +186,20 @@ def build_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     c = cfg.MODEL.RESNETS
     _check_config(c)
     stem = BasicStem(in_channels=input_shape.channels, out_channels=c.STEM_OUT_CHANNELS, norm=c.NORM)
-    in_channels, out_channels = c.STEM_OUT_CHANNELS, c.RES2_OUT_CHANNELS
-    bottleneck_channels = c.NUM_GROUPS * c.WIDTH_PER_GROUP
+    widths = [c.STEM_OUT_CHANNELS] + [c.RES2_OUT_CHANNELS * 2**i for i in range(4)]
     stages = []
     for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[c.DEPTH]):
         dilation = c.RES5_DILATION if i == 3 else 1
-        first_stride = 1 if i == 0 or dilation == 2 else 2
-        block_class, kwargs = BasicBlock, {}
+        strides = [1 if i == 0 or dilation == 2 else 2] + [1] * (num_blocks - 1)
+        block_class, kwargs = BasicBlock, dict(in_channels=widths[i], out_channels=widths[i + 1], norm=c.NORM)
         if c.DEPTH >= 50:
             block_class = BottleneckBlock
-            kwargs = dict(
-                bottleneck_channels=bottleneck_channels,
-                num_groups=c.NUM_GROUPS,
-                stride_in_1x1=c.STRIDE_IN_1X1,
-                dilation=dilation,
-            )
+            kwargs.update(bottleneck_channels=c.NUM_GROUPS * c.WIDTH_PER_GROUP * 2**i, num_groups=c.NUM_GROUPS)
+            kwargs.update(stride_in_1x1=c.STRIDE_IN_1X1, dilation=dilation)
         if c.DEFORM_ON_PER_STAGE[i]:
             block_class = DeformBottleneckBlock
             kwargs.update(deform_modulated=c.DEFORM_MODULATED, deform_num_groups=c.DEFORM_NUM_GROUPS)
-        stages.append(
-            ResNet.make_stage(
-                block_class,
-                num_blocks,
-                stride_per_block=[first_stride] + [1] * (num_blocks - 1),
-                in_channels=in_channels,
-                out_channels=out_channels,
-                norm=c.NORM,
-                **kwargs,
-            )
-        )
-        in_channels, out_channels = out_channels, out_channels * 2
-        bottleneck_channels *= 2
+        stages.append(ResNet.make_stage(block_class, num_blocks, stride_per_block=strides, **kwargs))
     return ResNet(stem, stages, out_features=c.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 

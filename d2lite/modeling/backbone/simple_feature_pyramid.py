@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from d2lite.layers import Conv2d, get_norm
+from d2lite.layers import get_norm
 from d2lite.layers.batch_norm import Norm
 from d2lite.modeling.backbone.backbone import Backbone
-from d2lite.modeling.backbone.fpn import _check_strides, _declare_levels, _find_level
+from d2lite.modeling.backbone.fpn import _check_strides, _declare_levels, _level_conv, _name_levels
 
 
 class SimpleFeaturePyramid(Backbone):
@@ -41,45 +41,28 @@ class SimpleFeaturePyramid(Backbone):
         shape = net.output_shape()[in_feature]
         strides = [int(shape.stride / scale) for scale in scale_factors]
         _check_strides({f"scale {scale}": s for scale, s in zip(scale_factors, strides, strict=True)})
-        self.stages = []
-        levels = []
-        for scale, stride in zip(scale_factors, strides, strict=True):
+        levels = [int(math.log2(stride)) for stride in strides]
+        for scale, level in zip(scale_factors, levels, strict=True):
             layers, channels = _rescale(scale, shape.channels, norm)
-            for kernel_size, in_channels in ((1, channels), (3, out_channels)):
-                layers.append(
-                    Conv2d(
-                        in_channels,
-                        out_channels,
-                        kernel_size=kernel_size,
-                        padding=kernel_size // 2,
-                        bias=not norm,
-                        norm=get_norm(norm, out_channels),
-                    )
-                )
-            levels.append(int(math.log2(stride)))
-            stage = nn.Sequential(*layers)
-            self.add_module(f"simfp_{levels[-1]}", stage)
-            self.stages.append(stage)
+            convs = [_level_conv(channels, out_channels, 1, norm), _level_conv(out_channels, out_channels, 3, norm)]
+            self.add_module(f"simfp_{level}", nn.Sequential(*layers, *convs))
+        # A plain list: they are registered by name already.
+        self.stages = list(self.children())
 
         self.net = net
         self.in_feature = in_feature
         self.top_block = top_block
         _declare_levels(self, levels, out_channels)
-        self._size_divisibility = strides[-1]
-        self._square_pad = square_pad
+        self._padding = {"size_divisibility": strides[-1], "square_size": square_pad}
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
+        return dict(self._padding)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> {"p<k>": (N, out_channels, H / 2^k, W / 2^k)}."""
         features = self.net(x)
-        results = [stage(features[self.in_feature]) for stage in self.stages]
-        if self.top_block is not None:
-            source = _find_level(self.top_block.in_feature, features, results, self._out_features)
-            results.extend(self.top_block(source))
-        return dict(zip(self._out_features, results, strict=True))
+        return _name_levels(self, features, [stage(features[self.in_feature]) for stage in self.stages])
 
 
 def _rescale(scale: float, dim: int, norm: Norm) -> tuple[list[nn.Module], int]:

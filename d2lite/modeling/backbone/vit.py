@@ -1,5 +1,6 @@
 """Plain vision transformer with windowed and global attention for detection (ViTDet, arXiv 2203.16527)."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import fvcore.nn.weight_init as weight_init
@@ -78,51 +79,39 @@ class ViT(Backbone):
         super().__init__()
         self.pretrain_use_cls_token = pretrain_use_cls_token
         self.use_act_checkpoint = use_act_checkpoint
-        self.patch_embed = PatchEmbed(
-            kernel_size=(patch_size, patch_size),
-            stride=(patch_size, patch_size),
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-        )
-        self.pos_embed = None
-        if use_abs_pos:
-            num_positions = (pretrain_img_size // patch_size) ** 2 + int(pretrain_use_cls_token)
-            self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                use_rel_pos=use_rel_pos,
-                rel_pos_zero_init=rel_pos_zero_init,
-                window_size=window_size if i in window_block_indexes else 0,
-                use_residual_block=i in residual_block_indexes,
-                input_size=(img_size // patch_size, img_size // patch_size),
-            )
-            for i in range(depth)
-        )
-        self._out_feature_channels = {out_feature: embed_dim}
-        self._out_feature_strides = {out_feature: patch_size}
-        self._out_features = [out_feature]
-        if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        patch, grid = (patch_size,) * 2, (img_size // patch_size,) * 2
+        self.patch_embed = PatchEmbed(patch, patch, in_chans=in_chans, embed_dim=embed_dim)
+        kind = dict(norm_layer=norm_layer, act_layer=act_layer, input_size=grid)
+        kind.update(use_rel_pos=use_rel_pos, rel_pos_zero_init=rel_pos_zero_init)
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            kind["window_size"] = window_size if i in window_block_indexes else 0
+            kind["use_residual_block"] = i in residual_block_indexes
+            drop_path = drop_path_rate * i / max(depth - 1, 1)
+            self.blocks.append(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path, **kind))
+        positions = (pretrain_img_size // patch_size) ** 2 + int(pretrain_use_cls_token)
+        self.pos_embed = _position_table(1, positions, embed_dim) if use_abs_pos else None
         self.apply(_init_linear)
+        self._out_features = [out_feature]
+        self._out_feature_channels, self._out_feature_strides = {out_feature: embed_dim}, {out_feature: patch_size}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, in_chans, H, W) -> {out_feature: (N, embed_dim, H / patch_size, W / patch_size)}."""
-        x = self.patch_embed(x)
-        if self.pos_embed is not None:
-            x = x + get_abs_pos(self.pos_embed, self.pretrain_use_cls_token, x.shape[1:3])
+        tokens, positions = self.patch_embed(x), self.pos_embed
+        if positions is not None:
+            tokens = tokens + get_abs_pos(positions, self.pretrain_use_cls_token, tokens.shape[1:3])
         for block in self.blocks:
             if self.use_act_checkpoint and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
-                x = block(x)
-        return {self._out_features[0]: x.permute(0, 3, 1, 2)}
+                tokens = block(tokens)
+        return {self._out_features[0]: tokens.permute(0, 3, 1, 2)}
+
+
+def _position_table(*shape: int, zero: bool = False) -> nn.Parameter:
+    """Learned positions, which start close to zero or at it."""
+    table = nn.Parameter(torch.zeros(shape))
+    return table if zero else nn.init.trunc_normal_(table, std=0.02)
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -161,15 +150,9 @@ class Block(nn.Module):
         input_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.attn = Attention(
-            dim,
-            num_heads=num_heads,
-            qkv_bias=qkv_bias,
-            use_rel_pos=use_rel_pos,
-            rel_pos_zero_init=rel_pos_zero_init,
-            input_size=(window_size, window_size) if window_size else input_size,
-        )
+        grid = (window_size, window_size) if window_size else input_size
+        attention = Attention(dim, num_heads, qkv_bias, use_rel_pos, rel_pos_zero_init, grid)
+        self.norm1, self.attn = norm_layer(dim), attention
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer)
@@ -180,17 +163,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> the same shape."""
-        y = self.norm1(x)
-        if self.window_size > 0:
-            windows, pad_hw = window_partition(y, self.window_size)
-            y = window_unpartition(self.attn(windows), self.window_size, pad_hw, x.shape[1:3])
-        else:
-            y = self.attn(y)
-        x = x + self.drop_path(y)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        if self.use_residual_block:
-            x = self.residual(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x
+        x = x + self.drop_path(self._attend(self.norm1(x)))
+        out = x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.residual(out.movedim(3, 1)).movedim(1, 3) if self.use_residual_block else out
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Attention within the windows, or everywhere."""
+        if self.window_size == 0:
+            return self.attn(x)
+        windows, pad_hw = window_partition(x, self.window_size)
+        return window_unpartition(self.attn(windows), self.window_size, pad_hw, x.shape[1:3])
 
 
 class Attention(nn.Module):
@@ -216,17 +198,11 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        head_dim = dim // num_heads
-        self.scale = head_dim**-0.5
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
         self.use_rel_pos = use_rel_pos
         if use_rel_pos:
-            self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, head_dim))
-            self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, head_dim))
-            if not rel_pos_zero_init:
-                nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
-                nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
+            tables = [_position_table(2 * n - 1, dim // num_heads, zero=rel_pos_zero_init) for n in input_size]
+            self.rel_pos_h, self.rel_pos_w = tables
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> the same shape."""
@@ -234,8 +210,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._position_bias(q, (h, w)) if self.use_rel_pos else None
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return self.proj(x.transpose(1, 2).reshape(b, h, w, dim))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(out.transpose(1, 2).reshape(b, h, w, dim))
 
     def _position_bias(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
         """Relative position terms of the logits, (B, num_heads, H * W, H * W), for queries `q`."""
@@ -269,24 +245,27 @@ class ResBottleneckBlock(CNNBlockBase):
         norm: Norm = "LN",
         act_layer: Callable[[], nn.Module] = nn.GELU,
     ) -> None:
-        super().__init__(in_channels, out_channels, 1)
-        self.conv1 = Conv2d(in_channels, bottleneck_channels, 1, bias=False)
-        self.norm1 = get_norm(norm, bottleneck_channels)
-        self.act1 = act_layer()
-        self.conv2 = Conv2d(bottleneck_channels, bottleneck_channels, 3, padding=1, bias=False)
-        self.norm2 = get_norm(norm, bottleneck_channels)
-        self.act2 = act_layer()
-        self.conv3 = Conv2d(bottleneck_channels, out_channels, 1, bias=False)
-        self.norm3 = get_norm(norm, out_channels)
-        for conv in (self.conv1, self.conv2, self.conv3):
+        super().__init__(in_channels, out_channels, stride=1)
+        width = bottleneck_channels
+        convs = [
+            Conv2d(in_channels, width, 1, bias=False),
+            Conv2d(width, width, 3, padding=1, bias=False),
+            Conv2d(width, out_channels, 1, bias=False),
+        ]
+        for i, conv in enumerate(convs, start=1):
             weight_init.c2_msra_fill(conv)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"norm{i}", get_norm(norm, conv.out_channels))
+            if conv is not convs[-1]:
+                self.add_module(f"act{i}", act_layer())
         nn.init.zeros_(self.norm3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        out = self.act1(self.norm1(self.conv1(x)))
-        out = self.act2(self.norm2(self.conv2(out)))
-        return x + self.norm3(self.conv3(out))
+        out = x
+        for layer in self.children():
+            out = layer(out)
+        return x + out
 
 
 def get_vit_lr_decay_rate(name: str, lr_decay_rate: float = 1.0, num_layers: int = 12) -> float:
@@ -301,10 +280,12 @@ def get_vit_lr_decay_rate(name: str, lr_decay_rate: float = 1.0, num_layers: int
         `lr_decay_rate ** (num_layers + 1 - layer)`: patches and positions are layer 0, block i is layer
         i + 1, and everything else, the convolutional residual blocks too, has the full rate.
     """
-    layer = num_layers + 1
-    if name.startswith("backbone"):
-        if ".pos_embed" in name or ".patch_embed" in name:
-            layer = 0
-        elif ".blocks." in name and ".residual." not in name:
-            layer = int(name.split(".blocks.")[1].split(".")[0]) + 1
+    inside = name.startswith("backbone")
+    block = re.search(r"\.blocks\.(\d+)\.(?!.*\bresidual\.)", name)
+    if inside and re.search(r"\.(pos|patch)_embed", name):
+        layer = 0
+    elif inside and block:
+        layer = int(block[1]) + 1
+    else:
+        layer = num_layers + 1
     return lr_decay_rate ** (num_layers + 1 - layer)

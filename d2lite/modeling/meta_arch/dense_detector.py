@@ -79,8 +79,7 @@ class DenseDetector(ImageModel):
             `scores` and `pred_classes`, or the plain Instances at the network's resolution without
             postprocessing.
         """
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
+        images, features = self.extract_features(batched_inputs)
         features = [features[name] for name in self.head_in_features]
         predictions = self.head(features)
 

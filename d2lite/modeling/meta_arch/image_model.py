@@ -37,6 +37,11 @@ class ImageModel(nn.Module):
         """Normalizes, pads and batches the input images."""
         return batch_images(batched_inputs, self.backbone, self.pixel_mean, self.pixel_std)
 
+    def extract_features(self, batched_inputs: list[dict]) -> tuple[ImageList, dict[str, torch.Tensor]]:
+        """The images as the backbone takes them, and its features."""
+        images = self.preprocess_image(batched_inputs)
+        return images, self.backbone(images.tensor)
+
 
 def visualize_boxes(image: np.ndarray, truth: Boxes, predicted: Boxes) -> np.ndarray:
     """Draws the annotated boxes left, the predicted ones right.

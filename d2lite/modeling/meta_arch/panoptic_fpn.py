@@ -1,6 +1,7 @@
 """Panoptic FPN (arXiv 1901.02446): an R-CNN for things and a semantic branch for stuff on one backbone."""
 
 import logging
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 @META_ARCH_REGISTRY.register()
 class PanopticFPN(GeneralizedRCNN):
-    """Instances, per-pixel classes, and both merged into one segmentation."""
+    """Instances, per-pixel classes, and both merged into one segmentation.
+
+    It takes what `GeneralizedRCNN` does, and in training "sem_seg" (H, W): 0 for all things, stuff classes from 1.
+    In training it returns a dict of losses, otherwise one dict per image: "instances", "sem_seg" (logits (C, H, W))
+    and "panoptic_seg" as returned by `combine_semantic_and_instance_outputs`.
+    """
 
     @configurable
     def __init__(
@@ -63,26 +69,13 @@ class PanopticFPN(GeneralizedRCNN):
             "combine_instances_score_thresh": combine.INSTANCES_CONFIDENCE_THRESH,
         }
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """
-        Args:
-            batched_inputs: as in `GeneralizedRCNN`, and in training "sem_seg" (H, W): 0 for all
-                things, stuff classes from 1.
-
-        Returns:
-            In training a dict of losses. Otherwise one dict per image: "instances", "sem_seg" (logits (C, H,
-            W)) and "panoptic_seg" as returned by `combine_semantic_and_instance_outputs`.
-        """
-        if not self.training:
-            return self.inference(batched_inputs)
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        gt_instances = self._ground_truth(batched_inputs)
-        gt_sem_seg = semantic_labels(batched_inputs, self.backbone, self.device, self.sem_seg_head)
-        _, sem_seg_losses = self.sem_seg_head(features, gt_sem_seg)
-        proposals, proposal_losses = self._propose(batched_inputs, images, features, gt_instances)
-        _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
-        return {**sem_seg_losses, **proposal_losses, **detector_losses}
+    def _losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        images, features = self.extract_features(batched_inputs)
+        truth = self._ground_truth(batched_inputs)
+        labels = semantic_labels(batched_inputs, self.backbone, self.device, self.sem_seg_head)
+        stuff_losses = self.sem_seg_head(features, labels)[1]
+        proposals, losses = self._propose(batched_inputs, images, features, truth)
+        return {**stuff_losses, **losses, **self.roi_heads(images, features, proposals, truth)[1]}
 
     def inference(
         self, batched_inputs: list[dict], do_postprocess: bool = True
@@ -96,18 +89,15 @@ class PanopticFPN(GeneralizedRCNN):
             As `forward`; without postprocessing the instances of each image and the logits (N, C, H, W).
         """
         assert not self.training, "inference was called on a model in training mode; call model.eval() first"
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        sem_seg_results, _ = self.sem_seg_head(features, None)
-        proposals, _ = self._propose(batched_inputs, images, features, None)
-        detector_results, _ = self.roi_heads(images, features, proposals, None)
+        images, features = self.extract_features(batched_inputs)
+        logits = self.sem_seg_head(features, None)[0]
+        proposals = self._propose(batched_inputs, images, features, None)[0]
+        things = self.roi_heads(images, features, proposals, None)[0]
         if not do_postprocess:
-            return detector_results, sem_seg_results
+            return things, logits
         return [
-            self._merge(sem_seg, instances, size, *output_size(x, size))
-            for sem_seg, instances, x, size in zip(
-                sem_seg_results, detector_results, batched_inputs, images.image_sizes
-            )
+            self._merge(scores, found, size, *output_size(x, size))
+            for scores, found, x, size in zip(logits, things, batched_inputs, images.image_sizes)
         ]
 
     def _merge(
@@ -115,13 +105,8 @@ class PanopticFPN(GeneralizedRCNN):
     ) -> dict:
         sem_seg = sem_seg_postprocess(sem_seg, image_size, height, width)
         instances = detector_postprocess(instances, height, width)
-        panoptic = combine_semantic_and_instance_outputs(
-            instances,
-            sem_seg.argmax(dim=0),
-            self.combine_overlap_thresh,
-            self.combine_stuff_area_thresh,
-            self.combine_instances_score_thresh,
-        )
+        limits = (self.combine_overlap_thresh, self.combine_stuff_area_thresh, self.combine_instances_score_thresh)
+        panoptic = combine_semantic_and_instance_outputs(instances, sem_seg.argmax(dim=0), *limits)
         return {"sem_seg": sem_seg, "instances": instances, "panoptic_seg": panoptic}
 
 
@@ -147,40 +132,28 @@ def combine_semantic_and_instance_outputs(
         segments_info: for each segment a dict with "id", "isthing" and "category_id"; things also have
             "score" and "instance_id" (their index in `instance_results`), stuff has "area".
     """
-    panoptic_seg = torch.zeros_like(semantic_results, dtype=torch.int32)
-    segments_info: list[dict] = []
-    masks = instance_results.pred_masks.to(dtype=torch.bool, device=panoptic_seg.device)
-    scores, order = instance_results.scores.sort(descending=True)
-    classes = instance_results.pred_classes[order].tolist()
-    for instance_id, score, category_id in zip(order.tolist(), scores.tolist(), classes):
-        if score < instances_score_thresh:
-            break
-        mask = masks[instance_id]
-        free = mask & (panoptic_seg == 0)
-        area, free_area = torch.stack([mask.sum(), free.sum()]).tolist()
-        if area == 0 or (area - free_area) / area > overlap_threshold:
-            continue
-        segment_id = len(segments_info) + 1
-        panoptic_seg[free] = segment_id
-        segments_info.append(
-            {
-                "id": segment_id,
-                "isthing": True,
-                "score": score,
-                "category_id": category_id,
-                "instance_id": instance_id,
-            }
-        )
+    ids = torch.zeros(semantic_results.shape, dtype=torch.int32, device=semantic_results.device)
+    segments: list[dict] = []
 
-    free_labels = semantic_results.masked_fill(panoptic_seg != 0, 0)
+    def claim(pixels: torch.Tensor, **properties: Any) -> None:
+        segments.append({"id": len(segments) + 1, **properties})
+        ids[pixels] = len(segments)
+
+    masks = instance_results.pred_masks.to(dtype=torch.bool, device=ids.device)
+    scores, order = instance_results.scores.sort(descending=True)
+    best_first = zip(order.tolist(), scores.tolist(), instance_results.pred_classes[order].tolist())
+    for index, score, category in takewhile(lambda found: found[1] >= instances_score_thresh, best_first):
+        free = masks[index] & (ids == 0)
+        area, free_area = torch.stack([masks[index].sum(), free.sum()]).tolist()
+        if area > 0 and (area - free_area) / area <= overlap_threshold:
+            claim(free, isthing=True, score=score, category_id=category, instance_id=index)
+
+    free_labels = semantic_results.masked_fill(ids != 0, 0)
     labels, areas = free_labels.unique(return_counts=True)
     for label, area in zip(labels.tolist(), areas.tolist()):
-        if label == 0 or area < stuff_area_thresh:
-            continue
-        segment_id = len(segments_info) + 1
-        panoptic_seg[free_labels == label] = segment_id
-        segments_info.append({"id": segment_id, "isthing": False, "category_id": label, "area": area})
-    return panoptic_seg, segments_info
+        if label != 0 and area >= stuff_area_thresh:
+            claim(free_labels == label, isthing=False, category_id=label, area=area)
+    return ids, segments
 
 
 def _scale_instance_losses(roi_heads: nn.Module, weight: float) -> None:

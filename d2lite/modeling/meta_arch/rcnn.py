@@ -16,7 +16,16 @@ from d2lite.modeling.roi_heads import build_roi_heads
 from d2lite.structures import ImageList, Instances
 from d2lite.utils.events import get_event_storage
 
-__all__ = ["GeneralizedRCNN", "ProposalNetwork"]
+
+def _proposing_parts(cfg: CfgNode) -> dict:
+    """The constructor arguments that both models have."""
+    backbone = build_backbone(cfg)
+    return {
+        "backbone": backbone,
+        "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+    }
 
 
 @META_ARCH_REGISTRY.register()
@@ -56,16 +65,9 @@ class GeneralizedRCNN(ImageModel):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Constructor arguments from the configuration, with the parts of the model built."""
-        backbone = build_backbone(cfg)
-        return {
-            "backbone": backbone,
-            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
-            "roi_heads": build_roi_heads(cfg, backbone.output_shape()),
-            "input_format": cfg.INPUT.FORMAT,
-            "vis_period": cfg.VIS_PERIOD,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-        }
+        parts = _proposing_parts(cfg)
+        heads = build_roi_heads(cfg, parts["backbone"].output_shape())
+        return {**parts, "roi_heads": heads, "input_format": cfg.INPUT.FORMAT, "vis_period": cfg.VIS_PERIOD}
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
         """
@@ -78,16 +80,16 @@ class GeneralizedRCNN(ImageModel):
             In training a dict of losses. Otherwise one {"instances": Instances} per image with `pred_boxes`,
             `scores`, `pred_classes` and, with a mask head, `pred_masks` (N, height, width) bool.
         """
-        if not self.training:
-            return self.inference(batched_inputs)
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        gt_instances = self._ground_truth(batched_inputs)  # synchronizes with the device, which has work queued
-        proposals, proposal_losses = self._propose(batched_inputs, images, features, gt_instances)
-        _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
+        return self._losses(batched_inputs) if self.training else self.inference(batched_inputs)
+
+    def _losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        images, features = self.extract_features(batched_inputs)
+        truth = self._ground_truth(batched_inputs)  # synchronizes with the device, which has work queued
+        proposals, losses = self._propose(batched_inputs, images, features, truth)
+        head_losses = self.roi_heads(images, features, proposals, truth)[1]
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self.visualize_training(batched_inputs, proposals)
-        return {**detector_losses, **proposal_losses}
+        return {**head_losses, **losses}
 
     def inference(
         self,
@@ -107,15 +109,14 @@ class GeneralizedRCNN(ImageModel):
             as probabilities (N, 1, M, M) inside the boxes.
         """
         assert not self.training, "inference was called on a model in training mode; call model.eval() first"
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        if detected_instances is None:
-            proposals, _ = self._propose(batched_inputs, images, features, None)
-            results, _ = self.roi_heads(images, features, proposals, None)
+        images, features = self.extract_features(batched_inputs)
+        if detected_instances is not None:
+            given = [boxes.to(self.device) for boxes in detected_instances]
+            found = self.roi_heads.forward_with_given_boxes(features, given)
         else:
-            detected_instances = [x.to(self.device) for x in detected_instances]
-            results = self.roi_heads.forward_with_given_boxes(features, detected_instances)
-        return self._postprocess(results, batched_inputs, images.image_sizes) if do_postprocess else results
+            proposals = self._propose(batched_inputs, images, features, None)[0]
+            found = self.roi_heads(images, features, proposals, None)[0]
+        return self._postprocess(found, batched_inputs, images.image_sizes) if do_postprocess else found
 
     def _ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
         num_classes = getattr(self.roi_heads, "num_classes", None)
@@ -129,13 +130,13 @@ class GeneralizedRCNN(ImageModel):
         gt_instances: list[Instances] | None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
         """The proposals of each image and, in training, the losses of the proposal generator."""
-        if self.proposal_generator is not None:
-            return self.proposal_generator(images, features, gt_instances)
-        assert "proposals" in batched_inputs[0], (
-            "the model has no proposal generator and the input has no 'proposals' "
-            "(MODEL.PROPOSAL_GENERATOR.NAME, MODEL.LOAD_PROPOSALS)"
-        )
-        return [x["proposals"].to(self.device) for x in batched_inputs], {}
+        if self.proposal_generator is None:
+            assert "proposals" in batched_inputs[0], (
+                "the model has no proposal generator and the input has no 'proposals' "
+                "(MODEL.PROPOSAL_GENERATOR.NAME, MODEL.LOAD_PROPOSALS)"
+            )
+            return [x["proposals"].to(self.device) for x in batched_inputs], {}
+        return self.proposal_generator(images, features, gt_instances)
 
     @staticmethod
     def _postprocess(
@@ -186,13 +187,7 @@ class ProposalNetwork(ImageModel):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Constructor arguments from the configuration, with both parts of the model built."""
-        backbone = build_backbone(cfg)
-        return {
-            "backbone": backbone,
-            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-        }
+        return _proposing_parts(cfg)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
         """
@@ -203,10 +198,9 @@ class ProposalNetwork(ImageModel):
             In training a dict of losses. Otherwise one {"proposals": Instances} per image with
             `proposal_boxes` and `objectness_logits`.
         """
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        gt_instances = ground_truth(batched_inputs, self.device) if self.training else None
-        proposals, losses = self.proposal_generator(images, features, gt_instances)
+        images, features = self.extract_features(batched_inputs)
+        truth = ground_truth(batched_inputs, self.device) if self.training else None
+        proposals, losses = self.proposal_generator(images, features, truth)
         if self.training:
             return losses
         return [

@@ -88,28 +88,24 @@ class RetinaNet(DenseDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Constructor arguments from MODEL.RETINANET, with the parts of the model built."""
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        feature_shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+        net, node = build_backbone(cfg), cfg.MODEL.RETINANET
+        shapes = net.output_shape()
+        feature_shapes = [shapes[name] for name in node.IN_FEATURES]
         return {
-            "backbone": backbone,
+            "backbone": net,
             "head": RetinaNetHead(cfg, feature_shapes),
-            "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
+            "head_in_features": node.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, feature_shapes),
-            "box2box_transform": Box2BoxTransform(weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS),
-            "anchor_matcher": Matcher(
-                cfg.MODEL.RETINANET.IOU_THRESHOLDS,
-                cfg.MODEL.RETINANET.IOU_LABELS,
-                allow_low_quality_matches=True,
-            ),
-            "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
-            "focal_loss_alpha": cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
-            "smooth_l1_beta": cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA,
-            "box_reg_loss_type": cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE,
-            "test_score_thresh": cfg.MODEL.RETINANET.SCORE_THRESH_TEST,
-            "test_topk_candidates": cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": cfg.MODEL.RETINANET.NMS_THRESH_TEST,
+            "box2box_transform": Box2BoxTransform(node.BBOX_REG_WEIGHTS),
+            "anchor_matcher": Matcher(node.IOU_THRESHOLDS, node.IOU_LABELS, allow_low_quality_matches=True),
+            "num_classes": node.NUM_CLASSES,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "smooth_l1_beta": node.SMOOTH_L1_LOSS_BETA,
+            "box_reg_loss_type": node.BBOX_REG_LOSS_TYPE,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -126,9 +122,9 @@ class RetinaNet(DenseDetector):
     ) -> dict[str, torch.Tensor]:
         """The losses "loss_cls" and "loss_box_reg" of a batch."""
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
-        anchors = self.anchor_generator(features)
-        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        return self.losses(anchors, logits, gt_labels, deltas, gt_boxes)
+        boxes = self.anchor_generator(features)
+        labels, matched = self.label_anchors(boxes, gt_instances)
+        return self.losses(boxes, logits, labels, deltas, matched)
 
     def losses(
         self,
@@ -155,16 +151,11 @@ class RetinaNet(DenseDetector):
         normalizer = self._ema_update("loss_normalizer", max(num_foreground, 1), 100)
 
         loss_cls = dense_focal_loss(pred_logits, labels, self.num_classes, self.focal_loss_alpha, self.focal_loss_gamma)
-        loss_box_reg = _dense_box_regression_loss(
-            anchors,
-            self.box2box_transform,
-            pred_anchor_deltas,
-            gt_boxes,
-            foreground,
-            box_reg_loss_type=self.box_reg_loss_type,
-            smooth_l1_beta=self.smooth_l1_beta,
+        measure = (self.box_reg_loss_type, self.smooth_l1_beta)
+        loss_box = _dense_box_regression_loss(
+            anchors, self.box2box_transform, pred_anchor_deltas, gt_boxes, foreground, *measure
         )
-        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
+        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box / normalizer}
 
     @torch.no_grad()
     def label_anchors(
@@ -178,28 +169,26 @@ class RetinaNet(DenseDetector):
                 foreground.
         """
         all_anchors = Boxes.cat(anchors)
-        gt_labels, matched_gt_boxes = [], []
-        for instances in gt_instances:
-            matches, match_labels = self.anchor_matcher(pairwise_iou(instances.gt_boxes, all_anchors))
-            if len(instances) > 0:
-                labels = instances.gt_classes[matches]
-                labels.masked_fill_(match_labels == 0, self.num_classes)
-                labels.masked_fill_(match_labels == -1, -1)
-                boxes = instances.gt_boxes.tensor[matches]
-            else:
-                labels = torch.full_like(matches, self.num_classes)
-                boxes = torch.zeros_like(all_anchors.tensor)
-            gt_labels.append(labels)
-            matched_gt_boxes.append(boxes)
-        return gt_labels, matched_gt_boxes
+        labels, boxes = zip(*(self._label(all_anchors, instances) for instances in gt_instances))
+        return list(labels), list(boxes)
+
+    def _label(self, anchors: Boxes, truth: Instances) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels and matched boxes for one image."""
+        matches, match_labels = self.anchor_matcher(pairwise_iou(truth.gt_boxes, anchors))
+        if len(truth) == 0:
+            return torch.full_like(matches, self.num_classes), torch.zeros_like(anchors.tensor)
+        labels = truth.gt_classes[matches]
+        labels.masked_fill_(match_labels == 0, self.num_classes)
+        labels.masked_fill_(match_labels == -1, -1)
+        return labels, truth.gt_boxes.tensor[matches]
 
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: Sequence[list[torch.Tensor]]
     ) -> list[Instances]:
         """The detections of each image, at the network's resolution."""
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
-        anchors = self.anchor_generator(features)
+        boxes = self.anchor_generator(features)
         return [
-            self.inference_single_image(anchors, [x[i].sigmoid() for x in logits], [x[i] for x in deltas], image_size)
+            self.inference_single_image(boxes, [x[i].sigmoid() for x in logits], [x[i] for x in deltas], image_size)
             for i, image_size in enumerate(images.image_sizes)
         ]

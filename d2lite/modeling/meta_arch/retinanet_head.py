@@ -39,17 +39,16 @@ class RetinaNetHead(nn.Module):
             prior_prob: initial probability of the foreground (section 4.1 of the paper).
         """
         super().__init__()
-        self._num_features = len(input_shape)
+        self._num_levels = len(input_shape)
         norm = self._norm_per_level(norm)
         in_channels = input_shape[0].channels
         self.cls_subnet = self._subnet(in_channels, conv_dims, norm)
         self.bbox_subnet = self._subnet(in_channels, conv_dims, norm)
         self.cls_score = nn.Conv2d(conv_dims[-1], num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(conv_dims[-1], num_anchors * 4, 3, padding=1)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
+        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
 
     @classmethod
@@ -59,25 +58,21 @@ class RetinaNetHead(nn.Module):
         Raises:
             AssertionError: if MODEL.ANCHOR_GENERATOR gives the levels different numbers of anchors.
         """
-        num_anchors = build_anchor_generator(cfg, input_shape).num_cell_anchors
-        assert len(set(num_anchors)) == 1, (
+        per_cell = build_anchor_generator(cfg, input_shape).num_cell_anchors
+        assert len(set(per_cell)) == 1, (
             f"RetinaNet shares its head between levels, so all need as many anchors per cell; got "
-            f"{num_anchors} (MODEL.ANCHOR_GENERATOR.SIZES, ASPECT_RATIOS)"
+            f"{per_cell} (MODEL.ANCHOR_GENERATOR.SIZES, ASPECT_RATIOS)"
         )
-        return {
-            "input_shape": input_shape,
-            "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
-            "conv_dims": [input_shape[0].channels] * cfg.MODEL.RETINANET.NUM_CONVS,
-            "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB,
-            "norm": cfg.MODEL.RETINANET.NORM,
-            "num_anchors": num_anchors[0],
-        }
+        node = cfg.MODEL.RETINANET
+        sizes = dict(num_classes=node.NUM_CLASSES, num_anchors=per_cell[0])
+        dims = [input_shape[0].channels] * node.NUM_CONVS
+        return dict(input_shape=input_shape, conv_dims=dims, prior_prob=node.PRIOR_PROB, norm=node.NORM, **sizes)
 
     def _norm_per_level(self, norm: str | Callable) -> str | Callable:
         if norm in ("BN", "SyncBN"):
-            bn_class = nn.BatchNorm2d if norm == "BN" else nn.SyncBatchNorm
-            logger.info("RetinaNetHead keeps separate %s statistics for each of %d levels.", norm, self._num_features)
-            return lambda channels: CycleBatchNormList(self._num_features, bn_class=bn_class, num_features=channels)
+            kind, levels = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}[norm], self._num_levels
+            logger.info("RetinaNetHead keeps separate %s statistics for each of %d levels.", norm, levels)
+            return lambda channels: CycleBatchNormList(levels, bn_class=kind, num_features=channels)
         if isinstance(get_norm(norm, 32), nn.modules.batchnorm._BatchNorm):
             logger.warning("RetinaNetHead shares the batch statistics of norm '%s' between its levels.", norm)
         return norm
@@ -108,6 +103,6 @@ class RetinaNetHead(nn.Module):
         return logits, bbox_reg
 
     def _check_features(self, features: list[torch.Tensor]) -> None:
-        assert len(features) == self._num_features, (
-            f"the head was made for {self._num_features} features, got {len(features)}"
+        assert len(features) == self._num_levels, (
+            f"the head was made for {self._num_levels} features, got {len(features)}"
         )

@@ -20,14 +20,12 @@ from d2lite.utils.registry import Registry
 __all__ = ["SEM_SEG_HEADS_REGISTRY", "SemSegFPNHead", "SemanticSegmentor", "build_sem_seg_head"]
 
 SEM_SEG_HEADS_REGISTRY = Registry("SEM_SEG_HEADS")
-SEM_SEG_HEADS_REGISTRY.__doc__ = """
-Heads that turn a dict of features into per-pixel class scores or losses, called as `cls(cfg, input_shape)`.
-"""
+"""Heads that turn a dict of features into per-pixel class scores or losses, called as `cls(cfg, input_shape)`."""
 
 
 def build_sem_seg_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
     """Builds the head named by `cfg.MODEL.SEM_SEG_HEAD.NAME` for features of `input_shape`."""
-    return SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, input_shape)
+    return SEM_SEG_HEADS_REGISTRY.build(cfg.MODEL.SEM_SEG_HEAD.NAME, cfg, input_shape)
 
 
 @META_ARCH_REGISTRY.register()
@@ -54,10 +52,10 @@ class SemanticSegmentor(ImageModel):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Constructor arguments from the configuration, with both parts of the model built."""
-        backbone = build_backbone(cfg)
+        net = build_backbone(cfg)
         return {
-            "backbone": backbone,
-            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "backbone": net,
+            "sem_seg_head": build_sem_seg_head(cfg, net.output_shape()),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
@@ -72,19 +70,14 @@ class SemanticSegmentor(ImageModel):
             In training a dict of losses. Otherwise one {"sem_seg": (num_classes, height, width) logits} per
             image.
         """
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        targets = self._targets(batched_inputs) if self.training else None
-        results, losses = self.sem_seg_head(features, targets)
+        images, features = self.extract_features(batched_inputs)
         if self.training:
-            return losses
+            labels = semantic_labels(batched_inputs, self.backbone, self.device, self.sem_seg_head)
+            return self.sem_seg_head(features, labels)[1]
         return [
-            {"sem_seg": sem_seg_postprocess(r, size, *output_size(x, size))}
-            for r, x, size in zip(results, batched_inputs, images.image_sizes)
+            {"sem_seg": sem_seg_postprocess(logits, size, *output_size(x, size))}
+            for logits, x, size in zip(self.sem_seg_head(features, None)[0], batched_inputs, images.image_sizes)
         ]
-
-    def _targets(self, batched_inputs: list[dict]) -> torch.Tensor:
-        return semantic_labels(batched_inputs, self.backbone, self.device, self.sem_seg_head)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -154,10 +147,8 @@ class SemSegFPNHead(nn.Module):
         Returns:
             In training (None, losses), otherwise (logits (N, num_classes, H, W) at the input resolution, {}).
         """
-        x = self.layers(features)
-        if self.training:
-            return None, self.losses(x, targets)
-        return self._upsample(x), {}
+        logits = self.layers(features)
+        return (None, self.losses(logits, targets)) if self.training else (self._upsample(logits), {})
 
     def layers(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits (N, num_classes, H / common_stride, W / common_stride)."""

@@ -7,8 +7,8 @@ from d2lite.layers import ShapeSpec
 from d2lite.utils.registry import Registry
 
 PROPOSAL_GENERATOR_REGISTRY = Registry("PROPOSAL_GENERATOR")
-PROPOSAL_GENERATOR_REGISTRY.__doc__ = """
-Modules that turn images and features into region proposals.
+"""Modules that turn images and features into region proposals.
+
 Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to `ShapeSpec`.
 """
 
@@ -18,11 +18,10 @@ def build_proposal_generator(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) ->
 
     Returns None for "PrecomputedProposals": proposals then come with the input.
     """
-    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    if name == "PrecomputedProposals":
+    wanted = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if wanted == "RRPN":
+        message = "d2lite leaves out rotated boxes; install Detectron2 to use them."
+        raise NotImplementedError(f"MODEL.PROPOSAL_GENERATOR.NAME is RRPN: {message}")
+    if wanted == "PrecomputedProposals":
         return None
-    if name == "RRPN":
-        raise NotImplementedError(
-            "MODEL.PROPOSAL_GENERATOR.NAME is RRPN: d2lite leaves out rotated boxes; install Detectron2 to use them."
-        )
-    return PROPOSAL_GENERATOR_REGISTRY.get(name)(cfg, input_shape)
+    return PROPOSAL_GENERATOR_REGISTRY.build(wanted, cfg, input_shape)

@@ -11,15 +11,15 @@ from d2lite.modeling.anchor_generator import build_anchor_generator
 from d2lite.utils.registry import Registry
 
 RPN_HEAD_REGISTRY = Registry("RPN_HEAD")
-RPN_HEAD_REGISTRY.__doc__ = """
-Modules that turn a list of feature maps into objectness logits and anchor deltas per level.
+"""Modules that turn a list of feature maps into objectness logits and anchor deltas per level.
+
 Called as `cls(cfg, input_shape)` with `input_shape` a list of `ShapeSpec`.
 """
 
 
 def build_rpn_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
     """Builds the head named by `cfg.MODEL.RPN.HEAD_NAME` for feature maps of `input_shape`."""
-    return RPN_HEAD_REGISTRY.get(cfg.MODEL.RPN.HEAD_NAME)(cfg, input_shape)
+    return RPN_HEAD_REGISTRY.build(cfg.MODEL.RPN.HEAD_NAME, cfg, input_shape)
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -50,10 +50,9 @@ class StandardRPNHead(nn.Module):
         self.conv = convs[0] if len(convs) == 1 else convs
         self.objectness_logits = nn.Conv2d(channels, num_anchors, kernel_size=1)
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * box_dim, kernel_size=1)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
+        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
@@ -68,17 +67,17 @@ class StandardRPNHead(nn.Module):
                 "The RPN head is shared by all levels, but MODEL.RPN.IN_FEATURES"
                 f" {list(cfg.MODEL.RPN.IN_FEATURES)} have {[x.channels for x in input_shape]} channels"
             )
-        anchor_generator = build_anchor_generator(cfg, input_shape)
-        num_anchors = set(anchor_generator.num_anchors)
-        if len(num_anchors) != 1:
+        anchors = build_anchor_generator(cfg, input_shape)
+        per_cell = set(anchors.num_anchors)
+        if len(per_cell) != 1:
             raise ValueError(
                 "The RPN head is shared by all levels, but MODEL.ANCHOR_GENERATOR gives them different"
-                f" numbers of anchors per cell: {anchor_generator.num_anchors}"
+                f" numbers of anchors per cell: {anchors.num_anchors}"
             )
         return {
             "in_channels": channels.pop(),
-            "num_anchors": num_anchors.pop(),
-            "box_dim": anchor_generator.box_dim,
+            "num_anchors": per_cell.pop(),
+            "box_dim": anchors.box_dim,
             "conv_dims": cfg.MODEL.RPN.CONV_DIMS,
         }
 

@@ -14,8 +14,8 @@ from d2lite.utils.events import get_event_storage
 from d2lite.utils.registry import Registry
 
 ROI_HEADS_REGISTRY = Registry("ROI_HEADS")
-ROI_HEADS_REGISTRY.__doc__ = """
-Modules that turn features and proposals into losses or detections.
+"""Modules that turn features and proposals into losses or detections.
+
 Called as `cls(cfg, input_shape)` with `input_shape` a dict of feature name to `ShapeSpec`.
 """
 
@@ -27,7 +27,7 @@ def build_roi_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Modul
         raise NotImplementedError(
             "MODEL.ROI_HEADS.NAME is RROIHeads: d2lite leaves out rotated boxes; install Detectron2 to use them."
         )
-    return ROI_HEADS_REGISTRY.get(name)(cfg, input_shape)
+    return ROI_HEADS_REGISTRY.build(name, cfg, input_shape)
 
 
 class ROIHeads(nn.Module):
@@ -98,6 +98,12 @@ class ROIHeads(nn.Module):
             training.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward()")
+
+    def _check_given_boxes(self, instances: list[Instances]) -> None:
+        """Raises AssertionError unless `forward_with_given_boxes` can be called with `instances`."""
+        assert not self.training, "forward_with_given_boxes() is for inference"
+        missing = [field for field in ("pred_boxes", "pred_classes") if not instances[0].has(field)]
+        assert not missing, f"the given instances have no {' and no '.join(missing)}"
 
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:

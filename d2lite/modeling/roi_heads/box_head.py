@@ -11,15 +11,15 @@ from d2lite.layers import Conv2d, ShapeSpec, get_norm
 from d2lite.utils.registry import Registry
 
 ROI_BOX_HEAD_REGISTRY = Registry("ROI_BOX_HEAD")
-ROI_BOX_HEAD_REGISTRY.__doc__ = """
-Modules that turn pooled features (R, C, H, W) into those of the box predictor, and have an `output_shape`.
+"""Modules that turn pooled features (R, C, H, W) into those of the box predictor, and have an `output_shape`.
+
 Called as `cls(cfg, input_shape)` with a `ShapeSpec`.
 """
 
 
 def build_box_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
     """Builds the head named by `cfg.MODEL.ROI_BOX_HEAD.NAME` for pooled features of `input_shape`."""
-    return ROI_BOX_HEAD_REGISTRY.get(cfg.MODEL.ROI_BOX_HEAD.NAME)(cfg, input_shape)
+    return ROI_BOX_HEAD_REGISTRY.build(cfg.MODEL.ROI_BOX_HEAD.NAME, cfg, input_shape)
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -40,25 +40,19 @@ class FastRCNNConvFCHead(nn.Sequential):
         super().__init__()
         if not conv_dims and not fc_dims:
             raise ValueError("The box head needs a layer: set MODEL.ROI_BOX_HEAD.NUM_CONV or NUM_FC above 0")
-        self._output_size = (input_shape.channels, input_shape.height, input_shape.width)
+        channels, *grid = input_shape.channels, input_shape.height, input_shape.width
         for i, dim in enumerate(conv_dims, start=1):
-            conv = Conv2d(
-                self._output_size[0],
-                dim,
-                kernel_size=3,
-                padding=1,
-                bias=not conv_norm,
-                norm=get_norm(conv_norm, dim),
-                activation=nn.ReLU(),
-            )
-            self.add_module(f"conv{i}", conv)
-            self._output_size = (dim, *self._output_size[1:])
+            options = dict(bias=not conv_norm, norm=get_norm(conv_norm, dim), activation=nn.ReLU())
+            self.add_module(f"conv{i}", Conv2d(channels, dim, 3, padding=1, **options))
+            channels = dim
+        size = (channels, *grid)
+        if fc_dims:
+            self.flatten = nn.Flatten()
         for i, dim in enumerate(fc_dims, start=1):
-            if i == 1:
-                self.add_module("flatten", nn.Flatten())
-            self.add_module(f"fc{i}", nn.Linear(math.prod(self._output_size), dim))
+            self.add_module(f"fc{i}", nn.Linear(math.prod(size), dim))
             self.add_module(f"fc_relu{i}", nn.ReLU())
-            self._output_size = (dim,)
+            size = (dim,)
+        self._output_size = size
         for layer in self:
             if isinstance(layer, Conv2d):
                 c2_msra_fill(layer)
@@ -69,12 +63,8 @@ class FastRCNNConvFCHead(nn.Sequential):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         """Constructor arguments from MODEL.ROI_BOX_HEAD."""
         head = cfg.MODEL.ROI_BOX_HEAD
-        return {
-            "input_shape": input_shape,
-            "conv_dims": [head.CONV_DIM] * head.NUM_CONV,
-            "fc_dims": [head.FC_DIM] * head.NUM_FC,
-            "conv_norm": head.NORM,
-        }
+        convs, fcs = [head.CONV_DIM] * head.NUM_CONV, [head.FC_DIM] * head.NUM_FC
+        return dict(input_shape=input_shape, conv_dims=convs, fc_dims=fcs, conv_norm=head.NORM)
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, C, H, W) -> (R, D), or (R, D, H, W) without fully connected layers; R may be 0."""

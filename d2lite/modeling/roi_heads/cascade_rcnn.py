@@ -49,14 +49,9 @@ class CascadeROIHeads(StandardROIHeads):
                 f"A cascade needs as many box_heads ({len(box_heads)}) as box_predictors"
                 f" ({len(box_predictors)}) and proposal_matchers ({len(proposal_matchers)})"
             )
-        super().__init__(
-            box_in_features=box_in_features,
-            box_pooler=box_pooler,
-            box_head=nn.ModuleList(box_heads),
-            box_predictor=nn.ModuleList(box_predictors),
-            proposal_matcher=proposal_matchers[0],
-            **kwargs,
-        )
+        stages = dict(box_head=nn.ModuleList(box_heads), box_predictor=nn.ModuleList(box_predictors))
+        kwargs.update(stages, proposal_matcher=proposal_matchers[0])
+        super().__init__(box_in_features=box_in_features, box_pooler=box_pooler, **kwargs)
         self.num_cascade_stages = len(box_heads)
         self.proposal_matchers = proposal_matchers
 
@@ -82,20 +77,18 @@ class CascadeROIHeads(StandardROIHeads):
                 f" MODEL.ROI_HEADS.IOU_THRESHOLDS ({heads.IOU_THRESHOLDS[0]})"
             )
         pooler, pooled_shape = build_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
-        box_heads, predictors, matchers = [], [], []
-        for iou, weights in zip(cascade.IOUS, cascade.BBOX_REG_WEIGHTS):
-            box_head = build_box_head(cfg, pooled_shape)
-            box_heads.append(box_head)
-            predictors.append(
-                FastRCNNOutputLayers(cfg, box_head.output_shape, box2box_transform=Box2BoxTransform(weights=weights))
-            )
-            matchers.append(Matcher([iou], [0, 1], allow_low_quality_matches=False))
+
+        def stage(weights: tuple[float, ...]) -> tuple[nn.Module, nn.Module]:
+            head, transform = build_box_head(cfg, pooled_shape), Box2BoxTransform(weights)
+            return head, FastRCNNOutputLayers(cfg, head.output_shape, box2box_transform=transform)
+
+        box_heads, predictors = zip(*map(stage, cascade.BBOX_REG_WEIGHTS))
         return {
             "box_in_features": heads.IN_FEATURES,
             "box_pooler": pooler,
-            "box_heads": box_heads,
-            "box_predictors": predictors,
-            "proposal_matchers": matchers,
+            "box_heads": list(box_heads),
+            "box_predictors": list(predictors),
+            "proposal_matchers": [Matcher([iou], [0, 1], allow_low_quality_matches=False) for iou in cascade.IOUS],
         }
 
     def _box_losses(
@@ -111,38 +104,35 @@ class CascadeROIHeads(StandardROIHeads):
     ) -> dict[str, Tensor] | list[Instances]:
         """Losses "<name>_stage<k>" of all stages (`targets` is needed for these), or N detections."""
         maps = [features[name] for name in self.box_in_features]
-        image_sizes = [x.image_size for x in proposals]
-        outputs = []
-        for k in range(self.num_cascade_stages):
+        sizes = [x.image_size for x in proposals]
+        outputs: list[tuple] = []
+        for k, predictor in enumerate(self.box_predictor):
             if k > 0:
-                predictor, predictions, proposals = outputs[-1]
-                boxes = predictor.predict_boxes(predictions, proposals)
-                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
-                if self.training:
-                    proposals = self._match_and_label_boxes(proposals, k, targets)
-            outputs.append((self.box_predictor[k], self._run_stage(maps, proposals, k), proposals))
+                proposals = self._refine(outputs[-1], sizes, k, targets)
+            outputs.append((predictor, self._run_stage(maps, proposals, k), proposals))
         if not self.training:
-            return self._inference(outputs, image_sizes)
+            return self._inference(outputs, sizes)
         losses = {}
-        for k, (predictor, predictions, proposals) in enumerate(outputs):
+        for k, (predictor, *results) in enumerate(outputs):
             with get_event_storage().name_scope(f"stage{k}"):
-                stage_losses = predictor.losses(predictions, proposals)
-            losses.update({f"{name}_stage{k}": loss for name, loss in stage_losses.items()})
+                losses.update((f"{name}_stage{k}", loss) for name, loss in predictor.losses(*results).items())
         return losses
+
+    def _refine(
+        self, output: tuple, sizes: list[tuple[int, int]], stage: int, targets: list[Instances] | None
+    ) -> list[Instances]:
+        """The proposals of a stage, from the output of the one before; with labels in training."""
+        predictor, predictions, proposals = output
+        refined = self._create_proposals_from_boxes(predictor.predict_boxes(predictions, proposals), sizes)
+        return self._match_and_label_boxes(refined, stage, targets) if self.training else refined
 
     def _inference(self, outputs: list[tuple], image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """Boxes of the last stage, with the mean of the scores of all stages (section 4.3 of the paper)."""
         stage_scores = [predictor.predict_probs(predictions, props) for predictor, predictions, props in outputs]
         scores = [sum(of_image) / self.num_cascade_stages for of_image in zip(*stage_scores)]
-        predictor, predictions, proposals = outputs[-1]
-        return fast_rcnn_inference(
-            predictor.predict_boxes(predictions, proposals),
-            scores,
-            image_sizes,
-            predictor.test_score_thresh,
-            predictor.test_nms_thresh,
-            predictor.test_topk_per_image,
-        )[0]
+        last, *results = outputs[-1]
+        limits = (last.test_score_thresh, last.test_nms_thresh, last.test_topk_per_image)
+        return fast_rcnn_inference(last.predict_boxes(*results), scores, image_sizes, *limits)[0]
 
     @torch.no_grad()
     def _match_and_label_boxes(
@@ -165,11 +155,11 @@ class CascadeROIHeads(StandardROIHeads):
 
     def _run_stage(self, features: list[Tensor], proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
         """Scores and deltas of one stage for all proposals."""
-        box_features = self.box_pooler(features, [x.proposal_boxes for x in proposals])
-        if self.training and box_features.requires_grad:
+        pooled = self.box_pooler(features, [x.proposal_boxes for x in proposals])
+        if self.training and pooled.requires_grad:
             # the stages share the features; their gradients are averaged, not summed, for the backbone
-            box_features.register_hook(lambda gradient: gradient / self.num_cascade_stages)
-        return self.box_predictor[stage](self.box_head[stage](box_features))
+            pooled.register_hook(lambda gradient: gradient / self.num_cascade_stages)
+        return self.box_predictor[stage](self.box_head[stage](pooled))
 
     def _create_proposals_from_boxes(self, boxes: list[Tensor], image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """The predicted boxes (R_i, 4) of a stage as proposals of the next, clipped and without gradient."""

@@ -14,15 +14,15 @@ from d2lite.utils.events import EventStorage, get_event_storage
 from d2lite.utils.registry import Registry
 
 ROI_MASK_HEAD_REGISTRY = Registry("ROI_MASK_HEAD")
-ROI_MASK_HEAD_REGISTRY.__doc__ = """
-Modules that turn pooled features (R, C, H, W) and the instances of their regions into mask losses or masks.
+"""Modules that turn pooled features (R, C, H, W) and the instances of their regions into mask losses or masks.
+
 Called as `cls(cfg, input_shape)` with a `ShapeSpec`.
 """
 
 
 def build_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
     """Builds the head named by `cfg.MODEL.ROI_MASK_HEAD.NAME` for pooled features of `input_shape`."""
-    return ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.ROI_MASK_HEAD.NAME)(cfg, input_shape)
+    return ROI_MASK_HEAD_REGISTRY.build(cfg.MODEL.ROI_MASK_HEAD.NAME, cfg, input_shape)
 
 
 def mask_rcnn_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_period: int = 0) -> Tensor:
@@ -41,20 +41,24 @@ def mask_rcnn_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_per
         raise ValueError(f"Mask predictions must be square, got shape {tuple(pred_mask_logits.shape)}")
     instances = [x for x in instances if len(x) > 0]
     if not instances:
-        return pred_mask_logits.sum() * 0
+        return 0.0 * pred_mask_logits.sum()
     targets = torch.cat([_mask_targets(x, pred_mask_logits) for x in instances])
-    if pred_mask_logits.shape[1] == 1:
-        logits = pred_mask_logits[:, 0]
-    else:
-        classes = torch.cat([x.gt_classes for x in instances]).to(torch.int64)
-        logits = pred_mask_logits[torch.arange(len(classes), device=classes.device), classes]
+    logits = _masks_of_classes(pred_mask_logits, [x.gt_classes for x in instances])[:, 0]
 
-    storage = get_event_storage()
-    _log_mask_accuracy(storage, logits.detach() > 0, targets)
-    if vis_period > 0 and storage.iter % vis_period == 0:
+    events = get_event_storage()
+    _log_mask_accuracy(events, logits.detach() > 0, targets)
+    if vis_period > 0 and events.iter % vis_period == 0:
         for i, pair in enumerate(torch.cat([logits.detach().sigmoid(), targets.to(logits)], dim=2)):
-            storage.put_image(f"Left: mask prediction;   Right: mask GT ({i})", pair.expand(3, -1, -1))
+            events.put_image(f"Left: mask prediction;   Right: mask GT ({i})", pair.expand(3, -1, -1))
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+
+
+def _masks_of_classes(masks: Tensor, classes: list[Tensor]) -> Tensor:
+    """From masks (R, K, M, M) for all classes, or (R, 1, M, M), those of the class of each region: (R, 1, M, M)."""
+    if masks.shape[1] == 1:
+        return masks
+    index = torch.cat(classes).to(torch.int64)
+    return masks[torch.arange(len(index), device=index.device), index][:, None]
 
 
 def _mask_targets(instances: Instances, pred_mask_logits: Tensor) -> Tensor:
@@ -88,13 +92,11 @@ def mask_rcnn_inference(pred_mask_logits: Tensor, pred_instances: list[Instances
             classes together.
         pred_instances: with `pred_classes`, R in all.
     """
-    if pred_mask_logits.shape[1] > 1 and pred_instances:
-        classes = torch.cat([x.pred_classes for x in pred_instances])
-        index = torch.arange(len(classes), device=classes.device)
-        pred_mask_logits = pred_mask_logits[index, classes][:, None]
-    masks = pred_mask_logits.sigmoid().split([len(x) for x in pred_instances])
-    for instances, image_masks in zip(pred_instances, masks):
-        instances.pred_masks = image_masks
+    if not pred_instances:
+        return
+    logits = _masks_of_classes(pred_mask_logits, [x.pred_classes for x in pred_instances])
+    for instances, masks in zip(pred_instances, logits.sigmoid().split([len(x) for x in pred_instances])):
+        instances.pred_masks = masks
 
 
 class BaseMaskRCNNHead(nn.Module):
@@ -114,7 +116,7 @@ class BaseMaskRCNNHead(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         """Constructor arguments from the configuration; `input_shape` is for subclasses."""
-        return {"vis_period": cfg.VIS_PERIOD}
+        return dict(vis_period=cfg.VIS_PERIOD)
 
     def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
         """
@@ -125,11 +127,12 @@ class BaseMaskRCNNHead(nn.Module):
         Returns:
             In training {"loss_mask": scalar}, otherwise `instances` with the field `pred_masks`.
         """
-        x = self.layers(x)
-        if self.training:
-            return {"loss_mask": mask_rcnn_loss(x, instances, self.vis_period) * self.loss_weight}
-        mask_rcnn_inference(x, instances)
-        return instances
+        logits = self.layers(x)
+        if not self.training:
+            mask_rcnn_inference(logits, instances)
+            return instances
+        loss = mask_rcnn_loss(logits, instances, self.vis_period)
+        return {"loss_mask": loss * self.loss_weight}
 
     def layers(self, x: Tensor) -> Tensor:
         """From features (R, C, H, W) to logits (R, K, M, M)."""
@@ -163,16 +166,8 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
             raise ValueError("MaskRCNNConvUpsampleHead: conv_dims must have at least the transposed convolution")
         channels = input_shape.channels
         for i, dim in enumerate(conv_dims[:-1], start=1):
-            conv = Conv2d(
-                channels,
-                dim,
-                kernel_size=3,
-                padding=1,
-                bias=not conv_norm,
-                norm=get_norm(conv_norm, dim),
-                activation=nn.ReLU(),
-            )
-            self.add_module(f"mask_fcn{i}", conv)
+            options = dict(bias=not conv_norm, norm=get_norm(conv_norm, dim), activation=nn.ReLU())
+            self.add_module(f"mask_fcn{i}", Conv2d(channels, dim, 3, padding=1, **options))
             channels = dim
         self.deconv = ConvTranspose2d(channels, conv_dims[-1], kernel_size=2, stride=2)
         self.deconv_relu = nn.ReLU()
@@ -181,19 +176,16 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
             if isinstance(layer, (Conv2d, ConvTranspose2d)) and layer is not self.predictor:
                 c2_msra_fill(layer)
         # close to 0, so that training starts from undecided masks
-        nn.init.normal_(self.predictor.weight, std=0.001)
-        nn.init.zeros_(self.predictor.bias)
+        last = self.predictor
+        nn.init.normal_(last.weight, std=0.001)
+        nn.init.zeros_(last.bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        head = cfg.MODEL.ROI_MASK_HEAD
-        return {
-            **super().from_config(cfg, input_shape),
-            "conv_dims": [head.CONV_DIM] * (head.NUM_CONV + 1),
-            "conv_norm": head.NORM,
-            "input_shape": input_shape,
-            "num_classes": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-        }
+        head, base = cfg.MODEL.ROI_MASK_HEAD, super().from_config(cfg, input_shape)
+        dims = [head.CONV_DIM] * (head.NUM_CONV + 1)
+        num_classes = 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        return dict(base, input_shape=input_shape, num_classes=num_classes, conv_dims=dims, conv_norm=head.NORM)
 
     def layers(self, x: Tensor) -> Tensor:
         """From features (R, C, H, W) to logits (R, K, 2 * H, 2 * W)."""

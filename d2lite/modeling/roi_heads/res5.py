@@ -50,7 +50,7 @@ class Res5ROIHeads(ROIHeads):
         self.res5 = nn.Sequential(*res5) if isinstance(res5, (list, tuple)) else res5
         self.box_predictor = box_predictor
         self.mask_on = mask_head is not None
-        if self.mask_on:
+        if mask_head is not None:
             self.mask_head = mask_head
 
     @classmethod
@@ -78,21 +78,14 @@ class Res5ROIHeads(ROIHeads):
             )
         factor = 2**3  # res5 has 8 times the channels of res2
         channels = resnet.RES2_OUT_CHANNELS * factor
-        blocks = ResNet.make_stage(
-            BottleneckBlock,
-            3,
-            stride_per_block=[2, 1, 1],
-            in_channels=channels // 2,
-            bottleneck_channels=resnet.NUM_GROUPS * resnet.WIDTH_PER_GROUP * factor,
-            out_channels=channels,
-            num_groups=resnet.NUM_GROUPS,
-            norm=resnet.NORM,
-            stride_in_1x1=resnet.STRIDE_IN_1X1,
-        )
+        width = resnet.NUM_GROUPS * resnet.WIDTH_PER_GROUP * factor
+        sizes = dict(in_channels=channels // 2, bottleneck_channels=width, out_channels=channels)
+        kind = dict(num_groups=resnet.NUM_GROUPS, norm=resnet.NORM, stride_in_1x1=resnet.STRIDE_IN_1X1)
+        blocks = ResNet.make_stage(BottleneckBlock, 3, stride_per_block=[2, 1, 1], **sizes, **kind)
         return nn.Sequential(*blocks), channels
 
-    def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
-        return self.res5(self.pooler(features, boxes))
+    def _region_features(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
+        return self.res5(self.pooler([features[name] for name in self.in_features], boxes))
 
     def forward(
         self,
@@ -102,26 +95,23 @@ class Res5ROIHeads(ROIHeads):
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """See `ROIHeads`. In training the first result is empty."""
+        predictor, used = self.box_predictor, proposals
         if self.training:
             assert targets is not None, "ROI heads need `targets` in training"
-            proposals = self.label_and_sample_proposals(proposals, targets)
-        maps = [features[name] for name in self.in_features]
-        box_features = self._shared_roi_transform(maps, [x.proposal_boxes for x in proposals])
-        predictions = self.box_predictor(box_features.mean(dim=[2, 3]))
+            used = self.label_and_sample_proposals(proposals, targets)
+        shared = self._region_features(features, [x.proposal_boxes for x in used])
+        predictions = predictor(shared.mean(dim=(2, 3)))
         if not self.training:
-            detections, _ = self.box_predictor.inference(predictions, proposals)
-            return self.forward_with_given_boxes(features, detections), {}
-        losses = self.box_predictor.losses(predictions, proposals)
+            return self.forward_with_given_boxes(features, predictor.inference(predictions, used)[0]), {}
+        losses = predictor.losses(predictions, used)
         if self.mask_on:
-            foreground, masks = select_foreground_proposals(proposals, self.num_classes)
-            losses.update(self.mask_head(box_features[torch.cat(masks)], foreground))
+            foreground, masks = select_foreground_proposals(used, self.num_classes)
+            losses.update(self.mask_head(shared[torch.cat(masks)], foreground))
         return [], losses
 
     def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
         """See `StandardROIHeads.forward_with_given_boxes`."""
-        assert not self.training, "forward_with_given_boxes() is for inference"
-        assert instances[0].has("pred_boxes") and instances[0].has("pred_classes")
+        self._check_given_boxes(instances)
         if not self.mask_on:
             return instances
-        maps = [features[name] for name in self.in_features]
-        return self.mask_head(self._shared_roi_transform(maps, [x.pred_boxes for x in instances]), instances)
+        return self.mask_head(self._region_features(features, [x.pred_boxes for x in instances]), instances)

@@ -62,16 +62,16 @@ class StandardROIHeads(ROIHeads):
             kwargs: see `ROIHeads`.
         """
         super().__init__(**kwargs)
-        self.in_features = self.box_in_features = box_in_features
+        self.box_in_features = self.in_features = box_in_features
         self.box_pooler = box_pooler
         self.box_head = box_head
         self.box_predictor = box_predictor
+        self.train_on_pred_boxes = train_on_pred_boxes
         self.mask_on = mask_in_features is not None
         if self.mask_on:
             self.mask_in_features = mask_in_features
             self.mask_pooler = mask_pooler
             self.mask_head = mask_head
-        self.train_on_pred_boxes = train_on_pred_boxes
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -84,14 +84,11 @@ class StandardROIHeads(ROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        pooler, pooled_shape = build_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
-        box_head = build_box_head(cfg, pooled_shape)
-        return {
-            "box_in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
-            "box_pooler": pooler,
-            "box_head": box_head,
-            "box_predictor": FastRCNNOutputLayers(cfg, box_head.output_shape),
-        }
+        pooler, shape = build_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        head = build_box_head(cfg, shape)
+        predictor = FastRCNNOutputLayers(cfg, head.output_shape)
+        names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        return {"box_in_features": names, "box_pooler": pooler, "box_head": head, "box_predictor": predictor}
 
     @classmethod
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -116,11 +113,10 @@ class StandardROIHeads(ROIHeads):
             detections = self._forward_box(features, proposals)
             return self.forward_with_given_boxes(features, detections), {}
         assert targets is not None, "ROI heads need `targets` in training"
-        proposals = self.label_and_sample_proposals(proposals, targets)
-        losses = self._box_losses(features, proposals, targets)
+        sampled = self.label_and_sample_proposals(proposals, targets)
+        box_losses = self._box_losses(features, sampled, targets)
         # the masks get the proposals that the boxes were trained on, not the boxes' predictions
-        losses.update(self._forward_mask(features, proposals))
-        return proposals, losses
+        return sampled, {**box_losses, **self._forward_mask(features, sampled)}
 
     def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
         """Predicts the masks of given boxes. Only outside training.
@@ -132,8 +128,7 @@ class StandardROIHeads(ROIHeads):
         Returns:
             The same, with the field `pred_masks` (R_i, 1, M, M) if the model has masks.
         """
-        assert not self.training, "forward_with_given_boxes() is for inference"
-        assert instances[0].has("pred_boxes") and instances[0].has("pred_classes")
+        self._check_given_boxes(instances)
         return self._forward_mask(features, instances)
 
     def _box_losses(
@@ -146,17 +141,16 @@ class StandardROIHeads(ROIHeads):
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor] | list[Instances]:
         """Losses of the boxes, or N detections. May replace `proposal_boxes` by predictions in training."""
-        maps = [features[name] for name in self.box_in_features]
-        box_features = self.box_pooler(maps, [x.proposal_boxes for x in proposals])
-        predictions = self.box_predictor(self.box_head(box_features))
+        predictor = self.box_predictor
+        pooled = _pool(self.box_pooler, features, self.box_in_features, [x.proposal_boxes for x in proposals])
+        predictions = predictor(self.box_head(pooled))
         if not self.training:
-            return self.box_predictor.inference(predictions, proposals)[0]
-        losses = self.box_predictor.losses(predictions, proposals)
+            return predictor.inference(predictions, proposals)[0]
+        losses = predictor.losses(predictions, proposals)
         if self.train_on_pred_boxes:
             with torch.no_grad():
-                boxes = self.box_predictor.predict_boxes_for_gt_classes(predictions, proposals)
-                for x, image_boxes in zip(proposals, boxes):
-                    x.proposal_boxes = Boxes(image_boxes)
+                for x, boxes in zip(proposals, predictor.predict_boxes_for_gt_classes(predictions, proposals)):
+                    x.proposal_boxes = Boxes(boxes)
         return losses
 
     def _forward_mask(
@@ -165,11 +159,15 @@ class StandardROIHeads(ROIHeads):
         """Losses of the masks for the foreground of `instances`, or `instances` with masks."""
         if not self.mask_on:
             return {} if self.training else instances
+        boxes = "proposal_boxes" if self.training else "pred_boxes"
         if self.training:
             instances = select_foreground_proposals(instances, self.num_classes)[0]
-        if self.mask_pooler is not None:
-            maps = [features[name] for name in self.mask_in_features]
-            features = self.mask_pooler(maps, [x.proposal_boxes if self.training else x.pred_boxes for x in instances])
+        if self.mask_pooler is None:
+            inputs = {name: features[name] for name in self.mask_in_features}
         else:
-            features = {name: features[name] for name in self.mask_in_features}
-        return self.mask_head(features, instances)
+            inputs = _pool(self.mask_pooler, features, self.mask_in_features, [x.get(boxes) for x in instances])
+        return self.mask_head(inputs, instances)
+
+
+def _pool(pooler: ROIPooler, features: dict[str, Tensor], names: list[str], boxes: list[Boxes]) -> Tensor:
+    return pooler([features[name] for name in names], boxes)
