@@ -1,6 +1,7 @@
 """Shared by all tests: the name `detectron2`, and where recorded data lies."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 
 torch.set_num_threads(1)
+
+#: d2lite's own tests are about d2lite, whatever the runtime.
+collect_ignore = ["d2lite"] if os.environ.get("D2KD_RUNTIME", "").lower() == "detectron2" else []
 
 DATA = Path(__file__).parent / "data"
 

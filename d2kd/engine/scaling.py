@@ -17,10 +17,13 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     Raises:
         ConfigError: the batch size cannot be divided among the reference's processes.
     """
-    try:
-        scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
-    except (AssertionError, ValueError) as error:  # Detectron2 itself asserts
-        raise ConfigError(str(error)) from error
+    reference, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference not in (0, processes) and images % reference:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {images}, which cannot be divided among SOLVER.REFERENCE_WORLD_SIZE {reference} "
+            "processes, and so not be scaled to another number of them."
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     if scaled is cfg:
         return cfg
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / processes

@@ -88,6 +88,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
     for notice in notices if comm.is_main_process() else ():
         logger.warning("%s", notice)
+    if RUNTIME.name == "detectron2" and hasattr(torch._C, "_jit_set_profiling_executor"):
+        # its scripted losses compute the first two calls of a process otherwise than those after them, so that a
+        # resumed run would not be equal bit by bit
+        torch._C._jit_set_profiling_executor(False)
     starts_anew = not any(getattr(args, flag, False) for flag in ("resume", "eval_only", "eval_teacher"))
     with contextlib.nullcontext() if starts_anew else _keeping_config(cfg):
         default_setup(cfg, args)

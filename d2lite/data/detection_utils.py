@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from fvcore.transforms.transform import CropTransform, Transform, TransformList
+from fvcore.transforms.transform import CropTransform, HFlipTransform, Transform, TransformList
 
 from d2lite.config import CfgNode
 from d2lite.data import transforms as T
@@ -49,18 +49,21 @@ def transform_instance_annotations(
     *,
     keypoint_hflip_indices: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Applies the transforms of an image to the box and the segmentation of one annotation.
+    """Applies the transforms of an image to the box, the segmentation and the key points of one annotation.
 
     Args:
-        annotation: with "bbox" and "bbox_mode", and perhaps "segmentation": polygons or RLE. It is changed.
+        annotation: with "bbox" and "bbox_mode", and perhaps "segmentation": polygons or RLE, and "keypoints". It is
+            changed.
         transforms: what was applied to the image.
         image_size: (height, width) after the transforms.
+        keypoint_hflip_indices: which key point each is after a horizontal flip.
 
     Returns:
         The annotation, with the box as XYXY_ABS inside the image and an RLE as a mask (H, W) uint8.
+
+    Raises:
+        ValueError: key points are flipped without `keypoint_hflip_indices`.
     """
-    if keypoint_hflip_indices is not None or "keypoints" in annotation:
-        raise NotImplementedError("keypoints are not part of d2lite; Detectron2 has them")
     if isinstance(transforms, (tuple, list)):
         transforms = TransformList(transforms)
     box = BoxMode.convert(np.array([annotation["bbox"]]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
@@ -69,7 +72,26 @@ def transform_instance_annotations(
     annotation["bbox_mode"] = BoxMode.XYXY_ABS
     if "segmentation" in annotation:
         annotation["segmentation"] = _transform_segmentation(annotation["segmentation"], transforms, image_size)
+    if "keypoints" in annotation:
+        annotation["keypoints"] = _transform_keypoints(
+            annotation["keypoints"], transforms, image_size, keypoint_hflip_indices
+        )
     return annotation
+
+
+def _transform_keypoints(
+    keypoints: Any, transforms: Transform, image_size: ImageSize, flipped: np.ndarray | None
+) -> np.ndarray:
+    """Key points (K, 3) of x, y and visibility; those outside the image, or unlabeled, become zeros."""
+    points = np.array(keypoints, dtype=float).reshape(-1, 3)
+    moved = transforms.apply_coords(points[:, :2].copy())
+    inside = ((moved >= 0) & (moved <= image_size[::-1])).all(axis=1)
+    points = np.column_stack([moved, points[:, 2]]) * (inside & (points[:, 2] > 0))[:, None]
+    if sum(isinstance(t, HFlipTransform) for t in getattr(transforms, "transforms", [transforms])) % 2:
+        if flipped is None:
+            raise ValueError("key points cannot be flipped without keypoint_hflip_indices, which say left from right")
+        points = points[np.asarray(flipped)]
+    return points
 
 
 def _transform_segmentation(

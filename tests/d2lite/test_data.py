@@ -572,10 +572,18 @@ def test_annotations_with_mixed_box_modes():
     assert boxes.tolist() == [[1, 2, 5, 6], [1, 2, 6, 8]] and boxes.dtype == torch.float32
 
 
-def test_keypoints_are_refused():
-    anno = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "keypoints": [1, 2, 2]}
-    with pytest.raises(NotImplementedError, match="keypoints"):
-        utils.transform_instance_annotations(anno, [], (10, 10))
+def test_key_points_move_with_the_image_and_leave_it():
+    def transformed(points, transforms, **flip):
+        anno = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "keypoints": points}
+        return utils.transform_instance_annotations(anno, transforms, (10, 20), **flip)["keypoints"]
+
+    points = [1.0, 2.0, 2, 15.0, 8.0, 1, 3.0, 3.0, 0]
+    scaled = transformed(points, [T.ScaleTransform(10, 10, 10, 20, "bilinear")])
+    assert np.allclose(scaled, [[2, 2, 2], [0, 0, 0], [0, 0, 0]])  # outside, and not labeled
+    flipped = transformed(points, [T.HFlipTransform(20)], keypoint_hflip_indices=np.array([1, 0, 2]))
+    assert np.allclose(flipped, [[5, 8, 1], [19, 2, 2], [0, 0, 0]])
+    with pytest.raises(ValueError, match="keypoint_hflip_indices"):
+        transformed(points, [T.HFlipTransform(20)])
 
 
 def test_crop_around_an_instance():

@@ -165,10 +165,12 @@ class Architecture:
         return {name: vars(self.model)[name] for name in self.LOSS_NORMALIZERS if name in vars(self.model)}
 
     def load_loss_normalizers(self, values: Mapping[str, Any]) -> None:
-        """Sets the running loss normalizers to those that `loss_normalizers` has returned."""
-        for name, value in values.items():
-            if name in self.LOSS_NORMALIZERS:
-                setattr(self.model, name, value)
+        """Sets the running loss normalizers to those that `loss_normalizers` has returned, before a batch or after."""
+        for name in self.LOSS_NORMALIZERS:
+            if name in values:
+                setattr(self.model, name, values[name])
+            else:
+                vars(self.model).pop(name, None)
 
 
 class UnknownArchitecture(Architecture):

@@ -75,8 +75,6 @@ class FCOS(DenseDetector):
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
-        # Running average of the foreground cells in a batch; to be restored when training resumes.
-        self.loss_normalizer: float = 300.0
 
     def forward_training(
         self,

@@ -82,8 +82,6 @@ class RetinaNet(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
         self.vis_period = vis_period
         self.input_format = input_format
-        # Running average of the foreground anchors in a batch; to be restored when training resumes.
-        self.loss_normalizer: float = 100.0
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
