@@ -20,8 +20,8 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     reference, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if reference not in (0, processes) and images % reference:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {images}, which cannot be divided among SOLVER.REFERENCE_WORLD_SIZE {reference} "
-            "processes, and so not be scaled to another number of them."
+            f"SOLVER.IMS_PER_BATCH {images} cannot be divided among the {reference} processes of "
+            "SOLVER.REFERENCE_WORLD_SIZE, and so not be scaled to another number of them."
         )
     scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     if scaled is cfg:
