@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Cost of distillation: one distillation step over (plain student step + teacher backbone forward).
+"""Cost of distillation: one distillation step over (plain student step + teacher forward to the deepest tap).
 
     python benchmarks/step_cost.py --pair quickstart --methods FeatureMimic MaskedGenerative
     python benchmarks/step_cost.py --pair r101-r50 --size 512 --batch 2
@@ -28,7 +28,7 @@ import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.distillers import ChannelMatching
 from d2kd.engine import load_config
 from d2kd.engine.optimizer import build_optimizer
-from d2kd.modeling import DistilledModel, build_distilled_model, load_teacher, teacher_config
+from d2kd.modeling import DistilledModel, FeatureTaps, build_distilled_model, load_teacher, teacher_config
 from d2kd.token_learning import TokenLearner
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -80,14 +80,11 @@ def steps(cfg: CfgNode, model: DistilledModel, batch: list[dict[str, Any]]) -> d
         sum(net(batch).values()).backward()
         optimizer.step()
 
-    @torch.no_grad()
-    def teacher_backbone() -> None:
-        teacher = model.teacher.model
-        teacher.backbone(teacher.preprocess_image(batch).tensor)
-
+    compared = [pair.teacher.name for method in model.distillers.values() for pair in method.pairs]
+    taps = FeatureTaps(model.teacher.model, compared)
     calls = {
         "student": lambda: train(model.student, optimizers["student"]),
-        "teacher": teacher_backbone,
+        "teacher": lambda: model.teacher.record(batch, taps),
         "distillation": lambda: train(model, optimizers["distillation"]),
     }
     if "MaskedGenerative" in model.distillers:

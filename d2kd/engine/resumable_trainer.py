@@ -28,7 +28,7 @@ from .optimizer import build_optimizer
 from .run_folder import DISK_ERRORS
 from .run_settings import run_settings, with_settings, write_config
 from .scaling import scale_to_processes
-from .train_step import NonFiniteLossError, TrainStep, mixed_precision
+from .train_step import ADVICE, NonFiniteLossError, TrainStep, mixed_precision
 
 logger = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ class ResumableTrainer(TrainerBase):
             self._tag_sound_checkpoint()
             raise NonFiniteLossError(
                 f"Not finite after iteration {self.iter}: {len(bad)} weights, first {bad[0]}. They are not saved. "
-                f"{self._how_to_go_on()}"
+                f"{ADVICE} {self._how_to_go_on()}"
             )
 
     def _before_failure(self) -> str:
@@ -313,7 +313,7 @@ class ResumableTrainer(TrainerBase):
             kept = "The weights were ruined before it."
         self.iter += 1
         self._tag_sound_checkpoint()
-        return f"{kept} {self._how_to_go_on()}"
+        return f" {kept} {self._how_to_go_on()}"
 
     def _tag_sound_checkpoint(self) -> None:
         """Lets a resumed run continue from the last checkpoint before the loss began to grow without end."""
@@ -334,14 +334,11 @@ class ResumableTrainer(TrainerBase):
             Path(self.cfg.OUTPUT_DIR, "last_checkpoint").unlink()
 
     def _how_to_go_on(self) -> str:
-        advice = (
-            "a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a "
-            "smaller weight of a method"
-        )
-        if comm.is_main_process() and self.checkpointer.has_checkpoint():
-            name = Path(self.checkpointer.get_checkpoint_file()).name
-            return f"--resume continues from {name}: give it {advice}."
-        return f"No checkpoint lies before it: start anew (--overwrite) with {advice}."
+        if self.checkpointer.has_checkpoint():
+            return (
+                f"--resume continues from {Path(self.checkpointer.get_checkpoint_file()).name}, with what you change."
+            )
+        return "No checkpoint lies before it: start anew (--overwrite)."
 
 
 def wrap_data_parallel(model: nn.Module) -> nn.Module:

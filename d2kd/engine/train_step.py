@@ -28,6 +28,13 @@ SCALE_CHECK_PERIOD, MIN_LOSS_SCALE, INIT_SCALE = 20, 2.0**-14, 2.0**16
 _HALF_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+#: What may keep a loss finite.
+ADVICE = (
+    "Try a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, gradient clipping (SOLVER.CLIP_GRADIENTS) or a smaller "
+    "weight of that method."
+)
+
+
 class NonFiniteLossError(UserError, FloatingPointError):
     """A loss or gradient became infinite or NaN; the message says where the state before it is."""
 
@@ -168,10 +175,10 @@ class TrainStep(SimpleTrainer):
     def _fail(self, what: str, together: bool = True) -> NoReturn:
         self._snapshot.restore()
         if together or comm.get_world_size() == 1:
-            advice = self.before_raising()
+            kept = self.before_raising()
         else:  # the other processes wait for this one's gradients and cannot take part in saving
-            advice = "--resume continues from the last checkpoint: give it a lower SOLVER.BASE_LR."
-        raise NonFiniteLossError(f"Not finite at iteration {self.iter}: {what}. {advice}")
+            kept = " --resume continues from the last checkpoint."
+        raise NonFiniteLossError(f"Not finite at iteration {self.iter}: {what}. {ADVICE}{kept}")
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, optimizer and loss scale."""

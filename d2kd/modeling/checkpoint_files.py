@@ -16,6 +16,8 @@ from d2kd.runtime import RUNTIME
 from d2lite.checkpoint.safe_load import InvalidCheckpointError, load_pickle_file, load_torch_file
 from detectron2.checkpoint import DetectionCheckpointer
 
+from .pretrained_names import source_of, unpacked
+
 _CHECKSUM = "checksum"
 
 
@@ -33,7 +35,13 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if RUNTIME.name == "detectron2":  # whose own reading runs what a pickle asks for: nothing, after this
             read_checkpoint(filename)
-        content: dict[str, Any] = super()._load_file(filename)
+        try:
+            content: dict[str, Any] = super()._load_file(filename)
+        except InvalidCheckpointError:  # d2lite's; weights of torchvision or timm may lie elsewhere in a file
+            found = read_checkpoint(filename)
+            if not isinstance(found, dict) or source_of(found) is None:
+                raise
+            content = {"model": unpacked(found)}
         return without_checksum(filename, content)
 
 

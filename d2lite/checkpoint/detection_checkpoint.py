@@ -88,8 +88,7 @@ class DetectionCheckpointer(Checkpointer):
         else:
             checkpoint = load_torch_file(f)
             if isinstance(checkpoint, dict) and "model" not in checkpoint:
-                # of plain PyTorch training programs
-                checkpoint = {"model": checkpoint.get("state_dict", checkpoint)}
+                checkpoint = {"model": checkpoint}
         if self._use_heuristics and isinstance(checkpoint, dict):
             checkpoint["matching_heuristics"] = True
         try:

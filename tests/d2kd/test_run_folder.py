@@ -235,7 +235,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_the_undisturbed_one(write_config,
 def test_after_a_divergence_a_lower_rate_trains_on(write_config, tmp_path):
     path = write_config(DATASETS__TEST=[], SOLVER__MAX_ITER=12, SOLVER__CHECKPOINT_PERIOD=1, SOLVER__WARMUP_ITERS=0)
     run_training(path, stop_at=4)
-    with pytest.raises(NonFiniteLossError, match=r"--resume continues from model_000000\d\.pth.*SOLVER\.BASE_LR"):
+    with pytest.raises(NonFiniteLossError, match=r"SOLVER\.BASE_LR.*--resume continues from model_000000\d\.pth"):
         run_training(path, resume=True, SOLVER__BASE_LR=1e6)
     for _ in range(2):  # a second wrong attempt costs nothing
         last = (tmp_path / "student" / "last_checkpoint").read_text()

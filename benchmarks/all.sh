@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Renews the numbers in benchmarks/results that are older than the code they measure; all of them with --force.
+#
+#     bash benchmarks/all.sh          # on an otherwise idle machine; about half an hour on 2 cores
+#
+# Each file begins with the commit that was measured, the machine and the command. docs/benchmarks.md quotes them. The
+# accuracy tables are made by benchmarks/accuracy.py, which repeats nothing that is finished: they take days.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=benchmarks/results
+mkdir -p "$results"
+
+# measure NAME "PATHS that it depends on" COMMAND...
+measure() {
+    local name=$1 paths=$2 file="$results/$1.txt" measured
+    shift 2
+    measured=$(sed -n 's/^commit: \([0-9a-f]*\).*/\1/p' "$file" 2>/dev/null || true)
+    # shellcheck disable=SC2086  # PATHS is a list
+    if [[ -z $force && -n $measured ]] && git diff --quiet "$measured" -- $paths 2>/dev/null; then
+        echo "$name: measured at $measured, and nothing that it measures has changed since"
+        return
+    fi
+    echo "$name: $*"
+    {
+        echo "commit: $(git rev-parse --short HEAD)$(git diff --quiet HEAD -- d2kd d2lite benchmarks || echo ', and changes')"
+        echo "machine: $(python -c 'from d2kd.evaluation.report import describe_environment as e; print(e())')"
+        echo "command: $*"
+        "$@"
+    } >"$file.new" 2>"$results/error.log"
+    mv "$file.new" "$file"
+    rm "$results/error.log"
+}
+
+force=${1:-}
+models="d2lite/modeling d2lite/layers d2lite/structures"
+step="benchmarks/step_cost.py d2kd/modeling d2kd/distillers d2kd/layers $models"
+small="FeatureMimic MaskedGenerative ReceptiveTokens ChannelMatching"
+# shellcheck disable=SC2086
+measure step_cost_quickstart "$step" python benchmarks/step_cost.py --pair quickstart --repeats 25 --methods $small
+measure step_cost_r50_r18 "$step" python benchmarks/step_cost.py --pair r50-r18 --methods ChannelMatching
+measure step_cost_r101_r50 "$step" python benchmarks/step_cost.py --pair r101-r50 --repeats 5
+tokens="benchmarks/receptive_tokens.py d2kd/distillers/receptive_tokens d2kd/layers"
+measure receptive_tokens "$tokens" python benchmarks/receptive_tokens.py
+matching="benchmarks/channel_matching.py d2kd/distillers/channel_matching d2kd/layers"
+measure channel_matching "$matching" python benchmarks/channel_matching.py
+measure models "benchmarks/models.py $models" python benchmarks/models.py
+measure evaluation "benchmarks/evaluation.py d2kd/evaluation d2lite/evaluation" python benchmarks/evaluation.py
