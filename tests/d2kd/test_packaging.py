@@ -31,7 +31,7 @@ MODULES = {
     "tensorboard": "torch.utils.tensorboard",
 }
 #: The programs that pyproject.toml declares: run, not imported.
-PROGRAMS = {"build", "mypy", "types-pyyaml", "pre-commit", "pytest", "ruff"}
+PROGRAMS = {"hypothesis", "build", "mypy", "types-pyyaml", "pre-commit", "pytest", "ruff"}
 
 
 def module_of(requirement: str) -> str:
