@@ -37,6 +37,7 @@ def config_keys(add: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
 def add_distill_config(cfg: CfgNode) -> None:
     """Adds d2kd's keys, with their defaults, to a Detectron2 configuration: the core's and all registered ones."""
     import_installed()
+    cfg.DISTILL = CfgNode()
     for key, declared in _declared.items():
         *path, name = key.split(".")
         node = cfg

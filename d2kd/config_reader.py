@@ -70,6 +70,10 @@ def read_config(
     add_distill_config(cfg)
     defaults = dict(leaves(cfg))
     _merge(cfg, lambda: _merge_content(cfg, path, _with_types(list(flat.items()), defaults)), path)
+    for key, _ in pairs:
+        above = next((leaf for leaf in defaults if key.startswith(f"{leaf}.")), None)
+        if above is not None:
+            raise ConfigError(f"In {source}: Non-existent key: {key}; there is {above}, with no key below it.")
     changes = [item for pair in _with_types(pairs, defaults) for item in pair]
     _merge(cfg, lambda: cfg.merge_from_list(changes), source)
     cfg.DISTILL.IMPORTS = list(dict.fromkeys([*loader.imports, *named]))
@@ -104,7 +108,8 @@ def _pairs(options: Sequence[Any], source: str) -> list[tuple[str, Any]]:
     """Options as (key, value), values as Python literals where they are."""
     if len(options) % 2 or not all(isinstance(key, str) for key in options[::2]):
         raise ConfigError(
-            f"Options of {source} come in pairs, KEY VALUE; these are {len(options)}: {' '.join(map(str, options))}"
+            f"Options of {source} come in pairs, KEY VALUE without '='; these are {len(options)}: "
+            f"{' '.join(map(str, options))}"
         )
     return [(key, _literal(value)) for key, value in zip(options[::2], options[1::2])]
 
@@ -155,7 +160,7 @@ def _rename(pairs: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], li
         removed = False
         for renamed in [renamed for renamed in renamed_keys if renamed.old == key]:
             new = _convert(renamed, value)
-            if renamed.old != renamed.new or new != value:
+            if renamed.old != renamed.new or (new is not value and new != value):
                 words += [_words(renamed, value, new)] if renamed.new or value else []  # nothing is lost with ""
                 key, value, removed = renamed.new, new, not renamed.new
         result += [] if removed else [(key, value)]

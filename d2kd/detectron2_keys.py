@@ -41,6 +41,14 @@ _ANCHORS = allow(above=0, items=float, rule=NOT_EMPTY)
 #: Channels of an image, by INPUT.FORMAT.
 CHANNELS = {"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "YCbCr": 3, "LAB": 3, "HSV": 3, "L": 1, "RGBA": 4, "CMYK": 4}
 
+#: Backbones that are ResNets as Detectron2 has them.
+RESNETS = (
+    "build_resnet_backbone",
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+    "build_fcos_resnet_fpn_backbone",
+)
+
 _RUN = {
     "OUTPUT_DIR": _NAMED,
     "SEED": allow(at_least=-1, below=2**31),
@@ -231,37 +239,38 @@ def check_together(cfg: CfgNode) -> None:
     Raises:
         ConfigError: values that do not go together, in a configuration whose values are right by themselves.
     """
-    given, solver, crop = cfg.INPUT, cfg.SOLVER, cfg.INPUT.CROP
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        numbers, channels = cfg.MODEL[key], CHANNELS[given.FORMAT]
-        _require(
-            len(numbers) == channels, f"MODEL.{key}", numbers, f"have {channels} numbers (INPUT.FORMAT {given.FORMAT})"
-        )
-    _require(
-        given.MIN_SIZE_TRAIN_SAMPLING == "choice" or len(given.MIN_SIZE_TRAIN) == 2,
-        "INPUT.MIN_SIZE_TRAIN",
-        given.MIN_SIZE_TRAIN,
-        "be two numbers with INPUT.MIN_SIZE_TRAIN_SAMPLING range",
-    )
-    _require(
-        not crop.ENABLED or not crop.TYPE.startswith("relative") or max(crop.SIZE) <= 1,
-        "INPUT.CROP.SIZE",
-        crop.SIZE,
-        f"be at most 1 with INPUT.CROP.TYPE {crop.TYPE}",
-    )
-    _require(
-        solver.LR_SCHEDULER_NAME != "WarmupCosineLR" or solver.BASE_LR_END <= solver.BASE_LR,
-        "SOLVER.BASE_LR_END",
-        solver.BASE_LR_END,
-        f"be at most SOLVER.BASE_LR, {solver.BASE_LR}",
-    )
+    _check_images(cfg)
+    solver, model = cfg.SOLVER, cfg.MODEL
+    last_lr = solver.get("BASE_LR_END", 0.0)
+    fits = solver.LR_SCHEDULER_NAME != "WarmupCosineLR" or last_lr <= solver.BASE_LR
+    _require(fits, "SOLVER.BASE_LR_END", last_lr, f"be at most SOLVER.BASE_LR, {solver.BASE_LR}")
     for node in ("RPN", "ROI_HEADS", "RETINANET"):
-        labels, thresholds = cfg.MODEL[node].IOU_LABELS, cfg.MODEL[node].IOU_THRESHOLDS
+        labels, thresholds = model[node].IOU_LABELS, model[node].IOU_THRESHOLDS
         fits = len(labels) == len(thresholds) + 1
         _require(fits, f"MODEL.{node}.IOU_LABELS", labels, f"have one more than IOU_THRESHOLDS, {thresholds}")
-    stages = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    stages = model.ROI_BOX_CASCADE_HEAD
     fits = len(stages.BBOX_REG_WEIGHTS) == len(stages.IOUS)
     _require(fits, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", stages.IOUS, "be as many as BBOX_REG_WEIGHTS")
+    for node, key in (("FPN", "OUT_CHANNELS"), ("ROI_BOX_HEAD", "CONV_DIM"), ("ROI_MASK_HEAD", "CONV_DIM")):
+        fits = model[node].NORM != "GN" or model[node][key] % 32 == 0
+        _require(fits, f"MODEL.{node}.{key}", model[node][key], "be a multiple of 32 with NORM GN")
+    if model.BACKBONE.NAME in RESNETS and model.RESNETS.DEPTH < 50:
+        for key, needed in (("RES2_OUT_CHANNELS", 64), ("NUM_GROUPS", 1), ("RES5_DILATION", 1)):
+            fits = model.RESNETS[key] == needed
+            _require(fits, f"MODEL.RESNETS.{key}", model.RESNETS[key], f"be {needed} with DEPTH {model.RESNETS.DEPTH}")
+
+
+def _check_images(cfg: CfgNode) -> None:
+    images, crop = cfg.INPUT, cfg.INPUT.CROP
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        numbers, channels = cfg.MODEL[key], CHANNELS[images.FORMAT]
+        fits = len(numbers) == channels
+        _require(fits, f"MODEL.{key}", numbers, f"have {channels} numbers, as INPUT.FORMAT is {images.FORMAT}")
+    sides = images.MIN_SIZE_TRAIN
+    fits = images.MIN_SIZE_TRAIN_SAMPLING == "choice" or len(sides) == 2
+    _require(fits, "INPUT.MIN_SIZE_TRAIN", sides, "be two numbers with INPUT.MIN_SIZE_TRAIN_SAMPLING range")
+    fits = not crop.ENABLED or not crop.TYPE.startswith("relative") or max(crop.SIZE) <= 1
+    _require(fits, "INPUT.CROP.SIZE", crop.SIZE, f"be at most 1 with INPUT.CROP.TYPE {crop.TYPE}")
 
 
 def _require(holds: bool, key: str, value: Any, words: str) -> None:

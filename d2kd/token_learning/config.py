@@ -1,5 +1,6 @@
 """The solver of the first stage, from the settings of `DISTILL.RECEPTIVE_TOKENS.LEARN`."""
 
+from d2kd.config import check_values
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 
@@ -10,8 +11,9 @@ _LAST_LR = 1e-6
 def check_learning(cfg: CfgNode) -> None:
     """
     Raises:
-        ConfigError: `cfg` is a student's, or has no weights.
+        ConfigError: `cfg` is a student's, or has no weights, or a value is wrong.
     """
+    check_values(cfg)
     if cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             "Tokens are learned on the teacher alone: --config-file must be the teacher's own YAML (now "

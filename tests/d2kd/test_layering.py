@@ -51,6 +51,7 @@ ALLOWED = {
         "settings",
     },
     "token_learning": {
+        "config",
         "data",
         "distillers",
         "engine",

@@ -35,7 +35,7 @@ class FCOS(fcos.FCOS):
         """Constructor arguments from the configuration.
 
         Raises:
-            ConfigError: `MODEL.FCOS.IN_FEATURES` names what the backbone does not give.
+            ConfigError: `MODEL.FCOS.IN_FEATURES` names what the backbone does not give, or NORM does not fit it.
         """
         node = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
@@ -67,6 +67,11 @@ def _build_head(node: CfgNode, backbone: Backbone) -> nn.Module:
             f"{', '.join(shapes)}."
         )
     levels = [shapes[name] for name in node.IN_FEATURES]
+    if node.NORM == "GN" and levels[0].channels % 32:
+        raise ConfigError(
+            f"MODEL.FCOS.NORM is GN, which needs a multiple of 32 channels; {node.IN_FEATURES[0]} has "
+            f"{levels[0].channels} (MODEL.FPN.OUT_CHANNELS)."
+        )
     return fcos.FCOSHead(
         input_shape=levels,
         num_classes=node.NUM_CLASSES,
