@@ -36,7 +36,14 @@ _BOX_LOSS = allow(choices=("smooth_l1", "giou", "diou", "ciou"))
 _BOX_WEIGHTS = allow(above=0, rule=length(4, 5))  # 5 of rotated boxes
 _POOLER = allow(choices=("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated"))
 _SIDES = allow(at_least=1, rule=NOT_EMPTY)
-_ANCHORS = allow(above=0, items=float, rule=NOT_EMPTY)
+_ANCHORS = allow(
+    above=0,
+    items=float,
+    rule=Rule(
+        "must be a list for each level, or one for all",
+        lambda levels: [] not in levels and len({isinstance(level, list) for level in levels}) == 1,
+    ),
+)
 
 #: Channels of an image, by INPUT.FORMAT.
 CHANNELS = {"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "YCbCr": 3, "LAB": 3, "HSV": 3, "L": 1, "RGBA": 4, "CMYK": 4}
@@ -46,8 +53,11 @@ RESNETS = (
     "build_resnet_backbone",
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_last_norm_backbone",
     "build_fcos_resnet_fpn_backbone",
 )
+#: Nodes of the heads that have anchors, by architecture.
+ANCHORED = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "RPN", "ProposalNetwork": "RPN", "PanopticFPN": "RPN"}
 
 _RUN = {
     "OUTPUT_DIR": _NAMED,
@@ -240,24 +250,12 @@ def check_together(cfg: CfgNode) -> None:
         ConfigError: values that do not go together, in a configuration whose values are right by themselves.
     """
     _check_images(cfg)
-    solver, model = cfg.SOLVER, cfg.MODEL
+    solver = cfg.SOLVER
     last_lr = solver.get("BASE_LR_END", 0.0)
     fits = solver.LR_SCHEDULER_NAME != "WarmupCosineLR" or last_lr <= solver.BASE_LR
     _require(fits, "SOLVER.BASE_LR_END", last_lr, f"be at most SOLVER.BASE_LR, {solver.BASE_LR}")
-    for node in ("RPN", "ROI_HEADS", "RETINANET"):
-        labels, thresholds = model[node].IOU_LABELS, model[node].IOU_THRESHOLDS
-        fits = len(labels) == len(thresholds) + 1
-        _require(fits, f"MODEL.{node}.IOU_LABELS", labels, f"have one more than IOU_THRESHOLDS, {thresholds}")
-    stages = model.ROI_BOX_CASCADE_HEAD
-    fits = len(stages.BBOX_REG_WEIGHTS) == len(stages.IOUS)
-    _require(fits, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", stages.IOUS, "be as many as BBOX_REG_WEIGHTS")
-    for node, key in (("FPN", "OUT_CHANNELS"), ("ROI_BOX_HEAD", "CONV_DIM"), ("ROI_MASK_HEAD", "CONV_DIM")):
-        fits = model[node].NORM != "GN" or model[node][key] % 32 == 0
-        _require(fits, f"MODEL.{node}.{key}", model[node][key], "be a multiple of 32 with NORM GN")
-    if model.BACKBONE.NAME in RESNETS and model.RESNETS.DEPTH < 50:
-        for key, needed in (("RES2_OUT_CHANNELS", 64), ("NUM_GROUPS", 1), ("RES5_DILATION", 1)):
-            fits = model.RESNETS[key] == needed
-            _require(fits, f"MODEL.RESNETS.{key}", model.RESNETS[key], f"be {needed} with DEPTH {model.RESNETS.DEPTH}")
+    _check_backbone(cfg.MODEL)
+    _check_heads(cfg.MODEL)
 
 
 def _check_images(cfg: CfgNode) -> None:
@@ -271,6 +269,34 @@ def _check_images(cfg: CfgNode) -> None:
     _require(fits, "INPUT.MIN_SIZE_TRAIN", sides, "be two numbers with INPUT.MIN_SIZE_TRAIN_SAMPLING range")
     fits = not crop.ENABLED or not crop.TYPE.startswith("relative") or max(crop.SIZE) <= 1
     _require(fits, "INPUT.CROP.SIZE", crop.SIZE, f"be at most 1 with INPUT.CROP.TYPE {crop.TYPE}")
+
+
+def _check_backbone(model: CfgNode) -> None:
+    if model.BACKBONE.NAME in RESNETS and model.RESNETS.DEPTH < 50:
+        for key, needed in (("RES2_OUT_CHANNELS", 64), ("NUM_GROUPS", 1), ("RES5_DILATION", 1)):
+            fits = model.RESNETS[key] == needed
+            _require(fits, f"MODEL.RESNETS.{key}", model.RESNETS[key], f"be {needed} with DEPTH {model.RESNETS.DEPTH}")
+    for node, key in (("FPN", "OUT_CHANNELS"), ("ROI_BOX_HEAD", "CONV_DIM"), ("ROI_MASK_HEAD", "CONV_DIM")):
+        fits = model[node].NORM != "GN" or model[node][key] % 32 == 0
+        _require(fits, f"MODEL.{node}.{key}", model[node][key], "be a multiple of 32 with NORM GN")
+
+
+def _check_heads(model: CfgNode) -> None:
+    for node in ("RPN", "ROI_HEADS", "RETINANET"):
+        labels, thresholds = model[node].IOU_LABELS, model[node].IOU_THRESHOLDS
+        fits = len(labels) == len(thresholds) + 1
+        _require(fits, f"MODEL.{node}.IOU_LABELS", labels, f"have one more than IOU_THRESHOLDS, {thresholds}")
+    stages = model.ROI_BOX_CASCADE_HEAD
+    fits = len(stages.BBOX_REG_WEIGHTS) == len(stages.IOUS)
+    _require(fits, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", stages.IOUS, "be as many as BBOX_REG_WEIGHTS")
+    node = ANCHORED.get(model.META_ARCHITECTURE, "")
+    if node and (node == "RETINANET" or model.PROPOSAL_GENERATOR.NAME == "RPN"):
+        levels = len(model[node].IN_FEATURES)
+        for key in ("SIZES", "ASPECT_RATIOS"):
+            value = model.ANCHOR_GENERATOR[key]
+            fits = not isinstance(value[0], (list, tuple)) or len(value) in (1, levels)
+            words = f"have a list for each of {node}.IN_FEATURES, {levels}, or one for all"
+            _require(fits, f"MODEL.ANCHOR_GENERATOR.{key}", value, words)
 
 
 def _require(holds: bool, key: str, value: Any, words: str) -> None:

@@ -145,6 +145,7 @@ TOGETHER = {
     "MODEL.ROI_BOX_CASCADE_HEAD.IOUS is": ["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", [0.5]],
     "DISTILL.CHANNEL_MATCHING.REFRESH_PERIODS is": ["DISTILL.CHANNEL_MATCHING.REFRESH_STEPS", [1, 2, 3]],
     "DISTILL.FEATURE_MIMIC.TEACHER_PASS is": ["DISTILL.FEATURE_MIMIC.TEACHER_PASS", "DensPass"],
+    "MODEL.ANCHOR_GENERATOR.SIZES is [[8], [16]]": ["MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16]]],
     "MODEL.FPN.OUT_CHANNELS is 48": ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48],
     "MODEL.RESNETS.RES2_OUT_CHANNELS is 256": ["MODEL.RESNETS.DEPTH", 18],
     "Non-existent key: SOLVER.MAX_ITER.X": ["SOLVER.MAX_ITER.X", 5],
@@ -203,6 +204,14 @@ def test_flags_end_in_one_line_and_status_2(words, monkeypatch):
     with pytest.raises(SystemExit, match="^2$"):
         train.run(FLAGS[words])
     assert len(told) == 1 and words in told[0] and "\n" not in told[0]
+
+
+@pytest.mark.parametrize("value", [[[]], [[8], []], [[8], 16]])
+def test_anchors_are_lists_of_one_form(value):
+    with pytest.raises(ConfigError, match=r"ANCHOR_GENERATOR\.SIZES is .*a list for each level, or one for all"):
+        read_config("", ["MODEL.ANCHOR_GENERATOR.SIZES", value])
+    for right in ([8, 16], [[8, 16]]):
+        read_config("", ["MODEL.ANCHOR_GENERATOR.SIZES", right])
 
 
 def test_nodes_that_are_not_used_may_be_of_another_form():
