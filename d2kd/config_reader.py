@@ -5,12 +5,12 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from d2kd.config import RenamedKey, add_distill_config, list_path_keys, list_renamed_keys
+from d2kd.config import RenamedKey, add_distill_config, check_values, leaves, list_path_keys, list_renamed_keys
 from d2kd.errors import ConfigError, UserError, did_you_mean
 from d2kd.plugins import import_plugins
 from detectron2.config import CfgNode, get_cfg
@@ -43,7 +43,7 @@ def read_config(
 
     Raises:
         ConfigError: the file cannot be read, a key does not exist (the message lists near matches), or a value has
-            another type than its default.
+            another type than its default, is out of range, or does not go with another.
     """
     pairs = _pairs(options, source)
     chosen = [value for key, value in pairs if key == _IMPORTS]
@@ -65,14 +65,19 @@ def read_config(
     pairs, words = _rename([pair for pair in pairs if pair[0] != _IMPORTS])
     for where, renamed in {**loader.words, source: words}.items():
         if renamed:
-            _tell(f"Old keys in {where}, still accepted: {'; '.join(renamed)}", notices)
+            tell(f"Old keys in {where}, still accepted: {'; '.join(renamed)}", notices)
     cfg = get_cfg()
     add_distill_config(cfg)
     defaults = dict(leaves(cfg))
     _merge(cfg, lambda: _merge_content(cfg, path, _with_types(list(flat.items()), defaults)), path)
+    for key, _ in pairs:
+        above = next((leaf for leaf in defaults if key.startswith(f"{leaf}.")), None)
+        if above is not None:
+            raise ConfigError(f"In {source}: Non-existent key: {key}; there is {above}, with no key below it.")
     changes = [item for pair in _with_types(pairs, defaults) for item in pair]
     _merge(cfg, lambda: cfg.merge_from_list(changes), source)
     cfg.DISTILL.IMPORTS = list(dict.fromkeys([*loader.imports, *named]))
+    check_values(cfg)
     return cfg
 
 
@@ -103,7 +108,8 @@ def _pairs(options: Sequence[Any], source: str) -> list[tuple[str, Any]]:
     """Options as (key, value), values as Python literals where they are."""
     if len(options) % 2 or not all(isinstance(key, str) for key in options[::2]):
         raise ConfigError(
-            f"Options of {source} come in pairs, KEY VALUE; these are {len(options)}: {' '.join(map(str, options))}"
+            f"Options of {source} come in pairs, KEY VALUE without '='; these are {len(options)}: "
+            f"{' '.join(map(str, options))}"
         )
     return [(key, _literal(value)) for key, value in zip(options[::2], options[1::2])]
 
@@ -154,7 +160,7 @@ def _rename(pairs: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], li
         removed = False
         for renamed in [renamed for renamed in renamed_keys if renamed.old == key]:
             new = _convert(renamed, value)
-            if renamed.old != renamed.new or new != value:
+            if renamed.old != renamed.new or (new is not value and new != value):
                 words += [_words(renamed, value, new)] if renamed.new or value else []  # nothing is lost with ""
                 key, value, removed = renamed.new, new, not renamed.new
         result += [] if removed else [(key, value)]
@@ -187,7 +193,8 @@ def _words(renamed: RenamedKey, old: Any, new: Any) -> str:
     )
 
 
-def _tell(text: str, notices: list[str] | None) -> None:
+def tell(text: str, notices: list[str] | None) -> None:
+    """Adds a line to `notices`, or without them logs it, once in a process."""
     if notices is not None:
         notices.append(text)
     elif text not in _told:
@@ -256,7 +263,7 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
         if mismatch:
             kind, value, key = mismatch.groups()
             wanted = "a mapping of keys" if kind.endswith("CfgNode") else f"of type {kind}"
-            raise ConfigError(f"In {where}: {key} is {value}; it must be {wanted}.") from error
+            raise ConfigError(f"In {where}: {key} is {' '.join(value.split())}; it must be {wanted}.") from error
         unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
         hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""
         raise ConfigError(f"In {where}: {message.rstrip('.')}{'' if message.endswith('?') else '.'}{hint}") from error
@@ -264,12 +271,3 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
 
 def _text(error: Exception) -> str:
     return str(error) if isinstance(error, (OSError, UnicodeError)) or not error.args else str(error.args[0])
-
-
-def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (whole key, value) of every key that is no node."""
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -20,15 +20,18 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     return f" Did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""
 
 
-def require_choice(key: str, value: Any, choices: Iterable[str]) -> None:
-    """Checks a value that must be one of some words.
+def require_choice(key: str, value: Any, choices: Iterable[Any], hint: str = "") -> None:
+    """Checks a value that must be one of some words, or numbers.
 
     Args:
         key: the whole key, for the message.
+        hint: what else to say, " ...", at its end.
 
     Raises:
         ConfigError: it is none of them; the message lists them, and near matches.
     """
     choices = list(choices)
     if value not in choices:
-        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(choices)}.{did_you_mean(value, choices)}")
+        words = [str(choice) or '""' for choice in choices]
+        near = did_you_mean(value, words)
+        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(words)}.{near}{hint}")

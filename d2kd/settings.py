@@ -3,10 +3,10 @@
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import ge, gt, le, lt
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from d2kd.errors import ConfigError, did_you_mean, require_choice
 from detectron2.config import CfgNode
@@ -15,23 +15,80 @@ from detectron2.config import CfgNode
 MAX_NUMBER = 2**63 - 1
 
 
+class Rule(NamedTuple):
+    """What a whole value must be, beyond type and bounds."""
+
+    #: "must ...", for the message.
+    words: str
+    #: Called with a value of the right type, within bounds.
+    holds: Callable[[Any], bool]
+
+
+NOT_EMPTY = Rule("must not be empty", lambda value: bool(value.strip() if isinstance(value, str) else value))
+DISTINCT = Rule("must name each once", lambda values: len(set(values)) == len(values))
+SORTED = Rule("must be ascending", lambda values: values == sorted(values))
+ASCENDING = Rule("must be ascending, each once", lambda values: values == sorted(set(values)))
+
+
+def length(*numbers: int) -> Rule:
+    """Returns the rule that a list has so many items; of a list of lists, each of them."""
+
+    def holds(values: Sequence[Any]) -> bool:
+        lists: list[Sequence[Any]] = [value for value in values if isinstance(value, list)] or [values]
+        return all(len(value) in numbers for value in lists)
+
+    return Rule(f"must be a list of {' or '.join(map(str, numbers))} items", holds)
+
+
 @dataclass(frozen=True)
 class Setting:
     """The declaration of one key; see `setting` for its fields."""
 
     default: Any
-    doc: str
-    choices: tuple[str, ...] = ()
+    doc: str = ""
+    choices: Sequence[Any] | Callable[[], Sequence[Any]] = ()
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    infinite: bool = False
     items: type | None = None
+    rule: Rule | None = None
     iterations: bool = False
     config_only: bool = False
     path: bool = False
     key: str = ""
+    hint: str = ""
     renamed_values: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether values are lists or tuples."""
+        return isinstance(self.default, (list, tuple))
+
+    @property
+    def kind(self) -> type[Any]:
+        """Type of the value, or of each item of a list (or of its lists); `object` stands for all types."""
+        sample = self.default
+        while isinstance(sample, (list, tuple)):
+            sample = sample[0] if sample else ""
+        return self.items or type(sample)
+
+    @property
+    def words(self) -> Sequence[Any]:
+        """The values that are allowed; () where that is not a matter of choice."""
+        return self.choices() if callable(self.choices) else self.choices
+
+    @property
+    def bounds(self) -> list[tuple[float, Callable[[float, float], bool], str]]:
+        """Each bound with what must hold, as a function and in words."""
+        bounds = (
+            (self.at_least, ge, "at least"),
+            (self.above, gt, "above"),
+            (self.at_most, le, "at most"),
+            (self.below, lt, "below"),
+        )
+        return [(bound, holds, words) for bound, holds, words in bounds if bound is not None]
 
     def check(self, key: str, value: Any) -> Any:
         """Returns the value in the type of the default (a whole number may stand for a float, a tuple for a list).
@@ -42,36 +99,42 @@ class Setting:
         Raises:
             ConfigError: the value has another type, or is out of range.
         """
-        if not isinstance(self.default, list):
-            return self._check_one(key, value, type(self.default))
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{key} is {value!r}; it must be a list.")
-        kind = self.items or str
-        return [self._check_one(f"{key}[{i}]", item, kind) for i, item in enumerate(value)]
+        if value is None and self.default is None:
+            return None
+        value = self._check_list(key, value, self.default) if self.is_list else self._check_one(key, value)
+        if self.rule is not None and not self.rule.holds(value):
+            raise ConfigError(f"{key} is {value!r}; it {self.rule.words}.")
+        return value
 
-    def _check_one(self, key: str, value: Any, kind: type[Any]) -> Any:
+    def _check_list(self, key: str, values: Any, like: Sequence[Any]) -> list[Any]:
+        if not isinstance(values, (list, tuple)):
+            raise ConfigError(f"{key} is {values!r}; it must be a list.")
+        inner = like[0] if like and isinstance(like[0], (list, tuple)) else None
+        return [
+            self._check_one(f"{key}[{i}]", value)
+            if inner is None or not isinstance(value, (list, tuple))
+            else self._check_list(f"{key}[{i}]", value, inner)
+            for i, value in enumerate(values)
+        ]
+
+    def _check_one(self, key: str, value: Any) -> Any:
+        kind = self.kind
         if kind is float and type(value) is int and abs(value) <= MAX_NUMBER:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind and kind is not object:
             raise ConfigError(f"{key} is {value!r}; it must be of type {kind.__name__}.")
         if self.choices:
-            require_choice(key, value, self.choices)
+            require_choice(key, value, self.words, self.hint)
         if kind in (int, float):
             self._check_range(key, value)
         return value
 
     def _check_range(self, key: str, value: float) -> None:
-        if not -MAX_NUMBER <= value <= MAX_NUMBER:  # also false for NaN
+        unbounded = self.infinite and value == math.inf
+        if not unbounded and not -MAX_NUMBER <= value <= MAX_NUMBER:  # also false for NaN
             raise ConfigError(f"{key} is {value}; it must be a finite number, of at most 64 bits.")
-        rules = (
-            (self.at_least, ge, "at least"),
-            (self.above, gt, "above"),
-            (self.at_most, le, "at most"),
-            (self.below, lt, "below"),
-        )
-        given = [(bound, holds, words) for bound, holds, words in rules if bound is not None]
-        if not all(holds(value, bound) for bound, holds, _ in given):
-            rule = " and ".join(f"{words} {bound:g}" for bound, _, words in given)
+        if not all(holds(value, bound) for bound, holds, _ in self.bounds):
+            rule = " and ".join(f"{words} {bound:g}" for bound, _, words in self.bounds)
             raise ConfigError(f"{key} is {value}; it must be {rule}.")
 
     def renamed(self, value: Any) -> Any:
@@ -92,12 +155,14 @@ def setting(default: Any, doc: str, **declaration: Any) -> Any:
     Args:
         default: of the YAML key and of the constructor's argument; its type is the key's type.
         doc: what it means, with its unit.
-        declaration: `choices` (words that are allowed); `at_least`, `above`, `at_most`, `below` (bounds of a number, or
-            of every number in a list); `items` (type of a list's items, by default str); `iterations=True` (counted in
-            iterations: scaled with the number of processes, see SOLVER.REFERENCE_WORLD_SIZE); `config_only=True` (a
-            YAML key that is no argument of the constructor); `path=True` (of a file; looked for beside the YAML that
-            names it, too); `key` (the YAML key, by default the name in capitals);
-            `renamed_values` (old words that configurations may still have, to new ones).
+        declaration: `choices` (words that are allowed, or a function that lists them; `hint` follows the message for
+            others); `at_least`, `above`, `at_most`, `below` (bounds of a number, or of every number in a list);
+            `infinite=True` (it may be); `items` (type of a list's items, by default that of the default's, or str);
+            `rule` (of the whole value, a `Rule`); `iterations=True` (counted in iterations: scaled with the number of
+            processes, see SOLVER.REFERENCE_WORLD_SIZE); `config_only=True` (a YAML key that is no argument of the
+            constructor); `path=True` (of a file; looked for beside the YAML that names it, too); `key` (the YAML key,
+            by default the name in capitals); `renamed_values` (old words that configurations may still have, to new
+            ones).
     """
     return Setting(default, doc, **declaration)
 
@@ -107,10 +172,12 @@ class Configurable:
 
     Attributes:
         DEFAULTS: defaults that differ from those that a base class declares, by YAML key.
+        NODES: parts with settings of their own whose nodes lie below this one's, by name.
         SETTINGS: all declarations, those of base classes first, by attribute.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    NODES: ClassVar[Mapping[str, type["Configurable"]]] = {}
     SETTINGS: ClassVar[Mapping[str, Setting]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -141,19 +208,16 @@ class Configurable:
     @classmethod
     def default_node(cls) -> CfgNode:
         """Returns the YAML node with all defaults."""
-        return CfgNode({declared.key: copy.copy(declared.default) for declared in cls.SETTINGS.values()})
+        node = CfgNode({declared.key: copy.copy(declared.default) for declared in cls.SETTINGS.values()})
+        node.update({name: part.default_node() for name, part in cls.NODES.items()})
+        return node
 
     @classmethod
-    def check_node(cls, node: CfgNode, where: str) -> None:
-        """
-        Args:
-            where: the node's own key, for messages.
-
-        Raises:
-            ConfigError: a value has another type than its default, or is out of range.
-        """
-        for declared in cls.SETTINGS.values():
-            declared.check(f"{where}.{declared.key}", node[declared.key])
+    def list_keys(cls, where: str) -> Iterator[tuple[str, Setting]]:
+        """Yields each whole key with its declaration, given the node's own key."""
+        yield from ((f"{where}.{declared.key}", declared) for declared in cls.SETTINGS.values())
+        for name, part in cls.NODES.items():
+            yield from part.list_keys(f"{where}.{name}")
 
     @classmethod
     def arguments(cls, node: CfgNode) -> dict[str, Any]:

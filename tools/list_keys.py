@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Prints the keys of the methods, as each declares them: default, range and meaning, in Markdown.
+"""Prints the keys that d2kd adds to a configuration, as they are declared: default, range and meaning, in Markdown.
 
-python tools/list_keys.py                                          # those of d2kd and of installed packages
-python tools/list_keys.py MaskedGenerative                         # one of them, with the keys that all methods have
+python tools/list_keys.py                                          # all, also those of installed packages
+python tools/list_keys.py MaskedGenerative                         # of one method, with the keys that all methods have
 python tools/list_keys.py MyMethod --import my_method.py           # one of your own
 python tools/list_keys.py > docs/keys.md
 """
@@ -10,51 +10,67 @@ python tools/list_keys.py > docs/keys.md
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 
+from d2kd.config import list_declared
 from d2kd.config_reader import read_config
 from d2kd.distillers import DISTILLERS, Distiller
-from d2kd.distillers.receptive_tokens import LearnSettings
 from d2kd.engine import add_import_argument, run_tool
 from d2kd.errors import require_choice
-from d2kd.settings import Configurable, Setting
+from d2kd.settings import Setting
 
 TITLE = """\
-# Keys of the methods
+# Keys
 
-Made by `python tools/list_keys.py` from what each method declares; a test compares the two. All other keys have a
-comment each in [`d2kd/config.py`](../d2kd/config.py). What the methods are: [methods.md](methods.md)."""
+Made by `python tools/list_keys.py` from what stands beside the default of each key; a test compares the two. All values
+are checked against it when a configuration is read; those of Detectron2's own keys against
+[`d2kd/detectron2_keys.py`](../d2kd/detectron2_keys.py). What the methods are: [methods.md](methods.md)."""
 
-#: Nodes inside a method's node, by method.
-PARTS: Mapping[str, Mapping[str, type[Configurable]]] = {"ReceptiveTokens": {"LEARN": LearnSettings}}
+#: Bounds of numbers, as short as a table wants them.
+SIGNS = {"at least": ">=", "above": ">", "at most": "<=", "below": "<"}
 
 
 def main(methods: Sequence[str]) -> None:
-    """Prints the keys of some methods, by default of all."""
+    """Prints the keys of some methods, by default all keys."""
     known = sorted(name for name, _ in DISTILLERS)
     for name in methods:
         require_choice("The method", name, known)
-    print("\n".join(page(methods or known)))
+    print("\n".join([TITLE, *methods_page(methods)] if methods else [TITLE, *nodes_page(), *methods_page(known)]))
 
 
-def page(methods: Sequence[str]) -> Iterator[str]:
-    """Yields the lines of the page."""
-    shared = Distiller.SETTINGS
-    yield from (TITLE, "", "## Every method", "")
+def nodes_page() -> Iterator[str]:
+    """Yields the lines on the keys of no method, with one table for each node."""
+    nodes: dict[str, dict[str, Setting]] = {}
+    for key, declared in list_declared().items():
+        node, _, name = key.rpartition(".")
+        nodes.setdefault(node, {})[name] = declared
+    for node in sorted(nodes):
+        yield from ("", f"## {node}", "", *table(nodes[node]))
+
+
+def methods_page(methods: Sequence[str]) -> Iterator[str]:
+    """Yields the lines on the keys of some methods."""
+    shared = by_key(Distiller.SETTINGS)
+    yield from ("", "## Every method", "")
     yield "Below the node of each method, e.g. `DISTILL.FEATURE_MIMIC.WEIGHT`; some have another default, see below."
     yield from ("", *table(shared))
     for name in methods:
         method = DISTILLERS.get(name)
         yield from ("", f"## {name}", "", f"Below `DISTILL.{method.NODE}`.")
-        own = {name: declared for name, declared in method.SETTINGS.items() if shared.get(name) != declared}
+        own = {key: declared for key, declared in by_key(method.SETTINGS).items() if shared.get(key) != declared}
         yield from ("", *table(own)) if own else ("It has the keys of every method only.",)
-        for node, part in PARTS.get(name, {}).items():
-            yield from ("", f"Below `DISTILL.{method.NODE}.{node}`.", "", *table(part.SETTINGS))
+        for node, part in method.NODES.items():
+            yield from ("", f"Below `DISTILL.{method.NODE}.{node}`.", "", *table(by_key(part.SETTINGS)))
+
+
+def by_key(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Returns settings by their keys instead of their attributes."""
+    return {declared.key: declared for declared in settings.values()}
 
 
 def table(settings: Mapping[str, Setting]) -> Iterator[str]:
     """Yields the lines of a table of keys."""
     yield from ("| key | default | range | meaning |", "| --- | --- | --- | --- |")
-    for declared in settings.values():
-        cells = [f"`{declared.key}`", f"`{default_of(declared)}`", range_of(declared), declared.doc]
+    for key, declared in settings.items():
+        cells = [f"`{key}`", f"`{default_of(declared)}`", range_of(declared), declared.doc]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -65,14 +81,13 @@ def default_of(declared: Setting) -> str:
 
 def range_of(declared: Setting) -> str:
     """Returns the type of a key and what values it takes."""
-    kind = type(declared.default).__name__
-    if kind == "list":
-        kind = f"list of {(declared.items or str).__name__}"
-    bounds = ((">=", declared.at_least), (">", declared.above), ("<=", declared.at_most))
-    rules = [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
-    if declared.choices:
-        rules.append("one of " + ", ".join(f"`{choice}`" for choice in declared.choices))
-    return ", ".join([kind, *rules])
+    kind = "any" if declared.kind is object else declared.kind.__name__
+    rules = [f"{SIGNS[words]} {bound:g}" for bound, _, words in declared.bounds]
+    if declared.words:
+        rules.append("one of " + ", ".join(f"`{word}`" if word else '`""`' for word in declared.words))
+    if declared.rule is not None:
+        rules.append(declared.rule.words.removeprefix("must be "))
+    return ", ".join([f"list of {kind}" if declared.is_list else kind, *rules])
 
 
 if __name__ == "__main__":

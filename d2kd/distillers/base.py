@@ -7,10 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from d2kd.config import RenamedKey, config_keys, path_keys, renamed_keys
+from d2kd.config import RenamedKey, config_keys, declare_keys, key_settings, renamed_keys
 from d2kd.errors import ConfigError
 from d2kd.layers import NORMALIZATIONS, REDUCTIONS, align_resolution, align_validity
-from d2kd.settings import Configurable, setting
+from d2kd.settings import DISTINCT, Configurable, Setting, setting
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
@@ -18,6 +18,17 @@ from .taps import AlignmentError, TapPair, build_aligner, check_alignable
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
+
+declare_keys(
+    "DISTILL",
+    METHODS=setting(
+        ["FeatureMimic"],
+        "Methods to train with, by name; several are added up. [] initializes from the teacher only.",
+        choices=lambda: sorted(name for name, _ in DISTILLERS),
+        rule=DISTINCT,
+        hint=" A method of your own: name its file with --import.",
+    ),
+)
 
 #: What a method sees of one network: a map (N, C, H, W), or vectors (R, C), by tap name.
 FeatureMaps = Mapping[str, Tensor]
@@ -262,20 +273,17 @@ def add_method_keys(cfg: CfgNode) -> None:
         cfg.DISTILL[method.NODE] = method.default_node()
 
 
-@path_keys
-def method_path_keys() -> Iterator[str]:
-    """Yields the keys of all methods that hold paths."""
+@key_settings
+def method_settings() -> Iterator[tuple[str, Setting]]:
+    """Yields the keys of all methods with their declarations."""
     for _, method in DISTILLERS:
-        yield from (f"DISTILL.{method.NODE}.{s.key}" for s in method.SETTINGS.values() if s.path)
+        yield from method.list_keys(f"DISTILL.{method.NODE}")
 
 
 @renamed_keys
 def renamed_method_keys() -> Iterator[RenamedKey]:
-    """Yields the keys and values of all methods that had other names before."""
+    """Yields the keys of all methods that had other names before."""
     for _, method in DISTILLERS:
         node = f"DISTILL.{method.NODE}."
         for old, (new, convert) in method.RENAMED_KEYS.items():
             yield RenamedKey(node + old, new and node + new, convert)
-        for declared in method.SETTINGS.values():
-            if declared.renamed_values:
-                yield RenamedKey(node + declared.key, node + declared.key, declared.renamed)

@@ -21,7 +21,9 @@ class HeadRegression(PredictionDistiller):
 
     PREDICTION = "box_deltas"
 
-    beta: float = setting(1.0, "Where smooth L1 turns from quadratic to linear; 0 is plain L1.", at_least=0)
+    beta: float = setting(
+        1.0, "Where smooth L1 turns from quadratic to linear; 0 is plain L1.", at_least=0, at_most=1000
+    )
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the mean over all elements; 0, and connected to the student, where there are none."""

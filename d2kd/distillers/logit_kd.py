@@ -35,7 +35,9 @@ class LogitKD(PredictionDistiller):
 
     PREDICTION = "class_logits"
 
-    temperature: float = setting(1.0, "Divides the logits; the loss is multiplied by its square.", above=0)
+    temperature: float = setting(
+        1.0, "Divides the logits; the loss is multiplied by its square.", above=0, at_most=1000
+    )
     form: str = setting(
         "auto",
         "softmax: over the classes | sigmoid: independent classes | spatial: over the positions, for each class | "

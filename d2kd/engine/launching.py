@@ -14,6 +14,7 @@ from typing import Any
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2kd.errors import ConfigError, UserError
+from d2kd.settings import Setting
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -64,9 +65,10 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 
     Ctrl-C and termination go to all of them, and their exit status becomes this process's.
     """
+    run_tool(lambda: _check_processes(args))
     joins_others = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # as torchrun sets them
     starts_others = args.num_gpus * args.num_machines > 1 and not joins_others
-    if (starts_others or joins_others) and _runs_on_cpu(args):
+    if (starts_others or joins_others) and run_tool(lambda: _runs_on_cpu(args)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, the runtime would choose NCCL
     try:
         with _passing_signals_on() if starts_others else contextlib.nullcontext():
@@ -82,11 +84,18 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
         sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
 
 
+def _check_processes(args: argparse.Namespace) -> None:
+    """Raises ConfigError for a number of processes or machines that there cannot be."""
+    Setting(1, at_least=1).check("--num-gpus", args.num_gpus)
+    Setting(1, at_least=1).check("--num-machines", args.num_machines)
+    Setting(0, at_least=0, below=args.num_machines).check("--machine-rank", args.machine_rank)
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError("--dist-url is auto; with several machines it must be tcp://HOST:PORT of the first one.")
+
+
 def _runs_on_cpu(args: argparse.Namespace) -> bool:
-    try:
-        return load_config(args.config_file, command_line_options(args), args.imports, []).MODEL.DEVICE == "cpu"
-    except ConfigError:  # which the processes will tell
-        return False
+    cfg = load_config(args.config_file, command_line_options(args), args.imports, [])
+    return bool(cfg.MODEL.DEVICE == "cpu")
 
 
 @contextlib.contextmanager

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from d2kd.config_reader import read_config
+from d2kd.config_reader import read_config, tell
 from d2kd.data.datasets import register_datasets
 from d2kd.errors import ConfigError
 from d2kd.files import find_config, replacing
+from d2kd.modeling import is_distillation, read_teacher_config
 from d2kd.runtime import RUNTIME
+from d2kd.settings import NOT_EMPTY, Setting
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
@@ -66,7 +68,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     args.config_file = find_config(args.config_file)
     notices: list[str] = []  # for the log, which is not there yet
     cfg = load_config(args.config_file, command_line_options(args), args.imports, notices)
-    if args.method and not cfg.DISTILL.TEACHER.CONFIG_FILE:
+    if args.method is not None and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"--method {args.method} needs a teacher: name its YAML (--teacher-config) and checkpoint "
             "(--teacher-weights)."
@@ -76,6 +78,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         notices.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no CUDA device here: this runs on the CPU.")
         cfg.MODEL.DEVICE = "cpu"
+    if is_distillation(cfg):
+        read_teacher_config(cfg, [])  # what is wrong there must be known now; it is read again where it is used
     _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
     cfg.freeze()
@@ -151,16 +155,21 @@ def load_config(
             f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
             "DISTILL.TEACHER.CONFIG_FILE (--teacher-config) says which network these are."
         )
+    _drop_late_steps(cfg.SOLVER, notices)
     return cfg
 
 
+def _drop_late_steps(solver: CfgNode, notices: list[str] | None) -> None:
+    """Detectron2 ignores steps behind MAX_ITER and fails at one that is equal; here none of them has an effect."""
+    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and len(steps) < len(solver.STEPS):
+        text = f"SOLVER.STEPS {tuple(solver.STEPS)}: those not below MAX_ITER, {solver.MAX_ITER}, have no effect."
+        tell(text, notices)
+        solver.STEPS = tuple(steps)
+
+
 def _use_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
-        raise ConfigError(f"MODEL.DEVICE is {name!r}; it must be cuda, cpu, or one GPU, such as cuda:1.")
+    device = torch.device(name)
     if device.type != "cuda" or device.index is None:
         return
     if comm.get_world_size() > 1:
@@ -171,15 +180,20 @@ def _use_device(name: str) -> None:
 
 
 def command_line_options(args: argparse.Namespace) -> list[str]:
-    """Returns the changes to the configuration that a command line asks for, ["KEY", "value", ...]."""
+    """Returns the changes to the configuration that a command line asks for, ["KEY", "value", ...].
+
+    Raises:
+        ConfigError: a flag is empty.
+    """
     changes = [o for o in args.opts if o != "--"]
-    for key, value in (
-        ("DISTILL.TEACHER.CONFIG_FILE", args.teacher_config),
-        ("DISTILL.TEACHER.WEIGHTS", args.teacher_weights),
-        ("DISTILL.METHODS", repr(args.method.split(",")) if args.method else None),
+    for flag, key, value in (
+        ("--teacher-config", "DISTILL.TEACHER.CONFIG_FILE", args.teacher_config),
+        ("--teacher-weights", "DISTILL.TEACHER.WEIGHTS", args.teacher_weights),
+        ("--method", "DISTILL.METHODS", args.method),
     ):
         if value is not None:
-            changes += [key, value]
+            Setting("", rule=NOT_EMPTY).check(flag, value)
+            changes += [key, repr(value.split(",")) if flag == "--method" else value]
     return changes
 
 

@@ -8,7 +8,7 @@ from .distilled_model import DistilledModel
 from .init_from_teacher import InitializationReport, init_from_teacher
 from .strict_loading import StrictLoadingError, load_strictly
 from .taps import FeatureTaps, TapError, evaluation_mode
-from .teacher import Teacher, TeacherError, load_teacher, teacher_config
+from .teacher import Teacher, TeacherError, load_teacher, read_teacher_config, teacher_config
 
 __all__ = [
     "ArchitectureError",
@@ -33,5 +33,6 @@ __all__ = [
     "load_teacher",
     "meta_arch",
     "num_classes",
+    "read_teacher_config",
     "teacher_config",
 ]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from d2kd.config import check_values
 from d2kd.distillers import DISTILLERS, Distiller, TapPair
-from d2kd.errors import UserError, did_you_mean
+from d2kd.errors import UserError
 from detectron2.config import CfgNode
 
 from .architectures import architecture_of, build_network, warn_if_unknown
@@ -40,6 +41,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     Raises:
         UserError: what does not fit, with the configuration key to change.
     """
+    check_values(cfg)  # also of a configuration that no file was read for
     methods = _methods(cfg)
     warn_if_unknown(cfg, "Student")
     student = build_network(cfg, "--config-file")
@@ -81,26 +83,16 @@ def _distiller(cfg: CfgNode, name: str, pairs: Sequence[TapPair]) -> Distiller:
 
 
 def _methods(cfg: CfgNode) -> list[str]:
-    known = sorted(name for name, _ in DISTILLERS)
-    if not isinstance(cfg.DISTILL.METHODS, (list, tuple)):
-        raise MethodError(f"DISTILL.METHODS (--method) is {cfg.DISTILL.METHODS!r}; it must be a list of methods.")
-    if not cfg.DISTILL.METHODS and not cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:
+    methods = list(cfg.DISTILL.METHODS)
+    if not methods and not cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:
         raise MethodError(
-            f"A teacher is configured, but nothing uses it: name one or more of {', '.join(known)} in DISTILL.METHODS, "
-            "or set DISTILL.INIT_FROM_TEACHER.ENABLED True."
+            "A teacher is configured, but nothing uses it: name one or more of "
+            f"{', '.join(sorted(name for name, _ in DISTILLERS))} in DISTILL.METHODS, or set "
+            "DISTILL.INIT_FROM_TEACHER.ENABLED True."
         )
-    for name in cfg.DISTILL.METHODS:
-        if name not in known:
-            raise MethodError(
-                f"DISTILL.METHODS (--method) names {name!r}, which is none of {', '.join(known)}."
-                f"{did_you_mean(name, known, cutoff=0.4)} A method of your own: name its file with --import."
-            )
-    methods = list(dict.fromkeys(cfg.DISTILL.METHODS))
     for name in methods:
-        method = DISTILLERS.get(name)
-        if method.NODE not in cfg.DISTILL:
+        if DISTILLERS.get(name).NODE not in cfg.DISTILL:
             raise MethodError(f"{name} was registered after the configuration was read: import its file before that.")
-        method.check_node(cfg.DISTILL[method.NODE], f"DISTILL.{method.NODE}")
     return methods
 
 

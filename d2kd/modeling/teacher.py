@@ -88,21 +88,34 @@ class Teacher:
         return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """Returns the teacher's own configuration, on the student's device and with its limits on detections.
+def read_teacher_config(cfg: CfgNode, notices: list[str] | None = None) -> CfgNode:
+    """Returns the teacher's configuration as its file and `DISTILL.TEACHER.OPTS` give it.
+
+    Args:
+        cfg: of the student.
+        notices: see `read_config`.
 
     Raises:
-        TeacherError: the file is missing, or is no configuration.
+        TeacherError: the file is missing, or is no configuration, or a value is wrong.
     """
     path = cfg.DISTILL.TEACHER.CONFIG_FILE
     if not PathManager.isfile(path):
         raise TeacherError(f"DISTILL.TEACHER.CONFIG_FILE (--teacher-config) is {path!r}: there is no such file.")
     try:
-        teacher_cfg = read_config(path, cfg.DISTILL.TEACHER.OPTS or (), source="DISTILL.TEACHER.OPTS")
+        return read_config(path, cfg.DISTILL.TEACHER.OPTS or (), source="DISTILL.TEACHER.OPTS", notices=notices)
     except ConfigError as error:
         raise TeacherError(
-            f"The teacher's configuration {path} (with DISTILL.TEACHER.OPTS) does not load: {error}"
+            f"The teacher's configuration {path} (--teacher-config, with DISTILL.TEACHER.OPTS) does not load: {error}"
         ) from error
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """Returns the teacher's own configuration, on the student's device and with its limits on detections.
+
+    Raises:
+        TeacherError: see `read_teacher_config`.
+    """
+    teacher_cfg = read_teacher_config(cfg)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
     _share_limits(cfg, teacher_cfg)

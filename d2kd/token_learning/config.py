@@ -1,6 +1,6 @@
 """The solver of the first stage, from the settings of `DISTILL.RECEPTIVE_TOKENS.LEARN`."""
 
-from d2kd.distillers.receptive_tokens import LearnSettings
+from d2kd.config import check_values
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 
@@ -11,8 +11,9 @@ _LAST_LR = 1e-6
 def check_learning(cfg: CfgNode) -> None:
     """
     Raises:
-        ConfigError: `cfg` is a student's, or has no weights, or a setting of `LEARN` is out of range.
+        ConfigError: `cfg` is a student's, or has no weights, or a value is wrong.
     """
+    check_values(cfg)
     if cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             "Tokens are learned on the teacher alone: --config-file must be the teacher's own YAML (now "
@@ -20,7 +21,6 @@ def check_learning(cfg: CfgNode) -> None:
         )
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("The teacher has no weights: set MODEL.WEIGHTS to its checkpoint.")
-    LearnSettings.check_node(cfg.DISTILL.RECEPTIVE_TOKENS.LEARN, "DISTILL.RECEPTIVE_TOKENS.LEARN")
 
 
 def learning_config(cfg: CfgNode) -> CfgNode:

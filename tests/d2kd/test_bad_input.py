@@ -110,10 +110,10 @@ def test_unknown_architecture_names_near_matches(distil, write_config, tmp_path,
     }[key]
     alone = error_of(write_config(**{f"MODEL__{key}": wrong}), tmp_path / "alone")
     for message in (distil(**{f"MODEL__{key}": wrong}), alone):
-        assert "--config-file" in message and f"'{wrong}'" in message and right in message
+        assert f"MODEL.{key.replace('__', '.')} is '{wrong}'" in message and f"Did you mean {right}" in message
     teacher_yaml = write_config("other_teacher", **{f"MODEL__{key}": wrong})
     message = distil(DISTILL__TEACHER__CONFIG_FILE=str(teacher_yaml))
-    assert "--teacher-config" in message and right in message
+    assert "--teacher-config" in message and f"Did you mean {right}" in message
 
 
 def test_values_of_a_method_that_are_out_of_range(distil):

@@ -8,49 +8,11 @@ from helpers import tap_pair
 from models import config
 
 from d2kd.distillers import DISTILLERS, Distiller
-from d2kd.distillers.receptive_tokens import LearnSettings
 from d2kd.distillers.receptive_tokens.tokens import Tokens
 from d2kd.errors import ConfigError
-from d2kd.settings import Configurable, Setting, setting
+from d2kd.settings import Configurable, setting
 
 METHODS = dict(DISTILLERS)
-#: Values that fit no setting of a type.
-WRONG: dict[type, list[Any]] = {
-    bool: [1, "yes", None],
-    int: [True, 1.5, "1", None],
-    float: [True, "1", None, float("nan"), float("inf")],
-    str: [3, None, ["none"]],
-    list: ["p3", 3, None],
-}
-
-
-def declared_by(part: type[Configurable]) -> list[Setting]:
-    return list(part.SETTINGS.values())
-
-
-def out_of_range(declared: Setting) -> list[Any]:
-    """Values of the right type that a declaration excludes."""
-    number = declared.items or type(declared.default)
-    values: list[Any] = ["no such word"] if declared.choices else []
-    for bound, step in ((declared.at_least, -1), (declared.above, 0), (declared.at_most, 1)):
-        if bound is not None:
-            values.append(number(bound + step))
-    return [[value] for value in values] if isinstance(declared.default, list) else values
-
-
-ALL = [(where, declared) for where in METHODS for declared in declared_by(METHODS[where])]
-ALL += [("LEARN", declared) for declared in declared_by(LearnSettings)]
-
-
-@pytest.mark.parametrize("where, declared", ALL, ids=lambda x: x.key if isinstance(x, Setting) else x)
-def test_wrong_values_are_one_error_with_the_whole_key(where, declared):
-    key = f"DISTILL.{where}.{declared.key}"
-    wrong = [value for value in WRONG[type(declared.default)] if value != declared.default]
-    for value in wrong + out_of_range(declared):
-        with pytest.raises(ConfigError) as error:
-            declared.check(key, value)
-        assert str(error.value).startswith(key)
-    assert declared.check(key, declared.default) == declared.default
 
 
 @pytest.mark.parametrize("method", METHODS)

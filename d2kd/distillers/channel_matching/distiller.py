@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from d2kd.config import config_check
 from d2kd.errors import ConfigError
 from d2kd.layers import RandomMasks
-from d2kd.settings import setting
+from d2kd.settings import SORTED, setting
 from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 from detectron2.utils import comm
@@ -102,7 +103,12 @@ class ChannelMatching(FeatureDistiller):
         [5000, 31000], "Iterations between assignments.", items=int, at_least=1, iterations=True
     )
     refresh_steps: list[int] = setting(
-        [20000], "Iterations at which the next period begins, ascending.", items=int, at_least=0, iterations=True
+        [20000],
+        "Iterations at which the next period begins, ascending.",
+        items=int,
+        at_least=0,
+        rule=SORTED,
+        iterations=True,
     )
     tracking: str = setting(
         "online",
@@ -352,3 +358,15 @@ def _margin(pair: TapPair) -> Tensor:
     if pair.teacher.norm is None:
         return torch.zeros(pair.teacher.channels)
     return norm_margin(pair.teacher.norm.weight, pair.teacher.norm.bias).float().cpu()
+
+
+@config_check
+def check_refreshes(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: the periods of the rule do not go with its steps.
+    """
+    node = cfg.DISTILL.CHANNEL_MATCHING
+    MatchingSchedule(
+        (), tuple(node.REFRESH_PERIODS), tuple(node.REFRESH_STEPS), images=node.TRACK_IMAGES, tracking=node.TRACKING
+    )

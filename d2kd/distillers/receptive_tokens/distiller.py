@@ -38,6 +38,7 @@ class ReceptiveTokens(Distiller):
         "REDUCTION": ("POSITION_WEIGHTS", lambda value: {"paper": "mask_sum", "mean": "unit_sum"}[value]),
     }
     DEFAULTS = {"WEIGHT": 4.0}
+    NODES = {"LEARN": LearnSettings}
 
     file: str = setting(
         "", "The tokens of the teacher, as tools/learn_tokens.py writes them.", config_only=True, path=True
@@ -68,7 +69,7 @@ class ReceptiveTokens(Distiller):
         choices=("mask_sum", "unit_sum"),
     )
     eps: float = setting(
-        1e-12, "Added to the sums that the weights are divided by; 0 as in the official code.", at_least=0
+        1e-12, "Added to the sums that the weights are divided by; 0 as in the official code.", at_least=0, at_most=1
     )
 
     def __init__(
@@ -94,13 +95,6 @@ class ReceptiveTokens(Distiller):
         self.levels = nn.ModuleList(_FixedTokens(level) for level in tokens)
         self.tokens_checksum = weights_checksum(self.levels.state_dict())
         self.align = nn.ModuleList([build_aligner(pair, always=self.aligner == "conv") for pair in self.pairs])
-
-    @classmethod
-    def default_node(cls) -> CfgNode:
-        """As in the base class, with the settings of the first stage."""
-        node = super().default_node()
-        node.LEARN = LearnSettings.default_node()
-        return node
 
     @classmethod
     def from_config(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:

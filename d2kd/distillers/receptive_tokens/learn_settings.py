@@ -20,5 +20,5 @@ class LearnSettings(Configurable):
         above=0,
     )
     weight_decay: float = setting(0.001, "Weight decay of tokens and weighting branches.", at_least=0)
-    period: int = setting(500, "Iterations between checkpoints, and between pictures of the masks.")
+    period: int = setting(500, "Iterations between checkpoints, and between pictures of the masks.", at_least=1)
     pictures: int = setting(4, "Images that the masks are drawn over.", at_least=0)

@@ -2,9 +2,10 @@
 
 from torch import nn
 
-from d2kd.errors import UserError
+from d2kd.config import config_check, get_key
+from d2kd.errors import UserError, require_choice
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 
 
 class ArchitectureError(UserError):
@@ -28,3 +29,14 @@ def build_network(cfg: CfgNode, where: str) -> nn.Module:
         if "registry" not in message:
             raise
         raise ArchitectureError(f"In {where}: {message}") from error
+
+
+@config_check
+def check_names(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: architecture or backbone are not registered.
+    """
+    hint = " If another project has it, import the module that registers it (--import)."
+    for key, registry in (("META_ARCHITECTURE", META_ARCH_REGISTRY), ("BACKBONE.NAME", BACKBONE_REGISTRY)):
+        require_choice(f"MODEL.{key}", get_key(cfg, f"MODEL.{key}"), sorted(name for name, _ in registry), hint)

@@ -1,12 +1,12 @@
 """BACKBONE "build_vit_sfp_backbone": ViTDet's plain vision transformer and simple feature pyramid, from YAML."""
 
-from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
 
-from d2kd.config import config_keys
+from d2kd.config import config_check, declare_keys
 from d2kd.errors import ConfigError
+from d2kd.settings import DISTINCT, Rule, setting
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -41,16 +41,7 @@ def build_vit(node: CfgNode, in_channels: int) -> ViT:
     Raises:
         ConfigError: a value of the node is out of range.
     """
-    if node.EMBED_DIM % node.NUM_HEADS:
-        raise ConfigError(
-            f"MODEL.VIT.EMBED_DIM is {node.EMBED_DIM}; it must be a multiple of MODEL.VIT.NUM_HEADS, {node.NUM_HEADS}."
-        )
-    if node.IMG_SIZE < node.PATCH_SIZE:
-        raise ConfigError(
-            f"MODEL.VIT.IMG_SIZE is {node.IMG_SIZE}, less than one patch (MODEL.VIT.PATCH_SIZE {node.PATCH_SIZE})."
-        )
-    _check_blocks("WINDOW_BLOCK_INDEXES", node.WINDOW_BLOCK_INDEXES, node.DEPTH)
-    _check_blocks("RESIDUAL_BLOCK_INDEXES", node.RESIDUAL_BLOCK_INDEXES, node.DEPTH)
+    check_vit_node(node)
     return ViT(
         img_size=node.IMG_SIZE,
         patch_size=node.PATCH_SIZE,
@@ -82,48 +73,81 @@ def layer_decay_factor(cfg: CfgNode, name: str) -> float:
     return get_vit_lr_decay_rate(name, cfg.SOLVER.LAYER_DECAY, cfg.MODEL.VIT.DEPTH)
 
 
-def _check_blocks(key: str, indexes: Sequence[int], depth: int) -> None:
-    wrong = [i for i in indexes if not 0 <= i < depth]
-    if wrong:
+declare_keys(  # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid
+    "MODEL.VIT",
+    IMG_SIZE=setting(
+        1024, "Side of the nominal image, in pixels: sets the size of the tables of relative positions.", at_least=1
+    ),
+    PATCH_SIZE=setting(16, "Side of the patches that become tokens, in pixels.", at_least=1),
+    EMBED_DIM=setting(768, "Channels of the tokens.", at_least=1),
+    DEPTH=setting(12, "Transformer blocks.", at_least=1),
+    NUM_HEADS=setting(12, "Heads of the attention; they divide EMBED_DIM.", at_least=1),
+    MLP_RATIO=setting(4.0, "Hidden channels of the MLPs / EMBED_DIM.", above=0, at_most=1000),
+    QKV_BIAS=setting(True, "Whether queries, keys and values have a bias."),
+    DROP_PATH_RATE=setting(0.1, "Stochastic depth of the last block; it grows linearly from 0.", at_least=0, below=1),
+    USE_ABS_POS=setting(True, "Absolute positions, of the pre-training."),
+    USE_REL_POS=setting(True, "Relative positions, in every block."),
+    WINDOW_SIZE=setting(14, "Side of the attention windows in patches.", at_least=1),
+    WINDOW_BLOCK_INDEXES=setting(
+        [0, 1, 3, 4, 6, 7, 9, 10],
+        "The blocks that have windows, counted from 0; the others attend globally.",
+        at_least=0,
+        rule=DISTINCT,
+    ),
+    RESIDUAL_BLOCK_INDEXES=setting(
+        [], "Blocks with a convolutional residual block behind them.", items=int, at_least=0, rule=DISTINCT
+    ),
+    USE_ACT_CHECKPOINT=setting(False, "Recompute the blocks in the backward pass: slower, less memory."),
+    PRETRAIN_IMG_SIZE=setting(224, "Side of the images of the pre-training.", at_least=1),
+    PRETRAIN_USE_CLS_TOKEN=setting(True, "Whether the table of positions of the pre-training has a class token."),
+    SCALE_FACTORS=setting(
+        [4.0, 2.0, 1.0, 0.5],
+        "Sizes of the pyramid's levels relative to the transformer's map, finest first.",
+        rule=Rule(
+            "must be consecutive ones of 4, 2, 1, 0.5",
+            lambda values: 0 < len(values) and values == [x for x in (4, 2, 1, 0.5) if values[0] >= x >= values[-1]],
+        ),
+    ),
+    SQUARE_PAD=setting(
+        1024,
+        "Images are padded to squares of this side; 0 pads to a multiple of the coarsest stride only.",
+        at_least=0,
+    ),
+)
+
+
+@config_check
+def check_vit(cfg: CfgNode) -> None:
+    """As `check_vit_node`, where the backbone is this one; others may have it in another form."""
+    if cfg.MODEL.BACKBONE.NAME == "build_vit_sfp_backbone":
+        check_vit_node(cfg.MODEL.VIT)
+        p5 = cfg.MODEL.VIT.PATCH_SIZE / 32
+        if p5 not in cfg.MODEL.VIT.SCALE_FACTORS:
+            raise ConfigError(
+                f"MODEL.VIT.SCALE_FACTORS is {cfg.MODEL.VIT.SCALE_FACTORS!r}; it must have {p5:g} with PATCH_SIZE "
+                f"{cfg.MODEL.VIT.PATCH_SIZE}: p6 is pooled from p5, of stride 32."
+            )
+
+
+def check_vit_node(node: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: values of a node like MODEL.VIT do not go together.
+    """
+    if node.EMBED_DIM % node.NUM_HEADS:
         raise ConfigError(
-            f"MODEL.VIT.{key} names the blocks {wrong}; there are {depth} (MODEL.VIT.DEPTH), counted from 0."
+            f"MODEL.VIT.EMBED_DIM is {node.EMBED_DIM}; it must be a multiple of MODEL.VIT.NUM_HEADS, {node.NUM_HEADS}."
         )
-
-
-@config_keys
-def add_vit_keys(cfg: CfgNode) -> None:
-    """Adds MODEL.VIT."""
-    # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid (FPN.OUT_CHANNELS,
-    # FPN.NORM).
-    node = cfg.MODEL.VIT = CfgNode()
-    # Side of the nominal image, in pixels: sets the size of the tables of relative positions.
-    node.IMG_SIZE = 1024
-    node.PATCH_SIZE = 16
-    # Channels of the tokens, transformer blocks, heads, and hidden channels of the MLPs / EMBED_DIM.
-    node.EMBED_DIM = 768
-    node.DEPTH = 12
-    node.NUM_HEADS = 12
-    node.MLP_RATIO = 4.0
-    node.QKV_BIAS = True
-    # Stochastic depth of the last block; it grows linearly from 0.
-    node.DROP_PATH_RATE = 0.1
-    # Absolute positions of the pre-training, and relative ones in every block.
-    node.USE_ABS_POS = True
-    node.USE_REL_POS = True
-    # Side of the attention windows in patches, and the blocks that have them; the others attend globally.
-    node.WINDOW_SIZE = 14
-    node.WINDOW_BLOCK_INDEXES = [0, 1, 3, 4, 6, 7, 9, 10]
-    # Blocks with a convolutional residual block behind them.
-    node.RESIDUAL_BLOCK_INDEXES = []
-    # Recompute the blocks in the backward pass: slower, less memory.
-    node.USE_ACT_CHECKPOINT = False
-    # Side of the images of the pre-training, and whether its table of positions has a class token.
-    node.PRETRAIN_IMG_SIZE = 224
-    node.PRETRAIN_USE_CLS_TOKEN = True
-    # Sizes of the pyramid's levels relative to the transformer's map.
-    node.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
-    # Images are padded to squares of this side; 0 pads to a multiple of the coarsest stride only.
-    node.SQUARE_PAD = 1024
+    if node.IMG_SIZE < node.PATCH_SIZE:
+        raise ConfigError(
+            f"MODEL.VIT.IMG_SIZE is {node.IMG_SIZE}, less than one patch (MODEL.VIT.PATCH_SIZE {node.PATCH_SIZE})."
+        )
+    for key in ("WINDOW_BLOCK_INDEXES", "RESIDUAL_BLOCK_INDEXES"):
+        wrong = [i for i in node[key] if not 0 <= i < node.DEPTH]
+        if wrong:
+            raise ConfigError(
+                f"MODEL.VIT.{key} names the blocks {wrong}; there are {node.DEPTH} (MODEL.VIT.DEPTH), counted from 0."
+            )
 
 
 if "build_vit_sfp_backbone" not in BACKBONE_REGISTRY:

@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from d2kd.config import config_keys
+from d2kd.config import declare_keys
+from d2kd.detectron2_keys import NORMS
 from d2kd.errors import ConfigError
+from d2kd.settings import NOT_EMPTY, setting
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch import fcos
@@ -33,7 +35,7 @@ class FCOS(fcos.FCOS):
         """Constructor arguments from the configuration.
 
         Raises:
-            ConfigError: `MODEL.FCOS.IN_FEATURES` names what the backbone does not give.
+            ConfigError: `MODEL.FCOS.IN_FEATURES` names what the backbone does not give, or NORM does not fit it.
         """
         node = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
@@ -65,6 +67,11 @@ def _build_head(node: CfgNode, backbone: Backbone) -> nn.Module:
             f"{', '.join(shapes)}."
         )
     levels = [shapes[name] for name in node.IN_FEATURES]
+    if node.NORM == "GN" and levels[0].channels % 32:
+        raise ConfigError(
+            f"MODEL.FCOS.NORM is GN, which needs a multiple of 32 channels; {node.IN_FEATURES[0]} has "
+            f"{levels[0].channels} (MODEL.FPN.OUT_CHANNELS)."
+        )
     return fcos.FCOSHead(
         input_shape=levels,
         num_classes=node.NUM_CLASSES,
@@ -74,28 +81,34 @@ def _build_head(node: CfgNode, backbone: Backbone) -> nn.Module:
     )
 
 
-@config_keys
-def add_fcos_keys(cfg: CfgNode) -> None:
-    """Adds MODEL.FCOS."""
-    # META_ARCHITECTURE "FCOS", best with BACKBONE.NAME "build_fcos_resnet_fpn_backbone" (P6 and P7 from P5).
-    node = cfg.MODEL.FCOS = CfgNode()
-    node.NUM_CLASSES = 80
-    # Levels of the pyramid that the head takes, finest first.
-    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions in each of the two branches of the head.
-    node.NUM_CONVS = 4
-    # Normalization in the head.
-    node.NORM = "GN"
-    # Only cells so near to the center of an object, in strides, learn it; 0 admits its whole box.
-    node.CENTER_SAMPLING_RADIUS = 1.5
-    # Score that the untrained head gives to every class.
-    node.PRIOR_PROB = 0.01
-    node.FOCAL_LOSS_ALPHA = 0.25
-    node.FOCAL_LOSS_GAMMA = 2.0
-    # Inference: least score (root of class score times centerness), candidates a level, overlap that suppresses.
-    node.SCORE_THRESH_TEST = 0.2
-    node.TOPK_CANDIDATES_TEST = 1000
-    node.NMS_THRESH_TEST = 0.6
+declare_keys(  # META_ARCHITECTURE "FCOS", best with BACKBONE.NAME "build_fcos_resnet_fpn_backbone" (P6 and P7 from P5)
+    "MODEL.FCOS",
+    NUM_CLASSES=setting(80, "Classes.", at_least=1),
+    IN_FEATURES=setting(
+        ["p3", "p4", "p5", "p6", "p7"], "Levels of the pyramid that the head takes, finest first.", rule=NOT_EMPTY
+    ),
+    NUM_CONVS=setting(4, "Convolutions in each of the two branches of the head.", at_least=0),
+    NORM=setting("GN", "Normalization in the head.", choices=NORMS),
+    CENTER_SAMPLING_RADIUS=setting(
+        1.5,
+        "Only cells so near to the center of an object, in strides, learn it; 0 admits its whole box.",
+        at_least=0,
+        at_most=1000,
+    ),
+    PRIOR_PROB=setting(0.01, "Score that the untrained head gives to every class.", above=0, below=1),
+    FOCAL_LOSS_ALPHA=setting(
+        0.25, "Weight of objects against background in the loss; -1 weighs both alike.", at_least=-1, at_most=1
+    ),
+    FOCAL_LOSS_GAMMA=setting(2.0, "How little what is right already counts in the loss.", at_least=0, at_most=100),
+    SCORE_THRESH_TEST=setting(
+        0.2,
+        "Least score (root of class score times centerness) of a detection; negative admits all.",
+        at_least=-1,
+        below=1,
+    ),
+    TOPK_CANDIDATES_TEST=setting(1000, "Candidates of a level.", at_least=1),
+    NMS_THRESH_TEST=setting(0.6, "Overlap that suppresses the weaker of two detections.", above=0, at_most=1),
+)
 
 
 if "FCOS" not in META_ARCH_REGISTRY:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from d2kd.config import config_check, get_key
 from d2kd.distillers import DISTILLERS, TapPair
 from d2kd.errors import ConfigError, require_choice
 from detectron2.config import CfgNode
@@ -121,7 +122,6 @@ def build_passes(
 def _pass_of(cfg: CfgNode, method: str, pair: TapPair) -> str:
     node = DISTILLERS.get(method).NODE
     name = cfg.DISTILL[node].TEACHER_PASS
-    require_choice(f"DISTILL.{node}.TEACHER_PASS", name, [AUTO, *sorted(known for known, _ in TEACHER_PASSES)])
     if name == DensePass.__name__ and is_region_tap(pair.teacher.name):
         raise ConfigError(
             f"DISTILL.{node}.TEACHER_PASS is {name}, and {pair.teacher.name} gives rows of the teacher's own regions "
@@ -130,3 +130,15 @@ def _pass_of(cfg: CfgNode, method: str, pair: TapPair) -> str:
     if name != AUTO:
         return name
     return RegionPass.__name__ if is_region_tap(pair.teacher.name) else DensePass.__name__
+
+
+@config_check
+def check_passes(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: TEACHER_PASS of a method names no pass.
+    """
+    known = [AUTO, *sorted(name for name, _ in TEACHER_PASSES)]
+    for _, method in DISTILLERS:
+        key = f"DISTILL.{method.NODE}.TEACHER_PASS"
+        require_choice(key, get_key(cfg, key, AUTO), known)

@@ -1,0 +1,123 @@
+"""The keys of d2kd's core, each with its default, range and meaning; docs/keys.md is made from them.
+
+A configured teacher (DISTILL.TEACHER.CONFIG_FILE) makes a training run a distillation run. `DISTILL.METHODS` stands
+beside the registry of methods, in `d2kd.distillers.base`.
+"""
+
+from d2kd.settings import NOT_EMPTY, Rule, Setting, setting
+
+CORE_KEYS: dict[str, Setting] = {
+    "DISTILL.IMPORTS": setting(
+        [],
+        "Python files (looked for beside the YAML too) or modules that register methods, architectures, ... of your "
+        "own.",
+    ),
+    "DISTILL.TEACHER.CONFIG_FILE": setting(
+        "",
+        'YAML of the teacher; "" trains the student alone. Relative to the working directory, else to the file that '
+        "names it.",
+        path=True,
+    ),
+    "DISTILL.TEACHER.WEIGHTS": setting(
+        "", 'Checkpoint of the teacher; "" takes MODEL.WEIGHTS of its YAML. Every key must fit.', path=True
+    ),
+    "DISTILL.TEACHER.OPTS": setting(
+        [],
+        'Changes to the teacher\'s YAML: ["KEY", value, ...].',
+        items=object,
+        rule=Rule(
+            "must be pairs, KEY and value",
+            lambda values: len(values) % 2 == 0 and all(isinstance(key, str) for key in values[::2]),
+        ),
+    ),
+    "DISTILL.TEACHER.EVAL_FIRST": setting(True, "Evaluate the teacher on DATASETS.TEST before training starts."),
+    "DISTILL.TEACHER.PRECISION": setting(
+        "float32",
+        "Arithmetic of the teacher's forward pass (autocast).",
+        choices=("float32", "bfloat16", "float16"),
+    ),
+    "DISTILL.BALANCE": setting(
+        "fixed",
+        "fixed: each method has the weight of its node | gradient: its gradient on the shared taps is kept at "
+        "BALANCE_RATIO times the task's.",
+        choices=("fixed", "gradient"),
+    ),
+    "DISTILL.BALANCE_RATIO": setting(
+        0.5,
+        "Norm of each method's gradient over the task's, for BALANCE gradient. A method of weight 0 stays at 0.",
+        above=0,
+        at_most=1000,
+    ),
+    "DISTILL.BALANCE_PERIOD": setting(
+        10, "Iterations between two measurements of the gradients, for BALANCE gradient.", at_least=1
+    ),
+    "DISTILL.LOG_GRADIENT_SHARE": setting(
+        0,
+        "Iterations between two logs of the share of task and methods in the gradient on the shared taps; 0 = never.",
+        at_least=0,
+    ),
+    "DISTILL.INIT_FROM_TEACHER.ENABLED": setting(
+        True, "Initialize the student's neck and heads from the teacher's, wherever names and shapes fit."
+    ),
+    "DISTILL.INIT_FROM_TEACHER.EXCLUDE": setting(
+        [],
+        'Further modules that keep the student\'s own initialization, e.g. ["head.cls_score"]; the bottom-up network '
+        "always does.",
+        rule=Rule("must not hold an empty name", all),
+    ),
+    "DATASETS.REGISTER": setting(
+        [],
+        "COCO files as datasets, without code: [{NAME: my_train, JSON: path, IMAGES: directory}, ...]. Another FORMAT "
+        "has keys of its own, see `register_dataset_format`.",
+        items=dict,
+    ),
+    "DATASETS.ON_BAD_IMAGE": setting(
+        "error",
+        "What to do with an image that cannot be read while training: error | skip (logged once, another image takes "
+        "its place).",
+        choices=("error", "skip"),
+    ),
+    "SOLVER.OPTIMIZER": setting(
+        "SGD",
+        "SGD (Detectron2's) | AdamW | Adam (BASE_LR, WEIGHT_DECAY and the per-parameter rules apply as to SGD).",
+        choices=("SGD", "AdamW", "Adam"),
+    ),
+    "SOLVER.AMP.PRECISION": setting(
+        "float16",
+        "Arithmetic under SOLVER.AMP.ENABLED: float16 (with loss scaling, CUDA only) | bfloat16.",
+        choices=("float16", "bfloat16"),
+    ),
+    "SOLVER.ACCUMULATE": setting(
+        1, "Batches of IMS_PER_BATCH images whose gradients are averaged into one step.", at_least=1
+    ),
+    "SOLVER.LAYER_DECAY": setting(
+        1.0,
+        "Learning rate of a vision transformer's block over that of the block after it (AdamW only); 1.0 is off.",
+        above=0,
+        at_most=1,
+    ),
+    "SOLVER.EMA.ENABLED": setting(
+        False,
+        "A second student: the exponential moving average of the weights, evaluated too, kept as model_final_ema.pth.",
+    ),
+    "SOLVER.EMA.DECAY": setting(0.9998, "Share of the average that stays at each step.", at_least=0, below=1),
+    "SOLVER.EMA.WARMUP": setting(
+        10.0,
+        "At step t the share is at most (1 + t) / (WARMUP + t), so that the start is soon forgotten; 0 has no warm-up.",
+        at_least=0,
+    ),
+    "TEST.BEST_CHECKPOINT.METRIC": setting(
+        "",
+        "Keep the weights of the best evaluation so far (TEST.EVAL_PERIOD) as model_best.pth, by this metric; larger "
+        'is better, e.g. "bbox/AP"; "bbox_EMA/AP" keeps the averaged weights. "" is off.',
+    ),
+    "TEST.EARLY_STOP.PATIENCE": setting(
+        0,
+        "End the training when BEST_CHECKPOINT.METRIC stops rising: evaluations without a rise to wait for; 0 is off.",
+        at_least=0,
+    ),
+    "TEST.EARLY_STOP.MIN_DELTA": setting(0.0, "Minimum improvement that counts.", at_least=0, at_most=100),
+    "WANDB.ENABLED": setting(False, "Log to Weights & Biases as well; needs its package, wandb."),
+    "WANDB.PROJECT": setting("d2kd", "Name of the project there.", rule=NOT_EMPTY),
+    "WANDB.NAME": setting("", 'Name of the run; "" takes the last part of OUTPUT_DIR.'),
+}
