@@ -29,6 +29,8 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
     frozen = scaled.is_frozen()
     scaled.defrost()
+    # rounding may have made steps of the last iteration, which Detectron2's schedule does not take
+    scaled.SOLVER.STEPS = tuple(step for step in scaled.SOLVER.STEPS if step < scaled.SOLVER.MAX_ITER)
     for _, method in DISTILLERS:
         node = scaled.DISTILL.get(method.NODE, {})
         for declared in method.SETTINGS.values():
