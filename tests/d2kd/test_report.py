@@ -172,6 +172,14 @@ def test_run_evaluated_on_several_datasets(tmp_path):
     assert load_result("x", str(tmp_path / "run"), dataset_name="b").metrics == {"AP": 2.0}
 
 
+def test_runs_that_were_evaluated_on_other_images_are_refused(tmp_path):
+    path = write_run(tmp_path / "run", 3.0) / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "datasets": ["digits_val"]}))
+    assert load_result("baseline", str(tmp_path / "run"), dataset_name="digits_val").metrics["AP"] == 3.0
+    with pytest.raises(ResultError, match=r"evaluation on digits_val, not on coco_2017_val\. Evaluate it there"):
+        load_result("baseline", str(tmp_path / "run"), dataset_name="coco_2017_val")
+
+
 def test_training_log_survives_interruption_and_resume(tmp_path):
     path = tmp_path / "metrics.json"
     records = [

@@ -305,7 +305,32 @@ def test_checksums_tell_values_types_and_places_apart(tmp_path):
     assert checksum({k: v for k, v in torch.load(tmp_path / "x.pth").items() if k != "checksum"}) == sums[0]
 
 
-def test_sigterm_to_a_tool_and_its_status(write_config, tmp_path):
-    done = tool("train_net", "--config-file", tmp_path / "none.yaml", check=False)
-    assert done.returncode == 2 and "none.yaml" in done.stdout
-    assert error_of(write_config(), tmp_path / "x", "MODEL.DEVICE", "mps").startswith("MODEL.DEVICE is 'mps'")
+# --- the start ----------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_not_there(write_config, tmp_path, monkeypatch, capfd):
+    assert "MODEL.DEVICE is 'mps'" in error_of(write_config(), tmp_path / "x", "MODEL.DEVICE", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run_tool(write_config(DATASETS__TEST=[], SOLVER__MAX_ITER=1, MODEL__DEVICE="cuda"), tmp_path / "out")
+    shown = "".join(capfd.readouterr())
+    assert "WARNING" in shown and "MODEL.DEVICE is cuda, and there is no CUDA device here" in shown
+
+
+def test_no_configuration_at_all(tmp_path):
+    with pytest.raises(UserError, match="--config-file is missing"):
+        train.main(argument_parser().parse_args(["OUTPUT_DIR", str(tmp_path)]))
+
+
+def test_parts_that_do_not_fit_are_one_line(write_config, tmp_path):
+    message = error_of(write_config(MODEL__RESNETS__NORM="GN"), tmp_path / "out")
+    assert "cannot be built" in message and "\n" not in message
+
+
+def test_tokens_are_learned_with_the_teachers_weights_as_a_flag(write_config, tmp_path):
+    torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=10)).state_dict()}, tmp_path / "teacher.pth")
+    learn = ["DISTILL.RECEPTIVE_TOKENS.LEARN.ITERATIONS", 1, "DISTILL.RECEPTIVE_TOKENS.TAPS", "['p3']"]
+    tool(
+        "learn_tokens", "--config-file", write_config(), "--teacher-weights", tmp_path / "teacher.pth", *learn,
+        "OUTPUT_DIR", tmp_path / "tokens",
+    )  # fmt: skip
+    assert (tmp_path / "tokens" / "tokens.pth").exists()

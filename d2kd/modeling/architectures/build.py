@@ -20,10 +20,14 @@ def build_network(cfg: CfgNode, where: str) -> nn.Module:
         where: what the configuration is, for the error.
 
     Raises:
-        ArchitectureError: a name is in no registry.
+        ArchitectureError: a name is in no registry, or parts do not fit each other.
     """
     try:
         return build_model(cfg)
+    except UserError:
+        raise
+    except (AssertionError, ValueError) as error:  # e.g. of a norm whose groups do not divide its channels
+        raise ArchitectureError(f"The model of {where} cannot be built: {error or 'its parts do not fit'}.") from error
     except KeyError as error:
         message = str(error.args[0]) if error.args else ""
         if "registry" not in message:
