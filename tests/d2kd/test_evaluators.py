@@ -39,6 +39,9 @@ def cityscapes(tmp_path):
     classes = np.zeros((20, 40), np.uint8)
     classes[2:12, 2:12] = 13
     Image.fromarray(classes).save(labels / "aachen_0_gtFine_labelTrainIds.png")
+    # Detectron2 asks for these, too: label 26 is the car, and 26001 the first of them
+    Image.fromarray(classes * 2).save(labels / "aachen_0_gtFine_labelIds.png")
+    Image.fromarray((classes > 0) * np.uint16(26001)).save(labels / "aachen_0_gtFine_instanceIds.png")
     kept = {name: (DatasetCatalog[name], MetadataCatalog.pop(name)) for name in BUILTIN}
     for name in BUILTIN:
         DatasetCatalog.remove(name)

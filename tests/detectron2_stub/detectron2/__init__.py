@@ -1,0 +1,59 @@
+"""Stands in for an installed Detectron2: d2lite under that name, with differences that d2kd has met in the real one.
+
+PYTHONPATH=tests/detectron2_stub python -m pytest tests/d2kd
+
+d2kd takes it for the real one (`D2KD_RUNTIME` unset), also in processes that are spawned. The differences:
+
+- `create_ddp_model` names a GPU for every model, and DistributedDataParallel refuses that for those on the CPU;
+- checkpoints are read by unpickling whatever they ask for, and errors of reading are those of pickle and zip files;
+- a step of the schedule at the last iteration is an error of the schedule.
+"""
+
+import pickle
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2lite import alias, checkpoint, engine, solver
+from d2lite.engine import run_setup
+from d2lite.utils import comm
+
+__version__ = "0.6"
+
+sys.meta_path.insert(0, alias._AliasFinder(__name__))
+
+
+def _create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
+    return run_setup.create_ddp_model(
+        model, fp16_compression=fp16_compression, **{"device_ids": [comm.get_local_rank()], **kwargs}
+    )
+
+
+def _load_file(self: Any, filename: str) -> dict[str, Any]:
+    if filename.endswith(".pkl"):
+        with open(filename, "rb") as file:
+            content = pickle.load(file, encoding="latin1")
+        return content if "model" in content and "__author__" in content else _caffe2(content)
+    content = torch.load(filename, map_location="cpu", weights_only=False)
+    content = content if "model" in content else {"model": content}
+    content["matching_heuristics"] = content.get("matching_heuristics", False) or self._use_heuristics
+    return content
+
+
+def _caffe2(content: dict[str, Any]) -> dict[str, Any]:
+    blobs = content.get("blobs", content)
+    weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _build_lr_scheduler(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and cfg.SOLVER.MAX_ITER in cfg.SOLVER.STEPS:
+        raise ValueError("Milestones must be smaller than total number of updates")
+    return solver.build.build_lr_scheduler(cfg, optimizer)
+
+
+engine.create_ddp_model = engine.defaults.create_ddp_model = _create_ddp_model
+checkpoint.DetectionCheckpointer._load_file = _load_file
+solver.build_lr_scheduler = _build_lr_scheduler
