@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,7 +34,7 @@ from .train_step import ADVICE, NonFiniteLossError, TrainStep, mixed_precision
 logger = logging.getLogger(__name__)
 
 
-#: A loss this many times the lowest so far is no noise.
+#: A loss this many times the usual one, of which a quarter of all are below, is no noise.
 _EXPLOSION = 10.0
 
 
@@ -321,10 +322,10 @@ class ResumableTrainer(TrainerBase):
             return
         history = self.storage.histories().get("total_loss")
         losses = history.values() if history is not None else []
-        lowest = min((loss for loss, _ in losses), default=0.0)
+        usual = float(np.quantile([loss for loss, _ in losses], 0.25)) if losses else 0.0
         # a run that fails at once has been resumed from ruined weights
         none_yet = self.iter - (self.iter == self.start_iter)
-        sound = max((int(i) for loss, i in losses if loss <= _EXPLOSION * lowest), default=none_yet)
+        sound = max((int(i) for loss, i in losses if loss <= _EXPLOSION * usual), default=none_yet)
         names = (re.fullmatch(r"model_(\d+)\.pth", path.name) for path in Path(self.cfg.OUTPUT_DIR).glob("model_*.pth"))
         # the loss of an iteration tells of the weights that the one before has left
         earlier = [match for match in names if match and int(match[1]) < sound]
