@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from models import config, model
 from runs import ROOT, TINY
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "datasets/prepare_photo_digits.py", "--output", str(target), "--image-size", "64"]
     subprocess.run([*command, "--num-train", "24", "--num-val", "4"], check=True, cwd=ROOT, capture_output=True)
     return target
+
+
+@pytest.fixture
+def forget_datasets() -> Iterator[None]:
+    """Forgets the datasets that a test registers."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture

@@ -20,19 +20,11 @@ from d2kd.data.datasets import check_datasets, register_datasets
 from d2kd.data.images import LabelMapError, LabelRange, image_problem, read_label_map
 from d2kd.data.mapper import ImageMapper, wrap_mapper
 from d2kd.evaluation.coco import CocoEvaluator
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 
-
-@pytest.fixture(autouse=True)
-def catalogs():
-    """Forgets what a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
+pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 def noise(width: int = 40, height: int = 30) -> Image.Image:

@@ -20,6 +20,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg
 from detectron2.structures import Boxes, Instances
 
+pytestmark = pytest.mark.usefixtures("forget_datasets")
+
 MASK_RCNN = {
     **FASTER_RCNN,
     "MODEL.MASK_ON": True,
@@ -72,16 +74,6 @@ ACCEPTED = {
 }
 #: Cases whose metrics must be those of `control`.
 RENUMBERED = ["image_ids_above_2_to_53", "annotation_ids_from_0", "annotation_ids_negative"]
-
-
-@pytest.fixture(autouse=True)
-def catalogs():
-    """Forgets what a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -26,21 +26,13 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MapDataset, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
 
+pytestmark = pytest.mark.usefixtures("forget_datasets")
+
 COCO = {
     "images": [{"id": 3, "file_name": "a.png", "height": 20, "width": 30}],
     "annotations": [{"id": 1, "image_id": 3, "category_id": 2, "bbox": [1, 2, 10, 10], "iscrowd": 0}],
     "categories": [{"id": 2, "name": "two"}, {"id": 1, "name": "one"}],
 }
-
-
-@pytest.fixture(autouse=True)
-def catalogs():
-    """Forgets what a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture
