@@ -19,6 +19,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from .pretrained_names import source_of, unpacked
 
 _CHECKSUM = "checksum"
+#: Entries that are not of what was written: Detectron2's checkpointer adds the second when it reads.
+_ADDED = (_CHECKSUM, "matching_heuristics")
 
 
 class ChecksumError(UserError):
@@ -60,7 +62,7 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         WritingError: there is no room for it.
     """
-    content = {key: value for key, value in content.items() if key != _CHECKSUM}
+    content = {key: value for key, value in content.items() if key not in _ADDED}
     with replacing(path) as temporary:
         try:
             torch.save({**content, _CHECKSUM: checksum(content)}, temporary)
@@ -78,8 +80,8 @@ def without_checksum(path: str, content: Any) -> Any:
     """
     if not isinstance(content, dict) or _CHECKSUM not in content:
         return content
-    written, content = content[_CHECKSUM], {key: value for key, value in content.items() if key != _CHECKSUM}
-    if checksum(content) != written:
+    written = content.pop(_CHECKSUM)
+    if checksum({key: value for key, value in content.items() if key not in _ADDED}) != written:
         raise ChecksumError(f"{path} is damaged: its content is not what was written. Copy it again, or take another.")
     return content
 
