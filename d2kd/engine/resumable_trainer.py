@@ -322,7 +322,7 @@ class ResumableTrainer(TrainerBase):
             return
         history = self.storage.histories().get("total_loss")
         losses = history.values() if history is not None else []
-        usual = float(np.quantile([loss for loss, _ in losses], 0.25)) if losses else 0.0
+        usual = float(np.quantile([loss for loss, _ in losses], 0.25, method="lower")) if losses else 0.0
         # a run that fails at once has been resumed from ruined weights
         none_yet = self.iter - (self.iter == self.start_iter)
         sound = max((int(i) for loss, i in losses if loss <= _EXPLOSION * usual), default=none_yet)
