@@ -326,20 +326,24 @@ class ResumableTrainer(TrainerBase):
         # a run that fails at once has been resumed from ruined weights
         none_yet = self.iter - (self.iter == self.start_iter)
         sound = max((int(i) for loss, i in losses if loss <= _EXPLOSION * usual), default=none_yet)
-        names = (re.fullmatch(r"model_(\d+)\.pth", path.name) for path in Path(self.cfg.OUTPUT_DIR).glob("model_*.pth"))
+        folder = Path(self.cfg.OUTPUT_DIR)
+        matches = [re.fullmatch(r"model_(\d+)\.pth", path.name) for path in folder.glob("model_*.pth")]
+        numbers = {int(match[1]): match[0] for match in matches if match}
         # the loss of an iteration tells of the weights that the one before has left
-        earlier = [match for match in names if match and int(match[1]) < sound]
+        earlier = [number for number in numbers if number < sound]
         if earlier:
-            self.checkpointer.tag_last_checkpoint(max(earlier, key=lambda match: int(match[1]))[0])
+            self.checkpointer.tag_last_checkpoint(numbers[max(earlier)])
         elif self.checkpointer.has_checkpoint() and self._saved[1] >= sound:
-            Path(self.cfg.OUTPUT_DIR, "last_checkpoint").unlink()
+            (folder / "last_checkpoint").unlink()
+            for name in numbers.values():  # a resumed run starts anew
+                (folder / name).rename(folder / f"unsound_{name}")
 
     def _how_to_go_on(self) -> str:
         if self.checkpointer.has_checkpoint():
             return (
                 f"--resume continues from {Path(self.checkpointer.get_checkpoint_file()).name}, with what you change."
             )
-        return "No checkpoint lies before it: start anew (--overwrite)."
+        return "No checkpoint lies before it: --resume starts anew, with what you change."
 
 
 def wrap_data_parallel(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _WRITTEN = (
     "last_checkpoint",
     "model_*.pth",
+    "unsound_*.pth",
     "metrics.json",
     "result.json",
     "tokens.pth",
@@ -100,7 +101,7 @@ def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
             )
     remove_left_overs(folder)
     if resume:
-        checkpoints = sorted(path.name for path in Path(folder).glob("model_*.pth"))
+        checkpoints = sorted(path.name for path in Path(folder).glob("model_[0-9f]*.pth"))  # numbered, or final
         if checkpoints and not Path(folder, "last_checkpoint").is_file():
             raise FolderError(
                 f"--resume: OUTPUT_DIR {folder} has checkpoints ({', '.join(checkpoints[-3:])}), but no file "

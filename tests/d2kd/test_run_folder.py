@@ -24,7 +24,8 @@ from d2kd.modeling.checkpoint_files import checksum, write_checkpoint
 
 def run_tool(path, output, *arguments):
     """Runs `d2kd train` in this process."""
-    train.main(argument_parser().parse_args(["--config-file", str(path), *arguments, "OUTPUT_DIR", str(output)]))
+    flags, options = [a for a in arguments if a.startswith("--")], [a for a in arguments if not a.startswith("--")]
+    train.main(argument_parser().parse_args(["--config-file", str(path), *flags, "OUTPUT_DIR", str(output), *options]))
 
 
 # --- what is there stays ------------------------------------------------------------------------------------
@@ -246,6 +247,19 @@ def test_after_a_divergence_a_lower_rate_trains_on(write_config, tmp_path):
     trainer = run_training(path, resume=True, SOLVER__BASE_LR=0.001)
     assert trainer.finished
     assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "student")["model"].values())
+
+
+@pytest.mark.parametrize("period", [1, 4])
+@pytest.mark.parametrize("rate", [3.0, 1e5])
+def test_a_run_that_diverges_at_once_starts_anew(write_config, tmp_path, rate, period):
+    keys = {"SOLVER__CHECKPOINT_PERIOD": period, "SOLVER__WARMUP_ITERS": 0, "SOLVER__STEPS": [12]}
+    path = write_config(DATASETS__TEST=[], SOLVER__MAX_ITER=14, **keys)
+    with pytest.raises(NonFiniteLossError, match=r"--resume (starts anew|continues from model_0000000\.pth)"):
+        run_training(path, SOLVER__BASE_LR=rate)
+    output = tmp_path / "student"
+    run_tool(path, output, "--resume", "SOLVER.BASE_LR", "0.0001")
+    assert (output / "result.json").exists()
+    assert all(value.isfinite().all() for value in read_checkpoint(output)["model"].values())
 
 
 def test_weights_that_the_last_step_ruins_are_not_delivered(write_config, tmp_path, monkeypatch):
