@@ -4,10 +4,10 @@
     python benchmarks/receptive_tokens.py
 
 Forward and backward of one level, weighted and customized. The literal form multiplies both maps with every mask, and
-runs the weighting branch's 3x3 convolution; it is written here as the method is defined. Both are measured twice: on the
-maps as they are, as in the paper, and as the default has it, with a learned 1x1 aligner from half the channels and
-standardized maps, which cost the same on both sides. Transient memory is the peak of what is allocated on top of the two
-maps and the student's gradient, which any form needs.
+runs the weighting branch's 3x3 convolution; it is written here as the method is defined. Both are measured twice: on
+the maps as they are, as in the paper, and as the default has it, with a learned 1x1 aligner from half the channels and
+standardized maps, which cost the same on both sides. Transient memory is the peak of what is allocated on top of the
+two maps and the student's gradient, which any form needs.
 """
 
 import argparse
