@@ -34,6 +34,7 @@ def run_tool(main: Callable[[], Any]) -> Any:
 
     So does a disk that is full or not to be written to.
     """
+    logging.raiseExceptions = False  # a line that a full disk does not take is no reason for a page of them
     try:
         return main()
     except UserError as error:
