@@ -184,10 +184,8 @@ def _malformed(
 ) -> NoReturn:
     """Names the first entry whose value of a key is wrong."""
     i, entry = next((i, e) for i, e in enumerate(entries) if not is_right(e[key]))
-    value = entry[key]
-    shown = repr(value) if len(repr(value)) <= 80 else short(repr(value))
     raise DatasetError(
-        f"{path} is not in COCO format: {section}[{i}]{id_of(entry) if key != 'id' else ''} has {key} = {shown}. "
+        f"{path} is not in COCO format: {section}[{i}]{id_of(entry) if key != 'id' else ''} has {key} = {short(repr(entry[key]))}. "
         f"It must be {rule}."
     )
 
