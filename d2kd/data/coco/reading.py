@@ -185,8 +185,8 @@ def _malformed(
     """Names the first entry whose value of a key is wrong."""
     i, entry = next((i, e) for i, e in enumerate(entries) if not is_right(e[key]))
     raise DatasetError(
-        f"{path} is not in COCO format: {section}[{i}]{id_of(entry) if key != 'id' else ''} has {key} = {short(repr(entry[key]))}. "
-        f"It must be {rule}."
+        f"{path} is not in COCO format: {section}[{i}]{id_of(entry) if key != 'id' else ''} has {key} = "
+        f"{short(repr(entry[key]))}. It must be {rule}."
     )
 
 
