@@ -72,6 +72,7 @@ class Architecture:
             stands for all.
         SCORE_THRESHOLD: the key of the score below which the model gives no detection; "" for none.
         SUPPORTS_TTA: whether there is test-time augmentation (TEST.AUG), see `with_test_augmentation`.
+        CLASSIFIES_IMAGES: whether the model takes images of one size, each with one label, and gives scores of classes.
         LOSS_NORMALIZERS: attributes of the model with running normalizers of its losses. They are in no `state_dict`,
             and belong to the state of a run.
     """
@@ -81,6 +82,7 @@ class Architecture:
     EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ()
     SCORE_THRESHOLD: ClassVar[str] = ""
     SUPPORTS_TTA: ClassVar[bool] = False
+    CLASSIFIES_IMAGES: ClassVar[bool] = False
     LOSS_NORMALIZERS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
