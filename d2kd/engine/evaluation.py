@@ -242,6 +242,7 @@ def evaluate_teacher(trainer_class: Any, cfg: CfgNode, teacher: Teacher | None =
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher_cfg.DATASETS.TEST = cfg.DATASETS.TEST
+    teacher_cfg.TEST.IMS_PER_BATCH = cfg.TEST.IMS_PER_BATCH
     if teacher is None:
         _require_classes_of_data(cfg, classes_of(teacher_cfg))  # their number is known before the weights are
         teacher = Teacher(*load_teacher(teacher_cfg))
