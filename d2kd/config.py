@@ -75,6 +75,21 @@ def config_check(check: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
     return check
 
 
+_fills: list[Callable[[CfgNode], None]] = []
+
+
+def config_fill(fill: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
+    """Registers a function that sets keys which follow from others, after a configuration was read; a decorator."""
+    _fills.append(fill)
+    return fill
+
+
+def fill_values(cfg: CfgNode) -> None:
+    """Sets the keys that follow from others, such as the pixels that a network of timm expects."""
+    for fill in _fills:
+        fill(cfg)
+
+
 def list_declared() -> dict[str, Setting]:
     """Returns the declarations of d2kd's core and of `declare_keys`, by whole key."""
     return dict(_declared)
