@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.config import config_check, declare_keys, get_key
+from d2kd.config import config_check, declare_keys
 from d2kd.errors import ConfigError, did_you_mean
 from d2kd.settings import NOT_EMPTY, setting
 from detectron2.config import CfgNode
@@ -298,7 +298,7 @@ def build_timm_network(cfg: CfgNode, input_shape: ShapeSpec) -> TimmNetwork:
         strides=node.STRIDES,
         norm=node.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        side=get_key(cfg, "INPUT.CLASSIFICATION.SIZE", 224),
+        side=cfg.INPUT.CLASSIFICATION.SIZE,
     )
 
 
