@@ -1,8 +1,8 @@
 """The keys that d2kd adds to a configuration, how others add theirs, and how all values are checked.
 
 Keys that belong to one part stand in that part's file: those of a method in its class (`d2kd.settings`), those of an
-architecture or backbone beside it (`declare_keys`), the others in `d2kd.core_keys`; all of them in docs/keys.md. Rules
-for Detectron2's own keys: `d2kd.detectron2_keys`. Reading configurations: `d2kd.config_reader`.
+architecture or backbone beside it (`declare_keys`), the others in `d2kd.core_keys` and `d2kd.input_keys`; all of them
+are in docs/keys.md. Rules for Detectron2's own keys: `d2kd.detectron2_keys`. Reading them: `d2kd.config_reader`.
 """
 
 import copy
@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from d2kd.core_keys import CORE_KEYS
 from d2kd.detectron2_keys import check_together, with_types
+from d2kd.input_keys import INPUT_KEYS
 from d2kd.plugins import import_installed
 from d2kd.settings import Setting
 from detectron2.config import CfgNode, get_cfg
 
-_declared = dict(CORE_KEYS)
+_declared = {**CORE_KEYS, **INPUT_KEYS}
 _key_adders: list[Callable[[CfgNode], None]] = []
 
 
@@ -72,6 +73,21 @@ def config_check(check: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
     """Registers a function that raises ConfigError where values do not go together; a decorator."""
     _checks.append(check)
     return check
+
+
+_fills: list[Callable[[CfgNode], None]] = []
+
+
+def config_fill(fill: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
+    """Registers a function that sets keys which follow from others, after a configuration was read; a decorator."""
+    _fills.append(fill)
+    return fill
+
+
+def fill_values(cfg: CfgNode) -> None:
+    """Sets the keys that follow from others, such as the pixels that a network of timm expects."""
+    for fill in _fills:
+        fill(cfg)
 
 
 def list_declared() -> dict[str, Setting]:

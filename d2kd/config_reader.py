@@ -10,7 +10,15 @@ from typing import Any
 
 import yaml
 
-from d2kd.config import RenamedKey, add_distill_config, check_values, leaves, list_path_keys, list_renamed_keys
+from d2kd.config import (
+    RenamedKey,
+    add_distill_config,
+    check_values,
+    fill_values,
+    leaves,
+    list_path_keys,
+    list_renamed_keys,
+)
 from d2kd.errors import ConfigError, UserError, did_you_mean
 from d2kd.plugins import import_plugins
 from detectron2.config import CfgNode, get_cfg
@@ -78,6 +86,7 @@ def read_config(
     _merge(cfg, lambda: cfg.merge_from_list(changes), source)
     cfg.DISTILL.IMPORTS = list(dict.fromkeys([*loader.imports, *named]))
     check_values(cfg)
+    fill_values(cfg)
     return cfg
 
 

@@ -4,7 +4,7 @@ A configured teacher (DISTILL.TEACHER.CONFIG_FILE) makes a training run a distil
 beside the registry of methods, in `d2kd.distillers.base`.
 """
 
-from d2kd.settings import NOT_EMPTY, Rule, Setting, setting
+from d2kd.settings import ASCENDING, NOT_EMPTY, Rule, Setting, setting
 
 CORE_KEYS: dict[str, Setting] = {
     "DISTILL.IMPORTS": setting(
@@ -67,8 +67,9 @@ CORE_KEYS: dict[str, Setting] = {
     ),
     "DATASETS.REGISTER": setting(
         [],
-        "COCO files as datasets, without code: [{NAME: my_train, JSON: path, IMAGES: directory}, ...]. Another FORMAT "
-        "has keys of its own, see `register_dataset_format`.",
+        "Datasets without code: COCO files, [{NAME: my_train, JSON: path, IMAGES: directory}, ...], or another FORMAT "
+        "with keys of its own: folders (IMAGES, one folder a class), cub (ROOT, SPLIT), or one that "
+        "`register_dataset_format` adds.",
         items=dict,
     ),
     "DATASETS.ON_BAD_IMAGE": setting(
@@ -77,6 +78,20 @@ CORE_KEYS: dict[str, Setting] = {
         "its place).",
         choices=("error", "skip"),
     ),
+    "DATALOADER.REPEATS": setting(
+        3,
+        "SAMPLER_TRAIN RepeatAugSampler: how many times an image comes, each time augmented anew, before the next one.",
+        at_least=1,
+    ),
+    "SOLVER.MAX_EPOCHS": setting(
+        0.0,
+        "Length of the training in epochs, e.g. 90 or 0.5; it sets MAX_ITER. 0 = MAX_ITER counts. An epoch is as many "
+        "iterations as show all images of DATASETS.TRAIN once, rounded up.",
+        at_least=0,
+    ),
+    "SOLVER.STEP_EPOCHS": setting([], "STEPS in epochs; [] = STEPS counts.", items=float, above=0, rule=ASCENDING),
+    "SOLVER.WARMUP_EPOCHS": setting(0.0, "WARMUP_ITERS in epochs; 0 = WARMUP_ITERS counts.", at_least=0),
+    "SOLVER.CHECKPOINT_EPOCHS": setting(0.0, "CHECKPOINT_PERIOD in epochs; 0 = CHECKPOINT_PERIOD counts.", at_least=0),
     "SOLVER.OPTIMIZER": setting(
         "SGD",
         "SGD (Detectron2's) | AdamW | Adam (BASE_LR, WEIGHT_DECAY and the per-parameter rules apply as to SGD).",
@@ -106,6 +121,10 @@ CORE_KEYS: dict[str, Setting] = {
         "At step t the share is at most (1 + t) / (WARMUP + t), so that the start is soon forgotten; 0 has no warm-up.",
         at_least=0,
     ),
+    "TEST.EVAL_EPOCHS": setting(
+        0.0, "EVAL_PERIOD, between two evaluations, in epochs; 0 = EVAL_PERIOD counts.", at_least=0
+    ),
+    "TEST.IMS_PER_BATCH": setting(1, "Images of a batch in evaluation, on each process.", at_least=1),
     "TEST.BEST_CHECKPOINT.METRIC": setting(
         "",
         "Keep the weights of the best evaluation so far (TEST.EVAL_PERIOD) as model_best.pth, by this metric; larger "

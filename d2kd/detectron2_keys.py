@@ -82,7 +82,7 @@ _RUN = {
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _ONE_OR_MORE,
     "DATALOADER.NUM_WORKERS": _NOT_NEGATIVE,
     "DATALOADER.SAMPLER_TRAIN": allow(
-        choices=("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+        choices=("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler", "RepeatAugSampler")
     ),
     "DATALOADER.REPEAT_THRESHOLD": _SHARE,
     "TEST.EVAL_PERIOD": _NOT_NEGATIVE,

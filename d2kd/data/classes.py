@@ -1,7 +1,9 @@
 """Classes: their number in model and data, and their names and order wherever they must agree."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from d2kd.data.classification import ClassificationSource
 from d2kd.data.coco import DatasetError, read_coco, short
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
@@ -74,11 +76,15 @@ def show_classes(names: Sequence[str]) -> str:
 
 
 def class_names_of(dataset: str, kind: str = "thing_classes") -> list[str] | None:
-    """Returns the class names of a registered dataset, from its metadata or else its COCO file; else None."""
+    """Returns the class names of a registered dataset, from its metadata, its COCO file or class folders; else None."""
     meta = MetadataCatalog.get(dataset)
     names = meta.get(kind)
-    if names is None and kind == "thing_classes" and meta.get("json_file") is not None:
-        names = read_coco(meta.json_file, need_annotations=False).class_names
+    if names is None and kind == "thing_classes":
+        source: Any = DatasetCatalog[dataset] if dataset in DatasetCatalog else None
+        if isinstance(source, ClassificationSource):
+            names = source.class_names()
+        elif meta.get("json_file") is not None:
+            names = read_coco(meta.json_file, need_annotations=False).class_names
     return None if names is None else list(names)
 
 

@@ -5,8 +5,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from d2kd.data.classification import (
+    ClassificationSource,
+    Cub200,
+    ImageFolders,
+    check_classification,
+    register_builtin,
+    register_source,
+    same_split,
+)
 from d2kd.data.coco import CocoSummary, DatasetError, load_coco, validate_coco_json
 from d2kd.errors import did_you_mean, require_choice
+from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
@@ -30,15 +40,25 @@ class DatasetFormat(NamedTuple):
 
     #: Keys of an entry with paths, beside NAME and FORMAT.
     paths: tuple[str, ...]
-    #: Registers a dataset in Detectron2's catalogs: called with its name and the paths, in the order of the keys.
+    #: Registers a dataset in Detectron2's catalogs: called with its name, the paths, and the words of `choices`, in the
+    #: order of the keys.
     register: Callable[..., None]
+    #: Words that further keys of an entry may have, by key.
+    choices: Mapping[str, Sequence[str]] = {}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of an entry, beside NAME and FORMAT."""
+        return (*self.paths, *self.choices)
 
 
 #: Formats by the value of FORMAT; see `register_dataset_format`.
 DATASET_FORMATS: dict[str, DatasetFormat] = {}
 
 
-def register_dataset_format(name: str, paths: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def register_dataset_format(
+    name: str, paths: Sequence[str], choices: Mapping[str, Sequence[str]] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as the `DatasetFormat` of that name; a decorator.
 
     >>> @register_dataset_format("yolo", paths=("LABELS", "IMAGES"))
@@ -49,10 +69,11 @@ def register_dataset_format(name: str, paths: Sequence[str]) -> Callable[[Callab
     Args:
         name: what `FORMAT` calls it.
         paths: keys of an entry that hold paths.
+        choices: further keys, each with the words that it may have.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        DATASET_FORMATS[name] = DatasetFormat(tuple(paths), function)
+        DATASET_FORMATS[name] = DatasetFormat(tuple(paths), function, dict(choices or {}))
         return function
 
     return register
@@ -65,12 +86,26 @@ def register_coco(name: str, json_file: str, images: str) -> None:
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
+@register_dataset_format("folders", paths=("IMAGES",))
+def register_folders(name: str, images: str) -> None:
+    """Registers a folder that holds one folder of images a class, for image classification."""
+    register_source(ImageFolders(name, images), images)
+
+
+@register_dataset_format("cub", paths=("ROOT",), choices={"SPLIT": ("train", "test")})
+def register_cub(name: str, root: str, split: str) -> None:
+    """Registers a part of CUB-200-2011, from its archive's folder."""
+    register_source(Cub200(name, root, split), os.path.join(root, "images"))
+
+
+register_builtin(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
 #: What was registered from configurations: format and paths by name.
 _registered: dict[str, tuple[str, ...]] = {}
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Registers the datasets of `DATASETS.REGISTER`, [{NAME, JSON, IMAGES}, ...] or in another FORMAT.
+    """Registers the datasets of `DATASETS.REGISTER`: [{NAME, JSON, IMAGES}, {NAME, FORMAT: folders, IMAGES}, ...].
 
     A relative path is taken from the working directory, or else from the folder `DETECTRON2_DATASETS` (default:
     datasets). Files need not be there yet: `check_datasets` looks for those that are used. Registering the same again
@@ -85,11 +120,12 @@ def register_datasets(cfg: CfgNode) -> None:
         where = f"DATASETS.REGISTER[{i}]"
         kind = _format_of(where, entry)
         name, paths = entry["NAME"], [_candidates(entry[key])[0] for key in kind.paths]
-        wanted = (entry.get("FORMAT", "coco"), *map(os.path.abspath, paths))
+        words = [entry[key] for key in kind.choices]
+        wanted = (entry.get("FORMAT", "coco"), *map(os.path.abspath, paths), *words)
         if name not in DatasetCatalog:
-            kind.register(name, *paths)
+            kind.register(name, *paths, *words)
             _registered[name] = wanted
-            logger.info("Registered dataset %s: %s", name, ", ".join(paths))
+            logger.info("Registered dataset %s: %s", name, ", ".join([*paths, *words]))
         elif _existing(name) != wanted:
             raise DatasetError(
                 f"{where}: dataset {name!r} exists already, as {' '.join(_existing(name))}; it cannot become "
@@ -99,6 +135,9 @@ def register_datasets(cfg: CfgNode) -> None:
 
 def _existing(name: str) -> tuple[str, ...]:
     """Format and paths of a registered dataset, also of one that Detectron2 or other code has registered."""
+    source: Any = DatasetCatalog[name]
+    if isinstance(source, ClassificationSource):
+        return source.definition
     meta = MetadataCatalog.get(name)
     coco = ("coco", *(os.path.abspath(path) for path in (meta.get("json_file"), meta.get("image_root")) if path))
     return _registered.get(name, coco)
@@ -110,7 +149,7 @@ def _format_of(where: str, entry: Any) -> DatasetFormat:
         raise DatasetError(f"{where} must be a mapping with NAME, JSON, IMAGES, got {entry!r}.")
     require_choice(f"{where}.FORMAT", entry.get("FORMAT", "coco"), DATASET_FORMATS)
     kind = DATASET_FORMATS[entry.get("FORMAT", "coco")]
-    needed = ("NAME", *kind.paths)
+    needed = ("NAME", *kind.keys)
     for key in entry:
         if key not in (*needed, "FORMAT"):
             raise DatasetError(
@@ -120,16 +159,21 @@ def _format_of(where: str, entry: Any) -> DatasetFormat:
         if not isinstance(entry.get(key), str) or not entry[key]:
             has = f"{key} = {entry[key]!r}" if key in entry else f"no {key}"
             raise DatasetError(f"{where} has {has}. Each entry needs {', '.join(needed)}, all of them strings.")
+    for key, words in kind.choices.items():
+        require_choice(f"{where}.{key}", entry[key], words)
     return kind
 
 
 def _candidates(path: str) -> list[str]:
-    """Places where a path may be, the existing one first."""
+    """Places where a path may be, the existing one first; of `val` and `valid` also the other, if that one exists."""
     path = os.path.expanduser(path)
-    if os.path.isabs(path) or "://" in path:
-        return [path]
-    root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    return sorted([path, os.path.join(root, path)], key=lambda p: not PathManager.exists(p))
+    places = [path]
+    if not os.path.isabs(path) and "://" not in path:
+        root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+        places = sorted([path, os.path.join(root, path)], key=lambda p: not PathManager.exists(p))
+    if PathManager.exists(places[0]):
+        return places
+    return [*(other for place in places for other in same_split(place)), *places]
 
 
 def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
@@ -140,8 +184,9 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
         splits: "TRAIN", "TEST" or both.
 
     Raises:
-        DatasetError: if a dataset is not registered, its COCO file is not sound (see `validate_coco_json`), or there is
-            nothing to train on or to judge by.
+        DatasetError: if a dataset is not registered, is none for the model, its COCO file is not sound (see
+            `validate_coco_json`), its class folders are not (see `check_classification`), or there is nothing to train
+            on or to judge by.
     """
     if not comm.is_main_process():
         return
@@ -150,8 +195,12 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
         _check_objects(cfg, split, summaries)
 
 
-def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
-    """Checks one dataset; returns what it holds, or None for those that are no COCO files."""
+def require_dataset(cfg: CfgNode, name: str, split: str) -> None:
+    """Checks that a dataset is registered, and that there are the files that DATASETS.REGISTER names.
+
+    Raises:
+        DatasetError: it is not, or a file is not there.
+    """
     given = {e["NAME"]: e for e in cfg.DATASETS.REGISTER}
     if name not in DatasetCatalog:
         raise DatasetError(
@@ -160,7 +209,33 @@ def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
         )
     for key in _format_of("DATASETS.REGISTER", given[name]).paths if name in given else ():
         _check_exists(f"{key} of dataset {name!r} (DATASETS.REGISTER)", given[name][key])
+
+
+def _require_kind(cfg: CfgNode, name: str, split: str) -> None:
+    """A model that classifies images needs images with one label each, and others cannot use them."""
+    architecture, kind = architecture_class(cfg), MetadataCatalog.get(name).get("evaluator_type")
+    if architecture.CLASSIFIES_IMAGES and kind not in (None, "classification"):
+        raise DatasetError(
+            f"Dataset {name!r} of DATASETS.{split} has the evaluator type {kind!r}, and MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE} classifies whole images: it needs one of FORMAT folders or cub, or another "
+            "whose evaluator type is 'classification'."
+        )
+    if kind == "classification" and architecture.KNOWN and not architecture.CLASSIFIES_IMAGES:
+        raise DatasetError(
+            f"Dataset {name!r} of DATASETS.{split} has images with one label each, for classification, and "
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: use another dataset, or ImageClassifier."
+        )
+
+
+def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
+    """Checks one dataset; returns what it holds, or None for those that are no COCO files."""
+    require_dataset(cfg, name, split)
+    _require_kind(cfg, name, split)
     meta, is_train = MetadataCatalog.get(name), split == "TRAIN"
+    missing_images = "warn" if is_train and cfg.DATASETS.ON_BAD_IMAGE == "skip" else "error"
+    if meta.get("evaluator_type") == "classification" or architecture_class(cfg).CLASSIFIES_IMAGES:
+        _check_labeled_images(cfg, name, is_train, missing_images)
+        return None
     if meta.get("json_file") is None or meta.get("image_root") is None:
         return None
     masks = (cfg.INPUT.MASK_FORMAT if is_train else "any") if cfg.MODEL.MASK_ON else ""
@@ -168,7 +243,7 @@ def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
         meta.json_file,
         meta.image_root,
         need_annotations=is_train,
-        missing_images="warn" if is_train and cfg.DATASETS.ON_BAD_IMAGE == "skip" else "error",
+        missing_images=missing_images,
         masks=masks,
         evaluated=not is_train,
         as_it_stands=_registered.get(name, ("",))[0] != "coco",
@@ -184,6 +259,21 @@ def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
         len(summary.class_names),
     )
     return summary
+
+
+def _check_labeled_images(cfg: CfgNode, name: str, is_train: bool, missing_images: str) -> None:
+    inputs, meta = cfg.INPUT.CLASSIFICATION, MetadataCatalog.get(name)
+    size = inputs.SIZE if is_train else int((inputs.TEST_SIZE or inputs.SIZE) / inputs.CROP_PCT)
+    summary = check_classification(name, missing_images=missing_images, size=size, is_train=is_train)
+    if meta.get("thing_classes") is None and summary.class_names:
+        meta.thing_classes = list(summary.class_names)
+    logger.info(
+        "Checked dataset %s: %d images, %d classes, in %s",
+        name,
+        summary.num_images,
+        len(summary.class_names),
+        meta.get("image_root"),
+    )
 
 
 def _check_objects(cfg: CfgNode, split: str, summaries: Mapping[str, CocoSummary | None]) -> None:
@@ -228,3 +318,5 @@ def _check_exists(what: str, path: str) -> None:
             f"{what} does not exist; tried {' and '.join(os.path.abspath(p) for p in candidates)}, and beside the YAML "
             "that names it. Correct the path, or set DETECTRON2_DATASETS to the folder that it is relative to."
         )
+    if os.path.basename(os.path.normpath(candidates[0])) != os.path.basename(os.path.normpath(path)):
+        logger.info("%s: there is no %s, and %s is taken", what, path, candidates[0])

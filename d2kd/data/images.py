@@ -72,6 +72,26 @@ def read_image(path: str, format: str) -> np.ndarray:
         return detection_utils.convert_PIL_to_numpy(_upright(image), format)
 
 
+def read_rgb(path: str) -> Image.Image:
+    """Reads an image for augmentations that work on Pillow's images, in whole as `read_image` does.
+
+    Args:
+        path: that the path manager knows.
+
+    Returns:
+        In mode RGB, upright.
+
+    Raises:
+        ValueError: its pixels have no known range; `image_problem` says why.
+    """
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        problem = _depth_problem(path, image)
+        if problem is not None:
+            raise ValueError(problem)
+        image.load()
+        return _upright(image).convert("RGB")
+
+
 def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = None) -> np.ndarray:
     """Reads a label map: grey values, or the indices of a palette, are classes.
 

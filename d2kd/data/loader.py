@@ -13,13 +13,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import parent_process
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2kd.errors import ConfigError
+from d2kd.modeling.architectures import architecture_class
 from d2kd.rng import derive_seed
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
@@ -27,6 +28,7 @@ from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
+from .classification import RepeatAugmentation, build_mix, repeated_length, require_pairs
 from .coco import DatasetError
 from .mapper import LoadingFailure, build_mapper, handing_over_failures, raise_failures, wrap_mapper
 
@@ -34,10 +36,18 @@ logger = logging.getLogger(__name__)
 
 #: A stream position and the index of the image there.
 Draw = tuple[int, int]
+#: A number, counted from the first one of the run, and its draws.
+Batch = tuple[int, list[Draw]]
 #: Turns a record into a model input; None says that another image must take its place.
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+#: Changes the model inputs of one batch together, as mixup does.
+Mix = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 #: After so many unreadable images in a row the dataset, not an image, is broken.
 MAX_REPLACEMENTS = 50
+#: Tells the seed of a batch from those of draws.
+_OF_BATCH = 1
+#: Of DATALOADER.SAMPLER_TRAIN, repeated augmentation.
+_REPEATED = "RepeatAugSampler"
 
 
 class ResumableLoader:
@@ -54,6 +64,7 @@ class ResumableLoader:
         aspect_ratio_grouping: bool = True,
         seed: int = 0,
         pin_memory: bool = False,
+        mix: Mix | None = None,
     ) -> None:
         """
         Args:
@@ -65,6 +76,8 @@ class ResumableLoader:
             aspect_ratio_grouping: put only wide, or only tall, images into a batch, where records tell their sizes.
             seed: decides order and augmentations.
             pin_memory: hand out images in page-locked memory, from where a GPU fetches them while it computes.
+            mix: see `Mix`; called where images are read, with random numbers that depend on seed, process and number of
+                the batch.
         """
         # serialized once: as Python objects the records of COCO take gigabytes, and every worker would touch them
         self.records = DatasetFromList(dicts, copy=False, serialize=True)
@@ -75,16 +88,17 @@ class ResumableLoader:
         self.wide = _wide(dicts) if aspect_ratio_grouping else None
         self.seed = seed
         self.pin_memory = pin_memory
+        self.mix = mix
         self.start = 0
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Batches from number `start` on."""
         batches = _Batches(self.build_sampler(self.seed), self.batch_size, self.wide, self.start)
         mapper = handing_over_failures(self.mapper) if self.num_workers else self.mapper
-        dataset = _SeededDataset(self.records, mapper, (self.seed, comm.get_rank()))
+        dataset = _SeededDataset(self.records, mapper, (self.seed, comm.get_rank()), self.mix)
         loader = DataLoader(
             dataset,
-            batch_sampler=batches,
+            batch_sampler=cast(Any, batches),  # what a batch is, is between it and the dataset
             num_workers=self.num_workers,
             collate_fn=list,
             pin_memory=self.pin_memory,
@@ -103,14 +117,14 @@ def _wide(dicts: list[dict[str, Any]]) -> list[bool] | None:
     return None
 
 
-class _Batches(Sampler[list[Draw]]):
+class _Batches(Sampler[Batch]):
     """Batches of draws, grouped by aspect ratio before any image is read: skipping to a position costs nothing."""
 
     def __init__(self, sampler: Sampler[int], batch_size: int, wide: Sequence[bool] | None, start: int) -> None:
         self.sampler, self.batch_size, self.wide, self.start = sampler, batch_size, wide, start
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return itertools.islice(self._batches(), self.start, None)
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(enumerate(self._batches()), self.start, None)
 
     def _batches(self) -> Iterator[list[Draw]]:
         buckets: tuple[list[Draw], list[Draw]] = ([], [])
@@ -123,15 +137,25 @@ class _Batches(Sampler[list[Draw]]):
 
 
 class _SeededDataset(Dataset[dict[str, Any]]):
-    """Maps a draw to a model input, with random numbers that depend on the draw alone."""
+    """Maps draws to model inputs, with random numbers that depend on the draw alone, and mixes those of a batch."""
 
-    def __init__(self, records: DatasetFromList, mapper: Mapper, seed: tuple[int, int]) -> None:
+    def __init__(self, records: DatasetFromList, mapper: Mapper, seed: tuple[int, int], mix: Mix | None) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
+        self.mix = mix
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __getitems__(self, batch: Batch) -> list[Any]:
+        """What the `DataLoader` calls with an item of its batch sampler."""
+        number, draws = batch
+        inputs = [self[draw] for draw in draws]
+        if self.mix is None or any(isinstance(x, LoadingFailure) for x in inputs):
+            return inputs
+        with _seeded(derive_seed(*self.seed, number, _OF_BATCH)):
+            return self.mix(inputs)
 
     def __getitem__(self, draw: Draw) -> Any:
         position, index = draw
@@ -188,6 +212,27 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> ResumableL
         DatasetError: nothing is left to train on.
         ConfigError: `DATALOADER.SAMPLER_TRAIN` or the batch size is not possible.
     """
+    dicts, classifies = training_records(cfg), architecture_class(cfg).CLASSIFIES_IMAGES
+    return ResumableLoader(
+        dicts,
+        wrap_mapper(mapper or build_mapper(cfg, is_train=True), cfg.DATASETS.ON_BAD_IMAGE),
+        _sampler_builder(cfg, dicts),
+        batch_size=_batch_size(cfg),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        # of classifiers all images have one size
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING and not classifies,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
+        mix=build_mix(cfg) if classifies else None,
+    )
+
+
+def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Returns the records of DATASETS.TRAIN that are trained on.
+
+    Raises:
+        DatasetError: nothing is left to train on.
+    """
     if not cfg.DATASETS.TRAIN:
         raise DatasetError("DATASETS.TRAIN is empty: name a registered dataset, or give a --config-file that does.")
     try:
@@ -202,20 +247,22 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> ResumableL
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} cannot be trained on: {error}. Check the annotation files, or "
             "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images too."
         ) from error
-    return ResumableLoader(
-        dicts,
-        wrap_mapper(mapper or build_mapper(cfg, is_train=True), cfg.DATASETS.ON_BAD_IMAGE),
-        _sampler_builder(cfg, dicts),
-        batch_size=_batch_size(cfg),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
-        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
-    )
+    return cast(list[dict[str, Any]], dicts)
+
+
+def epoch_length(cfg: CfgNode) -> int:
+    """Returns how many images an epoch of the training has: those that are trained on.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    size = len(training_records(cfg))
+    repeated = cfg.DATALOADER.SAMPLER_TRAIN == _REPEATED
+    return repeated_length(size, cfg.DATALOADER.REPEATS) if repeated else size
 
 
 class TestLoader:
-    """Every image of a test set once, shared among the processes, in batches of one."""
+    """Every image of a test set once, shared among the processes, in batches of TEST.IMS_PER_BATCH."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         """
@@ -249,7 +296,10 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = N
     )
     guarded = wrap_mapper(mapper or build_mapper(cfg, is_train=False), "error", evaluates=True)
     loader = build_detection_test_loader(
-        dataset=dicts, mapper=handing_over_failures(guarded), num_workers=cfg.DATALOADER.NUM_WORKERS
+        dataset=dicts,
+        mapper=handing_over_failures(guarded),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        batch_size=cfg.TEST.IMS_PER_BATCH,
     )
     return TestLoader(loader)
 
@@ -258,6 +308,8 @@ def _batch_size(cfg: CfgNode) -> int:
     total, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if total <= 0 or total % world:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH is {total}; it must be a positive multiple of the {world} processes.")
+    if architecture_class(cfg).CLASSIFIES_IMAGES:
+        require_pairs(cfg, total // world, f", {total // world} on each of {world} processes")
     return total // world
 
 
@@ -267,10 +319,15 @@ def _sampler_builder(cfg: CfgNode, dicts: list[dict[str, Any]]) -> Callable[[int
     if name == "TrainingSampler":
         return lambda seed: TrainingSampler(size, seed=seed)
     if name == "RepeatFactorTrainingSampler":
+        if "annotations" not in dicts[0] and "label" in dicts[0]:
+            dicts = [{"annotations": [{"category_id": record["label"]}]} for record in dicts]
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    if name == _REPEATED:
+        repeats = cfg.DATALOADER.REPEATS
+        return lambda seed: RepeatAugmentation(size, repeats, seed)
     raise ConfigError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler or RepeatFactorTrainingSampler."
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or {_REPEATED}."
     )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2kd.data.classification import ClassificationMapper
 from d2kd.data.coco import DatasetError
 from d2kd.errors import UserError, require_choice
 from d2kd.modeling.architectures import architecture_class
@@ -79,8 +80,12 @@ class ImageMapper(DatasetMapper):
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
     """Returns the mapper of a configuration: in training that of the architecture, if it has one of its own."""
-    own = architecture_class(cfg).build_mapper(cfg) if is_train else None
-    return ImageMapper(cfg, is_train) if own is None else own
+    architecture = architecture_class(cfg)
+    own = architecture.build_mapper(cfg) if is_train else None
+    if own is not None:
+        return own
+    usual = ClassificationMapper if architecture.CLASSIFIES_IMAGES else ImageMapper
+    return usual(cfg, is_train)
 
 
 def wrap_mapper(mapper: Mapper, on_bad_image: str, *, evaluates: bool = False) -> Mapper:
@@ -109,15 +114,17 @@ class _GuardedMapper:
         self.mapper = mapper
         self.skip = skip
         self.advice = advice
+        self.reads_whole = getattr(mapper, "READS_WHOLE", False)
         self._sound: set[str] = set()
         self._reported: set[str] = set()
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any | None:
         name = str(dataset_dict.get("file_name"))
         cause: Exception | None = None
-        problem = None if name in self._sound else _file_problem(dataset_dict)
+        problem = None if self.reads_whole or name in self._sound else _file_problem(dataset_dict)
         if problem is None:
-            self._sound.add(name)
+            if not self.reads_whole:
+                self._sound.add(name)
             try:
                 return self.mapper(dataset_dict)
             except LabelMapError as error:

@@ -3,7 +3,7 @@
 import logging
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,12 +133,18 @@ class DistillCheckpointer(SafeCheckpointer):
             self.checkpointables["ema"].reset()
         return rest
 
-    def advise(self, cfg: CfgNode) -> None:
-        """Warns where a configuration does not suit the weights that a run has started from."""
+    def advise(self, cfg: CfgNode, pretrained: Collection[str] = ()) -> None:
+        """Warns where a configuration does not suit the weights that a run has started from.
+
+        Args:
+            cfg: of the run.
+            pretrained: names of parameters that had their values before, from another library.
+        """
         advice = None if self.source is None else input_advice(self.source, cfg)
         if advice is not None:
             logger.warning("%s", advice)
-        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and n not in self._started_with]
+        started = self._started_with | set(pretrained)
+        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and n not in started]
         if frozen:
             logger.warning(
                 "%d parameters, first %s, are frozen (MODEL.BACKBONE.FREEZE_AT is %d) with the random values that they "

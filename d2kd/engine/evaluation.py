@@ -292,6 +292,7 @@ def _teacher_config(cfg: CfgNode) -> CfgNode:
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher_cfg.DATASETS.TEST = cfg.DATASETS.TEST
+    teacher_cfg.TEST.IMS_PER_BATCH = cfg.TEST.IMS_PER_BATCH
     return teacher_cfg
 
 

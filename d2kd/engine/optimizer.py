@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from d2kd.errors import ConfigError, require_choice
-from d2kd.modeling.backbone import layer_decay_factor
+from d2kd.modeling.backbone import layer_decay_factors
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver import get_default_optimizer_params
@@ -51,8 +51,8 @@ def _build_unclipped(cfg: CfgNode, model: nn.Module) -> Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         lr_factor_func=_layer_decay(cfg, model),
-        # positions of a vision transformer must not shrink (arXiv 2203.16527, appendix A.2)
-        overrides={"pos_embed": {"weight_decay": 0.0}},
+        # positions and class tokens of a vision transformer must not shrink (arXiv 2203.16527, appendix A.2)
+        overrides={name: {"weight_decay": 0.0} for name in ("pos_embed", "cls_token", "dist_token")},
     )
     kind: Callable[..., Optimizer] = maybe_add_gradient_clipping(cfg, _ADAPTIVE[name])
     return kind(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
@@ -66,11 +66,12 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Callable[[str], float] | Non
     if not 0.0 < decay < 1.0:
         raise ConfigError(f"SOLVER.LAYER_DECAY is {decay}; it must be above 0 and at most 1.")
 
-    def factor(name: str) -> float:
-        return layer_decay_factor(cfg, name.removeprefix("student."))
-
-    if all(factor(name) == 1.0 for name, _ in model.named_parameters()):
-        raise ConfigError("SOLVER.LAYER_DECAY is set, but the backbone is no vision transformer: set it to 1.0.")
+    factor = layer_decay_factors(cfg, model)
+    if factor is None or all(factor(name) == 1.0 for name, _ in model.named_parameters()):
+        raise ConfigError(
+            "SOLVER.LAYER_DECAY is set, but the backbone is neither a vision transformer nor a network of timm: set it "
+            "to 1.0."
+        )
     return factor
 
 

@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
 from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
+from .epochs import with_iterations
 from .hooks import CheckpointHook, InterruptHook, WallTime
 from .optimizer import build_optimizer
 from .run_folder import DISK_ERRORS
@@ -63,7 +64,7 @@ class ResumableTrainer(TrainerBase):
         """
         super().__init__()
         self.check_config(cfg)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(with_iterations(cfg), comm.get_world_size())
         self.cfg = cfg
         self.network = self.build_model(cfg)
         loader = self.build_train_loader(cfg)

@@ -6,6 +6,24 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 
+def drop_late_steps(solver: CfgNode) -> tuple[int, ...]:
+    """Leaves out steps of the learning rate that have no effect: those that are not below MAX_ITER.
+
+    Detectron2 ignores steps behind MAX_ITER, and fails at one that is equal.
+
+    Args:
+        solver: the node SOLVER, not frozen; schedules without steps are left alone.
+
+    Returns:
+        The steps that were left out.
+    """
+    if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+        return ()
+    late = tuple(step for step in solver.STEPS if step >= solver.MAX_ITER)
+    solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
+    return late
+
+
 def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     """Applies Detectron2's scaling by `SOLVER.REFERENCE_WORLD_SIZE`, and the same to what methods count in iterations.
 
@@ -29,8 +47,13 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
     frozen = scaled.is_frozen()
     scaled.defrost()
-    # rounding may have made steps of the last iteration, which Detectron2's schedule does not take
-    scaled.SOLVER.STEPS = tuple(step for step in scaled.SOLVER.STEPS if step < scaled.SOLVER.MAX_ITER)
+    for node, before, key in (
+        (scaled.SOLVER, cfg.SOLVER, "MAX_ITER"),
+        (scaled.SOLVER, cfg.SOLVER, "CHECKPOINT_PERIOD"),
+        (scaled.TEST, cfg.TEST, "EVAL_PERIOD"),
+    ):
+        node[key] = max(node[key], min(before[key], 1))  # rounded to 0, it would be never
+    drop_late_steps(scaled.SOLVER)  # rounding may have made some
     for _, method in DISTILLERS:
         node = scaled.DISTILL.get(method.NODE, {})
         for declared in method.SETTINGS.values():

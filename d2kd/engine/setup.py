@@ -22,7 +22,9 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from .epochs import resolve_epochs, uses_epochs
 from .run_folder import claim_folder, prepare_folder
+from .scaling import drop_late_steps
 
 logger = logging.getLogger(__name__)
 
@@ -84,21 +86,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
         read_teacher_config(cfg, [])  # what is wrong there must be known now; it is read again where it is used
     _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
+    only_evaluates = getattr(args, "eval_only", False) or getattr(args, "eval_teacher", False)
+    epochs = "" if only_evaluates else resolve_epochs(cfg)
+    if epochs:
+        _tell_late_steps(cfg.SOLVER, notices)
     cfg.freeze()
     if comm.is_main_process():
         prepare_folder(cfg.OUTPUT_DIR)
-        if not getattr(args, "eval_only", False) and not getattr(args, "eval_teacher", False):
+        if not only_evaluates:
             claim_folder(cfg, args.resume, getattr(args, "overwrite", False))
     comm.synchronize()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
+    if epochs:
+        logger.info("%s", epochs)
     for notice in notices if comm.is_main_process() else ():
         logger.warning("%s", notice)
     if RUNTIME.name == "detectron2" and hasattr(torch._C, "_jit_set_profiling_executor"):
         # its scripted losses compute the first two calls of a process otherwise than those after them, so that a
         # resumed run would not be equal bit by bit
         torch._C._jit_set_profiling_executor(False)
-    starts_anew = not any(getattr(args, flag, False) for flag in ("resume", "eval_only", "eval_teacher"))
+    starts_anew = not (only_evaluates or getattr(args, "resume", False))
     with contextlib.nullcontext() if starts_anew else _keeping_config(cfg):
         default_setup(cfg, args)
     return cfg
@@ -157,17 +165,15 @@ def load_config(
             f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
             "DISTILL.TEACHER.CONFIG_FILE (--teacher-config) says which network these are."
         )
-    _drop_late_steps(cfg.SOLVER, notices)
+    if not uses_epochs(cfg):  # else the iterations are not known yet
+        _tell_late_steps(cfg.SOLVER, notices)
     return cfg
 
 
-def _drop_late_steps(solver: CfgNode, notices: list[str] | None) -> None:
-    """Detectron2 ignores steps behind MAX_ITER and fails at one that is equal; here none of them has an effect."""
-    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
-    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and len(steps) < len(solver.STEPS):
-        text = f"SOLVER.STEPS {tuple(solver.STEPS)}: those not below MAX_ITER, {solver.MAX_ITER}, have no effect."
-        tell(text, notices)
-        solver.STEPS = tuple(steps)
+def _tell_late_steps(solver: CfgNode, notices: list[str] | None) -> None:
+    steps = tuple(solver.STEPS)
+    if drop_late_steps(solver):
+        tell(f"SOLVER.STEPS {steps}: those not below MAX_ITER, {solver.MAX_ITER}, have no effect.", notices)
 
 
 def _use_device(name: str) -> None:

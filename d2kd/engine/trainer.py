@@ -23,6 +23,7 @@ from d2kd.modeling import (
     initialize_student,
     is_distillation,
 )
+from d2kd.modeling.backbone import load_pretrained_network
 from d2kd.rng import preserve_rng_state
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
@@ -169,8 +170,9 @@ class DistillTrainer(ResumableTrainer):
         """
         if resume and self.resume():
             return
+        pretrained = load_pretrained_network(self.cfg, self.student)
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
-        self.checkpointer.advise(self.cfg)
+        self.checkpointer.advise(self.cfg, pretrained)
         if self.distilled is not None:
             initialize_student(self.cfg, self.distilled)
         if self.ema is not None:

@@ -7,6 +7,7 @@ from functools import partial
 
 from d2kd.data.images import LabelRange, read_label_map
 from d2kd.errors import UserError, did_you_mean
+from d2kd.evaluation.classification import TOP, ClassificationEvaluator
 from d2kd.evaluation.coco import CocoEvaluator
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
@@ -16,7 +17,7 @@ from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator,
 logger = logging.getLogger(__name__)
 
 #: Values of `evaluator_type` in a dataset's metadata that `build_evaluator` knows.
-TYPES = ("coco", "sem_seg", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg")
+TYPES = ("coco", "sem_seg", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg", "classification")
 
 
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -28,6 +29,7 @@ _METRICS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "pascal_voc": (("AP", "AP50", "AP75"), []),
     "sem_seg": (_SEM_SEG, ["IoU", "BoundaryIoU", "min(IoU, B-Iou)", "ACC"]),
     "cityscapes_sem_seg": (_SEM_SEG, ["IoU", "BoundaryIoU", "min(IoU, B-Iou)", "ACC"]),
+    "classification": (("top1", "top5"), ["top1"]),
 }
 
 
@@ -62,11 +64,13 @@ def _metric_names(cfg: CfgNode) -> list[str] | None:
     names = []
     for dataset in cfg.DATASETS.TEST:
         kind = _type_of(dataset)
-        tasks = ["sem_seg"] if "sem_seg" in kind else ["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"]
+        tasks = _tasks(cfg, kind)
         classes = MetadataCatalog.get(dataset).get("stuff_classes" if "sem_seg" in kind else "thing_classes")
         if classes is None:
             return None
         metrics, of_classes = _METRICS[kind]
+        if kind == "classification" and len(classes) <= TOP:
+            metrics = metrics[:1]
         metrics = [*metrics, *(f"{name}-{c}" for name in of_classes for c in classes)]
         for variant in ["", *(["_EMA"] if cfg.SOLVER.EMA.ENABLED else [])]:
             # a variant's suffix goes to what stands first, see `evaluate_variant`
@@ -74,6 +78,14 @@ def _metric_names(cfg: CfgNode) -> list[str] | None:
             starts = [f"{dataset}{variant}/{t}" if several else f"{t}{variant}" for t in tasks]
             names += [f"{start}/{metric}" for start in starts for metric in metrics]
     return names
+
+
+def _tasks(cfg: CfgNode, kind: str) -> list[str]:
+    if kind == "classification":
+        return [kind]
+    if "sem_seg" in kind:
+        return ["sem_seg"]
+    return ["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -99,6 +111,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         meta = MetadataCatalog.get(dataset_name)
         read = partial(read_label_map, labels=LabelRange(len(meta.stuff_classes), meta.get("ignore_label")))
         return SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=read)
+    if kind == "classification":
+        return ClassificationEvaluator(dataset_name, output_folder)
     return PascalVOCDetectionEvaluator(dataset_name)
 
 

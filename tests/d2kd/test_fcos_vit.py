@@ -261,7 +261,7 @@ def test_layer_decay_gives_earlier_blocks_smaller_rates_also_under_distillation(
         (
             FASTER_RCNN,
             {"SOLVER__OPTIMIZER": "AdamW"},
-            r"SOLVER\.LAYER_DECAY is set, but the backbone is no vision transformer",
+            r"SOLVER\.LAYER_DECAY is set, but the backbone is neither a vision transformer",
         ),
         (VIT_RCNN, {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__LAYER_DECAY": 1.5}, r"SOLVER\.LAYER_DECAY is 1\.5"),
     ],

@@ -13,6 +13,7 @@ from .base import (
     warn_if_unknown,
 )
 from .build import ArchitectureError, build_network
+from .classifier import ImageClassifier
 from .dense_detector import DenseDetector
 from .rcnn import GeneralizedRCNN, is_region_tap
 from .semantic_segmentor import SemanticSegmentor
@@ -25,6 +26,7 @@ __all__ = [
     "NumClassesKey",
     "DenseDetector",
     "GeneralizedRCNN",
+    "ImageClassifier",
     "SemanticSegmentor",
     "architecture_class",
     "architecture_of",

@@ -72,6 +72,7 @@ class Architecture:
             stands for all.
         SCORE_THRESHOLD: the key of the score below which the model gives no detection; "" for none.
         SUPPORTS_TTA: whether there is test-time augmentation (TEST.AUG), see `with_test_augmentation`.
+        CLASSIFIES_IMAGES: whether the model takes images of one size, each with one label, and gives scores of classes.
         LOSS_NORMALIZERS: attributes of the model with running normalizers of its losses. They are in no `state_dict`,
             and belong to the state of a run.
     """
@@ -81,6 +82,7 @@ class Architecture:
     EVALUATOR_TYPES: ClassVar[tuple[str, ...]] = ()
     SCORE_THRESHOLD: ClassVar[str] = ""
     SUPPORTS_TTA: ClassVar[bool] = False
+    CLASSIFIES_IMAGES: ClassVar[bool] = False
     LOSS_NORMALIZERS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,7 +160,29 @@ class Architecture:
 
     def is_channels_last(self, module: nn.Module) -> bool:
         """Returns whether a module gives (N, H, W, C), as the blocks of a vision transformer do."""
-        return any(module is block for vit in self.model.modules() if isinstance(vit, ViT) for block in vit.blocks)
+        for part in self.model.modules():
+            if isinstance(part, ViT) and any(module is block for block in part.blocks):
+                return True
+            told: Any = getattr(part, "is_channels_last", None)  # of a network of another library
+            if told is not None and told(module) and any(module is m for m in part.modules()):
+                return True
+        return False
+
+    def prefix_tokens(self, module: nn.Module) -> int | None:
+        """Returns how many tokens stand before those of the patches in what a module gives, (N, tokens, C).
+
+        None where it is no block of a vision transformer of timm.
+        """
+        for part in self.model.modules():
+            blocks = getattr(part, "blocks", None)
+            if hasattr(part, "patch_embed") and isinstance(blocks, nn.Sequential | nn.ModuleList):
+                if any(module is block for block in blocks):
+                    return int(getattr(part, "num_prefix_tokens", 0))
+        return None
+
+    def probe_size(self) -> int:
+        """Returns the side, in pixels, of a blank image that shows the shapes of features."""
+        return 128
 
     def loss_normalizers(self) -> dict[str, Any]:
         """Returns the running loss normalizers, by attribute; some appear with the first batch only."""

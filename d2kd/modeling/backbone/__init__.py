@@ -2,11 +2,31 @@
 
 from .fcos_fpn import build_fcos_resnet_fpn_backbone
 from .last_norm import build_retinanet_resnet_fpn_last_norm_backbone
-from .vit import build_vit_sfp_backbone, layer_decay_factor
+from .layer_decay import layer_decay_factors
+from .pretrained import load_pretrained_network, with_data_config
+from .timm_backbone import (
+    TimmBackbone,
+    build_fcos_timm_fpn_backbone,
+    build_retinanet_timm_fpn_backbone,
+    build_timm_backbone,
+    build_timm_fpn_backbone,
+)
+from .vit import build_vit_sfp_backbone
+from .whole_networks import TimmNetwork, TorchvisionNetwork, WholeNetwork
 
 __all__ = [
+    "TimmBackbone",
+    "TimmNetwork",
+    "TorchvisionNetwork",
+    "WholeNetwork",
     "build_fcos_resnet_fpn_backbone",
+    "build_fcos_timm_fpn_backbone",
     "build_retinanet_resnet_fpn_last_norm_backbone",
+    "build_retinanet_timm_fpn_backbone",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
     "build_vit_sfp_backbone",
-    "layer_decay_factor",
+    "layer_decay_factors",
+    "load_pretrained_network",
+    "with_data_config",
 ]

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
 
 
 def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
@@ -63,14 +63,6 @@ def build_vit(node: CfgNode, in_channels: int) -> ViT:
         pretrain_use_cls_token=node.PRETRAIN_USE_CLS_TOKEN,
         out_feature="last_feat",
     )
-
-
-def layer_decay_factor(cfg: CfgNode, name: str) -> float:
-    """Returns the factor on the learning rate of a parameter of the model, by `SOLVER.LAYER_DECAY` (arXiv 2106.08254).
-
-    It is 1 for what does not lie in the transformer.
-    """
-    return get_vit_lr_decay_rate(name, cfg.SOLVER.LAYER_DECAY, cfg.MODEL.VIT.DEPTH)
 
 
 declare_keys(  # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid

@@ -1,5 +1,6 @@
 """Architectures that Detectron2 lacks, or has no YAML for; importing registers them."""
 
 from .fcos import FCOS
+from .image_classifier import ImageClassifier
 
-__all__ = ["FCOS"]
+__all__ = ["FCOS", "ImageClassifier"]

@@ -1,7 +1,7 @@
 """Addresses of taps: which module, and which part of its output, "res4.pre_relu" or "head.bbox_pred@2" means."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,19 +25,21 @@ class Tap(NamedTuple):
     key: str | None = None
     # which call of the module in one forward pass, None where there must be one call only
     call: int | None = None
-    # tap the input of the module's last ReLU instead of the module's output
+    # tap the input of the module's last ReLU, or other activation, instead of the module's output
     pre_relu: bool = False
     # the module gives (N, H, W, C); the tap is (N, C, H, W)
     channels_last: bool = False
+    # the module gives tokens (N, L, C), so many before those of the patches, which lie on a square grid
+    prefix_tokens: int | None = None
 
 
 def resolve_tap(model: nn.Module, name: str) -> Tap:
     """Finds what a tap's address means in a model.
 
     Addresses: "p3" (an output of the backbone), "res4" (a stage of the bottom-up network, also one that is no output),
-    "res4.pre_relu" (the same before its last ReLU), "head.bbox_pred" (the output of any module), "head.bbox_pred@2"
-    (its third call in a forward pass, counted from 0), "blocks.3" (a block of a vision transformer, as a map (N, C, H,
-    W)).
+    "res4.pre_relu" (the same before its last ReLU or other activation; also of one block), "head.bbox_pred" (the output
+    of any module), "head.bbox_pred@2" (its third call in a forward pass, counted from 0), "blocks.3" (a block of a
+    vision transformer, as a map (N, C, H, W)).
 
     Raises:
         TapError: there is no such feature; the message lists near matches.
@@ -54,8 +56,13 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
         if address in _outputs(named.get(path)) and f"{path}.{address}" not in named:
             return Tap(name, named[path], key=address)
     module = _find_stage(model, name, address, named)
+    architecture = architecture_of(model)
     return Tap(
-        name, module, call=int(call) if call else None, channels_last=architecture_of(model).is_channels_last(module)
+        name,
+        module,
+        call=int(call) if call else None,
+        channels_last=architecture.is_channels_last(module),
+        prefix_tokens=architecture.prefix_tokens(module),
     )
 
 
@@ -94,7 +101,13 @@ def _outputs(module: nn.Module | None) -> Sequence[str]:
 
 
 def _find_stage(model: nn.Module, name: str, address: str, named: dict[str, nn.Module]) -> nn.Module:
-    for path in (f"{architecture_of(model).bottom_up}.{address}", f"backbone.{address}", address):
+    bottom_up = architecture_of(model).bottom_up
+    for path in (bottom_up, "backbone"):  # networks of other libraries tell their stages
+        stage_module: Any = getattr(named.get(path), "stage_module", None)
+        stage = None if stage_module is None else stage_module(address)
+        if stage is not None:
+            return stage
+    for path in (f"{bottom_up}.{address}", f"{bottom_up}.net.{address}", f"backbone.{address}", address):
         if path in named and path:
             return named[path]
     hint = did_you_mean(address, [*tap_names(model), *filter(None, named)])

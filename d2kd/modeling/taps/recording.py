@@ -1,25 +1,32 @@
 """Reads, or replaces, tapped features with removable hooks; the model is not edited."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torchvision.models.shufflenetv2 import InvertedResidual
 
 from .address import Tap, TapError, resolve_tap
 
-_RELUS = {torch.relu, torch.relu_, torch.nn.functional.relu, torch.nn.functional.relu_, Tensor.relu, Tensor.relu_}
+_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, Tensor.relu, Tensor.relu_}
+#: Others that end the blocks of networks; these take `inplace`, or are never in place.
+_ACTIVATIONS = {F.relu6, F.hardtanh, F.hardswish, F.silu, F.gelu, F.leaky_relu, F.elu, F.mish}
 
 
 class _LastReluInput(TorchFunctionMode):
-    """While active, runs every ReLU out of place and remembers what went into the last one."""
+    """While active, runs every ReLU (or other activation) out of place and remembers what went into the last one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.value: Tensor | None = None
         self.result: Tensor | None = None
+        #: the last activation, as a function of its input
+        self.activation: Callable[[Tensor], Tensor] = torch.relu
 
     def __torch_function__(
         self,
@@ -28,11 +35,17 @@ class _LastReluInput(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         if func in _RELUS:
-            self.value = args[0]
-            self.result = torch.relu(args[0])
-            return self.result
-        return func(*args, **(kwargs or {}))
+            self.activation = torch.relu
+        elif func in _ACTIVATIONS:
+            rest = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+            self.activation = lambda x: func(x, *args[1:], **rest)
+        else:
+            return func(*args, **kwargs)
+        self.value = args[0]
+        self.result = self.activation(args[0])
+        return self.result
 
     def start(self) -> None:
         """Watches from here on, as entering a `with` would, which a pair of hooks cannot."""
@@ -155,7 +168,7 @@ class _Recorder:
                 raise TapError(
                     f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
                 )
-            self._store(tap, mode.value)
+            self._store(tap, _before_activation(module, mode.value, output))
             if self.replace is None:
                 return None
             if mode.result is not output:
@@ -163,7 +176,7 @@ class _Recorder:
                     f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does "
                     "not give the block's output. Use the tap of the stage itself."
                 )
-            return torch.relu(self.replace(tap.name, mode.value))
+            return mode.activation(self.replace(tap.name, mode.value))
 
         return hook
 
@@ -176,7 +189,7 @@ class _Recorder:
             if tap.call is not None and tap.call != calls - 1:
                 return None
             value = output if tap.key is None else output[tap.key]
-            value = value.permute(0, 3, 1, 2) if tap.channels_last else value
+            value = _as_map(tap, value)
             self._store(tap, value)
             return None if self.replace is None else _put(tap, output, self.replace(tap.name, value))
 
@@ -194,10 +207,42 @@ class _Recorder:
             raise _AllTapsFired
 
 
+def _before_activation(block: nn.Module, value: Tensor, output: Any) -> Tensor:
+    """The map of a block before its last activation, which got `value`.
+
+    A unit of ShuffleNetV2 activates one half of its channels and interleaves it with the other, that it passes on
+    (arXiv 1807.11164, figure 3): the map is its output with that half as it was before.
+    """
+    if isinstance(block, InvertedResidual):
+        return torch.stack([output[:, 0::2], value], dim=2).flatten(1, 2)
+    return value
+
+
 def _put(tap: Tap, output: Any, value: Tensor) -> Any:
     """The output of the tap's module with another value at the tap."""
-    value = value.permute(0, 2, 3, 1) if tap.channels_last else value
-    return value if tap.key is None else {**output, tap.key: value}
+    if tap.key is not None:
+        return {**output, tap.key: value}
+    if _is_tokens(tap, output):
+        return torch.cat([output[:, : tap.prefix_tokens], value.flatten(2).transpose(1, 2)], dim=1)
+    return value.permute(0, 2, 3, 1) if tap.channels_last else value
+
+
+def _is_tokens(tap: Tap, output: Any) -> bool:
+    return tap.prefix_tokens is not None and isinstance(output, Tensor) and output.dim() == 3
+
+
+def _as_map(tap: Tap, value: Any) -> Any:
+    """What a tap gives, with the channels in the second place."""
+    if _is_tokens(tap, value):
+        patches = value[:, tap.prefix_tokens :]
+        side = math.isqrt(patches.shape[1])
+        if side * side != patches.shape[1]:
+            raise TapError(
+                f"Tap {tap.name!r} gives {patches.shape[1]} tokens, which are no square: blocks of such a transformer "
+                "can be tapped where images are square."
+            )
+        return patches.transpose(1, 2).unflatten(2, (side, side))
+    return value.permute(0, 3, 1, 2) if tap.channels_last else value
 
 
 @contextlib.contextmanager

@@ -13,9 +13,6 @@ from ..architectures import architecture_of, is_region_tap
 from .address import TapError, is_in_backbone, last_norm
 from .recording import FeatureTaps, evaluation_mode
 
-#: Side of the blank image, in pixels, that shows the shapes of tapped features.
-_PROBE_SIZE = 128
-
 
 def describe_taps(model: nn.Module, names: Sequence[str]) -> dict[str, TapInfo]:
     """Returns channels, strides, meaning and norms of tapped features, and whether a gradient passes them.
@@ -36,7 +33,8 @@ def describe_taps(model: nn.Module, names: Sequence[str]) -> dict[str, TapInfo]:
 def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, float, bool]]:
     """Channels and strides (0 for vectors) of tapped features, and whether a gradient passes them."""
     device = next(model.parameters()).device
-    blank = torch.zeros(3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)
+    side = architecture_of(model).probe_size()
+    blank = torch.zeros(3, side, side, dtype=torch.uint8, device=device)
     widths: list[int] = []
     handle = model.get_submodule("backbone").register_forward_pre_hook(
         lambda module, args: widths.append(args[0].shape[-1])
@@ -45,7 +43,7 @@ def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, floa
     in_backbone = all(is_in_backbone(model, tap.name) for tap in taps.taps)
     recording = taps.recording(stop_when_done=in_backbone)
     with handle, evaluation_mode(model), preserve_rng_state(device), recording as features:
-        model([{"image": blank, "height": _PROBE_SIZE, "width": _PROBE_SIZE}])
+        model([{"image": blank, "height": side, "width": side}])
     for name, feature in features.items():
         if feature.dim() not in (2, 4):
             raise TapError(

@@ -1,0 +1,416 @@
+"""Networks of timm by name: built, described, loaded and frozen; what `MODEL.TIMM` says of them."""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from d2kd.config import declare_keys
+from d2kd.errors import ConfigError, did_you_mean
+from d2kd.settings import NOT_EMPTY, Rule, setting
+from detectron2.config import CfgNode
+
+from ..checkpoint_files import read_checkpoint
+from ..pretrained_names import unpacked
+
+logger = logging.getLogger(__name__)
+
+#: BACKBONE.NAME of what `MODEL.TIMM` describes.
+TIMM_BACKBONES = (
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
+    "build_retinanet_timm_fpn_backbone",
+    "build_fcos_timm_fpn_backbone",
+    "build_timm_network",
+)
+NORMS = ("BN", "FrozenBN", "SyncBN")
+#: WEIGHTS that lets timm download its own.
+DOWNLOAD = "download"
+#: Arguments that let a network take images of any size, by the families that have them.
+_ANY_SIZE: Sequence[dict[str, Any]] = (
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+)
+
+PAIRS = Rule(
+    "must be pairs, a name and its value",
+    lambda values: len(values) % 2 == 0 and all(isinstance(name, str) for name in values[::2]),
+)
+
+declare_keys(  # BACKBONE.NAME "build_timm_backbone", "build_timm_fpn_backbone", ..., "build_timm_network"
+    "MODEL.TIMM",
+    NAME=setting("resnet50", "Network, as timm.create_model takes it, e.g. mobilenetv3_large_100.", rule=NOT_EMPTY),
+    WEIGHTS=setting(
+        "",
+        'Pretrained weights that a training starts from: a file of timm\'s (.safetensors, .pth), "download" for '
+        'timm\'s own, "" for none. Weights of MODEL.WEIGHTS go on top of them.',
+        path=True,
+    ),
+    OUT_FEATURES=setting(
+        ["res2", "res3", "res4", "res5"],
+        "Outputs of a backbone: the stages by their stride, res2 (4), res3 (8), ...; last_feat of a network with one "
+        "stride, such as a plain vision transformer.",
+        rule=NOT_EMPTY,
+    ),
+    NORM=setting(
+        "BN",
+        "Batch norms: BN trains them | FrozenBN | SyncBN shares them among processes (CUDA). Others stay as they are.",
+        choices=NORMS,
+    ),
+    DROP_PATH_RATE=setting(
+        -1.0, "Stochastic depth of the last block; -1 leaves it to the network.", at_least=-1, below=1
+    ),
+    DROP_RATE=setting(-1.0, "Dropout before the classifier; -1 leaves it to the network.", at_least=-1, below=1),
+    ARGS=setting([], 'Further arguments of timm.create_model: ["name", value, ...].', items=object, rule=PAIRS),
+    STRIDES=setting([], 'Strides of convolutions to change: ["blocks.3.0.conv_dw", 1, ...].', items=object, rule=PAIRS),
+    DATA_CONFIG=setting(
+        True,
+        "Take PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT from timm's data configuration of the network; False keeps "
+        "those that are configured.",
+    ),
+)
+
+
+class Stage(NamedTuple):
+    """A feature that a network gives: its place in timm's list, the module that ends it, channels and stride."""
+
+    place: int
+    module: str
+    channels: int
+    stride: int
+
+
+def create(name: str, **arguments: Any) -> nn.Module:
+    """Returns timm's network of a name, without weights unless the arguments ask for them.
+
+    Raises:
+        ConfigError: there is no such network, or it does not take an argument.
+    """
+    import timm
+
+    check_name(name)
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # constructors of hundreds of networks raise all kinds of them
+        raise ConfigError(
+            f"MODEL.TIMM.NAME {name} cannot be built so: {_first_line(error)}. Check MODEL.TIMM."
+        ) from error
+
+
+def create_features(name: str, **arguments: Any) -> nn.Module:
+    """As `create`, of a network that gives a list of its features; for images of any size, where it has that.
+
+    Raises:
+        ConfigError: as `create`; or the network gives no features.
+    """
+    import timm
+
+    check_name(name)
+    for extra in (*_ANY_SIZE, {}):
+        try:
+            return timm.create_model(name, features_only=True, **{**extra, **arguments})
+        except Exception as error:
+            if isinstance(error, TypeError) and any(f"'{key}'" in str(error) for key in extra):
+                continue
+            raise ConfigError(
+                f"MODEL.TIMM.NAME {name} cannot be built as a backbone (timm's features_only): {_first_line(error)}. "
+                "Check MODEL.TIMM, or take another network; a whole classifier (MODEL.BACKBONE.NAME "
+                "build_timm_network) can be any."
+            ) from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        ConfigError: timm has no network of this name, or none with these pretrained weights (the part after a dot).
+    """
+    import timm
+
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name):
+        base, _, tag = name.partition(".")
+        if tag and "-" not in base and ":" not in base and name not in timm.list_pretrained(f"{base}.*"):
+            raise ConfigError(
+                f"MODEL.TIMM.NAME is {name!r}: timm {timm.__version__} has no weights {tag!r} of {base}."
+                f"{did_you_mean(name, timm.list_pretrained(f'{base}.*'))}"
+            )
+        return
+    raise ConfigError(
+        f"MODEL.TIMM.NAME is {name!r}; timm {timm.__version__} has no such network."
+        f"{did_you_mean(name, timm.list_models())}"
+    )
+
+
+@cache
+def _described(name: str, arguments: tuple[Any, ...], strides: tuple[Any, ...]) -> Mapping[str, Stage]:
+    with torch.device("meta"):  # nothing is initialized, no random number drawn, and nothing computed
+        network = create_features(name, **dict(arguments))
+        change_strides(network, strides)
+        measured = _strides_of(network, name)
+    info: Any = network.feature_info
+    stages = [Stage(int(f.get("index", i)), f["module"], f["num_chs"], f["reduction"]) for i, f in enumerate(info)]
+    return _named([s._replace(stride=stride) for s, stride in zip(stages, measured or [s.stride for s in stages])])
+
+
+def _strides_of(network: nn.Module, name: str) -> list[int] | None:
+    """The strides that a network of features has on images of another size than its own; None where nothing tells."""
+    nhwc = _gives_nhwc(network)
+    try:
+        return [round(256 / maps.shape[1 if nhwc else 2]) for maps in network(torch.zeros(1, 3, 256, 320))]
+    except Exception as error:
+        own = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+        try:
+            network(torch.zeros(1, *own))
+        except Exception:  # it cannot be looked at in this way
+            return None
+        raise ConfigError(
+            f"MODEL.TIMM.NAME {name} takes images of {own[1]} x {own[2]} pixels only ({_first_line(error)}): take "
+            "another network as a backbone, or see MODEL.TIMM.ARGS."
+        ) from error
+
+
+def _gives_nhwc(network: nn.Module) -> bool:
+    return str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
+
+
+def _named(stages: Sequence[Stage]) -> dict[str, Stage]:
+    """Stages by name: by the stride of the first, and their order (a dilated res5 has the stride of res4)."""
+    strides = [stage.stride for stage in stages]
+    if len(stages) > 1 and strides[0] == strides[-1]:
+        return {"last_feat": stages[-1]}
+    first = round(math.log2(strides[0]))
+    return {f"res{first + i}": stage for i, stage in enumerate(stages)}
+
+
+def feature_stages(name: str, arguments: Mapping[str, Any], strides: Sequence[Any] = ()) -> Mapping[str, Stage]:
+    """Returns all features that a network can give as a backbone, finest first.
+
+    Args:
+        name: of the network.
+        arguments: of `create_features`.
+        strides: see `change_strides`.
+
+    Raises:
+        ConfigError: see `create_features`; or it takes images of one size only.
+    """
+    return _described(name, tuple(sorted(arguments.items())), tuple(strides))
+
+
+def network_stages(network: nn.Module) -> dict[str, Stage]:
+    """Returns the stages that timm lists of a whole network, finest first; {} where it lists none, or one stride."""
+    info: Any = getattr(network, "feature_info", None) or []
+    stages = [Stage(i, f["module"], f["num_chs"], f["reduction"]) for i, f in enumerate(info)]
+    stages = [stage for stage in stages if find_module(network, stage.module) is not None]
+    if not stages or stages[0].stride == stages[-1].stride:
+        return {}
+    return _named(stages)
+
+
+def find_module(network: nn.Module, name: str) -> nn.Module | None:
+    """Returns the module that timm lists under a name, also where a wrapper has renamed it ("stages.0", "stages_0")."""
+    modules = dict(network.named_modules())
+    for path in (name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"):
+        if path in modules:
+            return modules[path]
+    return None
+
+
+def arguments_of(node: CfgNode) -> dict[str, Any]:
+    """Returns the arguments of timm.create_model that a node like MODEL.TIMM names."""
+    arguments = dict(zip(node.ARGS[::2], node.ARGS[1::2]))
+    if node.DROP_PATH_RATE >= 0:
+        arguments["drop_path_rate"] = node.DROP_PATH_RATE
+    if node.DROP_RATE >= 0:
+        arguments["drop_rate"] = node.DROP_RATE
+    return arguments
+
+
+def change_strides(network: nn.Module, pairs: Sequence[Any]) -> None:
+    """Changes strides of convolutions, by path, as `MODEL.TIMM.STRIDES` lists them.
+
+    Raises:
+        ConfigError: there is no such convolution, or a stride is no positive number.
+    """
+    modules = dict(network.named_modules())
+    for path, stride in zip(pairs[::2], pairs[1::2]):
+        module = modules.get(path)
+        if not isinstance(module, nn.Conv2d):
+            names = [name for name, part in modules.items() if isinstance(part, nn.Conv2d)]
+            raise ConfigError(f"MODEL.TIMM.STRIDES names {path!r}, which is no convolution.{did_you_mean(path, names)}")
+        if type(stride) is not int or stride < 1:
+            raise ConfigError(f"MODEL.TIMM.STRIDES, {path}: {stride!r} is no stride; give a whole number from 1 on.")
+        module.stride = (stride, stride)
+
+
+def set_norms(network: nn.Module, norm: str) -> nn.Module:
+    """Returns a network with its batch norms trained ("BN"), frozen or shared; see `NORMS`."""
+    if norm == "FrozenBN":
+        from timm.utils.model import freeze_batch_norm_2d
+
+        return freeze_batch_norm_2d(network)
+    if norm == "SyncBN":
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(network)
+    return network
+
+
+def freeze(network: nn.Module, stages: Mapping[str, Stage], freeze_at: int, side: int = 64) -> list[str]:
+    """Freezes what `MODEL.BACKBONE.FREEZE_AT` says: 1 what comes before res2, 2 that and res2, and so on.
+
+    Batch norms among it become frozen ones. What a stage needs is found by its gradients on a blank image.
+
+    Args:
+        network: takes images (N, 3, H, W).
+        stages: of the network, by name.
+        freeze_at: 0 freezes nothing.
+        side: of the blank image, in pixels.
+
+    Returns:
+        The names of the frozen parameters.
+    """
+    from timm.utils.model import freeze_batch_norm_2d
+
+    frozen = _parameters_up_to(network, stages, freeze_at, side)
+    for name, parameter in network.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    for path, module in list(network.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{path}.weight" in frozen:
+            parent, _, child = path.rpartition(".")
+            setattr(network.get_submodule(parent), child, freeze_batch_norm_2d(module))
+    return sorted(frozen)
+
+
+def _parameters_up_to(network: nn.Module, stages: Mapping[str, Stage], freeze_at: int, side: int) -> set[str]:
+    inner = {name: int(name[3:]) for name in stages if name.startswith("res")}
+    wanted = [name for name, number in inner.items() if number <= freeze_at]
+    if not freeze_at:
+        return set()
+    if not inner:
+        logger.warning("MODEL.BACKBONE.FREEZE_AT %d has no effect: this network has no stages of their own.", freeze_at)
+        return set()
+    last = wanted[-1] if wanted else min(inner, key=lambda name: inner[name])
+    end = find_module(network, stages[last].module)
+    if end is None:
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and this network has no module that ends {last}: set it to 0."
+        )
+    kept: list[torch.Tensor] = []
+    handle = end.register_forward_hook(lambda module, args, output: kept.append(output))
+    was_training = network.training
+    names, parameters = zip(*network.named_parameters())
+    with handle, torch.enable_grad():
+        network.eval()(torch.zeros(1, 3, side, side, device=parameters[0].device))
+        gradients = torch.autograd.grad(kept[0].float().sum(), parameters, allow_unused=True)
+    network.train(was_training)
+    found = {name for name, gradient in zip(names, gradients) if gradient is not None}
+    if wanted:
+        return found
+    own = {id(parameter) for parameter in end.parameters()}  # of res2, which a network without res1 begins with
+    return {name for name, parameter in zip(names, parameters) if name in found and id(parameter) not in own}
+
+
+class Pretrained(NamedTuple):
+    """What `MODEL.TIMM.WEIGHTS` gives: a network like ours with these weights, and what of it they do not fill."""
+
+    state: Mapping[str, torch.Tensor]
+    #: Names of parameters that keep their initialization, such as those of a classifier for other classes.
+    left: list[str]
+
+
+def read_pretrained(
+    build: Callable[..., nn.Module], name: str, weights: str, arguments: Mapping[str, Any]
+) -> Pretrained:
+    """Returns the weights that a configuration names, fitted to a network as timm does when it builds one.
+
+    Args:
+        build: `create` or `create_features`.
+        name: of the network.
+        weights: a file, or `DOWNLOAD`.
+        arguments: of `build`.
+
+    Raises:
+        ConfigError: the file cannot be read, does not fit, or cannot be downloaded.
+    """
+    import timm
+
+    overlay: dict[str, Any] = {}
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    classifier = known.classifier if known is not None else None
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    classes = known.num_classes if known is not None else None
+    if weights != DOWNLOAD:
+        state = _read_file(weights)  # here, where no code in a file is run
+        found = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
+        classes = found[0] if found else classes
+        overlay = {"state_dict": state, "custom_load": False, "num_classes": classes}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            source = build(
+                name, pretrained=True, **arguments, **({"pretrained_cfg_overlay": overlay} if overlay else {})
+            )
+    except ConfigError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        what = f"{weights!r}, which does not fit" if overlay else "download, which fails for"
+        raise ConfigError(
+            f"MODEL.TIMM.WEIGHTS is {what} {name}: {reason.rstrip('.')}. Give the path of a file with its "
+            "weights, or ''."
+        ) from error
+    state = source.state_dict()
+    other = arguments.get("num_classes") not in (None, classes)
+    return Pretrained(state, [key for key in state if other and key.startswith(tuple(f"{head}." for head in heads))])
+
+
+def _read_file(path: str) -> Mapping[str, torch.Tensor]:
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"MODEL.TIMM.WEIGHTS is {path!r}: there is no such file. Give a file of timm's, {DOWNLOAD!r}, or "
+            "'' for none."
+        )
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = unpacked(read_checkpoint(path))
+    except Exception as error:
+        raise ConfigError(f"MODEL.TIMM.WEIGHTS is {path!r}, which cannot be read: {_first_line(error)}.") from error
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConfigError(f"MODEL.TIMM.WEIGHTS is {path!r}, which holds no dictionary of weights.")
+    return state
+
+
+def layers_to_the_end(name: str, arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:
+    """Returns how many layers lie between each parameter of a network and its last one, by timm's grouping of layers.
+
+    Args:
+        name: of the network.
+        arguments: of `create`.
+        names: of the parameters, as a whole network or a backbone calls them; unknown ones are left out.
+    """
+    from timm.models import group_parameters
+
+    with torch.device("meta"):
+        network: Any = create(name, **arguments)
+    layers = {n: i for i, group in group_parameters(network, network.group_matcher(False)).items() for n in group}
+    found = {}
+    for ours in names:
+        theirs = (ours, ours.removeprefix("model."), re.sub(r"^([a-z]+?)_(\d+)\.", r"\1.\2.", ours))
+        layer = next((layers[n] for n in theirs if n in layers), None)
+        if layer is not None:
+            found[ours] = layer
+    last = max(found.values(), default=0)
+    return {ours: last - layer for ours, layer in found.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{error}".strip().partition("\n")[0].rstrip(".") or type(error).__name__

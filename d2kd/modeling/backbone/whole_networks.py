@@ -1,0 +1,336 @@
+"""BACKBONE "build_timm_network", "build_torchvision_network": whole classifiers with their own pooling and head."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2kd.config import config_check, declare_keys
+from d2kd.errors import ConfigError, did_you_mean
+from d2kd.settings import NOT_EMPTY, setting
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+
+from ..checkpoint_files import read_checkpoint
+from ..pretrained_names import unpacked
+from .timm_networks import (
+    DOWNLOAD,
+    PAIRS,
+    Stage,
+    arguments_of,
+    change_strides,
+    create,
+    find_module,
+    freeze,
+    layers_to_the_end,
+    network_stages,
+    read_pretrained,
+    set_norms,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Modules that end the stages of torchvision's networks, by class: path, stride.
+_TORCHVISION_STAGES: Mapping[str, Sequence[tuple[str, int]]] = {
+    "ResNet": (("layer1", 4), ("layer2", 8), ("layer3", 16), ("layer4", 32)),
+    "ShuffleNetV2": (("maxpool", 4), ("stage2", 8), ("stage3", 16), ("stage4", 32)),
+    "MobileNetV2": (("features.3", 4), ("features.6", 8), ("features.13", 16), ("features.17", 32)),
+}
+
+declare_keys(  # BACKBONE.NAME "build_torchvision_network"
+    "MODEL.TORCHVISION",
+    NAME=setting("resnet50", "Classifier, as torchvision.models.get_model takes it.", rule=NOT_EMPTY),
+    WEIGHTS=setting(
+        "",
+        'Pretrained weights that a training starts from: a file, "download" for torchvision\'s default, "" for none. '
+        "Weights of MODEL.WEIGHTS go on top of them.",
+        path=True,
+    ),
+    ARGS=setting(
+        [], 'Further arguments of torchvision.models.get_model: ["name", value, ...].', items=object, rule=PAIRS
+    ),
+)
+
+
+class WholeNetwork(Backbone):
+    """A classifier of another library as a Detectron2 backbone; its output is "class_logits", (N, classes).
+
+    Attributes:
+        net: the network, with its library's parameter names.
+        num_classes: of its classifier.
+    """
+
+    #: Node of the configuration that describes it.
+    NODE = ""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        stages: Mapping[str, Stage],
+        freeze_at: int = 0,
+        fixed_side: int | None = None,
+    ) -> None:
+        """
+        Args:
+            net: takes images (N, 3, H, W).
+            num_classes: outputs of it.
+            stages: of the network, by name, finest first; may be empty.
+            freeze_at: see `timm_networks.freeze`.
+            fixed_side: the side of its images in pixels, where it takes no others.
+        """
+        super().__init__()
+        self.fixed_side = fixed_side
+        self.net = net
+        self.num_classes = num_classes
+        self.stages = dict(stages)
+        freeze(net, self.stages, freeze_at, fixed_side or 64)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> {"class_logits": (N, classes)}."""
+        logits = self.net(images)
+        return {"class_logits": logits if isinstance(logits, Tensor) else logits[0]}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Returns the only output."""
+        return {"class_logits": ShapeSpec(channels=self.num_classes)}
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images come in the size that the network takes: nothing is padded."""
+        return 0
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The stages of the trunk, finest first."""
+        return list(self.stages)
+
+    def stage_shapes(self) -> dict[str, ShapeSpec]:
+        """Returns channels and strides of the stages, finest first."""
+        return {name: ShapeSpec(channels=s.channels, stride=s.stride) for name, s in self.stages.items()}
+
+    def stage_module(self, stage: str) -> nn.Module | None:
+        """Returns the module that ends a stage; None where there is none of that name."""
+        return find_module(self.net, self.stages[stage].module) if stage in self.stages else None
+
+    def is_channels_last(self, module: nn.Module) -> bool:
+        """Returns whether a module of the network gives (N, H, W, C)."""
+        return str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+
+    @abstractmethod
+    def load_pretrained(self, weights: str) -> list[str]:
+        """Loads pretrained weights, a file or `DOWNLOAD`; returns the names of parameters that they do not fill.
+
+        Raises:
+            ConfigError: they cannot be loaded.
+        """
+
+
+class TimmNetwork(WholeNetwork):
+    """A whole classifier of timm."""
+
+    NODE = "MODEL.TIMM"
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        strides: Sequence[Any] = (),
+        norm: str = "BN",
+        freeze_at: int = 0,
+        side: int = 224,
+    ) -> None:
+        """
+        Args:
+            name: of the network, as timm.create_model takes it.
+            num_classes: of its classifier.
+            arguments: further ones of timm.create_model.
+            strides: of convolutions to change, [path, stride, ...].
+            norm: see `timm_networks.NORMS`.
+            freeze_at: see `timm_networks.freeze`.
+            side: of the images, in pixels; networks of a fixed size are built for it.
+
+        Raises:
+            ConfigError: there is no such network or argument.
+        """
+        self.name = name
+        self.arguments: dict[str, Any] = {"num_classes": num_classes, **(arguments or {})}
+        if _has_fixed_size(name) and "img_size" not in self.arguments:
+            self.arguments["img_size"] = side
+        net = create(name, **self.arguments)
+        change_strides(net, strides)
+        super().__init__(
+            set_norms(net, norm), num_classes, network_stages(net), freeze_at, self.arguments.get("img_size")
+        )
+
+    def layers_to_the_end(self) -> dict[str, int]:
+        """Returns how many layers lie between each parameter and the classifier, for `SOLVER.LAYER_DECAY`."""
+        names = [name for name, _ in self.net.named_parameters()]
+        return {f"net.{n}": i for n, i in layers_to_the_end(self.name, self.arguments, names).items()}
+
+    def load_pretrained(self, weights: str) -> list[str]:
+        """As in the base class, from `MODEL.TIMM.WEIGHTS`."""
+        pretrained = read_pretrained(create, self.name, weights, self.arguments)
+        for key, tensor in self.net.state_dict().items():
+            if key not in pretrained.left:
+                tensor.copy_(pretrained.state[key])
+        return pretrained.left
+
+
+class TorchvisionNetwork(WholeNetwork):
+    """A whole classifier of torchvision."""
+
+    NODE = "MODEL.TORCHVISION"
+
+    def __init__(
+        self, name: str, num_classes: int, *, arguments: Mapping[str, Any] | None = None, freeze_at: int = 0
+    ) -> None:
+        """
+        Args:
+            name: of the network, as torchvision.models.get_model takes it.
+            num_classes: of its classifier.
+            arguments: further ones of get_model.
+            freeze_at: see `timm_networks.freeze`.
+
+        Raises:
+            ConfigError: there is no such network or argument.
+        """
+        from torchvision import models
+
+        check_torchvision_name(name)
+        self.name = name
+        try:
+            net = models.get_model(name, weights=None, num_classes=num_classes, **(arguments or {}))
+        except Exception as error:
+            raise ConfigError(f"MODEL.TORCHVISION.NAME {name} cannot be built so: {error}. Check its ARGS.") from error
+        super().__init__(net, num_classes, _torchvision_stages(net), freeze_at)
+
+    def load_pretrained(self, weights: str) -> list[str]:
+        """As in the base class, from `MODEL.TORCHVISION.WEIGHTS`."""
+        state = _torchvision_weights(self.name, weights)
+        ours = self.net.state_dict()
+        fitting = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
+        left = [key for key in ours if key not in fitting and not key.endswith("num_batches_tracked")]
+        if len(left) > len(ours) // 2 or any(self._is_trunk(key) for key in left):
+            raise ConfigError(
+                f"MODEL.TORCHVISION.WEIGHTS is {weights!r}, which does not fit {self.name}: {left[0]} and "
+                f"{len(left) - 1} more are not there, or of another shape."
+            )
+        self.net.load_state_dict(fitting, strict=False)
+        return left
+
+    def _is_trunk(self, key: str) -> bool:
+        heads = ("fc.", "classifier.", "head.", "heads.", "AuxLogits.", "aux1.", "aux2.")
+        return not key.startswith(heads)
+
+
+def _has_fixed_size(name: str) -> bool:
+    """Whether a network of timm is built for one size of images, as most transformers are."""
+    with torch.device("meta"):
+        return hasattr(getattr(create(name), "patch_embed", None), "img_size")
+
+
+def _torchvision_stages(net: nn.Module) -> dict[str, Stage]:
+    listed = _TORCHVISION_STAGES.get(type(net).__name__, ())
+    if not listed:
+        return {}
+    channels: dict[str, int] = {}
+
+    def note(path: str) -> Any:
+        return lambda module, args, output: channels.__setitem__(path, output.shape[1])
+
+    handles = [net.get_submodule(path).register_forward_hook(note(path)) for path, _ in listed]
+    was_training = net.training
+    with torch.no_grad():
+        net.eval()(torch.zeros(1, 3, 64, 64))
+    net.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return {f"res{i}": Stage(i - 2, p, channels[p], stride) for i, (p, stride) in enumerate(listed, start=2)}
+
+
+def _torchvision_weights(name: str, weights: str) -> Mapping[str, Tensor]:
+    try:
+        if weights == DOWNLOAD:
+            from torchvision import models
+
+            return models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+        return unpacked(read_checkpoint(weights))
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"MODEL.TORCHVISION.WEIGHTS is {weights!r}, which cannot be read: {reason}. Give the path of a file, "
+            f"{DOWNLOAD!r}, or '' for none."
+        ) from error
+
+
+def check_torchvision_name(name: str) -> None:
+    """
+    Raises:
+        ConfigError: torchvision has no classifier of this name.
+    """
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        raise ConfigError(
+            f"MODEL.TORCHVISION.NAME is {name!r}; torchvision has no such classifier.{did_you_mean(name, names)}"
+        )
+
+
+def build_timm_network(cfg: CfgNode, input_shape: ShapeSpec) -> TimmNetwork:
+    """The whole classifier of MODEL.TIMM, for `MODEL.CLASSIFIER.NUM_CLASSES` classes.
+
+    Raises:
+        ConfigError: MODEL.TIMM does not describe a network of timm.
+    """
+    node = cfg.MODEL.TIMM
+    return TimmNetwork(
+        node.NAME,
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES,
+        arguments=arguments_of(node),
+        strides=node.STRIDES,
+        norm=node.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        side=cfg.INPUT.CLASSIFICATION.SIZE,
+    )
+
+
+def build_torchvision_network(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionNetwork:
+    """The whole classifier of MODEL.TORCHVISION, for `MODEL.CLASSIFIER.NUM_CLASSES` classes.
+
+    Raises:
+        ConfigError: MODEL.TORCHVISION does not describe a network of torchvision.
+    """
+    node = cfg.MODEL.TORCHVISION
+    arguments = dict(zip(node.ARGS[::2], node.ARGS[1::2]))
+    return TorchvisionNetwork(
+        node.NAME, cfg.MODEL.CLASSIFIER.NUM_CLASSES, arguments=arguments, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+    )
+
+
+@config_check
+def check_whole_networks(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: the network is not there, or something else than an ImageClassifier has a whole one.
+    """
+    name = cfg.MODEL.BACKBONE.NAME
+    if name == "build_torchvision_network":
+        check_torchvision_name(cfg.MODEL.TORCHVISION.NAME)
+    if name in ("build_timm_network", "build_torchvision_network") and cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME {name} is a whole classifier, for MODEL.META_ARCHITECTURE ImageClassifier; a "
+            f"{cfg.MODEL.META_ARCHITECTURE} needs feature maps, e.g. of build_timm_fpn_backbone."
+        )
+
+
+for _build in (build_timm_network, build_torchvision_network):
+    if _build.__name__ not in BACKBONE_REGISTRY:
+        BACKBONE_REGISTRY.register(_build)
