@@ -211,10 +211,6 @@ def main() -> None:
     names = [n for n in args.only or suite.entries if not (args.no_ablations and suite.entries[n].ablation)]
     if args.tune:
         names = [n for n in names if n in tuned(suite)]
-    without = [n for n in names if not (CONFIGS / f"{suite.entries[n].config}.yaml").is_file()]
-    if without:
-        logger.warning("%s: there is no configuration of these rows in %s", ", ".join(without), CONFIGS)
-        names = [n for n in names if n not in without]
     pool = ThreadPoolExecutor(args.jobs)
     try:
         # in the pool all of them: Ctrl-C in the main thread would kill a run that is about to save

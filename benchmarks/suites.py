@@ -61,14 +61,13 @@ _RETINANET: dict[str, Entry] = {
 _CLASSIFIER: dict[str, Entry] = {
     "baseline": Entry("classifier_student", distils=False),
     "baseline, twice as long": Entry("classifier_student", distils=False, ablation=True, times=2),
-    "inherit only": Entry("classifier_student", ["DISTILL.METHODS", "[]"]),
     **{n: Entry(f"classifier_student_{n}") for n in ("FeatureMimic", "MaskedGenerative", "ChannelMatching", "LogitKD")},
 }
 
 _MOBILENET: dict[str, Entry] = {
     "baseline": Entry("retinanet_mobilenet_student", distils=False),
     "inherit only": Entry("retinanet_mobilenet_student", ["DISTILL.METHODS", "[]"]),
-    **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative", "ChannelMatching")},
+    **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
 
 _DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
