@@ -2,12 +2,13 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
+from d2kd.data.classes import class_names_of
 from d2kd.evaluation.results import ModelResult
 from d2kd.evaluation.tasks import Metric
 from d2kd.visualization import (
@@ -19,6 +20,7 @@ from d2kd.visualization import (
     read_training_log,
     training_curves,
 )
+from d2kd.visualization.classifications import Answers
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
@@ -78,7 +80,8 @@ def draw_classifications(
         )
     answers = {models[name].title: of_model for name, of_model in said.items()}
     heading = "; ".join(_heading(models[name], metric) for name in said)
-    return _png(classification_sheet(sections, MetadataCatalog.get(dataset_name).thing_classes, answers, heading))
+    names = class_names_of(dataset_name) or _numbered(records, answers.values())
+    return _png(classification_sheet(sections, names, answers, heading))
 
 
 def compare_images(models: Mapping[str, ModelResult]) -> dict[str, int] | None:
@@ -104,6 +107,11 @@ def evenly_spread(records: Sequence[dict[str, Any]], count: int) -> list[dict[st
     """At most `count` of the records, at equal distances."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]
+
+
+def _numbered(records: Iterable[dict[str, Any]], answers: Iterable[Answers]) -> list[str]:
+    said = (label for of_model in answers for answer in of_model.values() for label in answer.classes)
+    return [f"class {number}" for number in range(1 + max([*(record["label"] for record in records), *said]))]
 
 
 def _heading(model: ModelResult, metric: Metric) -> str:

@@ -255,6 +255,32 @@ def test_first_come_images_that_are_not_selected_then_those_that_differ(runs, da
     assert "baseline student: 66.7 % top-1 accuracy" in heading
 
 
+def test_classes_without_names_are_numbered(runs, dataset, tmp_path, monkeypatch):
+    seen = []
+    draw = lambda *given: seen.append(given[1]) or np.zeros((4, 4, 3), np.uint8)  # noqa: E731
+    monkeypatch.setattr("d2kd.evaluation.report_pictures.classification_sheet", draw)
+    MetadataCatalog.pop(DATASET)
+    loaded = {"teacher": load_result("teacher", str(runs["teacher"]), task="classification")}
+    write_report(str(tmp_path / "out"), loaded, dataset_name=DATASET, task="classification")
+    MetadataCatalog.get(DATASET).set(evaluator_type="classification")
+    assert seen == [[f"class {number}" for number in range(6)]]
+
+
+def test_names_are_those_of_class_folders(runs, tmp_path, monkeypatch, forget_datasets):
+    for name in NAMES:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "images" / name / "0.png"), np.zeros((28, 28, 3), np.uint8))
+    config = {
+        "DATASETS": {"REGISTER": [{"NAME": "folders_val", "FORMAT": "folders", "IMAGES": str(tmp_path / "images")}]}
+    }
+    (runs["teacher"] / "config.yaml").write_text(json.dumps(config))
+    content = json.loads((runs["teacher"] / "result.json").read_text())
+    (runs["teacher"] / "result.json").write_text(json.dumps({**content, "datasets": ["folders_val"]}))
+    monkeypatch.setattr("sys.argv", ["d2kd report"])
+    text, content = report_of({"teacher": runs["teacher"]}, tmp_path / "out", "--dataset", "folders_val")
+    assert "predictions.png" in content["pictures"]
+
+
 def lines_of(runs, record, models=("teacher", "baseline")):
     answers = {m: read_classifications(str(runs[m] / "inference/classification_predictions.json")) for m in models}
     return sheet._lines(record, NAMES, answers)
