@@ -196,8 +196,8 @@ def test_recipes_of_masked_generative_have_the_papers_numbers():
         assert cfg.DISTILL.INIT_FROM_TEACHER.ENABLED == dense, path
 
 
-#: Of each published row of classification: teacher, student, classes, images a batch, epochs, epochs of the steps, rate,
-#: largest norm of the gradient.
+#: Of each published row of classification: teacher, student, classes, images a batch, epochs, epochs of the steps,
+#: rate, largest norm of the gradient.
 CLASSIFIERS = {
     "ImageNet/resnet18_R34_MaskedGenerative_100e": ("resnet34", "resnet18", 1000, 256, 100, [30, 60, 90], 0.1, None),
     "ImageNet/mobilenetv1_R50_MaskedGenerative_100e": (
@@ -208,7 +208,9 @@ CLASSIFIERS = {
     ),
     "ImageNet/resnet50_R152_ChannelMatching_100e": ("resnet152", "resnet50", 1000, 256, 100, [31, 61, 81], 0.1, None),
     "CUB200/mobilenetv2_R50_ChannelMatching": ("resnet50", "mobilenetv2_100", 200, 64, 120, [31, 61, 81], 0.01, None),
-    "CUB200/shufflenetv2_R50_ChannelMatching": ("resnet50", "shufflenet_v2_x1_0", 200, 64, 120, [31, 61, 81], 0.01, None),
+    "CUB200/shufflenetv2_R50_ChannelMatching": (
+        "resnet50", "shufflenet_v2_x1_0", 200, 64, 120, [31, 61, 81], 0.01, None,
+    ),
     "CUB200/shufflenetv2_R50_ChannelMatching_LogitKD": (
         "resnet50", "shufflenet_v2_x1_0", 200, 64, 120, [31, 61, 81], 0.01, None,
     ),
