@@ -155,7 +155,7 @@ def _tile(file_name: str) -> np.ndarray:
 
 def _row(cells: Sequence[tuple[np.ndarray, Sequence[Line]]], text: int, width: int) -> np.ndarray:
     broken = [[part for line in lines for part in break_line(line, text)] for _, lines in cells]
-    height = max([TILE, *(len(lines) * LINE for lines in broken)]) + GAP
+    height = max([*(len(image) for image, _ in cells), *(len(lines) * LINE for lines in broken)]) + GAP
     row = np.full((height, width, 3), 255, np.uint8)
     for number, ((image, _), lines) in enumerate(zip(cells, broken)):
         left = number * (TILE + text + 3 * GAP) + GAP

@@ -81,6 +81,7 @@ def test_a_suite_has_folders_of_its_own_and_may_share_a_teacher(accuracy):
 
 
 def test_classifiers_have_their_teacher_and_their_table(accuracy, tmp_path):
+    length = runpy.run_path(str(ROOT / "benchmarks/suites.py"))["SUITES"]["classification"].lengths["short"]
     page = tmp_path / "docs/benchmarks.md"
     page.write_text("a\n<!-- accuracy classification short -->\nold\n<!-- /accuracy classification short -->\nb\n")
     lines = accuracy("--suite", "classification", "--seeds", 1, 2, "--only", "baseline", "LogitKD")
@@ -89,14 +90,17 @@ def test_classifiers_have_their_teacher_and_their_table(accuracy, tmp_path):
         [f"{root}/teacher", *(f"{root}/{row}/seed{seed}" for row in ("baseline", "LogitKD") for seed in (1, 2))]
     )
     (teacher,) = [line for line in lines if line[-1].endswith("teacher")]
-    assert f"{recipe}_teacher.yaml SOLVER.MAX_ITER 1500 SOLVER.IMS_PER_BATCH 64" in " ".join(teacher)
+    steps = f"SOLVER.MAX_ITER {length.teacher} SOLVER.IMS_PER_BATCH {length.teacher_images}"
+    assert f"{recipe}_teacher.yaml {steps}" in " ".join(teacher)
     student = " ".join(next(line for line in lines if line[-1].endswith("LogitKD/seed1")))
     assert f"{recipe}_student_LogitKD.yaml --teacher-config {recipe}_teacher.yaml --teacher-weights {root}/t" in student
-    assert "SOLVER.MAX_ITER 600" in student and "SOLVER.IMS_PER_BATCH 64" in student
+    assert f"SOLVER.MAX_ITER {length.student} " in student
+    assert f"SOLVER.IMS_PER_BATCH {length.student_images} " in student
     assert page.read_text().splitlines() == [
         "a",
         "<!-- accuracy classification short -->",
-        "Teacher: 90.0 % top-1 after 1,500 iterations of 64 images; students: 600 iterations of 64.",
+        f"Teacher: 90.0 % top-1 after {length.teacher:,} iterations of {length.teacher_images} images; students: "
+        f"{length.student:,} iterations of {length.student_images}.",
         "",
         "| run | seeds | % top-1 (mean) | lowest to highest | over baseline | gap closure |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
