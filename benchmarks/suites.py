@@ -107,7 +107,7 @@ SUITES = {
         teacher="classifier_teacher",
         metric="classification/top1",
         called="% top-1",
-        lengths={"short": Length(1200, 300, 64, 64)},
+        lengths={"short": Length(1200, 400, 64, 64)},
         entries=_CLASSIFIER,
         teacher_folder="classification",
     ),
