@@ -4,7 +4,9 @@
     python benchmarks/accuracy.py --length short --seeds 1 2 3 --jobs 2
     python benchmarks/accuracy.py --length long --seeds 1 --only baseline "inherit only" FeatureMimic
     python benchmarks/accuracy.py --tune --jobs 2
+    python benchmarks/accuracy.py --suite classification --seeds 1 2 3
 
+A suite is a teacher, a student and the ways to distil it; `--suite mobilenet` has the teacher of `--suite detection`.
 Teacher and baseline are shared by all methods. `--tune` tries the same number of weights for each of them, at the short
 length and with a seed that the tables do not use; what came out best is what configs/PhotoDigits says. What is finished
 is not repeated, so the program can be stopped and started, and seeds or methods added later. The tables are made of all
@@ -22,7 +24,9 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from suites import FACTORS, SUITES, TUNED, TUNING_SEED, Suite, tuned
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import add_distill_config
@@ -32,98 +36,27 @@ from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.benchmarks.accuracy")
 
-CONFIGS = "configs/PhotoDigits"
+CONFIGS = Path("configs/PhotoDigits")
 DOCUMENT = Path("docs/benchmarks.md")
 
 
-class Length(NamedTuple):
-    """How long teacher and students are trained, in iterations, and the teacher's images an iteration."""
-
-    teacher: int
-    student: int
-    teacher_images: int
-
-
-LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
-
-
-class Entry(NamedTuple):
-    """A row of the table: its configuration and options, whether it distils, and how many times the length it takes."""
-
-    config: str
-    options: list[Any] = []
-    distils: bool = True
-    ablation: bool = False
-    times: int = 1
-
-
-ENTRIES: dict[str, Entry] = {
-    "baseline": Entry("retinanet_student", distils=False),
-    "baseline, twice as long": Entry("retinanet_student", distils=False, ablation=True, times=2),
-    "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
-    "FeatureMimic": Entry("retinanet_student_FeatureMimic"),
-    "MaskedGenerative": Entry("retinanet_student_MaskedGenerative"),
-    "ReceptiveTokens": Entry("retinanet_student_ReceptiveTokens"),
-    "ChannelMatching": Entry("retinanet_student_ChannelMatching"),
-    "LogitKD": Entry("retinanet_student_LogitKD"),
-    "HeadRegression": Entry("retinanet_student_HeadRegression"),
-    "FeatureMimic + LogitKD": Entry("retinanet_student_FeatureMimic_LogitKD"),
-    "combined, balanced": Entry("retinanet_student_combined"),
-    "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
-    "FeatureMimic, not inherited": Entry(
-        "retinanet_student_FeatureMimic", ["DISTILL.INIT_FROM_TEACHER.ENABLED", False], ablation=True
-    ),
-    "FeatureMimic, weight halved": Entry(
-        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True
-    ),
-    "FeatureMimic, weight doubled": Entry(
-        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True
-    ),
-    "FeatureMimic, all five levels": Entry(
-        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True
-    ),
-    "MaskedGenerative, mask ratio 0": Entry(
-        "retinanet_student_MaskedGenerative", ["DISTILL.MASKED_GENERATIVE.MASK_RATIO", 0.0], ablation=True
-    ),
-    "MaskedGenerative, loss of the paper": Entry(
-        "retinanet_student_MaskedGenerative",
-        ["DISTILL.MASKED_GENERATIVE.NORMALIZE", "none", "DISTILL.MASKED_GENERATIVE.REDUCTION", "batchmean"]
-        + ["DISTILL.MASKED_GENERATIVE.WEIGHT", 2.0e-5],
-        ablation=True,
-    ),
-}
-
-
-#: What `--tune` varies for a row, by the factors below from the default.
-TUNED = {
-    "FeatureMimic": "DISTILL.FEATURE_MIMIC.WEIGHT",
-    "MaskedGenerative": "DISTILL.MASKED_GENERATIVE.WEIGHT",
-    "ReceptiveTokens": "DISTILL.RECEPTIVE_TOKENS.WEIGHT",
-    "ChannelMatching": "DISTILL.CHANNEL_MATCHING.WEIGHT",
-    "LogitKD": "DISTILL.LOGIT_KD.WEIGHT",
-    "HeadRegression": "DISTILL.HEAD_REGRESSION.WEIGHT",
-    "combined, balanced": "DISTILL.BALANCE_RATIO",
-}
-FACTORS = (0.25, 1.0, 4.0, 16.0)
-TUNING_SEED = 0
-
-
 class Bench:
-    """The runs of one length, in one directory."""
+    """The runs of one suite and length, in one directory."""
 
-    def __init__(self, length: str, output: Path, threads: int, options: list[str]) -> None:
-        self.length = LENGTHS[length]
-        self.root = output / length
+    def __init__(self, suite: Suite, length: str, output: Path, threads: int, options: list[str]) -> None:
+        self.suite = suite
+        self.length = suite.lengths[length]
+        self.root = output / suite.folder / length
+        self.teacher_folder = output / suite.teacher_folder / length / "teacher"
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         self.options = options
 
-    def run(self, name: str, command: Sequence[Any], result: str = "result.json") -> bool:
-        """Runs a tool with `name` as its output directory unless `result` is there; returns whether it is now."""
-        directory = self.root / name
+    def run(self, directory: Path, command: Sequence[Any], result: str = "result.json") -> bool:
+        """Runs a tool with `directory` for its output unless `result` is there; returns whether it is now."""
         line = [*map(str, command), *self.options, "OUTPUT_DIR", str(directory)]
         record = directory / "command.json"
         if record.is_file() and json.loads(record.read_text()) != line:
-            logger.error("%s was made by another command: see %s; remove the directory to repeat it", name, record)
+            logger.error("%s was made by another command: see %s; remove it to repeat it", directory, record)
             return False
         if not (directory / result).is_file():
             directory.mkdir(parents=True, exist_ok=True)
@@ -132,49 +65,52 @@ class Bench:
             with open(directory / "console.txt", "a", encoding="utf-8") as console:
                 subprocess.run([sys.executable, *line], env=self.environment, stdout=console, stderr=subprocess.STDOUT)
         if not (directory / result).is_file():
-            logger.error("%s failed: see %s", name, directory / "console.txt")
+            logger.error("%s failed: see %s", directory, directory / "console.txt")
             return False
         if result == "result.json":
-            logger.info("%s: %.1f AP", directory, average_precision(directory))
+            logger.info("%s: %.1f %s", directory, self.score(directory), self.suite.called)
         return True
 
     def teacher(self, tokens: bool) -> bool:
         """Trains the teacher, and learns its tokens where they are needed."""
         steps = ["SOLVER.MAX_ITER", self.length.teacher, "SOLVER.IMS_PER_BATCH", self.length.teacher_images]
-        command = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/retinanet_teacher.yaml"]
-        if not self.run("teacher", [*command, *steps, "TEST.EVAL_PERIOD", 0]):
+        command = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{self.suite.teacher}.yaml"]
+        if not self.run(self.teacher_folder, [*command, *steps, "TEST.EVAL_PERIOD", 0]):
             return False
-        command = ["tools/learn_tokens.py", "--resume", "--config-file", f"{CONFIGS}/retinanet_teacher_tokens.yaml"]
-        weights = ["MODEL.WEIGHTS", self.root / "teacher/model_final.pth"]
-        return not tokens or self.run("tokens", [*command, *weights], result="tokens.pth")
+        tokens_file = CONFIGS / f"{self.suite.teacher}_tokens.yaml"
+        command = ["tools/learn_tokens.py", "--resume", "--config-file", tokens_file]
+        weights = ["MODEL.WEIGHTS", self.teacher_folder / "model_final.pth"]
+        return not tokens or self.run(self.root / "tokens", [*command, *weights], result="tokens.pth")
 
     def student(self, name: str, seed: int, directory: str = "", changes: Sequence[Any] = ()) -> bool:
         """Trains one student, in `directory` or that of its row and seed, with changes to the row's configuration."""
-        entry = ENTRIES[name]
-        command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", f"{CONFIGS}/{entry.config}.yaml"]
+        entry = self.suite.entries[name]
+        command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{entry.config}.yaml"]
         iterations = self.length.student * entry.times
         options = ["SEED", seed, "SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0, *entry.options]
+        if self.suite.sets_images:
+            options += ["SOLVER.IMS_PER_BATCH", self.length.student_images]
         if entry.distils:
-            command += ["--teacher-config", f"{CONFIGS}/retinanet_teacher.yaml"]
-            command += ["--teacher-weights", self.root / "teacher/model_final.pth"]
+            command += ["--teacher-config", CONFIGS / f"{self.suite.teacher}.yaml"]
+            command += ["--teacher-weights", self.teacher_folder / "model_final.pth"]
             options += ["DISTILL.TEACHER.EVAL_FIRST", False]
         if name == "ReceptiveTokens":
             options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.root / "tokens/tokens.pth"]
-        return self.run(directory or f"{slug(name)}/seed{seed}", [*command, *options, *changes])
+        return self.run(self.root / (directory or f"{slug(name)}/seed{seed}"), [*command, *options, *changes])
 
     def trial(self, name: str, factor: float) -> bool:
         """Trains one student with what `TUNED` names at `factor` times its default."""
         value = default(TUNED[name]) * factor
         return self.student(name, TUNING_SEED, trial_directory(name, value), [TUNED[name], value])
 
+    def score(self, directory: Path) -> float:
+        """The suite's metric of a finished run, in percent."""
+        task, _, name = self.suite.metric.partition("/")
+        return json.loads((directory / "result.json").read_text())["metrics"][task][name]
+
     def finished(self, name: str) -> list[float]:
-        """AP of every finished seed of a row."""
-        return [average_precision(path.parent) for path in sorted((self.root / slug(name)).glob("seed*/result.json"))]
-
-
-def average_precision(directory: Path) -> float:
-    """AP of a finished run, in percent."""
-    return json.loads((directory / "result.json").read_text())["metrics"]["bbox"]["AP"]
+        """The scores of every finished seed of a row."""
+        return [self.score(path.parent) for path in sorted((self.root / slug(name)).glob("seed*/result.json"))]
 
 
 def slug(name: str) -> str:
@@ -200,9 +136,9 @@ def tuning_table(bench: Bench) -> str:
         "| method | tried | " + " | ".join(f"x {factor:g}" for factor in FACTORS) + " |",
         "| --- | --- |" + " ---: |" * len(FACTORS),
     ]
-    for name, key in TUNED.items():
+    for name, key in tuned(bench.suite).items():
         paths = [bench.root / trial_directory(name, default(key) * factor) for factor in FACTORS]
-        scores = [average_precision(p) if (p / "result.json").is_file() else None for p in paths]
+        scores = [bench.score(p) if (p / "result.json").is_file() else None for p in paths]
         best = max((score for score in scores if score is not None), default=None)
         cells = ["-" if x is None else f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in scores]
         lines.append(f"| {name} | `{key}`, default {default(key):g} | {' | '.join(cells)} |")
@@ -211,17 +147,17 @@ def tuning_table(bench: Bench) -> str:
 
 def table(bench: Bench) -> str:
     """Markdown table of all finished runs."""
-    teacher = average_precision(bench.root / "teacher")
+    teacher = bench.score(bench.teacher_folder)
     base = bench.finished("baseline")
     length = bench.length
     lines = [
-        f"Teacher: {teacher:.1f} AP after {length.teacher:,} iterations of {length.teacher_images} images; students: "
-        f"{length.student:,} iterations of 8.",
+        f"Teacher: {teacher:.1f} {bench.suite.called} after {length.teacher:,} iterations of {length.teacher_images} "
+        f"images; students: {length.student:,} iterations of {length.student_images}.",
         "",
-        "| run | seeds | AP (mean) | lowest to highest | over baseline | gap closure |",
+        f"| run | seeds | {bench.suite.called} (mean) | lowest to highest | over baseline | gap closure |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name in ENTRIES:
+    for name in bench.suite.entries:
         scores = bench.finished(name)
         if not scores:
             continue
@@ -248,30 +184,38 @@ def insert(text: str, marker: str) -> None:
 def main() -> None:
     """Runs what is missing, then writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", choices=LENGTHS, default="short")
+    parser.add_argument("--suite", choices=SUITES, default="detection", help="what is trained (default: detection)")
+    lengths = list(dict.fromkeys(length for suite in SUITES.values() for length in suite.lengths))
+    parser.add_argument("--length", choices=lengths, default="short")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="ROW", help="rows to run")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run")
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
-    parser.add_argument("--output", type=Path, default=Path("output/accuracy"))
+    parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of all suites")
     parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
+    suite = SUITES[args.suite]
+    if args.length not in suite.lengths:
+        parser.error(f"--length {args.length}: the suite {args.suite} has {', '.join(suite.lengths)}")
+    unknown = [name for name in args.only or () if name not in suite.entries]
+    if unknown:
+        parser.error(f"--only {', '.join(unknown)}: the suite {args.suite} has {', '.join(suite.entries)}")
     if args.tune and args.length != "short":
         parser.error("--tune is for --length short")
     setup_logger(name="d2kd")
     log_runtime()
     subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
-    bench = Bench(args.length, args.output, args.threads, args.opts)
-    names = [n for n in args.only if not (args.no_ablations and ENTRIES[n].ablation)]
+    bench = Bench(suite, args.length, args.output, args.threads, args.opts)
+    names = [n for n in args.only or suite.entries if not (args.no_ablations and suite.entries[n].ablation)]
     if args.tune:
-        names = [n for n in names if n in TUNED]
+        names = [n for n in names if n in tuned(suite)]
     pool = ThreadPoolExecutor(args.jobs)
     try:
         # in the pool all of them: Ctrl-C in the main thread would kill a run that is about to save
         teacher = pool.submit(bench.teacher, "ReceptiveTokens" in names)
-        alone = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if not ENTRIES[n].distils]
+        alone = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if not suite.entries[n].distils]
         rest = [pool.submit(*call) for call in distilled_runs(bench, names, args)] if teacher.result() else []
         failed = sum(not job.result() for job in [teacher, *alone, *rest])
     except KeyboardInterrupt:
@@ -283,7 +227,7 @@ def main() -> None:
     text = tuning_table(bench) if args.tune else table(bench)
     logger.info("\n%s", text)
     if DOCUMENT.is_file():
-        insert(text, "accuracy tuning" if args.tune else f"accuracy {args.length}")
+        insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}")
     sys.exit(1 if failed else 0)
 
 
@@ -291,7 +235,7 @@ def distilled_runs(bench: Bench, names: Sequence[str], args: argparse.Namespace)
     """The runs that need the teacher, as functions with their arguments."""
     if args.tune:
         return [(bench.trial, n, factor) for factor in FACTORS for n in names]
-    return [(bench.student, n, s) for s in args.seeds for n in names if ENTRIES[n].distils]
+    return [(bench.student, n, s) for s in args.seeds for n in names if bench.suite.entries[n].distils]
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ CORE_KEYS: dict[str, Setting] = {
     "TEST.BEST_CHECKPOINT.METRIC": setting(
         "",
         "Keep the weights of the best evaluation so far (TEST.EVAL_PERIOD) as model_best.pth, by this metric; larger "
-        'is better, e.g. "bbox/AP"; "bbox_EMA/AP" keeps the averaged weights. "" is off.',
+        'is better, e.g. "bbox/AP" or "classification/top1"; "bbox_EMA/AP" keeps the averaged weights. "" is off.',
     ),
     "TEST.EARLY_STOP.PATIENCE": setting(
         0,

@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train", "train a model, by distillation where a teacher is given"),
-    "eval": Command("train", "evaluate a model, or with --eval-teacher its teacher", ("--eval-only",)),
+    "eval": Command("train", "evaluate a model, with --eval-teacher beside its teacher", ("--eval-only",)),
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
     "report": Command("report", "compare finished runs: tables, curves and pictures"),
@@ -32,7 +32,7 @@ def usage() -> str:
         [
             "usage: d2kd [-h] [--version] COMMAND ...",
             "",
-            "Knowledge distillation for detection and segmentation on Detectron2.",
+            "Knowledge distillation for classification, detection and segmentation on Detectron2.",
             "",
             "commands:",
             *(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),

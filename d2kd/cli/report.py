@@ -1,4 +1,4 @@
-"""Compares finished runs: writes report.md, report.json, curves and pictures of detections.
+"""Compares finished runs: writes report.md, report.json, curves and pictures of what the models find.
 
 %(prog)s --dataset photo_digits_val --output output/report --run teacher=output/teacher \\
     --run baseline=output/baseline --run distilled=output/distilled
@@ -11,6 +11,7 @@ import sys
 from d2kd.data.datasets import DatasetError, register_datasets
 from d2kd.engine import load_config, log_runtime, run_tool
 from d2kd.evaluation.report import ModelResult, load_result, write_report
+from d2kd.evaluation.results import choose_task
 from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger
 
@@ -36,12 +37,20 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="NAME=TEXT",
         help="what the report calls this run",
     )
-    parser.add_argument("--dataset", metavar="NAME", help="registered dataset to draw detections on")
+    parser.add_argument("--dataset", metavar="NAME", help="registered dataset whose images are drawn")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the report goes")
     parser.add_argument("--title", default="Comparison", help="its heading")
     parser.add_argument("--statement", default="", help="what the comparison shows and what not, in your words")
-    parser.add_argument("--task", default="bbox", help="which metrics to compare (default: bbox)")
-    parser.add_argument("--images", type=int, default=6, help="how many images to draw (default: 6)")
+    parser.add_argument(
+        "--task",
+        help="which metrics to compare: bbox, segm, sem_seg, classification, ... (default: what the first run was "
+        "evaluated on, bbox where there are several)",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="how many images to draw (default: 6; 12 for classifiers, and as many where they differ)",
+    )
     parser.add_argument("--score-threshold", type=float, default=0.3, help="of drawn detections (default: 0.3)")
     return parser
 
@@ -77,9 +86,10 @@ def main(args: argparse.Namespace, command: str) -> None:
     setup_logger(name="d2kd")
     log_runtime()
     labels = dict(args.label)
+    first, directory = args.run[0]
+    task = args.task or choose_task(first, directory, args.dataset)
     models = {
-        name: load_result(name, directory, labels.get(name, ""), args.dataset, args.task)
-        for name, directory in args.run
+        name: load_result(name, directory, labels.get(name, ""), args.dataset, task) for name, directory in args.run
     }
     if args.dataset:
         make_dataset_known(args.dataset, list(models.values()))
@@ -90,7 +100,7 @@ def main(args: argparse.Namespace, command: str) -> None:
         title=args.title,
         statement=args.statement,
         commands=[command],
-        task=args.task,
+        task=task,
         num_images=args.images,
         score_threshold=args.score_threshold,
     )

@@ -2,6 +2,7 @@
 
 %(prog)s --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
 %(prog)s --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+%(prog)s --config-file student.yaml --eval-only --eval-teacher MODEL.WEIGHTS output/model_final.pth
 """
 
 import argparse
@@ -12,6 +13,7 @@ from d2kd.engine import (
     argument_parser,
     evaluate_student,
     evaluate_teacher,
+    evaluate_teacher_and_student,
     launch_tool,
     locked,
     setup,
@@ -28,6 +30,8 @@ def main(args: argparse.Namespace) -> Any:
     if args.eval_teacher:
         if not is_distillation(cfg):
             raise ConfigError("--eval-teacher needs a teacher: --teacher-config and --teacher-weights.")
+        if args.eval_only:
+            return evaluate_teacher_and_student(DistillTrainer, cfg, args.resume)
         return evaluate_teacher(DistillTrainer, cfg)
     if args.eval_only:
         return evaluate_student(DistillTrainer, cfg, args.resume)

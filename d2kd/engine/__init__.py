@@ -1,7 +1,7 @@
 """The run: set-up and launching, the trainer and its step, checkpoints, evaluation, hooks."""
 
 from .checkpoint import CheckpointError, DistillCheckpointer
-from .evaluation import evaluate_student, evaluate_teacher
+from .evaluation import evaluate_student, evaluate_teacher, evaluate_teacher_and_student
 from .launching import launch_tool, run_tool
 from .resumable_trainer import ResumableTrainer
 from .run_folder import FolderError, locked
@@ -21,6 +21,7 @@ __all__ = [
     "argument_parser",
     "evaluate_student",
     "evaluate_teacher",
+    "evaluate_teacher_and_student",
     "launch_tool",
     "locked",
     "load_config",

@@ -14,6 +14,7 @@ from torch import nn
 from d2kd.data.classes import ClassNames, class_names, require_same_classes
 from d2kd.errors import ConfigError
 from d2kd.evaluation.build import folder_of
+from d2kd.evaluation.side_by_side import side_by_side
 from d2kd.files import write_json
 from d2kd.modeling import Teacher, TeacherError, build_network, load_strictly, load_teacher, teacher_config
 from d2kd.modeling.architectures import architecture_class, architecture_of
@@ -161,16 +162,50 @@ def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str
         ConfigError: there is nothing to evaluate.
         StrictLoadingError: the checkpoint does not fit.
     """
+    results = _evaluate_weights(trainer_class, cfg, *_load_student(cfg, resume))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def evaluate_teacher_and_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str, Results]:
+    """Evaluates both as `evaluate_teacher` and `evaluate_student` do, and logs their results side by side.
+
+    Returns:
+        Results by "teacher" and "student"; those of other processes than the main one are empty.
+
+    Raises:
+        ConfigError, StrictLoadingError, TeacherError: see there; before anything is evaluated.
+    """
+    weights, student = _load_student(cfg, resume)
+    teacher_cfg = _teacher_config(cfg)
+    teacher = _load_teacher(cfg, teacher_cfg)
+    results: dict[str, Results] = {
+        "teacher": _test_teacher(trainer_class, teacher_cfg, teacher),
+        "student": _evaluate_weights(trainer_class, cfg, weights, student),
+    }
+    if comm.is_main_process():
+        table = side_by_side(results["teacher"], results["student"])
+        logger.info("Teacher and student on %s:\n%s", ", ".join(cfg.DATASETS.TEST), table)
+        verify_results(cfg, results["student"])
+    return results
+
+
+def _load_student(cfg: CfgNode, resume: bool) -> tuple[str, nn.Module]:
     last = DetectionCheckpointer(None, cfg.OUTPUT_DIR)
     path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS
     if not path:
         raise ConfigError(
             "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of "
-            "OUTPUT_DIR."
+            "OUTPUT_DIR (for the teacher alone: d2kd train --eval-teacher)."
         )
     model = build_network(cfg, "--config-file")
     saved = load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
     _check_class_names(cfg, path, saved.get("class_names"))
+    return path, model
+
+
+def _evaluate_weights(trainer_class: Any, cfg: CfgNode, path: str, model: nn.Module) -> dict[str, Any]:
     trained = holds_a_run(cfg.OUTPUT_DIR)
     again = trained and _is_result_of(cfg, path)
     comm.synchronize()
@@ -179,11 +214,9 @@ def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str
     results = dict(trainer_class.test(cfg, model))
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer_class.test_with_tta(cfg, model))
-    if comm.is_main_process():
-        if not again:
-            write_config(cfg)
-            _write_result(cfg, results, model, path)
-        verify_results(cfg, results)
+    if comm.is_main_process() and not again:
+        write_config(cfg)
+        _write_result(cfg, results, model, path)
     return results
 
 
@@ -238,20 +271,36 @@ def evaluate_teacher(trainer_class: Any, cfg: CfgNode, teacher: Teacher | None =
     Raises:
         TeacherError: its classes are not those of the data, so that its metrics are not defined there.
     """
+    teacher_cfg = _teacher_config(cfg)
+    if teacher is None:
+        teacher = _load_teacher(cfg, teacher_cfg)
+    else:
+        _require_classes_of_data(cfg, teacher.classes)
+    return _test_teacher(trainer_class, teacher_cfg, teacher)
+
+
+def _test_teacher(trainer_class: Any, teacher_cfg: CfgNode, teacher: Teacher) -> Results:
+    logger.info("Evaluating the teacher on %s", ", ".join(teacher_cfg.DATASETS.TEST))
+    results = trainer_class.test(teacher_cfg, teacher.model)
+    if comm.is_main_process():
+        _write_result(teacher_cfg, results, teacher.model, teacher_cfg.MODEL.WEIGHTS)
+    return results
+
+
+def _teacher_config(cfg: CfgNode) -> CfgNode:
     teacher_cfg = teacher_config(cfg)
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher_cfg.DATASETS.TEST = cfg.DATASETS.TEST
     teacher_cfg.TEST.IMS_PER_BATCH = cfg.TEST.IMS_PER_BATCH
-    if teacher is None:
-        _require_classes_of_data(cfg, classes_of(teacher_cfg))  # their number is known before the weights are
-        teacher = Teacher(*load_teacher(teacher_cfg))
+    return teacher_cfg
+
+
+def _load_teacher(cfg: CfgNode, teacher_cfg: CfgNode) -> Teacher:
+    _require_classes_of_data(cfg, classes_of(teacher_cfg))  # their number is known before the weights are
+    teacher = Teacher(*load_teacher(teacher_cfg))
     _require_classes_of_data(cfg, teacher.classes)
-    logger.info("Evaluating the teacher on %s", ", ".join(cfg.DATASETS.TEST))
-    results = trainer_class.test(teacher_cfg, teacher.model)
-    if comm.is_main_process():
-        _write_result(teacher_cfg, results, teacher.model, teacher_cfg.MODEL.WEIGHTS)
-    return results
+    return teacher
 
 
 def _require_classes_of_data(cfg: CfgNode, teacher: Mapping[str, Classes]) -> None:

@@ -36,7 +36,9 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--teacher-config", metavar="FILE", help="YAML of the teacher (DISTILL.TEACHER.CONFIG_FILE)")
     group.add_argument("--teacher-weights", metavar="FILE", help="checkpoint of the teacher (DISTILL.TEACHER.WEIGHTS)")
     group.add_argument("--method", metavar="NAME[,NAME]", help="methods to distil with (DISTILL.METHODS)")
-    group.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher only")
+    group.add_argument(
+        "--eval-teacher", action="store_true", help="evaluate the teacher; with --eval-only, teacher and student"
+    )
     add_run_arguments(parser)
     return parser
 

@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2kd.errors import UserError
+from d2kd.evaluation.tasks import first_task, metric_named, split_variant, task_named
 
 
 class ResultError(UserError):
@@ -27,10 +28,11 @@ class ModelResult:
     """What a report says about one model. All but the name and the metrics may be unknown (None)."""
 
     name: str  # the key in report.json: "teacher", "baseline", "inherit", "distilled" or another
-    metrics: Mapping[str, float]  # of one task, as from COCOEvaluator, e.g. {"AP": 24.8, ...}; percent
+    metrics: Mapping[str, float]  # of one task, as from its evaluator, e.g. {"AP": 24.8, ...}; percent
     label: str = ""  # what tables and pictures call it; the name by default
     metrics_file: str | None = None  # the training's metrics.json, for the curves
-    predictions_file: str | None = None  # coco_instances_results.json, for the pictures
+    metrics_scope: str | None = None  # what stands before the metrics there; the task by default
+    predictions_file: str | None = None  # what the evaluator wrote, for the pictures
     wall_time_s: float | None = None
     iterations: int | None = None
     images_per_batch: int | None = None
@@ -59,8 +61,8 @@ def load_result(
 
     Args:
         name: "teacher", "baseline", "inherit", "distilled" or another.
-        output_dir: holds `result.json` and, if they exist, `metrics.json`, `config.yaml`,
-            `inference/coco_instances_results.json` and `model_final.pth`.
+        output_dir: holds `result.json` and, if they exist, `metrics.json`, `config.yaml`, the evaluator's predictions
+            in `inference/` and `model_final.pth`.
         label: what the report calls the model.
         dataset_name: which results to take of a run that was evaluated on several datasets.
         task: which metrics to take.
@@ -69,42 +71,90 @@ def load_result(
         ResultError: there is no `result.json`, as the run has not finished, or it has no metrics of this task.
     """
     directory = Path(output_dir)
-    path = directory / "result.json"
-    if not path.is_file():
-        raise ResultError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere.")
-    try:
-        content = json.loads(path.read_text())
-        _require_dataset(name, directory, content, dataset_name)
-        metrics = content["metrics"]
-        metrics = metrics.get(dataset_name, metrics)[task]
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    content = _read_result(name, directory, dataset_name)
+    metrics, scope = _metrics_of(content, dataset_name, task)
+    if not metrics:
         raise ResultError(
-            f"Run {name!r}: {path} holds no metrics of the task {task!r} ({error!r}). Was the run evaluated "
-            "(DATASETS.TEST), and on this task (--task)?"
-        ) from error
+            f"Run {name!r}: {directory / 'result.json'} holds no metrics of the task {task!r}, but of "
+            f"{', '.join(_by_task(content, dataset_name)) or 'none'}. Was the run evaluated (DATASETS.TEST), and on "
+            "this task (--task)?"
+        )
 
     def existing(relative: str) -> str | None:
         return str(directory / relative) if (directory / relative).is_file() else None
 
+    file, folder = task_named(task).predictions, f"inference{split_variant(task)[1]}"
     return ModelResult(
         name=name,
         label=label,
         metrics={k: math.nan if v is None else v for k, v in metrics.items()},
         metrics_file=existing("metrics.json"),
-        predictions_file=existing(f"inference/{dataset_name}/coco_instances_results.json")
-        or existing("inference/coco_instances_results.json"),
+        metrics_scope=scope,
+        predictions_file=file and (existing(f"{folder}/{dataset_name}/{file}") or existing(f"{folder}/{file}")),
         config_file=existing("config.yaml"),
         checkpoint=existing("model_final.pth"),
         **{k: content.get(k) for k in ("wall_time_s", "iterations", "images_per_batch", "params", "seed")},
     )
 
 
-def _require_dataset(name: str, directory: Path, content: Mapping[str, Any], dataset_name: str | None) -> None:
-    datasets = content.get("datasets")
-    if dataset_name is not None and datasets is not None and dataset_name not in datasets:
+def choose_task(name: str, output_dir: str, dataset_name: str | None = None) -> str:
+    """The task of a run that a report is about unless it is told: boxes, where they were evaluated.
+
+    Raises:
+        ResultError: there is no result, or no task in it.
+    """
+    directory = Path(output_dir)
+    content = _read_result(name, directory, dataset_name)
+    task = first_task(_by_task(content, dataset_name))
+    if task is None:
         raise ResultError(
-            f"Run {name!r}: {directory / 'result.json'} is an evaluation on {', '.join(datasets) or 'no dataset'}, not "
+            f"Run {name!r}: {directory / 'result.json'} holds no metrics. Was the run evaluated (DATASETS.TEST)?"
+        )
+    return task
+
+
+def _read_result(name: str, directory: Path, dataset_name: str | None) -> dict[str, Any]:
+    path = directory / "result.json"
+    if not path.is_file():
+        raise ResultError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere.")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ResultError(f"Run {name!r}: {path} is no JSON ({error}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+        raise ResultError(f"Run {name!r}: {path} holds no metrics; it is not what a run of d2kd writes.")
+    _require_dataset(name, path, content.get("datasets"), dataset_name)
+    return content
+
+
+def _metrics_of(content: Mapping[str, Any], dataset_name: str | None, task: str) -> tuple[Mapping[str, Any], str]:
+    """Metrics of a task, and what stands before them in metrics.json; without any where there are none."""
+    base, variant = split_variant(task)
+    # of several datasets, the suffix of a variant goes to what stands first
+    for path in ((dataset_name, task), (f"{dataset_name}{variant}", base), (task,)):
+        found = content["metrics"]
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if found and isinstance(found, Mapping):
+            return found, "/".join(map(str, path))
+    return {}, ""
+
+
+def _by_task(content: Mapping[str, Any], dataset_name: str | None) -> Mapping[str, Any]:
+    found = content["metrics"].get(dataset_name)
+    return found if isinstance(found, Mapping) else content["metrics"]
+
+
+def _require_dataset(name: str, path: Path, datasets: Sequence[str] | None, dataset_name: str | None) -> None:
+    if datasets is not None and dataset_name is not None and dataset_name not in datasets:
+        raise ResultError(
+            f"Run {name!r}: {path} is an evaluation on {', '.join(datasets) or 'no dataset'}, not "
             f"on {dataset_name}. Evaluate it there (d2kd eval, with DATASETS.TEST and an OUTPUT_DIR), and compare that."
+        )
+    if datasets is not None and dataset_name is None and len(datasets) > 1:
+        raise ResultError(
+            f"Run {name!r}: {path} is an evaluation on {', '.join(datasets)}: say on which of them the runs are "
+            "compared (--dataset)."
         )
 
 
@@ -118,14 +168,14 @@ def compare(models: Mapping[str, ModelResult], metric: str = "AP") -> dict[str, 
     """
     values = {name: model.metrics.get(metric, math.nan) for name, model in models.items()}
     teacher, baseline, inherit, distilled = (values.get(name, math.nan) for name in LABELS)
-    gap_closure, note = None, ""
+    gap_closure, note, words = None, "", metric_named(metric)
     missing = [n for n in ("teacher", "baseline", "distilled") if not math.isfinite(values.get(n, math.nan))]
     if missing:
-        note = f"Gap closure is not defined: there is no {metric} of the {', '.join(missing)}."
+        note = f"Gap closure is not defined: there is no {words.title} of the {', '.join(missing)}."
     elif teacher <= baseline:
         note = (
-            f"Gap closure is not defined: the teacher ({teacher:.1f} {metric}) is not better than the baseline "
-            f"({baseline:.1f} {metric})."
+            f"Gap closure is not defined: the teacher ({teacher:.1f} {words.unit}) is not better than the baseline "
+            f"({baseline:.1f} {words.unit})."
         )
     else:
         gap_closure = (distilled - baseline) / (teacher - baseline)

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from .architectures import architecture_class, build_network, warn_if_unknown
+from .backbone import load_pretrained_network
 from .classes import Classes, classes_of
 from .strict_loading import load_strictly
 from .taps import FeatureTaps
@@ -152,9 +153,7 @@ def load_teacher(teacher_cfg: CfgNode) -> tuple[nn.Module, dict[str, Classes]]:
     """
     path = teacher_cfg.MODEL.WEIGHTS
     if not path:
-        raise TeacherError(
-            "The teacher has no weights: set DISTILL.TEACHER.WEIGHTS (--teacher-weights) to its checkpoint."
-        )
+        return _load_from_library(teacher_cfg), classes_of(teacher_cfg)
     try:
         found = PathManager.isfile(PathManager.get_local_path(path.split("?")[0]))
     except Exception as error:
@@ -165,3 +164,24 @@ def load_teacher(teacher_cfg: CfgNode) -> tuple[nn.Module, dict[str, Classes]]:
     model = build_network(teacher_cfg, "DISTILL.TEACHER.CONFIG_FILE (--teacher-config)")
     saved = load_strictly(model, path, "teacher", "DISTILL.TEACHER.CONFIG_FILE and DISTILL.TEACHER.WEIGHTS")
     return model, classes_of(teacher_cfg, saved.get("class_names"))
+
+
+def _load_from_library(teacher_cfg: CfgNode) -> nn.Module:
+    """The teacher as a whole network of timm or torchvision, with that library's weights.
+
+    Raises:
+        TeacherError: it is none, has no weights, or these leave a part of it without.
+    """
+    model = build_network(teacher_cfg, "DISTILL.TEACHER.CONFIG_FILE (--teacher-config)")
+    filled = load_pretrained_network(teacher_cfg, model)
+    left = [name for name in model.state_dict() if name not in filled]
+    if not filled:
+        raise TeacherError(
+            "The teacher has no weights: set DISTILL.TEACHER.WEIGHTS (--teacher-weights) to its checkpoint."
+        )
+    if left:
+        raise TeacherError(
+            f"The teacher's weights are those of its backbone alone: {left[0]} and {len(left) - 1} more have none. Set "
+            "DISTILL.TEACHER.WEIGHTS (--teacher-weights) to a checkpoint of the whole teacher."
+        )
+    return model

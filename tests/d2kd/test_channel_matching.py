@@ -387,13 +387,13 @@ PUBLISHED = {
         2000,
         torch.nn.GroupNorm,
     ),
-    "ChannelMatching/ImageNet": (
+    "ImageNet/mobilenetv1_R50_ChannelMatching_130e": (
         [1 / 8e4, 1 / 4e4, 1 / 2e4, 1 / 1e4],
         [0, 5005, 10010, 15015, 20020, 25025],
         20480,
         torch.nn.BatchNorm2d,
     ),
-    "ChannelMatching/CUB200": (
+    "CUB200/mobilenetv2_R50_ChannelMatching": (
         [1 / 4e4, 1 / 2e4, 1 / 1e4],
         [0, 188, 376, 564, 752, 940],
         5994,

@@ -34,7 +34,10 @@ def load(path: Path) -> CfgNode:
     cfg.DISTILL.TEACHER.OPTS = [*cfg.DISTILL.TEACHER.OPTS, *SMALL]
     cfg.DISTILL.TEACHER.EVAL_FIRST = False
     cfg.DATASETS.TEST = ()
+    cfg.MODEL.TIMM.WEIGHTS = cfg.MODEL.TORCHVISION.WEIGHTS = ""
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 1, (), 0
+    cfg.SOLVER.MAX_EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.WARMUP_EPOCHS = 0.0, [], 0.0
+    cfg.SOLVER.CHECKPOINT_EPOCHS = cfg.TEST.EVAL_EPOCHS = 0.0
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
     cfg.SOLVER.IMS_PER_BATCH = 1024  # by this, a tracking pass has but a few of the loader's small batches
     cfg.SEED = 1
@@ -46,7 +49,7 @@ def what_runs(path: Path) -> str:
     cfg = load(path)
     models = [cfg.MODEL, teacher_config(cfg).MODEL] if is_distillation(cfg) else [cfg.MODEL]
     for model in models:
-        model.WEIGHTS = ""
+        model.WEIGHTS = model.TIMM.WEIGHTS = model.TORCHVISION.WEIGHTS = ""
     cfg.DISTILL.TEACHER.CONFIG_FILE = cfg.DISTILL.TEACHER.WEIGHTS = ""
     solver = cfg.SOLVER
     rest = [cfg.DISTILL, cfg.INPUT.FORMAT, solver.OPTIMIZER, solver.CLIP_GRADIENTS, solver.AMP, solver.ACCUMULATE]
@@ -66,7 +69,7 @@ def config_name(path: Path) -> str:
 
 
 def random_input(seed: int) -> dict[str, Any]:
-    """An image of 64 x 64 pixels with whatever a model may learn from: boxes, masks, classes per pixel."""
+    """An image of 64 x 64 pixels with whatever a model may learn from: boxes, masks, classes of pixels, one class."""
     generator = torch.Generator().manual_seed(seed)
     truth = Instances((64, 64))
     truth.gt_boxes = Boxes(torch.tensor([[6.0, 8.0, 30.0, 40.0], [20.0, 4.0, 60.0, 50.0]]))
@@ -76,7 +79,7 @@ def random_input(seed: int) -> dict[str, Any]:
         mask[y0:y1, x0:x1] = True
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
     per_pixel = torch.randint(0, 2, (64, 64), generator=generator)
-    return {"image": image, "height": 64, "width": 64, "instances": truth, "sem_seg": per_pixel}
+    return {"image": image, "height": 64, "width": 64, "instances": truth, "sem_seg": per_pixel, "label": seed}
 
 
 class RandomLoader:
@@ -117,7 +120,7 @@ def one_step(cfg: CfgNode) -> tuple[DistillTrainer, dict[str, float]]:
 @pytest.mark.parametrize("path", CONFIGS, ids=config_name)
 def test_loads_with_all_its_keys(path):
     cfg = load(path)
-    assert cfg.MODEL.META_ARCHITECTURE and (cfg.DATASETS.TRAIN or path.parent.name == "ChannelMatching")
+    assert cfg.MODEL.META_ARCHITECTURE and cfg.DATASETS.TRAIN
     if is_distillation(cfg):
         assert teacher_config(cfg).MODEL.META_ARCHITECTURE
 
@@ -191,6 +194,59 @@ def test_recipes_of_masked_generative_have_the_papers_numbers():
         assert (node.WEIGHT, node.MASK_RATIO) == ((2e-5, 0.65) if dense else (5e-7, 0.45)), path
         assert (node.NORMALIZE, node.REDUCTION, clipping(cfg)) == ("none", "batchmean", 35.0), path
         assert cfg.DISTILL.INIT_FROM_TEACHER.ENABLED == dense, path
+
+
+#: Of each published row of classification: teacher, student, classes, images a batch, epochs, epochs of the steps,
+#: rate, largest norm of the gradient.
+CLASSIFIERS = {
+    "ImageNet/resnet18_R34_MaskedGenerative_100e": ("resnet34", "resnet18", 1000, 256, 100, [30, 60, 90], 0.1, None),
+    "ImageNet/mobilenetv1_R50_MaskedGenerative_100e": (
+        "resnet50", "mobilenetv1_100", 1000, 256, 100, [30, 60, 90], 0.1, 5.0,
+    ),
+    "ImageNet/mobilenetv1_R50_ChannelMatching_130e": (
+        "resnet50", "mobilenetv1_100", 1000, 256, 130, [41, 71, 91], 0.1, None,
+    ),
+    "ImageNet/resnet50_R152_ChannelMatching_100e": ("resnet152", "resnet50", 1000, 256, 100, [31, 61, 81], 0.1, None),
+    "CUB200/mobilenetv2_R50_ChannelMatching": ("resnet50", "mobilenetv2_100", 200, 64, 120, [31, 61, 81], 0.01, None),
+    "CUB200/shufflenetv2_R50_ChannelMatching": (
+        "resnet50", "shufflenet_v2_x1_0", 200, 64, 120, [31, 61, 81], 0.01, None,
+    ),
+    "CUB200/shufflenetv2_R50_ChannelMatching_LogitKD": (
+        "resnet50", "shufflenet_v2_x1_0", 200, 64, 120, [31, 61, 81], 0.01, None,
+    ),
+}  # fmt: skip
+
+
+def network_name(cfg: CfgNode) -> str:
+    """The network of a classifier's configuration, by its library's name."""
+    return cfg.MODEL.TIMM.NAME if "timm" in cfg.MODEL.BACKBONE.NAME else cfg.MODEL.TORCHVISION.NAME
+
+
+@pytest.mark.parametrize("recipe", CLASSIFIERS)
+def test_recipes_of_classifiers_have_the_published_numbers(recipe):
+    cfg = load_config(str(ROOT / f"configs/{recipe}.yaml"))
+    teacher, solver = teacher_config(cfg), cfg.SOLVER
+    assert (
+        network_name(teacher), network_name(cfg), cfg.MODEL.CLASSIFIER.NUM_CLASSES, solver.IMS_PER_BATCH,
+        solver.MAX_EPOCHS, solver.STEP_EPOCHS, solver.BASE_LR, clipping(cfg),
+    ) == CLASSIFIERS[recipe]  # fmt: skip
+    assert (solver.MOMENTUM, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM, solver.GAMMA) == (0.9, 1e-4, 1e-4, 0.1)
+    assert not cfg.DISTILL.INIT_FROM_TEACHER.ENABLED
+    inputs = cfg.INPUT.CLASSIFICATION
+    assert (inputs.SIZE, inputs.CROP_PCT, inputs.HFLIP, inputs.COLOR_JITTER) == (224, 0.875, 0.5, 0.0)
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_STD) == ("RGB", [58.395, 57.12, 57.375])
+    if "MaskedGenerative" in recipe:
+        node = cfg.DISTILL.MASKED_GENERATIVE
+        assert (node.WEIGHT, node.MASK_RATIO, node.MASK, node.TAPS) == (7e-5, 0.15, "channel", ["res5"])
+        assert (node.NORMALIZE, node.REDUCTION, solver.NESTEROV) == ("none", "batchmean", False)
+    else:
+        assert cfg.DISTILL.CHANNEL_MATCHING.REDUCER == "amp" and solver.NESTEROV
+    if "LogitKD" in cfg.DISTILL.METHODS:
+        assert (cfg.DISTILL.LOGIT_KD.WEIGHT, cfg.DISTILL.LOGIT_KD.TEMPERATURE) == (1.0, 1.5)
+    if recipe.endswith("130e"):
+        assert (solver.WARMUP_EPOCHS, solver.WARMUP_FACTOR) == (10, 0.1)
+    else:
+        assert solver.WARMUP_ITERS == solver.WARMUP_EPOCHS == 0
 
 
 def test_the_recipe_of_channel_matching_and_its_control_differ_in_the_weight_only():

@@ -152,7 +152,7 @@ def test_report_without_optional_material_drops_old_pictures(tmp_path):
     (tmp_path / "curves.png").write_bytes(b"old")
     report = write_report(str(tmp_path), {"x": ModelResult("x", {"AP": 1.0}, label="only one")})
     assert report["pictures"] == [] and not (tmp_path / "curves.png").exists()
-    assert "| only one | 1.0 | - | - | - | - | - | - | - |" in (tmp_path / "report.md").read_text()
+    assert "| only one | 1.0 | - | - | - | - | - |" in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match="no model"):
         write_report(str(tmp_path), {})
 

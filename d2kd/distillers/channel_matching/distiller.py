@@ -39,11 +39,11 @@ def _inverse(factors: list[float]) -> list[float]:
 def _preset_is_recipe(name: str) -> None:
     recipes = {
         "coco": "configs/COCO/retinanet_R18_R50_ChannelMatching_1x.yaml",
-        "imagenet": "configs/ChannelMatching/ImageNet.yaml",
-        "cub200": "configs/ChannelMatching/CUB200.yaml",
+        "imagenet": "configs/ImageNet/mobilenetv1_R50_ChannelMatching_130e.yaml",
+        "cub200": "configs/CUB200/mobilenetv2_R50_ChannelMatching.yaml",
     }
     if name:
-        recipe = recipes.get(name.partition("_")[0], "configs/COCO and configs/ChannelMatching")
+        recipe = recipes.get(name.partition("_")[0], "configs/COCO, configs/ImageNet and configs/CUB200")
         raise ConfigError(
             f"DISTILL.CHANNEL_MATCHING.PRESET {name} no longer exists: its settings are those of {recipe}; copy them."
         )

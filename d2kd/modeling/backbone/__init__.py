@@ -3,7 +3,8 @@
 from .fcos_fpn import build_fcos_resnet_fpn_backbone
 from .last_norm import build_retinanet_resnet_fpn_last_norm_backbone
 from .layer_decay import layer_decay_factors
-from .pretrained import load_pretrained_network, with_data_config
+from .pixels import with_data_config
+from .pretrained import load_pretrained_network
 from .timm_backbone import (
     TimmBackbone,
     build_fcos_timm_fpn_backbone,

@@ -15,6 +15,7 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 
+from .pixels import log_pixels
 from .timm_networks import (
     TIMM_BACKBONES,
     Stage,
@@ -158,6 +159,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     )
     shapes = ", ".join(f"{n} {s.channels} / {s.stride}" for n, s in backbone.output_shape().items())
     logger.info("Backbone %s of timm (channels / stride): %s", node.NAME, shapes)
+    log_pixels(cfg)
     return backbone
 
 

@@ -163,7 +163,9 @@ def _strides_of(network: nn.Module, name: str) -> list[int] | None:
     """The strides that a network of features has on images of another size than its own; None where nothing tells."""
     nhwc = _gives_nhwc(network)
     try:
-        return [round(256 / maps.shape[1 if nhwc else 2]) for maps in network(torch.zeros(1, 3, 256, 320))]
+        network(torch.zeros(1, 3, 256, 320))
+        # a side that the patches of all networks divide, 14 pixels and powers of 2
+        return [round(448 / maps.shape[1 if nhwc else 2]) for maps in network(torch.zeros(1, 3, 448, 448))]
     except Exception as error:
         own = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.config import config_check, declare_keys, get_key
+from d2kd.config import config_check, declare_keys
 from d2kd.errors import ConfigError, did_you_mean
 from d2kd.settings import NOT_EMPTY, setting
 from detectron2.config import CfgNode
@@ -17,6 +17,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from ..checkpoint_files import read_checkpoint
 from ..pretrained_names import unpacked
+from .pixels import log_pixels
 from .timm_networks import (
     DOWNLOAD,
     PAIRS,
@@ -291,6 +292,7 @@ def build_timm_network(cfg: CfgNode, input_shape: ShapeSpec) -> TimmNetwork:
         ConfigError: MODEL.TIMM does not describe a network of timm.
     """
     node = cfg.MODEL.TIMM
+    log_pixels(cfg)
     return TimmNetwork(
         node.NAME,
         cfg.MODEL.CLASSIFIER.NUM_CLASSES,
@@ -298,7 +300,7 @@ def build_timm_network(cfg: CfgNode, input_shape: ShapeSpec) -> TimmNetwork:
         strides=node.STRIDES,
         norm=node.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        side=get_key(cfg, "INPUT.CLASSIFICATION.SIZE", 224),
+        side=cfg.INPUT.CLASSIFICATION.SIZE,
     )
 
 
@@ -309,6 +311,7 @@ def build_torchvision_network(cfg: CfgNode, input_shape: ShapeSpec) -> Torchvisi
         ConfigError: MODEL.TORCHVISION does not describe a network of torchvision.
     """
     node = cfg.MODEL.TORCHVISION
+    log_pixels(cfg)
     arguments = dict(zip(node.ARGS[::2], node.ARGS[1::2]))
     return TorchvisionNetwork(
         node.NAME, cfg.MODEL.CLASSIFIER.NUM_CLASSES, arguments=arguments, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT

@@ -8,7 +8,7 @@ from torch import nn
 from d2kd.distillers import DISTILLERS, TapPair
 from detectron2.config import CfgNode
 
-from ..architectures import architecture_of
+from ..architectures import architecture_class, architecture_of
 from .address import TapError, tap_names
 from .shapes import describe_taps
 
@@ -56,7 +56,8 @@ def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module)
 def _shared(cfg: CfgNode, kind: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     if kind:
         return shared_predictions(student, teacher, kind)
-    side = min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
+    classifies = architecture_class(cfg).CLASSIFIES_IMAGES
+    side = cfg.INPUT.CLASSIFICATION.SIZE if classifies else min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
     return [(name, name) for name in shared_levels(student, teacher, side)]
 
 

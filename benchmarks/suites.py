@@ -1,0 +1,142 @@
+"""What benchmarks/accuracy.py trains: teachers, students and the ways to distil them on PhotoDigits."""
+
+from typing import Any, NamedTuple
+
+
+class Length(NamedTuple):
+    """How long teacher and students are trained, in iterations, and the images an iteration of both."""
+
+    teacher: int
+    student: int
+    teacher_images: int
+    student_images: int = 8
+
+
+class Entry(NamedTuple):
+    """A row of the table: its configuration and options, whether it distils, and how many times the length it takes."""
+
+    config: str
+    options: list[Any] = []
+    distils: bool = True
+    ablation: bool = False
+    times: int = 1
+
+
+_RETINANET: dict[str, Entry] = {
+    "baseline": Entry("retinanet_student", distils=False),
+    "baseline, twice as long": Entry("retinanet_student", distils=False, ablation=True, times=2),
+    "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
+    "FeatureMimic": Entry("retinanet_student_FeatureMimic"),
+    "MaskedGenerative": Entry("retinanet_student_MaskedGenerative"),
+    "ReceptiveTokens": Entry("retinanet_student_ReceptiveTokens"),
+    "ChannelMatching": Entry("retinanet_student_ChannelMatching"),
+    "LogitKD": Entry("retinanet_student_LogitKD"),
+    "HeadRegression": Entry("retinanet_student_HeadRegression"),
+    "FeatureMimic + LogitKD": Entry("retinanet_student_FeatureMimic_LogitKD"),
+    "combined, balanced": Entry("retinanet_student_combined"),
+    "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
+    "FeatureMimic, not inherited": Entry(
+        "retinanet_student_FeatureMimic", ["DISTILL.INIT_FROM_TEACHER.ENABLED", False], ablation=True
+    ),
+    "FeatureMimic, weight halved": Entry(
+        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 2.0], ablation=True
+    ),
+    "FeatureMimic, weight doubled": Entry(
+        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True
+    ),
+    "FeatureMimic, all five levels": Entry(
+        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True
+    ),
+    "MaskedGenerative, mask ratio 0": Entry(
+        "retinanet_student_MaskedGenerative", ["DISTILL.MASKED_GENERATIVE.MASK_RATIO", 0.0], ablation=True
+    ),
+    "MaskedGenerative, loss of the paper": Entry(
+        "retinanet_student_MaskedGenerative",
+        ["DISTILL.MASKED_GENERATIVE.NORMALIZE", "none", "DISTILL.MASKED_GENERATIVE.REDUCTION", "batchmean"]
+        + ["DISTILL.MASKED_GENERATIVE.WEIGHT", 2.0e-5],
+        ablation=True,
+    ),
+}
+
+_CLASSIFIER: dict[str, Entry] = {
+    "baseline": Entry("classifier_student", distils=False),
+    "baseline, twice as long": Entry("classifier_student", distils=False, ablation=True, times=2),
+    **{n: Entry(f"classifier_student_{n}") for n in ("FeatureMimic", "MaskedGenerative", "ChannelMatching", "LogitKD")},
+}
+
+_MOBILENET: dict[str, Entry] = {
+    "baseline": Entry("retinanet_mobilenet_student", distils=False),
+    "inherit only": Entry("retinanet_mobilenet_student", ["DISTILL.METHODS", "[]"]),
+    **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
+}
+
+_DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
+
+
+class Suite(NamedTuple):
+    """A teacher, a student, and the rows of their table."""
+
+    folder: str  # of its runs, below that of all suites
+    teacher: str  # its configuration
+    metric: str  # "task/name"
+    called: str  # what the table calls the metric
+    lengths: dict[str, Length]
+    entries: dict[str, Entry]
+    teacher_folder: str  # a suite may share that of another
+    sets_images: bool = True  # whether a student's command has its images an iteration, or its configuration alone
+
+    @property
+    def marker(self) -> str:
+        """What the comments of docs/benchmarks.md that enclose its tables begin with."""
+        return f"accuracy {self.folder}".strip()
+
+
+SUITES = {
+    "detection": Suite(
+        folder="",
+        teacher="retinanet_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths=_DETECTION_LENGTHS,
+        entries=_RETINANET,
+        teacher_folder="",
+        sets_images=False,
+    ),
+    "classification": Suite(
+        folder="classification",
+        teacher="classifier_teacher",
+        metric="classification/top1",
+        called="% top-1",
+        lengths={"short": Length(1200, 300, 64, 64)},
+        entries=_CLASSIFIER,
+        teacher_folder="classification",
+    ),
+    "mobilenet": Suite(
+        folder="mobilenet",
+        teacher="retinanet_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths=_DETECTION_LENGTHS,
+        entries=_MOBILENET,
+        teacher_folder="",
+        sets_images=False,
+    ),
+}
+
+#: What `--tune` varies for a row, by the factors below from the default.
+TUNED = {
+    "FeatureMimic": "DISTILL.FEATURE_MIMIC.WEIGHT",
+    "MaskedGenerative": "DISTILL.MASKED_GENERATIVE.WEIGHT",
+    "ReceptiveTokens": "DISTILL.RECEPTIVE_TOKENS.WEIGHT",
+    "ChannelMatching": "DISTILL.CHANNEL_MATCHING.WEIGHT",
+    "LogitKD": "DISTILL.LOGIT_KD.WEIGHT",
+    "HeadRegression": "DISTILL.HEAD_REGRESSION.WEIGHT",
+    "combined, balanced": "DISTILL.BALANCE_RATIO",
+}
+FACTORS = (0.25, 1.0, 4.0, 16.0)
+TUNING_SEED = 0
+
+
+def tuned(suite: Suite) -> dict[str, str]:
+    """What `--tune` varies for the rows of a suite."""
+    return {name: key for name, key in TUNED.items() if name in suite.entries}

@@ -1,0 +1,170 @@
+"""The text of a report: its tables and sentences."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from d2kd.evaluation.results import ModelResult
+from d2kd.evaluation.tasks import metric_named, task_named
+
+#: So many classes are all listed; of more, those that tell most.
+MANY_CLASSES = 30
+SHOWN_CLASSES = 20
+
+
+def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """The text of `report.md`, from the content of `report.json`."""
+    parts = [f"# {report['title']}", _table(models.values(), metrics), "## What it shows"]
+    parts.append("\n".join(f"- {sentence}" for sentence in _findings(models, report)))
+    parts.append(report["statement"])
+    classes = class_table(models, task_named(report["task"], metrics).of_classes)
+    parts += ["## Classes", classes] if classes else []
+    if "curves.png" in report["pictures"]:
+        parts += ["## Training", "![Loss and validation metric over iterations](curves.png)"]
+    if "detections.png" in report["pictures"]:
+        parts += [
+            "## Detections",
+            f"Images of `{report['dataset']}`, evenly spread over the dataset and not selected; detections with a "
+            f"score of at least {report['score_threshold']:g}. Green: right class, IoU at least 0.5. Red: wrong.",
+            "![Ground truth and detections side by side](detections.png)",
+        ]
+    if "predictions.png" in report["pictures"]:
+        parts += [
+            "## Predictions",
+            f"Images of `{report['dataset']}`: first some that are evenly spread over the dataset and not selected, "
+            "then some where the models differ. Beside each image stand its true class, and what each model says with "
+            "its score. Green, with a disc: right. Red, with a cross: wrong, followed by the score of the true class, "
+            "or what it is at most where that class is not among the model's best.",
+            "![Images with what each model says about them](predictions.png)",
+        ]
+    if report["commands"]:
+        parts += ["## Commands", "```\n" + "\n".join(report["commands"]) + "\n```"]
+    files = [(m.title, m.config_file, m.checkpoint) for m in models.values() if m.config_file or m.checkpoint]
+    if files:
+        parts += ["## Files", "\n".join(_file_line(*entry) for entry in files)]
+    parts += ["## Environment", "\n".join(f"- {key}: {value}" for key, value in report["environment"].items())]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(models: Iterable[ModelResult], metrics: Sequence[str]) -> str:
+    header = [
+        "model",
+        *(metric_named(name).heading for name in metrics),
+        "parameters",
+        "iterations",
+        "images seen",
+        "training time",
+        "seed",
+    ]
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for model in models:
+        rows.append(
+            [
+                model.title,
+                *(_number(model.metrics.get(name), ".1f") for name in metrics),
+                _number(model.params and model.params / 1e6, ".2f", " M"),
+                _number(model.iterations, ","),
+                _number(model.images_seen, ","),
+                _duration(model.wall_time_s),
+                _number(model.seed, "d"),
+            ]
+        )
+    return _markdown_table(rows)
+
+
+def _findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> list[str]:
+    metric, unit = report["metric"], metric_named(report["metric"]).unit
+    inherited = task_named(report["task"]).inherited
+
+    def value(name: str) -> str:
+        return f"{models[name].metrics[metric]:.1f}"
+
+    findings = []
+    if report["gain"] is not None:
+        lead = {True: "At equal iterations", False: "At different numbers of images seen", None: "In this run"}
+        direction = "raises" if report["gain"] >= 0 else "lowers"
+        findings.append(
+            f"{lead[report['equal_iterations']]}, distillation {direction} the student from {value('baseline')} to "
+            f"{value('distilled')} {unit} ({report['gain']:+.1f})."
+        )
+    if report["inherit_gain"] is not None:
+        findings.append(
+            f"Starting from the teacher's {inherited}, without distillation, gives {value('inherit')} {unit} "
+            f"({report['inherit_gain']:+.1f})."
+        )
+    if report["gap_closure"] is not None:
+        findings.append(
+            f"Gap closure, (distilled - baseline) / (teacher - baseline): {100 * report['gap_closure']:.0f} %."
+        )
+    else:
+        findings.append(report["gap_closure_note"])
+    alone = report["right_alone"]
+    if alone is not None:
+        findings.append(
+            f"Of {alone['images']:,} images, the distilled student is right and the baseline wrong on "
+            f"{alone['distilled']:,}, and the other way round on {alone['baseline']:,}."
+        )
+    return findings
+
+
+def class_table(models: Mapping[str, ModelResult], name: str) -> str:
+    """A metric of every class, of every model, and what the distilled student has above the baseline; "" without any.
+
+    Of more than 30 classes, the 20 with the largest difference, or without both students those about which all models
+    differ most, or of a single model its worst.
+    """
+    rows = {
+        key.removeprefix(f"{name}-"): [model.metrics.get(key, math.nan) for model in models.values()]
+        for key in dict.fromkeys(key for model in models.values() for key in model.metrics)
+        if key.startswith(f"{name}-")
+    }
+    pair = [list(models).index(key) for key in ("distilled", "baseline")] if _has_both(models) else None
+    shown, which = list(rows), "Every class"
+    if len(rows) > MANY_CLASSES:
+        shown = sorted(rows, key=lambda key: _rank(rows[key], pair))[:SHOWN_CLASSES]
+        titles = " and ".join(models[key].title for key in ("distilled", "baseline")) if pair else "the models"
+        which = f"The {len(shown)} of {len(rows):,} classes where {titles} differ most (report.json has all)"
+        if len(models) == 1:
+            which = f"The {len(shown)} of {len(rows):,} classes with the lowest values (report.json has all)"
+    table = [["class", *(model.title for model in models.values()), *(["difference"] if pair else [])]]
+    table.append(["---"] + ["---:"] * (len(table[0]) - 1))
+    for key in shown:
+        values = [_number(value, ".1f") for value in rows[key]]
+        difference = [_number(rows[key][pair[0]] - rows[key][pair[1]], "+.1f")] if pair else []
+        table.append([key, *values, *difference])
+    note = f" Difference: {models['distilled'].title} - {models['baseline'].title}." if pair else ""
+    words = metric_named(name)
+    return f"{which}, {words.axis}.{note}\n\n{_markdown_table(table)}" if rows else ""
+
+
+def _has_both(models: Mapping[str, ModelResult]) -> bool:
+    return "distilled" in models and "baseline" in models
+
+
+def _rank(values: Sequence[float], pair: Sequence[int] | None) -> float:
+    """Sorts classes, those to be shown first; those without a number last."""
+    if len(values) == 1:
+        return values[0] if math.isfinite(values[0]) else math.inf
+    chosen = [values[place] for place in pair] if pair else [value for value in values if math.isfinite(value)]
+    return min(chosen) - max(chosen) if chosen and all(map(math.isfinite, chosen)) else math.inf
+
+
+def _markdown_table(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _file_line(title: str, config_file: str | None, checkpoint: str | None) -> str:
+    names = ", ".join(f"`{name}`" for name in (config_file, checkpoint) if name)
+    return f"- {title}: {names}"
+
+
+def _number(value: float | None, style: str, unit: str = "") -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:{style}}{unit}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,138 @@
+"""benchmarks/accuracy.py: the commands of its suites, where their runs lie, and the tables it makes of them."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+
+@pytest.fixture
+def accuracy(monkeypatch, tmp_path):
+    """The program, in a directory of its own, with runs that end at once; the lines that it has run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = runpy.run_path(str(ROOT / "benchmarks/accuracy.py"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "docs").mkdir()
+    started = []
+
+    def start(command, **_):
+        line = command[1:]
+        started.append(line)
+        if "OUTPUT_DIR" in line:
+            output = Path(line[line.index("OUTPUT_DIR") + 1])
+            score = 90.0 if output.name == "teacher" else 50.0 if "baseline" in str(output) else 70.0
+            score += int(output.name.removeprefix("seed") or 0) if output.name.startswith("seed") else 0
+            metrics = {"bbox": {"AP": score}, "classification": {"top1": score}}
+            (output / "result.json").write_text(json.dumps({"metrics": metrics}))
+            (output / "tokens.pth").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+
+    def run(*arguments):
+        started.clear()
+        monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            module["main"]()
+        assert stop.value.code == 0, started
+        return [line for line in started if "OUTPUT_DIR" in line]
+
+    return run
+
+
+#: What finished runs of the first suite have in their command.json; they are to be found again.
+RECORDED = {
+    "teacher": "tools/train_net.py --resume --config-file configs/PhotoDigits/retinanet_teacher.yaml "
+    "SOLVER.MAX_ITER 1000 SOLVER.IMS_PER_BATCH 16 TEST.EVAL_PERIOD 0 OUTPUT_DIR output/accuracy/short/teacher",
+    "tokens": "tools/learn_tokens.py --resume --config-file configs/PhotoDigits/retinanet_teacher_tokens.yaml "
+    "MODEL.WEIGHTS output/accuracy/short/teacher/model_final.pth OUTPUT_DIR output/accuracy/short/tokens",
+    "baseline/seed2": "tools/train_net.py --resume --config-file configs/PhotoDigits/retinanet_student.yaml SEED 2 "
+    "SOLVER.MAX_ITER 700 TEST.EVAL_PERIOD 0 OUTPUT_DIR output/accuracy/short/baseline/seed2",
+    "ReceptiveTokens/seed2": "tools/train_net.py --resume --config-file "
+    "configs/PhotoDigits/retinanet_student_ReceptiveTokens.yaml --teacher-config "
+    "configs/PhotoDigits/retinanet_teacher.yaml --teacher-weights output/accuracy/short/teacher/model_final.pth "
+    "SEED 2 SOLVER.MAX_ITER 700 TEST.EVAL_PERIOD 0 DISTILL.TEACHER.EVAL_FIRST False DISTILL.RECEPTIVE_TOKENS.FILE "
+    "output/accuracy/short/tokens/tokens.pth OUTPUT_DIR output/accuracy/short/ReceptiveTokens/seed2",
+}
+
+
+def test_finished_runs_of_the_first_suite_are_found(accuracy, tmp_path):
+    arguments = ("--seeds", 2, "--only", "baseline", "ReceptiveTokens")
+    assert sorted(map(" ".join, accuracy(*arguments))) == sorted(RECORDED.values())
+    for folder, line in RECORDED.items():
+        recorded = json.loads((tmp_path / "output/accuracy/short" / folder / "command.json").read_text())
+        assert recorded == line.split()
+    assert accuracy(*arguments) == []
+
+
+def test_a_suite_has_folders_of_its_own_and_may_share_a_teacher(accuracy):
+    accuracy("--seeds", 1, "--only", "baseline")
+    lines = accuracy("--suite", "mobilenet", "--seeds", 1, "--only", "baseline", "FeatureMimic")
+    assert [line[-1] for line in lines] == [
+        f"output/accuracy/mobilenet/short/{row}/seed1" for row in ("baseline", "FeatureMimic")
+    ]
+    (weights,) = [line[line.index("--teacher-weights") + 1] for line in lines if "--teacher-weights" in line]
+    assert weights == "output/accuracy/short/teacher/model_final.pth"
+
+
+def test_classifiers_have_their_teacher_and_their_table(accuracy, tmp_path):
+    page = tmp_path / "docs/benchmarks.md"
+    page.write_text("a\n<!-- accuracy classification short -->\nold\n<!-- /accuracy classification short -->\nb\n")
+    lines = accuracy("--suite", "classification", "--seeds", 1, 2, "--only", "baseline", "LogitKD")
+    root, recipe = "output/accuracy/classification/short", "configs/PhotoDigits/classifier"
+    assert sorted(line[-1] for line in lines) == sorted(
+        [f"{root}/teacher", *(f"{root}/{row}/seed{seed}" for row in ("baseline", "LogitKD") for seed in (1, 2))]
+    )
+    (teacher,) = [line for line in lines if line[-1].endswith("teacher")]
+    assert f"{recipe}_teacher.yaml SOLVER.MAX_ITER 1500 SOLVER.IMS_PER_BATCH 64" in " ".join(teacher)
+    student = " ".join(next(line for line in lines if line[-1].endswith("LogitKD/seed1")))
+    assert f"{recipe}_student_LogitKD.yaml --teacher-config {recipe}_teacher.yaml --teacher-weights {root}/t" in student
+    assert "SOLVER.MAX_ITER 600" in student and "SOLVER.IMS_PER_BATCH 64" in student
+    assert page.read_text().splitlines() == [
+        "a",
+        "<!-- accuracy classification short -->",
+        "Teacher: 90.0 % top-1 after 1,500 iterations of 64 images; students: 600 iterations of 64.",
+        "",
+        "| run | seeds | % top-1 (mean) | lowest to highest | over baseline | gap closure |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| baseline | 2 | 51.5 | 51.0 to 52.0 | +0.0 | - |",
+        "| LogitKD | 2 | 71.5 | 71.0 to 72.0 | +20.0 | 52 % |",
+        "<!-- /accuracy classification short -->",
+        "b",
+    ]
+
+
+def test_weights_are_tried_for_the_rows_of_a_suite(accuracy, tmp_path):
+    lines = accuracy("--suite", "classification", "--tune", "--only", "LogitKD", "baseline")
+    root = "output/accuracy/classification/short"
+    trials = [f"{root}/tuning/LogitKD/{weight}" for weight in ("0.25", "1", "4", "16")]
+    assert [line[-1] for line in lines] == [f"{root}/teacher", *trials]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--suite", "classification", "--length", "long"], "the suite classification has short"),
+        (["--suite", "mobilenet", "--only", "LogitKD"], "--only LogitKD: the suite mobilenet has baseline, inherit"),
+    ],
+)
+def test_what_a_suite_lacks_is_an_error(monkeypatch, capsys, arguments, message):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "benchmarks/accuracy.py"))["main"]()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_row_has_its_recipe_and_every_suite_its_place_in_the_document(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    for suite in runpy.run_path(str(ROOT / "benchmarks/suites.py"))["SUITES"].values():
+        for name in (suite.teacher, *(entry.config for entry in suite.entries.values())):
+            assert (ROOT / f"configs/PhotoDigits/{name}.yaml").is_file(), name
+        assert f"<!-- {suite.marker} short -->" in page and f"<!-- /{suite.marker} short -->" in page
