@@ -89,7 +89,8 @@ def read_rgb(path: str) -> Image.Image:
         if problem is not None:
             raise ValueError(problem)
         image.load()
-        return _upright(image).convert("RGB")
+        upright = _upright(image)
+        return upright if upright.mode == "RGB" else upright.convert("RGB")  # which would copy
 
 
 def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = None) -> np.ndarray:

@@ -151,20 +151,25 @@ class _SeededDataset(Dataset[dict[str, Any]]):
     def __getitems__(self, batch: Batch) -> list[Any]:
         """What the `DataLoader` calls with an item of its batch sampler."""
         number, draws = batch
-        inputs = [self[draw] for draw in draws]
-        if self.mix is None or any(isinstance(x, LoadingFailure) for x in inputs):
-            return inputs
-        with _seeded(derive_seed(*self.seed, number, _OF_BATCH)):
+        with _restoring_random_states():
+            inputs = [self._load(draw) for draw in draws]
+            if self.mix is None or any(isinstance(x, LoadingFailure) for x in inputs):
+                return inputs
+            _seed(derive_seed(*self.seed, number, _OF_BATCH))
             return self.mix(inputs)
 
     def __getitem__(self, draw: Draw) -> Any:
+        with _restoring_random_states():
+            return self._load(draw)
+
+    def _load(self, draw: Draw) -> Any:
         position, index = draw
-        with _seeded(derive_seed(*self.seed, position)):
-            for _ in range(MAX_REPLACEMENTS):
-                data = self.mapper(self.records[index])
-                if data is not None:
-                    return data
-                index = int(np.random.randint(len(self.records)))
+        _seed(derive_seed(*self.seed, position))
+        for _ in range(MAX_REPLACEMENTS):
+            data = self.mapper(self.records[index])
+            if data is not None:
+                return data
+            index = int(np.random.randint(len(self.records)))
         return LoadingFailure(
             f"{MAX_REPLACEMENTS} images in a row cannot be read (DATASETS.ON_BAD_IMAGE is 'skip'). The files are named "
             "in the log above: check DATASETS.REGISTER or DETECTRON2_DATASETS."
@@ -172,18 +177,21 @@ class _SeededDataset(Dataset[dict[str, Any]]):
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds all three random states, and puts them back: in this process they belong to the model."""
+def _restoring_random_states() -> Iterator[None]:
+    """Puts all three random states back: in this process they belong to the model."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def _init_worker(worker: int) -> None:

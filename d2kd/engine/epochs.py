@@ -3,8 +3,9 @@
 import logging
 import math
 
-from d2kd.data.datasets import require_dataset
+from d2kd.data.datasets import check_datasets, require_dataset
 from d2kd.data.loader import epoch_length
+from d2kd.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -84,4 +85,10 @@ def with_iterations(cfg: CfgNode) -> CfgNode:
 def _count_images(cfg: CfgNode) -> int:
     for name in cfg.DATASETS.TRAIN:
         require_dataset(cfg, name, "TRAIN")
-    return epoch_length(cfg)
+    try:
+        return epoch_length(cfg)
+    except UserError:
+        raise
+    except Exception:
+        check_datasets(cfg, ("TRAIN",))  # which says what is wrong
+        raise

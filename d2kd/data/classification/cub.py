@@ -69,7 +69,7 @@ class Cub200(ClassificationSource):
         path = self._path(file)
         try:
             with open(path, encoding="utf-8") as opened:
-                lines = [line.split(maxsplit=1) for line in opened]
+                lines = [line.strip().split(maxsplit=1) for line in opened]
         except OSError as error:
             raise self.error(
                 f"{path} cannot be read ({error.strerror}). ROOT must be the folder CUB_200_2011 of the archive, with "
@@ -85,7 +85,7 @@ class Cub200(ClassificationSource):
                 raise self.error(f"{path}, line {i}, is {short(' '.join(parts))!r}; it must be a number and a value.")
             if int(parts[0]) in found:
                 raise self.error(f"{path}, line {i}, has number {parts[0]} again.")
-            found[int(parts[0])] = _Line(i, parts[1].strip())
+            found[int(parts[0])] = _Line(i, parts[1])
         if not found:
             raise self.error(f"{path} is empty.")
         return found

@@ -11,7 +11,7 @@ from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode, configurable
 
 from ..images import read_rgb
-from .policies import check_policy
+from .policies import allow_no_bits, check_policy
 
 #: Values of INPUT.FORMAT for classifiers.
 _FORMATS = ("RGB", "BGR")
@@ -68,7 +68,7 @@ def build_transform(cfg: CfgNode, is_train: bool) -> Any:
 
     node = cfg.INPUT.CLASSIFICATION
     random = node.INTERPOLATION == "random"
-    return create_transform(
+    transform = create_transform(
         node.SIZE if is_train or not node.TEST_SIZE else node.TEST_SIZE,
         is_training=is_train,
         use_prefetcher=True,
@@ -82,6 +82,8 @@ def build_transform(cfg: CfgNode, is_train: bool) -> Any:
         mean=tuple(min(max(value / 255, 0.0), 1.0) for value in _rgb(cfg, cfg.MODEL.PIXEL_MEAN)),
         crop_pct=node.CROP_PCT,
     )
+    allow_no_bits(transform)
+    return transform
 
 
 def _rgb(cfg: CfgNode, values: Sequence[float]) -> Sequence[float]:

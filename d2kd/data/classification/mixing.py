@@ -1,5 +1,6 @@
 """What is done to a whole training batch of a classifier: mixup and cutmix, then random erasing, all of them timm's."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ class BatchMix:
         self,
         mixup: Any = None,
         erasing: Any = None,
+        erasing_prob: float = 1.0,
         *,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
@@ -31,10 +33,12 @@ class BatchMix:
         Args:
             mixup: timm's `FastCollateMixup`; None mixes nothing.
             erasing: timm's `RandomErasing`, for normalized images; None erases nothing.
+            erasing_prob: probability that an image is given to it.
             mean, std: of the images, in 0..255, with which they are normalized for it.
         """
         self.mixup = mixup
         self.erasing = erasing
+        self.erasing_prob = erasing_prob
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
@@ -47,21 +51,24 @@ class BatchMix:
             The same, with other images, float32 where something may be erased, and where labels are mixed with
             `target`, (K,) float32.
         """
-        images: Sequence[Tensor] = [x["image"] for x in inputs]
-        targets: Sequence[Tensor] | None = None
+        images: Any = [x["image"] for x in inputs]
+        targets: Tensor | None = None
         if self.mixup is not None:
             images, targets = self.mixup([(image, x["label"]) for image, x in zip(images, inputs)])
         if self.erasing is not None:
-            images = [self._erase(image) for image in images]
+            # one tensor: a loading process hands over its parts at once
+            images = (images if isinstance(images, Tensor) else torch.stack(images)).float()
+            for image in images:
+                self._erase(image)
         mixed = [{**x, "image": image} for x, image in zip(inputs, images)]
         if targets is not None:
             for x, target in zip(mixed, targets):
                 x["target"] = target
         return mixed
 
-    def _erase(self, image: Tensor) -> Tensor:
-        normalized = image.float().sub_(self.mean).div_(self.std)
-        return self.erasing(normalized).mul_(self.std).add_(self.mean)
+    def _erase(self, image: Tensor) -> None:
+        if random.random() < self.erasing_prob:  # else it need not be normalized and back
+            self.erasing(image.sub_(self.mean).div_(self.std)).mul_(self.std).add_(self.mean)
 
 
 def build_mix(cfg: CfgNode) -> BatchMix | None:
@@ -82,12 +89,11 @@ def build_mix(cfg: CfgNode) -> BatchMix | None:
         label_smoothing=get_key(cfg, "MODEL.CLASSIFIER.LABEL_SMOOTHING", 0.0),
         num_classes=get_key(cfg, "MODEL.CLASSIFIER.NUM_CLASSES"),
     )
-    erasing = RandomErasing(
-        node.ERASING.PROB, mode=node.ERASING.MODE, max_count=node.ERASING.COUNT, num_splits=0, device="cpu"
-    )
+    erasing = RandomErasing(1.0, mode=node.ERASING.MODE, max_count=node.ERASING.COUNT, device="cpu")
     return BatchMix(
         mixup if mixes else None,
         erasing if erases else None,
+        node.ERASING.PROB,
         mean=cfg.MODEL.PIXEL_MEAN,
         std=cfg.MODEL.PIXEL_STD,
     )

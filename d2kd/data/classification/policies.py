@@ -1,8 +1,10 @@
-"""Checks of timm's policy strings: of what it does not know it leaves out some, and fails at others."""
+"""timm's policies: checks of the strings, of which it leaves out some that it does not know, and a repair."""
 
 import re
 from collections.abc import Callable
 from typing import Any
+
+from PIL import Image
 
 from d2kd.errors import ConfigError, did_you_mean
 
@@ -51,3 +53,29 @@ def check_policy(key: str, policy: str, build: Callable[[], Any]) -> None:
     except Exception as error:  # assertions, key and value errors of all kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{key} is {policy!r}, which timm does not take ({reason}).") from error
+
+
+def allow_no_bits(transform: Any) -> None:
+    """Lets the strongest posterization of a policy make a black image, as it always did.
+
+    timm asks Pillow for 0 bits then, which newer versions of Pillow refuse, in the middle of a training.
+
+    Args:
+        transform: timm's, with or without a policy in it; it is changed.
+    """
+    from timm.data.auto_augment import posterize  # slow, and of no use to detectors
+
+    for part in transform.transforms:
+        nested = [op for steps in getattr(part, "policy", ()) for op in steps]
+        for op in [*getattr(part, "ops", ()), *nested]:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    from timm.data.auto_augment import posterize
+
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    posterized: Image.Image = posterize(image, bits, **options)
+    return posterized
