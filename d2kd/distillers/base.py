@@ -70,6 +70,7 @@ class Distiller(Configurable, nn.Module):
             converted.
         PREDICTION: kind of the predictions that are compared, "class_logits" or "box_deltas"; "" compares features.
             Decides which taps are the default.
+        HARD_LABELS: whether it uses the one class that an image is labelled with, so that mixed images are an error.
     """
 
     pairs: list[TapPair]
@@ -77,6 +78,7 @@ class Distiller(Configurable, nn.Module):
     NODE: ClassVar[str] = ""
     RENAMED_KEYS: ClassVar[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {}
     PREDICTION: ClassVar[str] = ""
+    HARD_LABELS: ClassVar[bool] = False
 
     weight: float = setting(
         1.0, "Factor on all losses. With 0 the student trains exactly as without distillation.", at_least=0

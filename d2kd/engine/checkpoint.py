@@ -16,6 +16,7 @@ from d2kd.errors import UserError
 from d2kd.files import replacing
 from d2kd.modeling import DistilledModel
 from d2kd.modeling.architectures import architecture_of
+from d2kd.modeling.backbone import TimmBackbone, WholeNetwork
 from d2kd.modeling.checkpoint_files import SafeCheckpointer, write_checkpoint
 from d2kd.modeling.pretrained_names import input_advice, source_of, to_detectron2, unpacked
 from d2kd.modeling.strict_loading import require_finite
@@ -186,9 +187,11 @@ class DistillCheckpointer(SafeCheckpointer):
         wanted = {name for name, _ in self.model.named_parameters() if name.startswith(bottom_up)}
         failed = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         if wanted and wanted <= failed:
+            libraries = {m.NODE for m in self.model.modules() if isinstance(m, (TimmBackbone, WholeNetwork))}
+            hint = "".join(f"; weights of the network alone go into {node}.WEIGHTS" for node in libraries)
             raise CheckpointError(
                 f"nothing of it fits the backbone, which has e.g. {min(wanted)}, and the file e.g. {example}. Give "
-                "the weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none"
+                f"the weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none{hint}"
             )
         self._started_with = set(self.model.state_dict()) - failed
         return incompatible

@@ -11,7 +11,7 @@ from d2kd.distillers import DISTILLERS, Distiller, TapPair
 from d2kd.errors import UserError
 from detectron2.config import CfgNode
 
-from .architectures import architecture_of, build_network, warn_if_unknown
+from .architectures import architecture_class, architecture_of, build_network, warn_if_unknown
 from .balance import GradientBalance
 from .classes import ClassMatch, classes_of, in_students_order, match_classes, predicts_classes
 from .distilled_model import DistilledModel
@@ -93,6 +93,12 @@ def _methods(cfg: CfgNode) -> list[str]:
     for name in methods:
         if DISTILLERS.get(name).NODE not in cfg.DISTILL:
             raise MethodError(f"{name} was registered after the configuration was read: import its file before that.")
+        mixed = [key for key in ("MIXUP", "CUTMIX") if cfg.INPUT.CLASSIFICATION[key] > 0]
+        if DISTILLERS.get(name).HARD_LABELS and architecture_class(cfg).CLASSIFIES_IMAGES and mixed:
+            raise MethodError(
+                f"{name} needs images with one label each, and INPUT.CLASSIFICATION.{mixed[0]} mixes them: set "
+                f"{' and '.join(mixed)} to 0, or take {name} out of DISTILL.METHODS."
+            )
     return methods
 
 

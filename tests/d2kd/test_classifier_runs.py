@@ -12,8 +12,9 @@ from runs import in_two_processes, make_trainer, read_checkpoint, run_training, 
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
+from d2kd.distillers import DISTILLERS
 from d2kd.engine import DistillTrainer, load_config
-from d2kd.modeling import TeacherError, build_distilled_model
+from d2kd.modeling import MethodError, TeacherError, build_distilled_model
 from d2kd.modeling.backbone import load_pretrained_network
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -221,3 +222,10 @@ def test_training_starts_from_the_librarys_weights_and_those_of_a_checkpoint_go_
     trainer.resume_or_load(resume=False)
     assert same_tensors(trainer.student.state_dict(), other.state_dict())
     assert load_pretrained_network(load_config(str(write())), other) == set()
+
+
+def test_a_method_that_needs_one_label_an_image_refuses_mixed_ones(write, teacher, monkeypatch):
+    monkeypatch.setattr(DISTILLERS.get("LogitKD"), "HARD_LABELS", True)
+    cfg = load_config(str(write(**keys_of("LogitKD"), **teacher, **{"INPUT.CLASSIFICATION.CUTMIX": 1.0})))
+    with pytest.raises(MethodError, match=r"LogitKD needs .*INPUT\.CLASSIFICATION\.CUTMIX mixes"):
+        build_distilled_model(cfg)

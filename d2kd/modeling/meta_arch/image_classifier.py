@@ -125,7 +125,7 @@ class ImageClassifier(nn.Module):
                 "An ImageClassifier takes images of one size, and a batch has "
                 f"{sorted({tuple(image.shape) for image in images})}."
             )
-        return (torch.stack(images) - self.pixel_mean) / self.pixel_std
+        return torch.stack(images).float().sub_(self.pixel_mean).div_(self.pixel_std)
 
     def classification_loss(self, logits: Tensor, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """Returns the mean loss over the images of a batch, from logits (N, num_classes)."""
