@@ -13,7 +13,7 @@ from d2kd.engine import load_config
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.errors import ConfigError
 from d2kd.modeling import FeatureTaps, build_network
-from d2kd.modeling.backbone import TimmBackbone, load_pretrained_network
+from d2kd.modeling.backbone import TimmBackbone, TimmNetwork, load_pretrained_network
 from d2kd.modeling.taps import describe_taps
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -132,6 +132,35 @@ def test_a_whole_network_scores_as_timm_does_on_its_own_pixels(network):
     expected = model.backbone.net((pixels - mean) / std).softmax(1)
     scores = torch.stack([x["scores"] for x in model(batch)])
     assert torch.allclose(scores, expected, atol=1e-5) and torch.allclose(scores.sum(1), torch.ones(2))
+
+
+#: The classifiers of the papers, with the classes that they have by default and their parameters in millions.
+NAMED = {
+    "timm": {
+        "resnet18": 11.7, "resnet34": 21.8, "resnet50": 25.6, "resnet152": 60.2, "mobilenetv1_100": 4.2,
+        "mobilenetv2_100": 3.5, "deit_tiny_patch16_224": 5.7, "deit_small_patch16_224": 22.1,
+        "deit_base_patch16_224": 86.6, "deit3_small_patch16_224": 22.1, "deit3_base_patch16_224": 86.6,
+        "deit3_large_patch16_224": 304.4, "deit3_huge_patch14_224": 632.1, "cait_s24_224": 46.9,
+    },
+    "torchvision": {
+        "resnet18": 11.7, "resnet34": 21.8, "resnet50": 25.6, "resnet152": 60.2, "mobilenet_v2": 3.5,
+        "shufflenet_v2_x1_0": 2.3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("library", NAMED)
+def test_the_networks_of_the_papers_are_there_by_name(library):
+    for name, millions in NAMED[library].items():
+        with torch.device("meta"):  # the largest has 2.5 GB of weights
+            if library == "timm":
+                network = TimmNetwork(name, 1000)
+                logits = network(torch.zeros(2, 3, 224, 224))["class_logits"]
+            else:
+                network = torchvision.models.get_model(name)
+                logits = network(torch.zeros(2, 3, 224, 224))
+        assert logits.shape == (2, 1000)
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.06), name
 
 
 def test_pixels_are_those_of_the_network_unless_the_configuration_is_to_decide():
