@@ -3,7 +3,7 @@
 from .align import align_resolution, align_validity
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
-from .tokens import attention_saliency, gather_tokens, keep_most_salient, resample_saliency, scatter_tokens
+from .tokens import attention_saliency, gather_tokens, resample_saliency, scatter_tokens
 
 __all__ = [
     "MASK_KINDS",
@@ -15,7 +15,6 @@ __all__ = [
     "attention_saliency",
     "gather_tokens",
     "keep_mask",
-    "keep_most_salient",
     "normalize",
     "resample_saliency",
     "scatter_tokens",

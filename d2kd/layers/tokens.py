@@ -25,27 +25,23 @@ def attention_saliency(query: Tensor, key: Tensor, scale: float, prefix: int) ->
         return attention.softmax(-1).mean((1, 2))[:, prefix:]
 
 
-def resample_saliency(saliency: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Brings a saliency from one grid of patches to another over the same image.
+def resample_saliency(saliency: Tensor, ratio: float, grid: tuple[int, int]) -> Tensor:
+    """Brings a saliency to another grid of patches that starts at the same corner of the image.
 
     Args:
-        saliency: (N, H * W).
-        grid: H and W of it.
-        to: H and W of the other grid.
+        saliency: (N, H, W).
+        ratio: its stride over that of the other grid.
+        grid: rows and columns of the other grid.
 
     Returns:
-        (N, H' * W').
+        (N, rows, columns); 0 beyond the image that the saliency is of.
     """
-    if grid == to:
-        return saliency
-    maps = saliency.unflatten(1, grid)[:, None].float()
-    shrinks = to[0] < grid[0] or to[1] < grid[1]
-    return F.interpolate(maps, size=to, mode="bilinear", align_corners=False, antialias=shrinks).flatten(1)
-
-
-def keep_most_salient(saliency: Tensor, keep: int) -> Tensor:
-    """Returns the indices of the `keep` largest of each row, ascending: (N, patches) -> (N, keep)."""
-    return saliency.topk(keep, dim=1).indices.sort(1).values
+    maps = saliency[:, None].float()
+    if ratio != 1.0:
+        size = [max(1, round(n * ratio)) for n in saliency.shape[-2:]]
+        maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=ratio < 1.0)
+    missing = [want - have for want, have in zip(grid, maps.shape[-2:])]
+    return F.pad(maps, (0, missing[1], 0, missing[0]))[:, 0]  # negative ones crop
 
 
 def gather_tokens(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:

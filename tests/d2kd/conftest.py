@@ -45,7 +45,7 @@ def golden(data_dir: Path) -> Callable[..., dict[str, torch.Tensor]]:
     def read(name: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         with np.load(data_dir / "golden" / f"{name}.npz") as file:
             arrays = {key: np.asarray(file[key]) for key in file.files}
-        recorded = {k: str(v) if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()}
+        recorded = {k: v.tolist() if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()}
         if dtype is not None:
             recorded = {
                 k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() and v.dim() else v

@@ -9,12 +9,13 @@ from d2kd.config import get_key
 from d2kd.distillers import LogitKD, Prediction
 from d2kd.engine import load_config
 from d2kd.errors import ConfigError
-from d2kd.layers import attention_saliency, gather_tokens, keep_most_salient, resample_saliency, scatter_tokens
+from d2kd.layers import attention_saliency, gather_tokens, resample_saliency, scatter_tokens
 from d2kd.modeling import Teacher, build_distilled_model, build_network
 from d2kd.modeling.backbone import TimmNetwork
 from d2kd.modeling.meta_arch import ImageClassifier
-from d2kd.modeling.teacher_passes import MaskedTeacher
+from d2kd.modeling.teacher_passes.masked import _MaskedClassifier
 from d2kd.modeling.teacher_passes.saliency import AttentionSaliency, MagnitudeSaliency
+from d2kd.modeling.teacher_passes.selection import Selection, select
 
 #: timm's network of each recorded one, and what its parameters are called there.
 FAMILIES = {
@@ -50,13 +51,13 @@ def inputs(images):
 
 
 class Given:
-    """A saliency that keeps the given patches."""
+    """A saliency that keeps the given patches of 5 x 5, of 8 pixels each."""
 
-    def __init__(self, kept, grid):
-        self.scores, self.grid = torch.zeros(len(kept), grid[0] * grid[1]).scatter_(1, kept, 1.0), grid
+    def __init__(self, kept):
+        self.scores = torch.zeros(len(kept), 25).scatter_(1, kept, 1.0).view(-1, 5, 5)
 
     def __call__(self, seen):
-        return self.scores, self.grid
+        return self.scores, 8.0
 
 
 def test_recorded_saliency_and_selection(golden):
@@ -65,24 +66,26 @@ def test_recorded_saliency_and_selection(golden):
     saliency = AttentionSaliency(student.backbone.net)
     with saliency.watch() as seen:
         logits = student.backbone(recorded["image"])["class_logits"]
-    scores, grid = saliency(seen)
-    assert grid == (5, 5)
+    scores, stride = saliency(seen)
+    assert scores.shape[1:] == (5, 5) and stride == 8
+    scores = scores.flatten(1)
     assert_recorded(logits, recorded["logits"])
     assert_recorded(scores, recorded["saliency"])
     keep = int(recorded["keep"])
-    assert torch.equal(keep_most_salient(scores, keep), recorded["kept_sorted"].long())
+    kept = select(Selection(keep=keep), scores.view(-1, 5, 5), torch.ones(len(scores), 5, 5, dtype=torch.bool))
+    assert torch.equal(kept, recorded["kept_sorted"].long())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_logits_of_a_masked_teacher(golden, family):
     recorded = golden(f"maskedkd_teacher_{family}")
     teacher, kept = Teacher(classifier(network(family, recorded))), recorded["kept_desc"].long()
-    masked = MaskedTeacher(teacher, ["logits"], Given(kept, (5, 5)), keep=kept.shape[1])
+    masked = _MaskedClassifier(teacher, ["logits"], Given(kept), Selection(keep=kept.shape[1]))
     assert not masked.sparse
     found = masked(inputs(recorded["image"]), {}, {}).maps["logits"]
     assert_recorded(found, recorded["logits_masked"])
     assert_recorded(found, recorded["logits_masked_sorted_order"])
-    whole = MaskedTeacher(teacher, ["logits"], Given(kept, (5, 5)), keep_ratio=1.0)
+    whole = _MaskedClassifier(teacher, ["logits"], Given(kept), Selection(keep_ratio=1.0))
     assert_recorded(whole(inputs(recorded["image"]), {}, {}).maps["logits"], recorded["logits_full"])
 
 
@@ -126,16 +129,18 @@ def test_without_a_class_token_it_counts_what_all_patches_attend_to():
 
 
 def test_saliency_is_resampled_to_the_same_places():
-    saliency = torch.zeros(1, 14 * 14)
-    saliency.view(14, 14)[2:4, 9:11] = 1.0  # rows 2, 3 and columns 9, 10 of 14
-    finer = resample_saliency(saliency, (14, 14), (16, 16)).view(16, 16)
+    saliency = torch.zeros(1, 14, 14)
+    saliency[:, 2:4, 9:11] = 1.0  # rows 2, 3 and columns 9, 10 of 14
+    finer = resample_saliency(saliency, 16 / 14, (16, 16))[0]
     row, column = divmod(int(finer.argmax()), 16)
     assert (row + 0.5) / 16 == pytest.approx(3 / 14, abs=0.06) and (column + 0.5) / 16 == pytest.approx(
         10 / 14, abs=0.06
     )
-    coarser = resample_saliency(saliency, (14, 14), (7, 7)).view(7, 7)
+    coarser = resample_saliency(saliency, 0.5, (7, 7))[0]
     assert divmod(int(coarser.argmax()), 7) in ((1, 4), (1, 5))
-    assert resample_saliency(saliency, (14, 14), (14, 14)) is saliency
+    padded = resample_saliency(saliency, 1.0, (16, 20))[0]
+    assert torch.equal(padded[:14, :14], saliency[0]) and padded.sum() == 4
+    assert torch.equal(resample_saliency(saliency, 1.0, (5, 14))[0], saliency[0, :5])
 
 
 # ---- steps ----
@@ -248,10 +253,11 @@ def test_blocks_are_compared_where_patches_were_kept(tmp_path):
     with masked.watch() as guidance:
         model.student(batch())
     features = masked(batch(), guidance, {})
-    kept = masked.select(guidance, 3)
     valid = features.valid["blocks.2"]
     assert valid.shape == (3, 4, 4) and (valid.flatten(1).sum(1) == 8).all()
-    assert torch.equal(valid.flatten(1).nonzero()[:, 1].view(3, 8), kept)
+    scores = masked.scores(guidance, 3, (4, 4), 16).flatten(1)
+    for row, known in zip(scores, valid.flatten(1)):
+        assert row[known].min() >= row[~known].max()
     assert (features.maps["blocks.2"].abs().sum(1) > 0).eq(valid).all()
     losses = model(batch())
     assert losses["distill/FeatureMimic/blocks.1"].isfinite()
@@ -269,6 +275,8 @@ def test_blocks_are_compared_where_patches_were_kept(tmp_path):
             r"SALIENCY is attention",
         ),
         ({"teacher": "resnet10t"}, r"TEACHER_PASS MaskedTeacher .*the teacher has none"),
+        ({"DISTILL.MASKED_TEACHER.MUST_KEEP": True}, r"MUST_KEEP is True, which is for teachers of detectors"),
+        ({"DISTILL.MASKED_TEACHER.UNIT": "window"}, r"UNIT is window, which is for teachers of detectors"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, changes, message):
