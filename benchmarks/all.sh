@@ -46,5 +46,7 @@ measure channel_matching "$matching" python benchmarks/channel_matching.py
 measure models "benchmarks/models.py $models" python benchmarks/models.py
 timm="benchmarks/timm_networks.py d2kd/modeling/backbone d2kd/modeling/meta_arch d2kd/engine/train_step.py $models"
 measure timm_networks "$timm" python benchmarks/timm_networks.py
+masked="benchmarks/masked_teacher.py d2kd/modeling/teacher_passes d2kd/layers d2lite/modeling/backbone"
+measure masked_teacher "$masked" python benchmarks/masked_teacher.py
 measure loading "benchmarks/loading.py d2kd/data" python benchmarks/loading.py
 measure evaluation "benchmarks/evaluation.py d2kd/evaluation d2lite/evaluation" python benchmarks/evaluation.py

@@ -36,6 +36,9 @@ CORE_KEYS: dict[str, Setting] = {
         "Arithmetic of the teacher's forward pass (autocast).",
         choices=("float32", "bfloat16", "float16"),
     ),
+    "DISTILL.TASK_WEIGHT": setting(
+        1.0, "Factor on the student's own losses, e.g. 1 - alpha where a paper weighs task and teacher so.", at_least=0
+    ),
     "DISTILL.BALANCE": setting(
         "fixed",
         "fixed: each method has the weight of its node | gradient: its gradient on the shared taps is kept at "

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": Command("train", "train a model, by distillation where a teacher is given"),
     "eval": Command("train", "evaluate a model, with --eval-teacher beside its teacher", ("--eval-only",)),
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
+    "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
     "report": Command("report", "compare finished runs: tables, curves and pictures"),
 }

@@ -59,6 +59,22 @@ def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * (cross_entropy - entropy)
 
 
+def hard_label_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Cross entropy of the student to the teacher's most probable class ("hard" distillation, arXiv 2012.12877, eq. 3).
+
+    Args:
+        student: logits (N, K) or (N, K, H, W).
+        teacher: the same shape, takes no gradient.
+        temperature: has no effect.
+
+    Returns:
+        A scalar: the mean over rows (and positions); 0, and connected to the student, where there are none.
+    """
+    if not student.numel():
+        return student.sum()
+    return F.cross_entropy(upcast_half(student), teacher.argmax(1))
+
+
 def soft_count(logits: Tensor) -> Tensor:
     """Returns a soft count of positives: the sum of squared probabilities of binary classifiers, a scalar.
 

@@ -9,7 +9,7 @@ from d2kd.errors import ConfigError
 from d2kd.settings import setting
 
 from .base import DISTILLERS, FeatureMaps
-from .divergence import binary_divergence, soft_count, softmax_divergence, spatial_divergence
+from .divergence import binary_divergence, hard_label_cross_entropy, soft_count, softmax_divergence, spatial_divergence
 from .predictions import PredictionDistiller
 from .taps import AlignmentError, TapInfo, TapPair
 
@@ -17,6 +17,7 @@ _FORMS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "softmax": softmax_divergence,
     "sigmoid": binary_divergence,
     "spatial": spatial_divergence,
+    "hard": hard_label_cross_entropy,
 }
 
 
@@ -25,7 +26,7 @@ class LogitKD(PredictionDistiller):
     """Divergence of the student's class probabilities from the teacher's (Hinton et al., arXiv 1503.02531).
 
     Forms: "softmax" over the classes of an image, region or pixel; "sigmoid", independent classes of dense detectors;
-    "spatial", a distribution over positions for every class of a segmentor.
+    "spatial", a distribution over positions for every class of a segmentor; "hard", the teacher's decision as a label.
 
     Example:
         >>> tap = TapInfo("linear", channels=10, stride=0)
@@ -41,7 +42,7 @@ class LogitKD(PredictionDistiller):
     form: str = setting(
         "auto",
         "softmax: over the classes | sigmoid: independent classes | spatial: over the positions, for each class | "
-        "auto: as the head has it.",
+        "hard: cross entropy to the teacher's most probable class | auto: as the head has it.",
         choices=("auto", *_FORMS),
     )
 

@@ -3,6 +3,7 @@
 from .align import align_resolution, align_validity
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
+from .tokens import attention_saliency, gather_tokens, resample_saliency, scatter_tokens
 
 __all__ = [
     "MASK_KINDS",
@@ -11,8 +12,12 @@ __all__ = [
     "RandomMasks",
     "align_resolution",
     "align_validity",
+    "attention_saliency",
+    "gather_tokens",
     "keep_mask",
     "normalize",
+    "resample_saliency",
+    "scatter_tokens",
     "squared_error",
     "standardize",
     "upcast_half",

@@ -62,7 +62,9 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         for distiller in distillers.values():
             distiller.check_teacher(teacher.model)
     passes = build_passes(cfg, student, teacher, pairs)
-    return DistilledModel(student, passes, distillers, GradientBalance.from_config(cfg, methods))
+    return DistilledModel(
+        student, passes, distillers, GradientBalance.from_config(cfg, methods), cfg.DISTILL.TASK_WEIGHT
+    )
 
 
 def initialize_student(cfg: CfgNode, model: DistilledModel) -> InitializationReport | None:

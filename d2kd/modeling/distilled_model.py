@@ -29,6 +29,7 @@ class DistilledModel(nn.Module):
         passes: TeacherPasses,
         distillers: Mapping[str, Distiller],
         balance: GradientBalance | None = None,
+        task_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -36,12 +37,14 @@ class DistilledModel(nn.Module):
             passes: give every teacher tap that the distillers name.
             distillers: by the name that their losses carry.
             balance: measures, logs or scales the methods' gradients; None does neither.
+            task_weight: factor on the student's own losses.
         """
         super().__init__()
         self.student = student
         self.passes = passes
         self.distillers = nn.ModuleDict(distillers)
         self.balance = balance
+        self.task_weight = task_weight
         taps = [pair.student.name for d in distillers.values() for pair in d.pairs]
         self._balanced_taps = _shared_taps(student, taps) if balance is not None else []
         self._taps = FeatureTaps(student, [*taps, *self._balanced_taps])
@@ -72,6 +75,8 @@ class DistilledModel(nn.Module):
         batched_inputs = self._to_device(batched_inputs)
         with self.passes.around_student(batched_inputs) as teacher, self._taps.recording() as student:
             losses = dict(self.student(batched_inputs))
+        if self.task_weight != 1.0:
+            losses = {name: self.task_weight * loss for name, loss in losses.items()}
         distilled = {
             method: _named_losses(method, distiller(student, *teacher[method]))
             for method, distiller in self.distillers.items()

@@ -44,9 +44,13 @@ def golden(data_dir: Path) -> Callable[..., dict[str, torch.Tensor]]:
 
     def read(name: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         with np.load(data_dir / "golden" / f"{name}.npz") as file:
-            recorded = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+            arrays = {key: np.asarray(file[key]) for key in file.files}
+        recorded = {k: v.tolist() if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()}
         if dtype is not None:
-            recorded = {k: v.to(dtype) if v.is_floating_point() and v.dim() else v for k, v in recorded.items()}
+            recorded = {
+                k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() and v.dim() else v
+                for k, v in recorded.items()
+            }
         return recorded
 
     return read

@@ -19,6 +19,7 @@ PROGRAMS = {
     "train_net": "train",
     "learn_tokens": "learn-tokens",
     "export_student": "export",
+    "masking_gate": "masking-gate",
     "report": "report",
 }
 

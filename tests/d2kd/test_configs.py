@@ -25,7 +25,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 #: Small images for the models that want a size, in pixels; a probe of the taps has 128.
-SMALL = ["MODEL.VIT.IMG_SIZE", 128, "MODEL.VIT.SQUARE_PAD", 128]
+SMALL = ["MODEL.VIT.IMG_SIZE", 128, "MODEL.VIT.SQUARE_PAD", 128, "INPUT.CLASSIFICATION.SIZE", 64]
 
 
 def load(path: Path) -> CfgNode:
@@ -39,6 +39,7 @@ def load(path: Path) -> CfgNode:
     cfg.SOLVER.MAX_EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.WARMUP_EPOCHS = 0.0, [], 0.0
     cfg.SOLVER.CHECKPOINT_EPOCHS = cfg.TEST.EVAL_EPOCHS = 0.0
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
+    cfg.DISTILL.MASKED_TEACHER.KEEP = min(cfg.DISTILL.MASKED_TEACHER.KEEP, 8)  # of the 16 patches of small images
     cfg.SOLVER.IMS_PER_BATCH = 1024  # by this, a tracking pass has but a few of the loader's small batches
     cfg.SEED = 1
     return cfg
@@ -247,6 +248,31 @@ def test_recipes_of_classifiers_have_the_published_numbers(recipe):
         assert (solver.WARMUP_EPOCHS, solver.WARMUP_FACTOR) == (10, 0.1)
     else:
         assert solver.WARMUP_ITERS == solver.WARMUP_EPOCHS == 0
+
+
+@pytest.mark.parametrize(
+    "recipe, teacher, student",
+    [
+        ("deit_tiny_DeiT3S_MaskedTeacher_300e", "deit3_small_patch16_224.fb_in1k", "deit_tiny_patch16_224"),
+        ("deit_small_DeiTB_MaskedTeacher_300e", "deit_base_patch16_224.fb_in1k", "deit_small_patch16_224"),
+    ],
+)
+def test_recipes_of_masked_teachers_have_the_published_numbers(recipe, teacher, student):
+    cfg = load_config(str(ROOT / f"configs/ImageNet/{recipe}.yaml"))
+    solver, inputs, distill = cfg.SOLVER, cfg.INPUT.CLASSIFICATION, cfg.DISTILL
+    assert (network_name(teacher_config(cfg)), network_name(cfg)) == (teacher, student)
+    assert (solver.MAX_EPOCHS, solver.WARMUP_EPOCHS, solver.IMS_PER_BATCH) == (300, 5, 1024)
+    assert solver.BASE_LR == pytest.approx(5e-4 * 1024 / 512) and solver.BASE_LR_END == 1e-5
+    assert solver.WARMUP_FACTOR * solver.BASE_LR == pytest.approx(1e-6)
+    assert (solver.OPTIMIZER, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM) == ("AdamW", 0.05, 0.0)
+    assert (solver.AMP.ENABLED, solver.EMA.ENABLED, cfg.MODEL.TIMM.DROP_PATH_RATE) == (True, False, 0.1)
+    assert (inputs.AUTO_AUGMENT, inputs.MIXUP, inputs.CUTMIX) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
+    assert (inputs.ERASING.PROB, inputs.COLOR_JITTER, inputs.SIZE, inputs.CROP_PCT) == (0.25, 0.3, 224, 0.875)
+    assert (cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING, cfg.DATALOADER.REPEATS) == (0.1, 3)
+    assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatAugSampler"
+    alpha = distill.LOGIT_KD.WEIGHT
+    assert (alpha, distill.TASK_WEIGHT, distill.LOGIT_KD.TEMPERATURE) == (0.5, 1 - alpha, 1.0)
+    assert (distill.MASKED_TEACHER.KEEP, distill.MASKED_TEACHER.SELECTOR) == (98, "student")
 
 
 def test_the_recipe_of_channel_matching_and_its_control_differ_in_the_weight_only():

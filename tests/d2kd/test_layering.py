@@ -62,7 +62,7 @@ ALLOWED = {
         "rng",
         "visualization",
     },
-    "cli": {"data", "engine", "errors", "evaluation", "files", "modeling", "token_learning"},
+    "cli": {"data", "engine", "errors", "evaluation", "files", "modeling", "token_learning", "visualization"},
 }
 
 

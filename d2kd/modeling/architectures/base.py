@@ -177,7 +177,9 @@ class Architecture:
             blocks = getattr(part, "blocks", None)
             if hasattr(part, "patch_embed") and isinstance(blocks, nn.Sequential | nn.ModuleList):
                 if any(module is block for block in blocks):
-                    return int(getattr(part, "num_prefix_tokens", 0))
+                    # CaiT's class token comes behind these blocks
+                    late = hasattr(part, "blocks_token_only")
+                    return 0 if late else int(getattr(part, "num_prefix_tokens", 0))
         return None
 
     def probe_size(self) -> int:

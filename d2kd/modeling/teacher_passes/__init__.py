@@ -3,11 +3,13 @@
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from .build import TeacherPasses, build_passes
 from .dense import DensePass
+from .masked import MaskedTeacher
 from .regions import RegionPass
 
 __all__ = [
     "TEACHER_PASSES",
     "DensePass",
+    "MaskedTeacher",
     "RegionPass",
     "TeacherFeatures",
     "TeacherPass",

@@ -1,0 +1,222 @@
+"""What a student looks at: the attention of its last block, the scores of its head, or the strength of its last map."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2kd.errors import ConfigError
+from d2kd.layers import attention_saliency, resample_saliency
+
+from ..architectures import architecture_of
+from ..taps import FeatureTaps
+from .sparse_vit import position_bias, vit_of
+
+#: Values of `DISTILL.MASKED_TEACHER.SALIENCY`.
+SALIENCIES = ("auto", "attention", "evidence", "magnitude")
+#: Queries whose attention stands for that of all, in a transformer without a class token.
+MAX_QUERIES = 256
+
+
+class Saliency:
+    """Watches a student's forward pass, and says how much it looks at each cell of a grid."""
+
+    def watch(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context for the forward pass; what it yields is what `__call__` takes."""
+        raise NotImplementedError
+
+    def __call__(self, seen: Any) -> tuple[Tensor, float]:
+        """Returns the saliency, (N, H, W), without gradient and in float32, and its stride in pixels."""
+        raise NotImplementedError
+
+
+class _Recorded(Saliency):
+    """Watches by taps."""
+
+    def __init__(self, taps: FeatureTaps) -> None:
+        """
+        Args:
+            taps: of the student.
+        """
+        self.taps = taps
+
+    def watch(self) -> contextlib.AbstractContextManager[Mapping[str, Tensor]]:
+        """Returns the context of the taps."""
+        return self.taps.recording()
+
+
+class AttentionSaliency(Saliency):
+    """The attention of the last block of a vision transformer of timm: of its class token, if it has one.
+
+    Of that block only queries and keys are needed, and of the class token's row only: it may stay fused.
+    """
+
+    def __init__(self, network: Any) -> None:
+        """
+        Args:
+            network: timm's.
+        """
+        self.attention: Any = network.blocks[-1].attn
+        self.patches: Any = network.patch_embed
+        self.prefix = int(getattr(network, "num_prefix_tokens", 0))
+
+    def watch(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Yields a dict with "qkv"."""
+        return _outputs_of(self.attention.qkv)
+
+    def __call__(self, seen: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """As in the base class."""
+        attention, qkv = self.attention, seen["qkv"]
+        query, key, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        with torch.no_grad():
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        scores = attention_saliency(query, key, attention.scale, self.prefix)
+        return scores.unflatten(1, grid_of(self.patches)), float(self.patches.patch_size[0])
+
+
+class ReceivedAttention(Saliency):
+    """How much the patches of Detectron2's plain vision transformer are attended to in its last global block.
+
+    That is the mean over heads and queries, by at most `MAX_QUERIES` of these, evenly spread.
+    """
+
+    def __init__(self, network: Any) -> None:
+        """
+        Args:
+            network: Detectron2's `ViT`.
+
+        Raises:
+            ConfigError: it has no global block.
+        """
+        blocks = [block for block in network.blocks if not block.window_size]
+        if not blocks:
+            raise ConfigError(
+                "DISTILL.MASKED_TEACHER.SALIENCY is attention, and the student's transformer has windows only "
+                "(MODEL.VIT.WINDOW_BLOCK_INDEXES): set it to evidence or magnitude."
+            )
+        self.attention: Any = blocks[-1].attn
+        self.stride = float(network.patch_embed.proj.stride[0])
+
+    def watch(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Yields a dict with "qkv", and the map that it is of."""
+        return _outputs_of(self.attention.qkv)
+
+    @torch.no_grad()
+    def __call__(self, seen: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """As in the base class."""
+        n, rows, columns, _ = seen["x"].shape
+        qkv = seen["qkv"].reshape(n, rows * columns, 3, self.attention.num_heads, -1).float()
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        chosen = torch.arange(0, rows * columns, max(1, rows * columns // MAX_QUERIES), device=query.device)
+        query = query[:, :, chosen]
+        with torch.autocast(query.device.type, enabled=False):
+            logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+            if self.attention.use_rel_pos:
+                everywhere = torch.arange(rows * columns, device=query.device)
+                places = torch.stack([everywhere // columns, everywhere % columns], dim=-1).expand(n, -1, -1)
+                logits += position_bias(self.attention, query, places[:, chosen], places, (rows, columns))
+        return logits.softmax(-1).mean((1, 2)).unflatten(1, (rows, columns)), self.stride
+
+
+class EvidenceSaliency(_Recorded):
+    """The best score of any class that a dense detector gives at each place, over all levels and anchors."""
+
+    def __init__(self, student: nn.Module) -> None:
+        """
+        Args:
+            student: a dense detector that d2kd knows.
+        """
+        architecture = architecture_of(student)
+        found = [p for p in architecture.predictions() if p.kind == "class_logits" and p.location == "anchor"]
+        shapes = architecture.feature_shapes()
+        self.strides = {p.tap: float(shapes[p.place].stride) for p in found}
+        super().__init__(FeatureTaps(student, list(self.strides)))
+
+    @torch.no_grad()
+    def __call__(self, seen: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        """As in the base class, at the stride of the finest level."""
+        best = {tap: seen[tap].detach().float().amax(1).sigmoid() for tap in self.strides}
+        finest = min(self.strides, key=lambda tap: self.strides[tap])
+        grid = (best[finest].shape[-2], best[finest].shape[-1])
+        maps = [resample_saliency(best[t], s / self.strides[finest], grid) for t, s in self.strides.items()]
+        return torch.stack(maps).amax(0), self.strides[finest]
+
+
+class MagnitudeSaliency(_Recorded):
+    """The mean over channels of the absolute values in a map of stride 16, or else the coarsest of the backbone."""
+
+    def __init__(self, student: nn.Module) -> None:
+        """
+        Args:
+            student: with a backbone that gives maps.
+        """
+        shapes = architecture_of(student).feature_shapes()
+        name = next((name for name, shape in shapes.items() if shape.stride == 16), list(shapes)[-1])
+        self.stride = float(shapes[name].stride or 1)
+        super().__init__(FeatureTaps(student, [name]))
+
+    @torch.no_grad()
+    def __call__(self, seen: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        """As in the base class."""
+        (maps,) = seen.values()
+        return maps.detach().float().abs().mean(1), self.stride
+
+
+def build_saliency(kind: str, student: nn.Module) -> Saliency:
+    """Returns what watches a student.
+
+    Args:
+        kind: of `SALIENCIES`; "auto" takes the first of the others that the student has.
+        student: the model.
+
+    Raises:
+        ConfigError: it has not what is asked for.
+    """
+    architecture, network, detector = architecture_of(student), transformer_of(student), vit_of(student)
+    if kind in ("auto", "attention"):
+        if detector is not None:
+            return ReceivedAttention(detector)
+        if network is not None and hasattr(getattr(network.blocks[-1], "attn", None), "q_norm"):
+            return AttentionSaliency(network)
+    dense = any(p.kind == "class_logits" and p.location == "anchor" for p in architecture.predictions())
+    if kind in ("auto", "evidence") and dense:
+        return EvidenceSaliency(student)
+    if kind in ("auto", "magnitude") and architecture.feature_shapes():
+        return MagnitudeSaliency(student)
+    has = {
+        "attention": "is no vision transformer whose last block has queries and keys for all tokens",
+        "evidence": "is no dense detector, which scores every place",
+    }
+    raise ConfigError(
+        f"DISTILL.MASKED_TEACHER.SALIENCY is {kind}, and the student "
+        f"{has.get(kind, 'has a backbone that gives no maps that d2kd knows')}: choose another one."
+    )
+
+
+@contextlib.contextmanager
+def _outputs_of(projection: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yields a dict that the next pass of a module fills: "x", what it gets, and "qkv", what it gives."""
+    seen: dict[str, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.update(x=args[0].detach(), qkv=output.detach())
+
+    with projection.register_forward_hook(note):
+        yield seen
+
+
+def transformer_of(model: nn.Module) -> Any | None:
+    """Returns the vision transformer of timm in a model: a module with `patch_embed` and `blocks`; None without."""
+    for module in model.modules():
+        blocks = getattr(module, "blocks", None)
+        if hasattr(module, "patch_embed") and isinstance(blocks, nn.Sequential) and len(blocks):
+            return module
+    return None
+
+
+def grid_of(patch_embed: Any) -> tuple[int, int]:
+    """Returns how many patches an image has, (H, W)."""
+    height, width = patch_embed.grid_size
+    return int(height), int(width)
