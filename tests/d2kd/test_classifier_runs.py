@@ -229,3 +229,44 @@ def test_a_method_that_needs_one_label_an_image_refuses_mixed_ones(write, teache
     cfg = load_config(str(write(**keys_of("LogitKD"), **teacher, **{"INPUT.CLASSIFICATION.CUTMIX": 1.0})))
     with pytest.raises(MethodError, match=r"LogitKD needs .*INPUT\.CLASSIFICATION\.CUTMIX mixes"):
         build_distilled_model(cfg)
+
+
+@pytest.fixture
+def masked(write, tmp_path: Path) -> dict[str, Any]:
+    """An untrained transformer as the teacher, of which the student's own transformer chooses the patches."""
+    small = {"MODEL.TIMM.ARGS": ["depth", 2, "embed_dim", 48, "num_heads", 3, "patch_size", 8]}
+    path = write("teacher", "deit_small_patch16_224", **small)
+    torch.manual_seed(7)
+    weights = tmp_path / "teacher.pth"
+    torch.save({"model": build_model(load_config(str(path))).state_dict()}, weights)
+    return {
+        **small,
+        "DISTILL.TEACHER.CONFIG_FILE": str(path),
+        "DISTILL.TEACHER.WEIGHTS": str(weights),
+        "DISTILL.TEACHER.EVAL_FIRST": False,
+        "DISTILL.INIT_FROM_TEACHER.ENABLED": False,
+        "DISTILL.METHODS": ["LogitKD"],
+        "DISTILL.LOGIT_KD.TEACHER_PASS": "MaskedTeacher",
+    }
+
+
+@pytest.mark.parametrize("changes", [{}, {"SELECTOR": "random"}, {"EXPLORE": 0.5}], ids=str)
+def test_a_run_with_a_masked_teacher_resumes_bit_equal(write, masked, tmp_path, changes):
+    keys = {**masked, **MIXED, **{f"DISTILL.MASKED_TEACHER.{key}": value for key, value in changes.items()}}
+    path = write(network="deit_tiny_patch16_224", **keys)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    assert same_tensors(*(read_checkpoint(tmp_path / part)["model"] for part in ("whole", "parts")))
+
+
+def test_a_masked_teacher_in_two_processes_stays_in_step(write, masked, tmp_path):
+    path = write(network="deit_tiny_patch16_224", **masked, **{"DISTILL.MASKED_TEACHER.EXPLORE": 0.25})
+    in_two_processes(two_processes, path, tmp_path / "student")
+    assert same_tensors(*(torch.load(tmp_path / f"student/rank{i}.pth") for i in (0, 1)))
+
+
+def test_a_masked_teacher_of_weight_zero_changes_nothing(write, masked, tmp_path):
+    run_training(write("alone", "deit_tiny_patch16_224", **{"MODEL.TIMM.ARGS": masked["MODEL.TIMM.ARGS"]}, **MIXED))
+    run_training(write("zero", "deit_tiny_patch16_224", **masked, **MIXED, **{"DISTILL.LOGIT_KD.WEIGHT": 0.0}))
+    assert same_tensors(read_checkpoint(tmp_path / "alone")["model"], read_checkpoint(tmp_path / "zero")["model"])
