@@ -41,7 +41,6 @@ def classifier_steps(network: str, side: int, count: int) -> tuple[Callable[[], 
     labels = torch.randint(CLASSES, (count,))
     batch = [{"image": image, "label": int(label)} for image, label in zip(images, labels)]
     step = TrainStep(model, iter(lambda: batch, None), _sgd(model))
-    step.storage = None
 
     plain = timm.create_model(network, num_classes=CLASSES)
     optimizer = _sgd(plain)
