@@ -208,6 +208,15 @@ def test_a_teacher_may_take_its_librarys_weights_but_must_be_whole(write, teache
         build_distilled_model(cfg)
 
 
+def test_a_teacher_that_does_not_take_the_students_images_is_told_before_training(write, tmp_path):
+    path = write("teacher", "deit_tiny_patch16_224", **{"INPUT.CLASSIFICATION.SIZE": 48})
+    torch.save({"model": build_model(load_config(str(path))).state_dict()}, tmp_path / "teacher.pth")
+    names = {"DISTILL.TEACHER.CONFIG_FILE": str(path), "DISTILL.TEACHER.WEIGHTS": str(tmp_path / "teacher.pth")}
+    cfg = load_config(str(write(**keys_of("LogitKD"), **names, **{"DISTILL.INIT_FROM_TEACHER.ENABLED": False})))
+    with pytest.raises(TeacherError, match=r"The teacher gets the student's images: .* 32 x 32 pixels.*SIZE"):
+        build_distilled_model(cfg)
+
+
 def test_training_starts_from_the_librarys_weights_and_those_of_a_checkpoint_go_on_top(write, tmp_path):
     source = timm.create_model("mobilenetv2_035", num_classes=1000)
     torch.save(source.state_dict(), tmp_path / "library.pth")

@@ -105,11 +105,16 @@ class WholeNetwork(Backbone):
         self.num_classes = num_classes
         self.stages = dict(stages)
         for side in dict.fromkeys(sides):  # what cannot be is known before the training, or the evaluation
-            self._require_logits(side)
+            self.require_logits(side)
         self.fixed_side = None if self._takes(_ANY_SIDE) else sides[0]
         freeze(net, self.stages, freeze_at, self.fixed_side or _ANY_SIDE)
 
-    def _require_logits(self, side: int) -> None:
+    def require_logits(self, side: int) -> None:
+        """Runs a blank image, `side` pixels wide and high.
+
+        Raises:
+            ConfigError: the network does not take it, or has other outputs than one a class.
+        """
         try:
             shape = self._logits_shape(side)
         except Exception as error:
@@ -128,7 +133,8 @@ class WholeNetwork(Backbone):
         """The shape of the logits of a blank image."""
         was_training = self.training
         try:
-            return tuple(self.eval()(torch.zeros(1, 3, side, side))["class_logits"].shape)
+            blank = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
+            return tuple(self.eval()(blank)["class_logits"].shape)
         finally:
             self.train(was_training)
 
