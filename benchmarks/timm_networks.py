@@ -5,10 +5,10 @@
     python benchmarks/timm_networks.py --classifiers resnet18 --detectors mobilenetv3_large_100 --repeats 15
 
 A classifier's step is d2kd's own, with its check of the loss, its record and its rollback; the plain loop normalizes
-the images, and makes forward pass, cross entropy, backward pass and step of SGD, no more. A detector is a RetinaNet; its
-parts are timm's network by itself, and neck, head and loss on what that has given. All of it is repeated in turns, in
-seconds of processor time, and the median of the ratios of each turn counts; above 1 the plain loop, or the sum of the
-parts, is slower.
+the images, and makes forward pass, cross entropy, backward pass and step of SGD, no more. A detector is a RetinaNet;
+its parts are timm's network by itself, and neck, head and loss on what that has given. All of it is repeated in turns,
+in seconds of processor time, and the median of the ratios of each turn counts; above 1 the plain loop, or the sum of
+the parts, is slower.
 """
 
 import argparse

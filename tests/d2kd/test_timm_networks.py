@@ -111,6 +111,17 @@ def test_a_backbone_gives_what_timm_gives(network):
     assert [s.stride for s in backbone.output_shape().values()] == [8, 32]
 
 
+def test_a_transformer_of_one_stride_runs_all_its_blocks():
+    backbone = TimmBackbone("vit_tiny_patch16_224", ["last_feat"]).eval()
+    whole = timm.create_model("vit_tiny_patch16_224").eval()
+    ours, theirs = backbone.net.model, dict(whole.named_parameters())
+    assert len(ours.blocks) == len(whole.blocks) == 12
+    whole.load_state_dict(ours.state_dict(), strict=False)
+    x = torch.randn(1, 3, 224, 224)
+    expected = whole.forward_intermediates(x, indices=1, norm=False, intermediates_only=True)[0]
+    assert torch.equal(backbone(x)["last_feat"], expected) and theirs.keys() >= dict(ours.named_parameters()).keys()
+
+
 def test_features_are_named_by_stride_and_dilation_shows():
     plain = TimmBackbone("resnet10t", ["res5", "res1"]).output_shape()
     assert {name: shape.stride for name, shape in plain.items()} == {"res1": 2, "res5": 32}
@@ -416,6 +427,11 @@ def test_a_backbone_that_cannot_be_is_one_line_with_the_key(options, message):
     [
         (["MODEL.TORCHVISION.NAME", "resnet19"], r"MODEL\.TORCHVISION\.NAME is 'resnet19'.*resnet18"),
         (["MODEL.TORCHVISION.ARGS", ["depth", 3]], r"MODEL\.TORCHVISION\.NAME resnet18 cannot be built.*depth"),
+        (
+            ["MODEL.BACKBONE.NAME", "build_timm_network", "MODEL.TIMM.NAME", "hrnet_w18_small"]
+            + ["MODEL.BACKBONE.FREEZE_AT", 2],
+            r"MODEL\.BACKBONE\.FREEZE_AT is 2, .* is a list",
+        ),
         (["MODEL.TORCHVISION.ARGS", ["num_classes", 3]], r"has 'num_classes', .*MODEL\.CLASSIFIER\.NUM_CLASSES"),
         (["MODEL.TORCHVISION.NAME", "vit_b_32", "INPUT.CLASSIFICATION.TEST_SIZE", 96], r"not take .*96 x 96 pixels"),
         (["MODEL.BACKBONE.NAME", "build_timm_network", "MODEL.TIMM.ARGS", ["global_pool", ""]], r"MODEL\.TIMM\.ARGS"),

@@ -224,8 +224,10 @@ def feature_stages(name: str, arguments: Mapping[str, Any], strides: Sequence[An
         change_strides(network, strides)
         measured = _strides_of(network, name)
     info: Any = network.feature_info
-    stages = [Stage(int(f.get("index", i)), f["module"], f["num_chs"], f["reduction"]) for i, f in enumerate(info)]
-    return _named([s._replace(stride=stride) for s, stride in zip(stages, measured or [s.stride for s in stages])])
+    stages = [Stage(f["index"], f["module"], f["num_chs"], f["reduction"]) for f in info.get_dicts()]  # of the outputs
+    return _named(
+        [s._replace(stride=stride) for s, stride in zip(stages, measured or [s.stride for s in stages], strict=True)]
+    )
 
 
 def network_stages(network: nn.Module) -> dict[str, Stage]:
@@ -349,14 +351,19 @@ def _parameters_up_to(network: nn.Module, stages: Mapping[str, Stage], freeze_at
         raise ConfigError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and this network has no module that ends {last}: set it to 0."
         )
-    kept: list[torch.Tensor] = []
+    kept: list[Any] = []
     handle = end.register_forward_hook(lambda module, args, output: kept.append(output))
     was_training = network.training
     names, parameters = zip(*network.named_parameters())
     with handle, torch.enable_grad():
         network.eval()(torch.zeros(1, 3, side, side, device=parameters[0].device))
+        network.train(was_training)
+        if not isinstance(kept[0], torch.Tensor):
+            raise ConfigError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and {last} of this network is a {type(kept[0]).__name__}, "
+                "not one map: set it to 0."
+            )
         gradients = torch.autograd.grad(kept[0].float().sum(), parameters, allow_unused=True)
-    network.train(was_training)
     found = {name for name, gradient in zip(names, gradients) if gradient is not None}
     if wanted:
         return found
