@@ -154,6 +154,7 @@ def test_pixels_are_those_of_the_network_unless_the_configuration_is_to_decide()
     assert (cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT) == ([1.0, 1.0, 1.0], "BGR")
 
 
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")
 def test_old_names_and_folders_of_a_hub_have_their_own_pixels_and_classes(tmp_path):
     assert classifier_config("vit_tiny_patch16_224_in21k").MODEL.PIXEL_MEAN == [127.5] * 3
     source = timm.create_model("resnet10t", num_classes=3)
@@ -165,6 +166,17 @@ def test_old_names_and_folders_of_a_hub_have_their_own_pixels_and_classes(tmp_pa
     # a head for other classes must not pass for a pretrained one
     assert model.state_dict().keys() - filled == {"backbone.net.fc.weight", "backbone.net.fc.bias"}
     assert torch.equal(model.backbone.net.conv1[0].weight, source.conv1[0].weight)
+
+
+def test_a_stage_that_no_module_ends_is_no_stage():
+    assert list(classifier("tresnet_m").backbone.stages) == ["res2", "res3", "res4", "res5"]
+
+
+def test_rates_fall_in_a_network_whose_wrapper_renames_all_modules():
+    options = ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.LAYER_DECAY", 0.5, "SOLVER.BASE_LR", 1.0)
+    model = build_network(cfg := detector_config("densenet121", "RetinaNet", *options), "--config-file")
+    rates = [group["lr"] for group in build_optimizer(cfg, model).param_groups]
+    assert min(rates) < 0.5**50 and max(rates) == 1.0
 
 
 def test_networks_of_one_size_are_built_frozen_and_tapped_at_that_size():

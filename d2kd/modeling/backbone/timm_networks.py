@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -244,7 +243,7 @@ def find_module(network: nn.Module, name: str) -> nn.Module | None:
     """Returns the module that timm lists under a name, also where a wrapper has renamed it ("stages.0", "stages_0")."""
     modules = dict(network.named_modules())
     for path in (name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"):
-        if path in modules:
+        if path and path in modules:  # timm lists "" where no module ends a stage
             return modules[path]
     return None
 
@@ -454,7 +453,7 @@ def layers_to_the_end(name: str, arguments: Mapping[str, Any], names: Sequence[s
     layers = {n: i for i, group in group_parameters(network, network.group_matcher(False)).items() for n in group}
     found = {}
     for ours in names:
-        theirs = (ours, ours.removeprefix("model."), re.sub(r"^([a-z]+?)_(\d+)\.", r"\1.\2.", ours))
+        theirs = (ours, ours.removeprefix("model."), ours.replace("_", ".", 1))
         layer = next((layers[n] for n in theirs if n in layers), None)
         if layer is not None:
             found[ours] = layer

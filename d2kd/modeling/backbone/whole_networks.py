@@ -47,7 +47,8 @@ _TORCHVISION_STAGES: Mapping[str, Sequence[tuple[str, int]]] = {
     "MobileNetV2": (("features.3", 4), ("features.6", 8), ("features.13", 16), ("features.17", 32)),
 }
 
-#: Side of images that shows whether a network takes those of other sizes than its own, in pixels.
+#: Side of images that shows whether a network takes those of other sizes than its own, in pixels; taps are described
+#: at this size too, see `Architecture.probe_size`.
 _ANY_SIDE = 128
 #: Arguments of torchvision.models.get_model that other keys decide.
 _TAKEN = {"weights": "MODEL.TORCHVISION.WEIGHTS", "num_classes": "MODEL.CLASSIFIER.NUM_CLASSES"}
