@@ -169,8 +169,19 @@ class DistillCheckpointer(SafeCheckpointer):
             )
         for kind, names in self.about["class_names"].items():
             require_same_classes(checkpoint.get("class_names", {}).get(kind, names), "it", names, "this run")
+        self._require_same_model(weights)
         self.in_force = compare_settings(checkpoint.get("settings", {}), self.about["settings"])
         return super()._load_model(checkpoint)
+
+    def _require_same_model(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Another model would go on with some of its parameters as they were initialized, and the optimizer fails."""
+        for name, parameter in self.model.named_parameters():
+            found = weights.get(name)
+            if found is None or found.shape != parameter.shape:
+                theirs = "not there" if found is None else f"of the shape {tuple(found.shape)}"
+                raise CheckpointError(
+                    f"it is of another model, where {name} is {theirs}; this run's has {tuple(parameter.shape)}"
+                )
 
     def _load_start(self, checkpoint: Any) -> Any:
         """Loads the weights that a run starts from; they may be torchvision's or timm's."""

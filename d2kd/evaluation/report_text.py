@@ -82,11 +82,12 @@ def _findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> l
     findings = []
     if report["gain"] is not None:
         lead = {True: "At equal iterations", False: "At different numbers of images seen", None: "In this run"}
-        direction = "raises" if report["gain"] >= 0 else "lowers"
-        findings.append(
-            f"{lead[report['equal_iterations']]}, distillation {direction} the student from {value('baseline')} to "
-            f"{value('distilled')} {unit} ({report['gain']:+.1f})."
-        )
+        gain = f"{report['gain']:+.1f}"
+        verb = "raises" if report["gain"] > 0 else "lowers"
+        change = f"{verb} the student from {value('baseline')} to {value('distilled')} {unit} ({gain})"
+        if float(gain) == 0:
+            change = f"leaves the student at {value('distilled')} {unit}"
+        findings.append(f"{lead[report['equal_iterations']]}, distillation {change}.")
     if report["inherit_gain"] is not None:
         findings.append(
             f"Starting from the teacher's {inherited}, without distillation, gives {value('inherit')} {unit} "

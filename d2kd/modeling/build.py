@@ -2,22 +2,24 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from d2kd.config import check_values
 from d2kd.distillers import DISTILLERS, Distiller, TapPair
-from d2kd.errors import UserError
+from d2kd.errors import ConfigError, UserError
 from detectron2.config import CfgNode
 
 from .architectures import architecture_class, architecture_of, build_network, warn_if_unknown
+from .backbone import WholeNetwork
 from .balance import GradientBalance
 from .classes import ClassMatch, classes_of, in_students_order, match_classes, predicts_classes
 from .distilled_model import DistilledModel
 from .init_from_teacher import InitializationReport, init_from_teacher, plan_initialization
 from .taps import pairs_of_methods
-from .teacher import Teacher, load_teacher, teacher_config
+from .teacher import Teacher, TeacherError, load_teacher, teacher_config
 from .teacher_passes import build_passes
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
             precision=cfg.DISTILL.TEACHER.PRECISION,
             swap_channels={cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT} == {"RGB", "BGR"},
         )
+        _check_image_size(cfg, teacher.model)
         matches = match_classes(classes_of(cfg), teacher.classes)
         if cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:  # what does not fit must be known before a run begins
             plan_initialization(student, teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
@@ -73,6 +76,15 @@ def initialize_student(cfg: CfgNode, model: DistilledModel) -> InitializationRep
         return None
     matches = match_classes(classes_of(cfg), model.teacher.classes)
     return init_from_teacher(model.student, model.teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
+
+
+def _check_image_size(cfg: CfgNode, teacher: nn.Module) -> None:
+    backbone: Any = getattr(teacher, "backbone", None)
+    if isinstance(backbone, WholeNetwork):
+        try:
+            backbone.require_logits(cfg.INPUT.CLASSIFICATION.SIZE)
+        except ConfigError as error:
+            raise TeacherError(f"The teacher gets the student's images: {error}") from error
 
 
 def _distiller(cfg: CfgNode, name: str, pairs: Sequence[TapPair]) -> Distiller:

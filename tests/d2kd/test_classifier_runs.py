@@ -14,6 +14,7 @@ import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes tha
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import DISTILLERS
 from d2kd.engine import DistillTrainer, load_config
+from d2kd.engine.checkpoint import CheckpointError
 from d2kd.modeling import MethodError, TeacherError, build_distilled_model
 from d2kd.modeling.backbone import load_pretrained_network
 from detectron2.modeling import build_model
@@ -206,6 +207,24 @@ def test_a_teacher_may_take_its_librarys_weights_but_must_be_whole(write, teache
     cfg = load_config(str(write(**keys_of("LogitKD"), **of_library)))
     with pytest.raises(TeacherError, match="The teacher has no weights"):
         build_distilled_model(cfg)
+
+
+def test_a_teacher_that_does_not_take_the_students_images_is_told_before_training(write, tmp_path):
+    path = write("teacher", "deit_tiny_patch16_224", **{"INPUT.CLASSIFICATION.SIZE": 48})
+    torch.save({"model": build_model(load_config(str(path))).state_dict()}, tmp_path / "teacher.pth")
+    names = {"DISTILL.TEACHER.CONFIG_FILE": str(path), "DISTILL.TEACHER.WEIGHTS": str(tmp_path / "teacher.pth")}
+    cfg = load_config(str(write(**keys_of("LogitKD"), **names, **{"DISTILL.INIT_FROM_TEACHER.ENABLED": False})))
+    with pytest.raises(TeacherError, match=r"The teacher gets the student's images: .* 32 x 32 pixels.*SIZE"):
+        build_distilled_model(cfg)
+
+
+def test_a_run_is_not_resumed_with_another_network(write, tmp_path):
+    run_training(write())
+    changed = {"SOLVER__MAX_ITER": 8, "MODEL__TIMM__NAME": "mobilenetv2_050"}  # as many parameters, of other shapes
+    with pytest.raises(
+        CheckpointError, match=r"Cannot resume .*it is of another model, where backbone\.net\.\S+ is of"
+    ):
+        run_training(write(), resume=True, **changed)
 
 
 def test_training_starts_from_the_librarys_weights_and_those_of_a_checkpoint_go_on_top(write, tmp_path):

@@ -109,6 +109,11 @@ def test_unequal_training_is_said(tmp_path):
     assert "At different numbers of images seen, distillation lowers the student from 5.0 to 4.0 AP (-1.0)." in text
 
 
+def test_no_gain_is_no_rise(tmp_path):
+    write_report(str(tmp_path), models(baseline=5.0, distilled=5.0))
+    assert "At equal iterations, distillation leaves the student at 5.0 AP." in (tmp_path / "report.md").read_text()
+
+
 def test_report_from_run_directories(tmp_path, dataset):
     runs = {"teacher": 30.0, "baseline": 4.0, "inherit": 9.0, "distilled": 17.0}
     loaded = {

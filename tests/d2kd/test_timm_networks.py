@@ -14,7 +14,7 @@ from d2kd.engine.optimizer import build_optimizer
 from d2kd.errors import ConfigError
 from d2kd.modeling import FeatureTaps, build_network
 from d2kd.modeling.backbone import TimmBackbone, TimmNetwork, load_pretrained_network
-from d2kd.modeling.taps import describe_taps
+from d2kd.modeling.taps import TapError, describe_taps
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -111,6 +111,17 @@ def test_a_backbone_gives_what_timm_gives(network):
     assert [s.stride for s in backbone.output_shape().values()] == [8, 32]
 
 
+def test_a_transformer_of_one_stride_runs_all_its_blocks():
+    backbone = TimmBackbone("vit_tiny_patch16_224", ["last_feat"]).eval()
+    whole = timm.create_model("vit_tiny_patch16_224").eval()
+    ours, theirs = backbone.net.model, dict(whole.named_parameters())
+    assert len(ours.blocks) == len(whole.blocks) == 12
+    whole.load_state_dict(ours.state_dict(), strict=False)
+    x = torch.randn(1, 3, 224, 224)
+    expected = whole.forward_intermediates(x, indices=1, norm=False, intermediates_only=True)[0]
+    assert torch.equal(backbone(x)["last_feat"], expected) and theirs.keys() >= dict(ours.named_parameters()).keys()
+
+
 def test_features_are_named_by_stride_and_dilation_shows():
     plain = TimmBackbone("resnet10t", ["res5", "res1"]).output_shape()
     assert {name: shape.stride for name, shape in plain.items()} == {"res1": 2, "res5": 32}
@@ -170,6 +181,42 @@ def test_pixels_are_those_of_the_network_unless_the_configuration_is_to_decide()
     assert (cfg.MODEL.PIXEL_MEAN, cfg.INPUT.FORMAT) == ([123.675, 116.28, 103.53], "RGB")
     cfg = classifier_config("mobilenetv1_100", "timm", "MODEL.TIMM.DATA_CONFIG", False)
     assert (cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT) == ([1.0, 1.0, 1.0], "BGR")
+
+
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")
+def test_old_names_and_folders_of_a_hub_have_their_own_pixels_and_classes(tmp_path):
+    assert classifier_config("vit_tiny_patch16_224_in21k").MODEL.PIXEL_MEAN == [127.5] * 3
+    source = timm.create_model("resnet10t", num_classes=3)
+    source.pretrained_cfg.update(mean=(0.2, 0.4, 0.6))
+    timm.models.save_for_hf(source, str(tmp_path), safe_serialization=True)
+    cfg = classifier_config(f"local-dir:{tmp_path}", "timm", "MODEL.TIMM.WEIGHTS", "download")
+    assert cfg.MODEL.PIXEL_MEAN == [51.0, 102.0, 153.0]
+    filled = load_pretrained_network(cfg, model := build_network(cfg, "--config-file"))
+    # a head for other classes must not pass for a pretrained one
+    assert model.state_dict().keys() - filled == {"backbone.net.fc.weight", "backbone.net.fc.bias"}
+    assert torch.equal(model.backbone.net.conv1[0].weight, source.conv1[0].weight)
+
+
+def test_a_stage_that_no_module_ends_is_no_stage():
+    assert list(classifier("tresnet_m").backbone.stages) == ["res2", "res3", "res4", "res5"]
+
+
+def test_rates_fall_in_a_network_whose_wrapper_renames_all_modules():
+    options = ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.LAYER_DECAY", 0.5, "SOLVER.BASE_LR", 1.0)
+    model = build_network(cfg := detector_config("densenet121", "RetinaNet", *options), "--config-file")
+    rates = [group["lr"] for group in build_optimizer(cfg, model).param_groups]
+    assert min(rates) < 0.5**50 and max(rates) == 1.0
+
+
+def test_networks_of_one_size_are_built_frozen_and_tapped_at_that_size():
+    model = classifier("levit_128s", "timm", "MODEL.BACKBONE.FREEZE_AT", 1)
+    assert model.backbone.fixed_side == 224 and describe_taps(model, ["logits"])["logits"].channels == 7
+    assert classifier("resnet10t").backbone.fixed_side is None
+
+
+def test_auxiliary_heads_that_no_loss_trains_are_left_out():
+    names = [name for name, _ in classifier("googlenet", "torchvision").named_parameters()]
+    assert names and not [name for name in names if "aux" in name]
 
 
 def test_pixels_that_do_not_suit_are_told(caplog):
@@ -361,6 +408,26 @@ def test_stages_of_a_swin_transformer_are_tapped_with_channels_second():
     assert [(t.channels, t.stride) for t in info.values()] == [(96, 4), (768, 32)]
 
 
+@pytest.mark.parametrize(
+    "network, library, taps, shapes",
+    [
+        ("convnext_tiny", "timm", ["res4", "res4.pre_relu"], [(384, 16), (1536, 16)]),
+        ("swin_s3_tiny_224", "timm", ["patch_embed.proj", "norm", "head"], [(96, 4), (768, 32), (7, 0)]),
+        ("swin_t", "torchvision", ["features.3", "features.3.pre_relu", "permute"], [(192, 8), (768, 8), (768, 32)]),
+        ("xcit_nano_12_p16_224", "timm", ["blocks.3"], [(128, 16)]),
+    ],
+)
+def test_maps_inside_a_network_have_their_channels_second(network, library, taps, shapes):
+    model = classifier(network, library, "INPUT.CLASSIFICATION.SIZE", 64)
+    assert [(t.channels, t.stride) for t in describe_taps(model, taps).values()] == shapes
+
+
+def test_a_map_that_has_its_channels_last_after_all_is_refused():
+    model = classifier("convnext_tiny")
+    with pytest.raises(TapError, match=r"'stages\.2\.blocks\.0\.mlp' has the shape \(1, 8, 8, 384\)"):
+        describe_taps(model, ["stages.2.blocks.0.mlp"])
+
+
 # ---- bad input ----
 
 
@@ -372,6 +439,9 @@ def test_stages_of_a_swin_transformer_are_tapped_with_channels_second():
         (["MODEL.TIMM.OUT_FEATURES", ["res3", "res7"]], r"MODEL\.TIMM\.OUT_FEATURES is 'res7'; .*res5"),
         (["MODEL.TIMM.ARGS", ["widht", 2]], r"MODEL\.TIMM\.NAME resnet10t cannot be built.*widht"),
         (["MODEL.TIMM.ARGS", ["width"]], r"MODEL\.TIMM\.ARGS .*pairs"),
+        (["MODEL.TIMM.ARGS", ["in_chans", 1]], r"MODEL\.TIMM\.ARGS has 'in_chans', .*MODEL\.PIXEL_MEAN"),
+        (["MODEL.TIMM.ARGS", ["layers", [1, 1]]], r"MODEL\.TIMM\.NAME resnet10t cannot be built"),
+        (["MODEL.TIMM.NAME", "resnet50."], r"MODEL\.TIMM\.NAME is 'resnet50\.': .*resnet50\.[a-z]+"),
         (["MODEL.TIMM.STRIDES", ["layer2.0.conv9", 1]], r"MODEL\.TIMM\.STRIDES names 'layer2\.0\.conv9'.*conv"),
         (["MODEL.TIMM.STRIDES", ["layer2.0.conv1", 0]], r"MODEL\.TIMM\.STRIDES, layer2\.0\.conv1: 0 is no stride"),
         (["MODEL.TIMM.NAME", "coat_tiny"], r"MODEL\.TIMM\.NAME coat_tiny takes images of 224 x 224 pixels only"),
@@ -398,6 +468,14 @@ def test_a_backbone_that_cannot_be_is_one_line_with_the_key(options, message):
     [
         (["MODEL.TORCHVISION.NAME", "resnet19"], r"MODEL\.TORCHVISION\.NAME is 'resnet19'.*resnet18"),
         (["MODEL.TORCHVISION.ARGS", ["depth", 3]], r"MODEL\.TORCHVISION\.NAME resnet18 cannot be built.*depth"),
+        (
+            ["MODEL.BACKBONE.NAME", "build_timm_network", "MODEL.TIMM.NAME", "hrnet_w18_small"]
+            + ["MODEL.BACKBONE.FREEZE_AT", 2],
+            r"MODEL\.BACKBONE\.FREEZE_AT is 2, .* is a list",
+        ),
+        (["MODEL.TORCHVISION.ARGS", ["num_classes", 3]], r"has 'num_classes', .*MODEL\.CLASSIFIER\.NUM_CLASSES"),
+        (["MODEL.TORCHVISION.NAME", "vit_b_32", "INPUT.CLASSIFICATION.TEST_SIZE", 96], r"not take .*96 x 96 pixels"),
+        (["MODEL.BACKBONE.NAME", "build_timm_network", "MODEL.TIMM.ARGS", ["global_pool", ""]], r"MODEL\.TIMM\.ARGS"),
         (["MODEL.MASK_ON", True], r"MODEL\.MASK_ON is True"),
         (["MODEL.CLASSIFIER.LOSS", "hinge"], r"MODEL\.CLASSIFIER\.LOSS is 'hinge'"),
         (

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from d2kd.config import config_fill, get_key
 from detectron2.config import CfgNode
 
-from .timm_networks import TIMM_BACKBONES
+from .timm_networks import TIMM_BACKBONES, pretrained_config
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,8 @@ def pixels_of(cfg: CfgNode) -> Pixels | None:
     std: Sequence[float]
     mean, std = _IMAGENET
     if cfg.MODEL.BACKBONE.NAME in TIMM_BACKBONES:
-        import timm
-
-        known = timm.get_pretrained_cfg(cfg.MODEL.TIMM.NAME)
-        mean, std = (known.mean, known.std) if known is not None else (mean, std)
+        known = pretrained_config(cfg.MODEL.TIMM.NAME)
+        mean, std = known.get("mean", mean), known.get("std", std)
     elif cfg.MODEL.BACKBONE.NAME != "build_torchvision_network":
         return None
     return Pixels([round(255 * x, 3) for x in mean], [round(255 * x, 3) for x in std])

@@ -21,10 +21,12 @@ from .timm_networks import (
     Stage,
     arguments_of,
     change_strides,
+    check_name,
     create_features,
     feature_stages,
     find_module,
     freeze,
+    gives_nhwc,
     layers_to_the_end,
     read_pretrained,
     set_norms,
@@ -79,7 +81,7 @@ class TimmBackbone(Backbone):
             "out_indices": tuple(self._stages[feature].place for feature in self._out_features),
         }
         net = create_features(name, **self._build_arguments)
-        self._nhwc = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        self._nhwc = gives_nhwc(net)
         change_strides(net, strides)
         self.net = set_norms(net, norm)
         freeze(self.net, self._stages, freeze_at)
@@ -117,7 +119,7 @@ class TimmBackbone(Backbone):
 
     def is_channels_last(self, module: nn.Module) -> bool:
         """Returns whether a module of the network gives (N, H, W, C)."""
-        return self._nhwc
+        return self._nhwc and not isinstance(module, nn.Conv2d)
 
     def layers_to_the_end(self) -> dict[str, int]:
         """Returns how many layers lie between each parameter and the neck, for `SOLVER.LAYER_DECAY`."""
@@ -239,12 +241,12 @@ def _simple_pyramid(cfg: CfgNode, bottom_up: TimmBackbone, with_p7: bool) -> Sim
 def check_timm(cfg: CfgNode) -> None:
     """
     Raises:
-        ConfigError: the backbone is one of timm's, and there is no network of that name.
+        ConfigError: the backbone is one of timm's, and there is no network of that name, or ARGS has what other keys
+            decide.
     """
     if cfg.MODEL.BACKBONE.NAME in TIMM_BACKBONES:
-        from .timm_networks import check_name
-
         check_name(cfg.MODEL.TIMM.NAME)
+        arguments_of(cfg.MODEL.TIMM)
 
 
 for _build in (

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -32,6 +31,16 @@ TIMM_BACKBONES = (
 NORMS = ("BN", "FrozenBN", "SyncBN")
 #: WEIGHTS that lets timm download its own.
 DOWNLOAD = "download"
+#: Arguments of timm.create_model that other keys decide.
+_TAKEN = {
+    "pretrained": "MODEL.TIMM.WEIGHTS",
+    "checkpoint_path": "MODEL.TIMM.WEIGHTS",
+    "pretrained_cfg_overlay": "MODEL.TIMM.WEIGHTS",
+    "num_classes": "MODEL.CLASSIFIER.NUM_CLASSES",
+    "in_chans": "MODEL.PIXEL_MEAN",
+    "features_only": "MODEL.BACKBONE.NAME",
+    "out_indices": "MODEL.TIMM.OUT_FEATURES",
+}
 #: Arguments that let a network take images of any size, by the families that have them.
 _ANY_SIZE: Sequence[dict[str, Any]] = (
     {"dynamic_img_size": True, "dynamic_img_pad": True},
@@ -100,7 +109,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
         return timm.create_model(name, **arguments)
     except Exception as error:  # constructors of hundreds of networks raise all kinds of them
         raise ConfigError(
-            f"MODEL.TIMM.NAME {name} cannot be built so: {_first_line(error)}. Check MODEL.TIMM."
+            f"MODEL.TIMM.NAME {name} cannot be built so: {first_line(error)}. Check MODEL.TIMM."
         ) from error
 
 
@@ -120,7 +129,7 @@ def create_features(name: str, **arguments: Any) -> nn.Module:
             if isinstance(error, TypeError) and any(f"'{key}'" in str(error) for key in extra):
                 continue
             raise ConfigError(
-                f"MODEL.TIMM.NAME {name} cannot be built as a backbone (timm's features_only): {_first_line(error)}. "
+                f"MODEL.TIMM.NAME {name} cannot be built as a backbone (timm's features_only): {first_line(error)}. "
                 "Check MODEL.TIMM, or take another network; a whole classifier (MODEL.BACKBONE.NAME "
                 "build_timm_network) can be any."
             ) from error
@@ -135,8 +144,8 @@ def check_name(name: str) -> None:
     import timm
 
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name):
-        base, _, tag = name.partition(".")
-        if tag and "-" not in base and ":" not in base and name not in timm.list_pretrained(f"{base}.*"):
+        base, dot, tag = name.partition(".")
+        if dot and "-" not in base and ":" not in base and name not in timm.list_pretrained(f"{base}.*"):
             raise ConfigError(
                 f"MODEL.TIMM.NAME is {name!r}: timm {timm.__version__} has no weights {tag!r} of {base}."
                 f"{did_you_mean(name, timm.list_pretrained(f'{base}.*'))}"
@@ -149,19 +158,25 @@ def check_name(name: str) -> None:
 
 
 @cache
-def _described(name: str, arguments: tuple[Any, ...], strides: tuple[Any, ...]) -> Mapping[str, Stage]:
-    with torch.device("meta"):  # nothing is initialized, no random number drawn, and nothing computed
-        network = create_features(name, **dict(arguments))
-        change_strides(network, strides)
-        measured = _strides_of(network, name)
-    info: Any = network.feature_info
-    stages = [Stage(int(f.get("index", i)), f["module"], f["num_chs"], f["reduction"]) for i, f in enumerate(info)]
-    return _named([s._replace(stride=stride) for s, stride in zip(stages, measured or [s.stride for s in stages])])
+def pretrained_config(name: str) -> Mapping[str, Any]:
+    """Returns what timm notes of the pretrained weights of a network: "mean", "std", "num_classes", "classifier", ...
+
+    Raises:
+        ConfigError: there is no such network.
+    """
+    import timm
+
+    check_name(name)
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if known is not None:
+        return known.to_dict()
+    with torch.device("meta"):  # an old name, or a network of a hub, tells it where it is built
+        return dict(getattr(create(name), "pretrained_cfg", {}))
 
 
 def _strides_of(network: nn.Module, name: str) -> list[int] | None:
     """The strides that a network of features has on images of another size than its own; None where nothing tells."""
-    nhwc = _gives_nhwc(network)
+    nhwc = gives_nhwc(network)
     try:
         network(torch.zeros(1, 3, 256, 320))
         # a side that the patches of all networks divide, 14 pixels and powers of 2
@@ -173,12 +188,13 @@ def _strides_of(network: nn.Module, name: str) -> list[int] | None:
         except Exception:  # it cannot be looked at in this way
             return None
         raise ConfigError(
-            f"MODEL.TIMM.NAME {name} takes images of {own[1]} x {own[2]} pixels only ({_first_line(error)}): take "
+            f"MODEL.TIMM.NAME {name} takes images of {own[1]} x {own[2]} pixels only ({first_line(error)}): take "
             "another network as a backbone, or see MODEL.TIMM.ARGS."
         ) from error
 
 
-def _gives_nhwc(network: nn.Module) -> bool:
+def gives_nhwc(network: nn.Module) -> bool:
+    """Returns whether timm says that the maps of a network are (N, H, W, C)."""
     return str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
 
 
@@ -202,7 +218,15 @@ def feature_stages(name: str, arguments: Mapping[str, Any], strides: Sequence[An
     Raises:
         ConfigError: see `create_features`; or it takes images of one size only.
     """
-    return _described(name, tuple(sorted(arguments.items())), tuple(strides))
+    with torch.device("meta"):  # nothing is initialized, no random number drawn, and nothing computed
+        network = create_features(name, **arguments)
+        change_strides(network, strides)
+        measured = _strides_of(network, name)
+    info: Any = network.feature_info
+    stages = [Stage(f["index"], f["module"], f["num_chs"], f["reduction"]) for f in info.get_dicts()]  # of the outputs
+    return _named(
+        [s._replace(stride=stride) for s, stride in zip(stages, measured or [s.stride for s in stages], strict=True)]
+    )
 
 
 def network_stages(network: nn.Module) -> dict[str, Stage]:
@@ -219,14 +243,35 @@ def find_module(network: nn.Module, name: str) -> nn.Module | None:
     """Returns the module that timm lists under a name, also where a wrapper has renamed it ("stages.0", "stages_0")."""
     modules = dict(network.named_modules())
     for path in (name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"):
-        if path in modules:
+        if path and path in modules:  # timm lists "" where no module ends a stage
             return modules[path]
     return None
 
 
+def named_arguments(key: str, pairs: Sequence[Any], taken: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the arguments of a constructor that a key lists, [name, value, ...].
+
+    Args:
+        key: the whole key.
+        pairs: its value.
+        taken: names that it must not have, and the keys that decide these.
+
+    Raises:
+        ConfigError: it has one of them.
+    """
+    for name in pairs[::2]:
+        if name in taken:
+            raise ConfigError(f"{key} has {name!r}, which is for {taken[name]} to say: take it out of {key}.")
+    return dict(zip(pairs[::2], pairs[1::2]))
+
+
 def arguments_of(node: CfgNode) -> dict[str, Any]:
-    """Returns the arguments of timm.create_model that a node like MODEL.TIMM names."""
-    arguments = dict(zip(node.ARGS[::2], node.ARGS[1::2]))
+    """Returns the arguments of timm.create_model that a node like MODEL.TIMM names.
+
+    Raises:
+        ConfigError: among them is one that another key decides.
+    """
+    arguments = named_arguments("MODEL.TIMM.ARGS", node.ARGS, _TAKEN)
     if node.DROP_PATH_RATE >= 0:
         arguments["drop_path_rate"] = node.DROP_PATH_RATE
     if node.DROP_RATE >= 0:
@@ -305,14 +350,19 @@ def _parameters_up_to(network: nn.Module, stages: Mapping[str, Stage], freeze_at
         raise ConfigError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and this network has no module that ends {last}: set it to 0."
         )
-    kept: list[torch.Tensor] = []
+    kept: list[Any] = []
     handle = end.register_forward_hook(lambda module, args, output: kept.append(output))
     was_training = network.training
     names, parameters = zip(*network.named_parameters())
     with handle, torch.enable_grad():
         network.eval()(torch.zeros(1, 3, side, side, device=parameters[0].device))
+        network.train(was_training)
+        if not isinstance(kept[0], torch.Tensor):
+            raise ConfigError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and {last} of this network is a {type(kept[0]).__name__}, "
+                "not one map: set it to 0."
+            )
         gradients = torch.autograd.grad(kept[0].float().sum(), parameters, allow_unused=True)
-    network.train(was_training)
     found = {name for name, gradient in zip(names, gradients) if gradient is not None}
     if wanted:
         return found
@@ -342,13 +392,10 @@ def read_pretrained(
     Raises:
         ConfigError: the file cannot be read, does not fit, or cannot be downloaded.
     """
-    import timm
-
     overlay: dict[str, Any] = {}
-    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    classifier = known.classifier if known is not None else None
+    known = pretrained_config(name)
+    classifier, classes = known.get("classifier"), known.get("num_classes")
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    classes = known.num_classes if known is not None else None
     if weights != DOWNLOAD:
         state = _read_file(weights)  # here, where no code in a file is run
         found = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
@@ -360,11 +407,11 @@ def read_pretrained(
                 name, pretrained=True, **arguments, **({"pretrained_cfg_overlay": overlay} if overlay else {})
             )
     except ConfigError as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        cause = error.__cause__
+        reason = first_line(cause if isinstance(cause, Exception) else error)
         what = f"{weights!r}, which does not fit" if overlay else "download, which fails for"
         raise ConfigError(
-            f"MODEL.TIMM.WEIGHTS is {what} {name}: {reason.rstrip('.')}. Give the path of a file with its "
-            "weights, or ''."
+            f"MODEL.TIMM.WEIGHTS is {what} {name}: {reason}. Give the path of a file with its weights, or ''."
         ) from error
     state = source.state_dict()
     other = arguments.get("num_classes") not in (None, classes)
@@ -384,7 +431,7 @@ def _read_file(path: str) -> Mapping[str, torch.Tensor]:
             return load_file(path)
         state = unpacked(read_checkpoint(path))
     except Exception as error:
-        raise ConfigError(f"MODEL.TIMM.WEIGHTS is {path!r}, which cannot be read: {_first_line(error)}.") from error
+        raise ConfigError(f"MODEL.TIMM.WEIGHTS is {path!r}, which cannot be read: {first_line(error)}.") from error
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConfigError(f"MODEL.TIMM.WEIGHTS is {path!r}, which holds no dictionary of weights.")
@@ -406,7 +453,7 @@ def layers_to_the_end(name: str, arguments: Mapping[str, Any], names: Sequence[s
     layers = {n: i for i, group in group_parameters(network, network.group_matcher(False)).items() for n in group}
     found = {}
     for ours in names:
-        theirs = (ours, ours.removeprefix("model."), re.sub(r"^([a-z]+?)_(\d+)\.", r"\1.\2.", ours))
+        theirs = (ours, ours.removeprefix("model."), ours.replace("_", ".", 1))
         layer = next((layers[n] for n in theirs if n in layers), None)
         if layer is not None:
             found[ours] = layer
@@ -414,5 +461,7 @@ def layers_to_the_end(name: str, arguments: Mapping[str, Any], names: Sequence[s
     return {ours: last - layer for ours, layer in found.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return f"{error}".strip().partition("\n")[0].rstrip(".") or type(error).__name__
+def first_line(error: Exception) -> str:
+    """Returns what an error of another library says, in one line without a period."""
+    line = f"{error}".strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {line}" if line and isinstance(error, KeyError) else line or type(error).__name__

@@ -1,5 +1,6 @@
 """BACKBONE "build_timm_network", "build_torchvision_network": whole classifiers with their own pooling and head."""
 
+import contextlib
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
 
 from d2kd.config import config_check, declare_keys
 from d2kd.errors import ConfigError, did_you_mean
@@ -26,8 +28,11 @@ from .timm_networks import (
     change_strides,
     create,
     find_module,
+    first_line,
     freeze,
+    gives_nhwc,
     layers_to_the_end,
+    named_arguments,
     network_stages,
     read_pretrained,
     set_norms,
@@ -41,6 +46,12 @@ _TORCHVISION_STAGES: Mapping[str, Sequence[tuple[str, int]]] = {
     "ShuffleNetV2": (("maxpool", 4), ("stage2", 8), ("stage3", 16), ("stage4", 32)),
     "MobileNetV2": (("features.3", 4), ("features.6", 8), ("features.13", 16), ("features.17", 32)),
 }
+
+#: Side of images that shows whether a network takes those of other sizes than its own, in pixels; taps are described
+#: at this size too, see `Architecture.probe_size`.
+_ANY_SIDE = 128
+#: Arguments of torchvision.models.get_model that other keys decide.
+_TAKEN = {"weights": "MODEL.TORCHVISION.WEIGHTS", "num_classes": "MODEL.CLASSIFIER.NUM_CLASSES"}
 
 declare_keys(  # BACKBONE.NAME "build_torchvision_network"
     "MODEL.TORCHVISION",
@@ -63,10 +74,13 @@ class WholeNetwork(Backbone):
     Attributes:
         net: the network, with its library's parameter names.
         num_classes: of its classifier.
+        fixed_side: the side of its images in pixels, where it does not take any.
     """
 
     #: Node of the configuration that describes it.
     NODE = ""
+    #: The library's name of the network.
+    name = ""
 
     def __init__(
         self,
@@ -74,7 +88,7 @@ class WholeNetwork(Backbone):
         num_classes: int,
         stages: Mapping[str, Stage],
         freeze_at: int = 0,
-        fixed_side: int | None = None,
+        sides: Sequence[int] = (224,),
     ) -> None:
         """
         Args:
@@ -82,14 +96,53 @@ class WholeNetwork(Backbone):
             num_classes: outputs of it.
             stages: of the network, by name, finest first; may be empty.
             freeze_at: see `timm_networks.freeze`.
-            fixed_side: the side of its images in pixels, where it takes no others.
+            sides: of the images that it will get, in pixels.
+
+        Raises:
+            ConfigError: it does not take such images, or has other outputs than one a class.
         """
         super().__init__()
-        self.fixed_side = fixed_side
         self.net = net
         self.num_classes = num_classes
         self.stages = dict(stages)
-        freeze(net, self.stages, freeze_at, fixed_side or 64)
+        for side in dict.fromkeys(sides):  # what cannot be is known before the training, or the evaluation
+            self.require_logits(side)
+        self.fixed_side = None if self._takes(_ANY_SIDE) else sides[0]
+        freeze(net, self.stages, freeze_at, self.fixed_side or _ANY_SIDE)
+
+    def require_logits(self, side: int) -> None:
+        """Runs a blank image, `side` pixels wide and high.
+
+        Raises:
+            ConfigError: the network does not take it, or has other outputs than one a class.
+        """
+        try:
+            shape = self._logits_shape(side)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.NODE}.NAME {self.name} does not take images of {side} x {side} pixels ({first_line(error)}): "
+                f"see INPUT.CLASSIFICATION.SIZE and TEST_SIZE, and {self.NODE}.ARGS."
+            ) from error
+        if shape != (1, self.num_classes):
+            raise ConfigError(
+                f"{self.NODE}.NAME {self.name} gives {shape} for an image, and not {(1, self.num_classes)}: see "
+                f"{self.NODE}.ARGS."
+            )
+
+    @torch.no_grad()
+    def _logits_shape(self, side: int) -> tuple[int, ...]:
+        """The shape of the logits of a blank image."""
+        was_training = self.training
+        try:
+            blank = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
+            return tuple(self.eval()(blank)["class_logits"].shape)
+        finally:
+            self.train(was_training)
+
+    def _takes(self, side: int) -> bool:
+        with contextlib.suppress(Exception):
+            return bool(self._logits_shape(side))
+        return False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> {"class_logits": (N, classes)}."""
@@ -120,7 +173,7 @@ class WholeNetwork(Backbone):
 
     def is_channels_last(self, module: nn.Module) -> bool:
         """Returns whether a module of the network gives (N, H, W, C)."""
-        return str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+        return gives_nhwc(self.net) and not isinstance(module, nn.Conv2d)
 
     @abstractmethod
     def load_pretrained(self, weights: str) -> list[str]:
@@ -145,7 +198,7 @@ class TimmNetwork(WholeNetwork):
         strides: Sequence[Any] = (),
         norm: str = "BN",
         freeze_at: int = 0,
-        side: int = 224,
+        sides: Sequence[int] = (224,),
     ) -> None:
         """
         Args:
@@ -155,20 +208,18 @@ class TimmNetwork(WholeNetwork):
             strides: of convolutions to change, [path, stride, ...].
             norm: see `timm_networks.NORMS`.
             freeze_at: see `timm_networks.freeze`.
-            side: of the images, in pixels; networks of a fixed size are built for it.
+            sides: of the images, in pixels; networks of a fixed size are built for the first.
 
         Raises:
-            ConfigError: there is no such network or argument.
+            ConfigError: there is no such network or argument, or it does not take such images.
         """
         self.name = name
         self.arguments: dict[str, Any] = {"num_classes": num_classes, **(arguments or {})}
         if _has_fixed_size(name) and "img_size" not in self.arguments:
-            self.arguments["img_size"] = side
+            self.arguments["img_size"] = sides[0]
         net = create(name, **self.arguments)
         change_strides(net, strides)
-        super().__init__(
-            set_norms(net, norm), num_classes, network_stages(net), freeze_at, self.arguments.get("img_size")
-        )
+        super().__init__(set_norms(net, norm), num_classes, network_stages(net), freeze_at, sides)
 
     def layers_to_the_end(self) -> dict[str, int]:
         """Returns how many layers lie between each parameter and the classifier, for `SOLVER.LAYER_DECAY`."""
@@ -190,7 +241,13 @@ class TorchvisionNetwork(WholeNetwork):
     NODE = "MODEL.TORCHVISION"
 
     def __init__(
-        self, name: str, num_classes: int, *, arguments: Mapping[str, Any] | None = None, freeze_at: int = 0
+        self,
+        name: str,
+        num_classes: int,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        freeze_at: int = 0,
+        sides: Sequence[int] = (224,),
     ) -> None:
         """
         Args:
@@ -198,9 +255,10 @@ class TorchvisionNetwork(WholeNetwork):
             num_classes: of its classifier.
             arguments: further ones of get_model.
             freeze_at: see `timm_networks.freeze`.
+            sides: of the images, in pixels.
 
         Raises:
-            ConfigError: there is no such network or argument.
+            ConfigError: there is no such network or argument, or it does not take such images.
         """
         from torchvision import models
 
@@ -209,8 +267,17 @@ class TorchvisionNetwork(WholeNetwork):
         try:
             net = models.get_model(name, weights=None, num_classes=num_classes, **(arguments or {}))
         except Exception as error:
-            raise ConfigError(f"MODEL.TORCHVISION.NAME {name} cannot be built so: {error}. Check its ARGS.") from error
-        super().__init__(net, num_classes, _torchvision_stages(net), freeze_at)
+            raise ConfigError(
+                f"MODEL.TORCHVISION.NAME {name} cannot be built so: {first_line(error)}. Check its ARGS."
+            ) from error
+        _drop_auxiliary_heads(net)
+        super().__init__(net, num_classes, _torchvision_stages(net), freeze_at, sides)
+
+    def is_channels_last(self, module: nn.Module) -> bool:
+        """As in the base class: torchvision's Swin transformers permute the image first, and the map after the last."""
+        return isinstance(self.net, SwinTransformer) and not isinstance(
+            module, nn.Conv2d | nn.AdaptiveAvgPool2d | type(self.net.permute)
+        )
 
     def load_pretrained(self, weights: str) -> list[str]:
         """As in the base class, from `MODEL.TORCHVISION.WEIGHTS`."""
@@ -235,6 +302,14 @@ def _has_fixed_size(name: str) -> bool:
     """Whether a network of timm is built for one size of images, as most transformers are."""
     with torch.device("meta"):
         return hasattr(getattr(create(name), "patch_embed", None), "img_size")
+
+
+def _drop_auxiliary_heads(net: Any) -> None:
+    """No loss trains the auxiliary classifiers of GoogLeNet and Inception; torchvision leaves them out in this way."""
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if getattr(net, name, None) is not None:
+            net.aux_logits = False
+            setattr(net, name, None)
 
 
 def _torchvision_stages(net: nn.Module) -> dict[str, Stage]:
@@ -264,10 +339,9 @@ def _torchvision_weights(name: str, weights: str) -> Mapping[str, Tensor]:
             return models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
         return unpacked(read_checkpoint(weights))
     except Exception as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
-            f"MODEL.TORCHVISION.WEIGHTS is {weights!r}, which cannot be read: {reason}. Give the path of a file, "
-            f"{DOWNLOAD!r}, or '' for none."
+            f"MODEL.TORCHVISION.WEIGHTS is {weights!r}, which cannot be read: {first_line(error)}. Give the path of a "
+            f"file, {DOWNLOAD!r}, or '' for none."
         ) from error
 
 
@@ -300,7 +374,7 @@ def build_timm_network(cfg: CfgNode, input_shape: ShapeSpec) -> TimmNetwork:
         strides=node.STRIDES,
         norm=node.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        side=cfg.INPUT.CLASSIFICATION.SIZE,
+        sides=_sides(cfg),
     )
 
 
@@ -312,10 +386,18 @@ def build_torchvision_network(cfg: CfgNode, input_shape: ShapeSpec) -> Torchvisi
     """
     node = cfg.MODEL.TORCHVISION
     log_pixels(cfg)
-    arguments = dict(zip(node.ARGS[::2], node.ARGS[1::2]))
     return TorchvisionNetwork(
-        node.NAME, cfg.MODEL.CLASSIFIER.NUM_CLASSES, arguments=arguments, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+        node.NAME,
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES,
+        arguments=named_arguments("MODEL.TORCHVISION.ARGS", node.ARGS, _TAKEN),
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        sides=_sides(cfg),
     )
+
+
+def _sides(cfg: CfgNode) -> list[int]:
+    node = cfg.INPUT.CLASSIFICATION
+    return [node.SIZE, node.TEST_SIZE or node.SIZE]
 
 
 @config_check
@@ -327,6 +409,7 @@ def check_whole_networks(cfg: CfgNode) -> None:
     name = cfg.MODEL.BACKBONE.NAME
     if name == "build_torchvision_network":
         check_torchvision_name(cfg.MODEL.TORCHVISION.NAME)
+        named_arguments("MODEL.TORCHVISION.ARGS", cfg.MODEL.TORCHVISION.ARGS, _TAKEN)
     if name in ("build_timm_network", "build_torchvision_network") and cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
         raise ConfigError(
             f"MODEL.BACKBONE.NAME {name} is a whole classifier, for MODEL.META_ARCHITECTURE ImageClassifier; a "

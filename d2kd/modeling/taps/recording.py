@@ -25,6 +25,9 @@ class _LastReluInput(TorchFunctionMode):
         super().__init__()
         self.value: Tensor | None = None
         self.result: Tensor | None = None
+        #: `value` is a map (N, H, W, C), as linear layers give it
+        self.channels_last = False
+        self.linear: Tensor | None = None
         #: the last activation, as a function of its input
         self.activation: Callable[[Tensor], Tensor] = torch.relu
 
@@ -42,8 +45,11 @@ class _LastReluInput(TorchFunctionMode):
             rest = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
             self.activation = lambda x: func(x, *args[1:], **rest)
         else:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self.linear = result if func is F.linear else self.linear
+            return result
         self.value = args[0]
+        self.channels_last = self.linear is not None and args[0] is self.linear and self.linear.dim() == 4
         self.result = self.activation(args[0])
         return self.result
 
@@ -168,10 +174,11 @@ class _Recorder:
                 raise TapError(
                     f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
                 )
-            self._store(tap, _before_activation(module, mode.value, output))
+            value = _before_activation(module, mode.value, output)
+            self._store(tap, value.permute(0, 3, 1, 2) if mode.channels_last else value)
             if self.replace is None:
                 return None
-            if mode.result is not output:
+            if mode.result is not output or mode.channels_last:
                 raise TapError(
                     f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does "
                     "not give the block's output. Use the tap of the stage itself."
@@ -223,26 +230,37 @@ def _put(tap: Tap, output: Any, value: Tensor) -> Any:
     if tap.key is not None:
         return {**output, tap.key: value}
     if _is_tokens(tap, output):
-        return torch.cat([output[:, : tap.prefix_tokens], value.flatten(2).transpose(1, 2)], dim=1)
-    return value.permute(0, 2, 3, 1) if tap.channels_last else value
+        return torch.cat([output[:, : _num_prefix(tap, output)], value.flatten(2).transpose(1, 2)], dim=1)
+    return value.permute(0, 2, 3, 1) if tap.channels_last and value.dim() == 4 else value
 
 
 def _is_tokens(tap: Tap, output: Any) -> bool:
     return tap.prefix_tokens is not None and isinstance(output, Tensor) and output.dim() == 3
 
 
+def _num_prefix(tap: Tap, tokens: Tensor) -> int:
+    """How many tokens stand before those of the patches: none in the blocks that get a class token behind them."""
+    return 0 if _side_of(tokens.shape[1]) else tap.prefix_tokens or 0
+
+
+def _side_of(count: int) -> int:
+    """The side of a square of so many tokens; 0 where they are none."""
+    side = math.isqrt(count)
+    return side if side * side == count else 0
+
+
 def _as_map(tap: Tap, value: Any) -> Any:
     """What a tap gives, with the channels in the second place."""
     if _is_tokens(tap, value):
-        patches = value[:, tap.prefix_tokens :]
-        side = math.isqrt(patches.shape[1])
-        if side * side != patches.shape[1]:
+        patches = value[:, _num_prefix(tap, value) :]
+        side = _side_of(patches.shape[1])
+        if not side:
             raise TapError(
                 f"Tap {tap.name!r} gives {patches.shape[1]} tokens, which are no square: blocks of such a transformer "
                 "can be tapped where images are square."
             )
         return patches.transpose(1, 2).unflatten(2, (side, side))
-    return value.permute(0, 3, 1, 2) if tap.channels_last else value
+    return value.permute(0, 3, 1, 2) if tap.channels_last and isinstance(value, Tensor) and value.dim() == 4 else value
 
 
 @contextlib.contextmanager

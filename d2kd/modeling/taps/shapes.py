@@ -45,10 +45,11 @@ def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, floa
     with handle, evaluation_mode(model), preserve_rng_state(device), recording as features:
         model([{"image": blank, "height": side, "width": side}])
     for name, feature in features.items():
-        if feature.dim() not in (2, 4):
+        # the image is a square: what is none has its channels elsewhere
+        if feature.dim() not in (2, 4) or (feature.dim() == 4 and feature.shape[2] != feature.shape[3]):
             raise TapError(
-                f"Tap {name!r} has the shape {tuple(feature.shape)}; only feature maps (N, C, H, W) and vectors (R, "
-                "C) can be distilled."
+                f"Tap {name!r} has the shape {tuple(feature.shape)} of a square image; only feature maps (N, C, H, W) "
+                "and vectors (R, C) can be distilled."
             )
     shapes = {}
     for tap in taps.taps:
