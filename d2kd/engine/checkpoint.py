@@ -205,6 +205,13 @@ class DistillCheckpointer(SafeCheckpointer):
                 f"the weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none{hint}"
             )
         self._started_with = set(self.model.state_dict()) - failed
+        if incompatible.incorrect_shapes:  # told by the one who reads in lines that are easily overlooked
+            logger.warning(
+                "Initialized anew, as MODEL.WEIGHTS has them in another shape (for other classes?): %s",
+                ", ".join(
+                    f"{n} {tuple(ours)}, not {tuple(theirs)}" for n, theirs, ours in incompatible.incorrect_shapes
+                ),
+            )
         return incompatible
 
 

@@ -13,6 +13,7 @@ from runs import in_two_processes, make_trainer, read_checkpoint, run_training, 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import DISTILLERS
+from d2kd.distillers.channel_matching.channel_groups import REDUCERS
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.checkpoint import CheckpointError
 from d2kd.modeling import MethodError, TeacherError, build_distilled_model
@@ -289,3 +290,26 @@ def test_a_masked_teacher_of_weight_zero_changes_nothing(write, masked, tmp_path
     run_training(write("alone", "deit_tiny_patch16_224", **{"MODEL.TIMM.ARGS": masked["MODEL.TIMM.ARGS"]}, **MIXED))
     run_training(write("zero", "deit_tiny_patch16_224", **masked, **MIXED, **{"DISTILL.LOGIT_KD.WEIGHT": 0.0}))
     assert same_tensors(read_checkpoint(tmp_path / "alone")["model"], read_checkpoint(tmp_path / "zero")["model"])
+
+
+def test_fine_tuning_from_other_classes_says_what_is_initialized_anew(write, tmp_path, caplog):
+    torch.manual_seed(2)
+    other = build_model(load_config(str(write("other", **{"MODEL.CLASSIFIER.NUM_CLASSES": 12}))))
+    torch.save({"model": other.state_dict()}, tmp_path / "start.pth")
+    trainer = make_trainer(write(), MODEL__WEIGHTS=str(tmp_path / "start.pth"))
+    before = trainer.student.backbone.net.classifier.weight.clone()
+    trainer.resume_or_load(resume=False)
+    net = trainer.student.backbone.net
+    assert torch.equal(net.classifier.weight, before)
+    assert torch.equal(net.conv_stem.weight, other.backbone.net.conv_stem.weight)
+    assert "Initialized anew, as MODEL.WEIGHTS has them in another shape (for other classes?): " in caplog.text
+    assert "backbone.net.classifier.weight (10, 1280), not (12, 1280)" in caplog.text
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_every_reducer_matches_channels_of_classifiers(write, teacher, tmp_path, reducer):
+    keys = {**keys_of("ChannelMatching"), "DISTILL.CHANNEL_MATCHING.REDUCER": reducer, "SOLVER.MAX_ITER": 3}
+    trainer = run_training(write(**keys, **teacher, **{"SOLVER.STEPS": [], "SOLVER.CHECKPOINT_PERIOD": 9}))
+    losses = {name: value for name, (value, _) in trainer.storage.latest().items() if name.startswith("distill/")}
+    assert losses.keys() == {f"distill/ChannelMatching/res{i}.pre_relu" for i in (3, 4)}
+    assert all(0 < loss < 1e4 for loss in losses.values())
