@@ -33,7 +33,7 @@ def network(family, recorded):
     sizes = {"img_size": 40, "patch_size": 8, "embed_dim": width, "num_heads": int(recorded["heads"]), "depth": depth}
     if family == "cait":
         sizes["depth_token_only"] = len({k.split(".")[2] for k in recorded if k.startswith("w.blocks_token_only.")})
-    made = TimmNetwork(name, 10, arguments=sizes)
+    made = TimmNetwork(name, 10, arguments=sizes, sides=[40])
     weights = {key.removeprefix("w."): value for key, value in recorded.items() if key.startswith("w.")}
     for old, new in renamed.items():
         weights = {key.replace(old, new): value for key, value in weights.items()}
