@@ -12,8 +12,9 @@ from .timm_backbone import (
     build_timm_backbone,
     build_timm_fpn_backbone,
 )
+from .torchvision_networks import TorchvisionNetwork
 from .vit import build_vit_sfp_backbone
-from .whole_networks import TimmNetwork, TorchvisionNetwork, WholeNetwork
+from .whole_networks import TimmNetwork, WholeNetwork
 
 __all__ = [
     "TimmBackbone",

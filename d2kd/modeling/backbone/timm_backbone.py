@@ -28,9 +28,9 @@ from .timm_networks import (
     freeze,
     gives_nhwc,
     layers_to_the_end,
-    read_pretrained,
     set_norms,
 )
+from .timm_weights import read_pretrained
 
 logger = logging.getLogger(__name__)
 

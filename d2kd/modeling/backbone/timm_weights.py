@@ -1,0 +1,82 @@
+"""Pretrained weights of timm: read without running code in a file, and fitted to a network as timm does."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from d2kd.errors import ConfigError
+
+from ..checkpoint_files import read_checkpoint
+from ..pretrained_names import unpacked
+from .timm_networks import DOWNLOAD, first_line, pretrained_config
+
+
+class Pretrained(NamedTuple):
+    """What `MODEL.TIMM.WEIGHTS` gives: a network like ours with these weights, and what of it they do not fill."""
+
+    state: Mapping[str, torch.Tensor]
+    #: Names of parameters that keep their initialization, such as those of a classifier for other classes.
+    left: list[str]
+
+
+def read_pretrained(
+    build: Callable[..., nn.Module], name: str, weights: str, arguments: Mapping[str, Any]
+) -> Pretrained:
+    """Returns the weights that a configuration names, fitted to a network as timm does when it builds one.
+
+    Args:
+        build: `create` or `create_features`.
+        name: of the network.
+        weights: a file, or `DOWNLOAD`.
+        arguments: of `build`.
+
+    Raises:
+        ConfigError: the file cannot be read, does not fit, or cannot be downloaded.
+    """
+    overlay: dict[str, Any] = {}
+    known = pretrained_config(name)
+    classifier, classes = known.get("classifier"), known.get("num_classes")
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    if weights != DOWNLOAD:
+        state = _read_file(weights)  # here, where no code in a file is run
+        found = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
+        classes = found[0] if found else classes
+        overlay = {"state_dict": state, "custom_load": False, "num_classes": classes}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            source = build(
+                name, pretrained=True, **arguments, **({"pretrained_cfg_overlay": overlay} if overlay else {})
+            )
+    except ConfigError as error:
+        cause = error.__cause__
+        reason = first_line(cause if isinstance(cause, Exception) else error)
+        what = f"{weights!r}, which does not fit" if overlay else "download, which fails for"
+        raise ConfigError(
+            f"MODEL.TIMM.WEIGHTS is {what} {name}: {reason}. Give the path of a file with its weights, or ''."
+        ) from error
+    state = source.state_dict()
+    other = arguments.get("num_classes") not in (None, classes)
+    return Pretrained(state, [key for key in state if other and key.startswith(tuple(f"{head}." for head in heads))])
+
+
+def _read_file(path: str) -> Mapping[str, torch.Tensor]:
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"MODEL.TIMM.WEIGHTS is {path!r}: there is no such file. Give a file of timm's, {DOWNLOAD!r}, or "
+            "'' for none."
+        )
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = unpacked(read_checkpoint(path))
+    except Exception as error:
+        raise ConfigError(f"MODEL.TIMM.WEIGHTS is {path!r}, which cannot be read: {first_line(error)}.") from error
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConfigError(f"MODEL.TIMM.WEIGHTS is {path!r}, which holds no dictionary of weights.")
+    return state
