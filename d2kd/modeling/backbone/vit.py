@@ -15,7 +15,7 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
 
 
 def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
-    """ViT and simple feature pyramid (arXiv 2203.16527): "p2" to "p5", and "p6" by pooling.
+    """ViT and simple feature pyramid (arXiv 2203.16527): "p2" to "p5", and "p6" by pooling where there is a "p5".
 
     Reads MODEL.VIT, MODEL.FPN.OUT_CHANNELS and MODEL.FPN.NORM. Parameters have ViTDet's names: "backbone.net..." and
     "backbone.simfp_2..." to "backbone.simfp_5...".
@@ -29,7 +29,7 @@ def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeatur
         in_feature="last_feat",
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         scale_factors=tuple(node.SCALE_FACTORS),
-        top_block=LastLevelMaxPool(),
+        top_block=LastLevelMaxPool() if node.PATCH_SIZE / 32 in node.SCALE_FACTORS else None,  # it pools p5
         norm=cfg.MODEL.FPN.NORM,
         square_pad=node.SQUARE_PAD,
     )
@@ -94,7 +94,8 @@ declare_keys(  # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, h
     PRETRAIN_USE_CLS_TOKEN=setting(True, "Whether the table of positions of the pre-training has a class token."),
     SCALE_FACTORS=setting(
         [4.0, 2.0, 1.0, 0.5],
-        "Sizes of the pyramid's levels relative to the transformer's map, finest first.",
+        "Sizes of the pyramid's levels relative to the transformer's map, finest first; p6 is pooled from p5, of stride "
+        "32, where that is among them.",
         rule=Rule(
             "must be consecutive ones of 4, 2, 1, 0.5",
             lambda values: 0 < len(values) and values == [x for x in (4, 2, 1, 0.5) if values[0] >= x >= values[-1]],
@@ -113,12 +114,6 @@ def check_vit(cfg: CfgNode) -> None:
     """As `check_vit_node`, where the backbone is this one; others may have it in another form."""
     if cfg.MODEL.BACKBONE.NAME == "build_vit_sfp_backbone":
         check_vit_node(cfg.MODEL.VIT)
-        p5 = cfg.MODEL.VIT.PATCH_SIZE / 32
-        if p5 not in cfg.MODEL.VIT.SCALE_FACTORS:
-            raise ConfigError(
-                f"MODEL.VIT.SCALE_FACTORS is {cfg.MODEL.VIT.SCALE_FACTORS!r}; it must have {p5:g} with PATCH_SIZE "
-                f"{cfg.MODEL.VIT.PATCH_SIZE}: p6 is pooled from p5, of stride 32."
-            )
 
 
 def check_vit_node(node: CfgNode) -> None:
