@@ -81,7 +81,7 @@ def _masked(student: str, method: str) -> dict[str, Entry]:
     entries = {
         "baseline": Entry(student, distils=False),
         "whole teacher": Entry(recipe, [f"DISTILL.{method}.TEACHER_PASS", "auto"]),
-        "half of it, student's choice": Entry(recipe),
+        "half of it, by the student": Entry(recipe),
         "half of it, at random": Entry(recipe, anywhere),
     }
     if detector:
