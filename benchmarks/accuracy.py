@@ -74,7 +74,16 @@ class Bench:
     def teacher(self, tokens: bool) -> bool:
         """Trains the teacher, and learns its tokens where they are needed."""
         steps = ["SOLVER.MAX_ITER", self.length.teacher, "SOLVER.IMS_PER_BATCH", self.length.teacher_images]
-        command = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{self.suite.teacher}.yaml"]
+        command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{self.suite.teacher}.yaml"]
+        if self.suite.grand_teacher:
+            config, folder = (
+                CONFIGS / f"{self.suite.grand_teacher}.yaml",
+                self.teacher_folder.with_name("grand_teacher"),
+            )
+            if not self.run(folder, [*command[:-1], config, "TEST.EVAL_PERIOD", 0]):
+                return False
+            command += ["--teacher-config", config, "--teacher-weights", folder / "model_final.pth"]
+            steps += ["DISTILL.TEACHER.EVAL_FIRST", False]
         if not self.run(self.teacher_folder, [*command, *steps, "TEST.EVAL_PERIOD", 0]):
             return False
         tokens_file = CONFIGS / f"{self.suite.teacher}_tokens.yaml"

@@ -73,14 +73,13 @@ _MOBILENET: dict[str, Entry] = {
 _RANDOM = ["DISTILL.MASKED_TEACHER.SELECTOR", "random", "DISTILL.MASKED_TEACHER.EXPLORE", 0.0]
 
 
-def _masked(student: str, method: str) -> dict[str, Entry]:
+def _masked(student: str, *methods: str, detector: bool = False) -> dict[str, Entry]:
     """A student alone, and from a teacher that sees all patches, half of them as the student looks, or any half."""
-    detector = method == "FEATURE_MIMIC"
     anywhere = [*_RANDOM, "DISTILL.MASKED_TEACHER.MUST_KEEP", False] if detector else _RANDOM
     recipe = f"{student}_MaskedTeacher"
     entries = {
         "baseline": Entry(student, distils=False),
-        "whole teacher": Entry(recipe, [f"DISTILL.{method}.TEACHER_PASS", "auto"]),
+        "whole teacher": Entry(recipe, [x for m in methods for x in (f"DISTILL.{m}.TEACHER_PASS", "auto")]),
         "half of it, by the student": Entry(recipe),
         "half of it, at random": Entry(recipe, anywhere),
     }
@@ -102,6 +101,7 @@ class Suite(NamedTuple):
     lengths: dict[str, Length]
     entries: dict[str, Entry]
     teacher_folder: str  # a suite may share that of another
+    grand_teacher: str = ""  # the configuration of the teacher that its teacher learns from
     sets_images: bool = True  # whether a student's command has its images an iteration, or its configuration alone
 
     @property
@@ -145,9 +145,10 @@ SUITES = {
         teacher="classifier_vit_teacher",
         metric="classification/top1",
         called="% top-1",
-        lengths={"short": Length(2000, 600, 64, 64)},
-        entries=_masked("classifier_vit_student", "LOGIT_KD"),
+        lengths={"short": Length(2000, 800, 64, 64)},
+        entries=_masked("classifier_vit_student", "FEATURE_MIMIC", "LOGIT_KD"),
         teacher_folder="masked-classification",
+        grand_teacher="classifier_resnet_32",
     ),
     "masked-vit": Suite(
         folder="masked-vit",
@@ -155,7 +156,7 @@ SUITES = {
         metric="bbox/AP",
         called="AP",
         lengths={"short": Length(2000, 1000, 16)},
-        entries=_masked("retinanet_vit_student", "FEATURE_MIMIC"),
+        entries=_masked("retinanet_vit_student", "FEATURE_MIMIC", detector=True),
         teacher_folder="masked-vit",
         sets_images=False,
     ),
@@ -165,7 +166,7 @@ SUITES = {
         metric="bbox/AP",
         called="AP",
         lengths={"short": Length(2000, 700, 16)},
-        entries=_masked("retinanet_student", "FEATURE_MIMIC"),
+        entries=_masked("retinanet_student", "FEATURE_MIMIC", detector=True),
         teacher_folder="masked-vit",
         sets_images=False,
     ),

@@ -111,6 +111,19 @@ def test_classifiers_have_their_teacher_and_their_table(accuracy, tmp_path):
     ]
 
 
+def test_a_teacher_may_have_learned_from_another_one(accuracy):
+    lines = accuracy("--suite", "masked-classification", "--seeds", 1, "--only", "half of it, by the student")
+    root, recipe = "output/accuracy/masked-classification/short", "configs/PhotoDigits/classifier"
+    assert [line[-1] for line in lines] == [
+        f"{root}/{name}" for name in ("grand_teacher", "teacher", "half_of_it_by_the_student/seed1")
+    ]
+    first, teacher, student = map(" ".join, lines)
+    assert f"{recipe}_resnet_32.yaml TEST.EVAL_PERIOD 0" in first
+    weights = f"--teacher-config {recipe}_resnet_32.yaml --teacher-weights {root}/grand_teacher/model_final.pth"
+    assert f"{recipe}_vit_teacher.yaml {weights}" in teacher
+    assert f"--teacher-config {recipe}_vit_teacher.yaml --teacher-weights {root}/teacher/model_final.pth" in student
+
+
 def test_weights_are_tried_for_the_rows_of_a_suite(accuracy, tmp_path):
     lines = accuracy("--suite", "classification", "--tune", "--only", "LogitKD", "baseline")
     root = "output/accuracy/classification/short"
