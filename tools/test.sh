@@ -6,5 +6,7 @@ if [ $# -eq 0 ]; then
   ruff check .
   ruff format --check .
   mypy
+  # a process for each core: most tests take one, and many wait for programs that they start
+  set -- --numprocesses auto --dist worksteal
 fi
 exec python -m pytest "$@"
