@@ -1,4 +1,7 @@
-"""Reads the recordings of segmentation networks, and the names and layouts that they have for our parameters."""
+"""Reads the recordings of segmentation networks, and the names that they have for our parameters.
+
+Of the largest files some gradients are left out here; whoever has them whole can name their directory.
+"""
 
 import json
 import os
