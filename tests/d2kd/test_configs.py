@@ -17,6 +17,7 @@ from d2kd.distillers.receptive_tokens import LearnedLevel, TokenFile
 from d2kd.distillers.receptive_tokens.tokens import Tokens
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.modeling import build, is_distillation, teacher_config
+from d2kd.modeling.taps import describe_taps
 from d2kd.token_learning import TokenTrainer
 from d2kd.token_learning import trainer as token_trainer
 from detectron2.config import CfgNode
@@ -94,8 +95,9 @@ class RandomLoader:
 
 
 def give_tokens(cfg: CfgNode, teacher: nn.Module, path: Path) -> None:
-    """Writes random receptive tokens for every feature of the teacher's backbone."""
-    shapes = teacher.backbone.output_shape()
+    """Writes random receptive tokens for every feature of the teacher's backbone, or those that are asked for."""
+    node = cfg.DISTILL.RECEPTIVE_TOKENS
+    shapes = {**teacher.backbone.output_shape(), **describe_taps(teacher, node.TOKEN_TAPS or node.TAPS)}
     levels = {tap: LearnedLevel(Tokens(torch.randn(2, s.channels), None, None), 0.0) for tap, s in shapes.items()}
     TokenFile(weights_checksum(teacher.state_dict()), levels, 1).save(str(path))
     cfg.DISTILL.RECEPTIVE_TOKENS.FILE = str(path)

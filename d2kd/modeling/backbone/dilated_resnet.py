@@ -8,6 +8,7 @@ from fvcore.nn import weight_init
 from torch import Tensor
 
 from d2kd.config import config_check, declare_keys, get_key
+from d2kd.detectron2_keys import RESNETS
 from d2kd.errors import ConfigError
 from d2kd.settings import setting
 from detectron2.config import CfgNode
@@ -187,11 +188,13 @@ def _conv3x3(in_channels: int, out_channels: int, norm: str, stride: int = 1, di
 def check_dilated_resnet(cfg: CfgNode) -> None:
     """
     Raises:
-        ConfigError: dilations that no stride makes room for, parts that this backbone lacks, or its keys with another.
+        ConfigError: dilations that no stride makes room for, parts that this backbone lacks, or its keys with another
+            ResNet.
     """
     node = cfg.MODEL.RESNETS
     if cfg.MODEL.BACKBONE.NAME != NAME:
-        _check_unused(cfg)
+        if cfg.MODEL.BACKBONE.NAME in RESNETS:
+            _check_unused(cfg)
         return
     allowed = (4,) if node.RES4_DILATION == 2 else (1, 2)
     if node.RES5_DILATION not in allowed:
