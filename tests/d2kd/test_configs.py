@@ -54,8 +54,9 @@ def what_runs(path: Path) -> str:
         model.WEIGHTS = model.TIMM.WEIGHTS = model.TORCHVISION.WEIGHTS = ""
     cfg.DISTILL.TEACHER.CONFIG_FILE = cfg.DISTILL.TEACHER.WEIGHTS = ""
     solver = cfg.SOLVER
-    rest = [cfg.DISTILL, cfg.INPUT.FORMAT, solver.OPTIMIZER, solver.CLIP_GRADIENTS, solver.AMP, solver.ACCUMULATE]
-    return "".join(map(str, [*models, *rest, solver.EMA]))
+    rest = [cfg.INPUT.FORMAT, solver.OPTIMIZER, solver.CLIP_GRADIENTS, solver.AMP, solver.ACCUMULATE, solver.EMA]
+    distill = [cfg.DISTILL] if len(models) == 2 else []  # the tokens of a teacher are learned in a test of their own
+    return "".join(map(str, [*models, *distill, *rest]))
 
 
 def groups() -> dict[str, list[Path]]:
