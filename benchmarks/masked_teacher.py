@@ -6,7 +6,9 @@
 
 Classifiers are timm's, on 32 images of 224 pixels; the detector's transformer is ViT-B of ViTDet, on one image, with
 patches that are chosen in clusters, as saliency is. Both take turns; time is that of the processor, as medians.
-Multiply-adds are those of linear layers, convolutions and attention, counted while the pass runs.
+Multiply-adds are those of linear layers, convolutions and attention, counted while the pass runs. A second table has
+the time that it takes to choose the patches (saliency and selection) over that of a step: the student's forward and
+backward pass, and the teacher's on half of its patches.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.layers import gather_tokens
+from d2kd.modeling.teacher_passes.saliency import build_saliency
 from d2kd.modeling.teacher_passes.selection import Selection, select
 from d2kd.modeling.teacher_passes.sparse_vit import SparseViT
 from detectron2.modeling.backbone.vit import ViT
@@ -124,6 +127,46 @@ def rows(name: str, calls: list[Callable[[], object]], repeats: int) -> None:
         print(f"| {name} | {ratio:g} | {count / 1e9:.2f} | {count / counts[0]:.3f} | {share:.3f} |", flush=True)
 
 
+def choosing(pair: str, student: nn.Module, images: Tensor, teacher: Callable[[Tensor], object], repeats: int) -> None:
+    """Prints what choosing half of the patches costs, over a step of `student`; `teacher` takes those."""
+    saliency = build_saliency("attention", student)
+    shares = []
+    for _ in range(repeats):
+        start = time.process_time()
+        with saliency.watch() as seen:
+            out = student(images)
+        forward = time.process_time()
+        scores, _ = saliency(seen)
+        kept = select(Selection(), scores, torch.ones_like(scores, dtype=torch.bool))
+        chosen = time.process_time()
+        teacher(kept)
+        (out if isinstance(out, Tensor) else out["last_feat"]).square().mean().backward()
+        end = time.process_time()
+        shares.append((chosen - forward) / (end - start))
+    print(f"| {pair} | {100 * statistics.median(shares):.2f} % |", flush=True)
+
+
+def choices(images: int, side: int, repeats: int) -> None:
+    """Prints what choosing costs, for a classifier and a detector."""
+    small, base = timm.create_model("deit_small_patch16_224"), timm.create_model("deit_base_patch16_224").eval()
+    batch = torch.randn(images, 3, 224, 224)
+
+    @torch.no_grad()
+    def classify(kept: Tensor) -> None:
+        with base.blocks.register_forward_pre_hook(lambda m, args: (gather_tokens(args[0], kept, 1),)):
+            base(batch)
+
+    choosing(f"DeiT-S from DeiT-B, {images} images", small, batch, classify, repeats)
+    windows = [i for i in range(12) if i not in (2, 5, 8, 11)]
+    student = ViT(img_size=side, window_block_indexes=windows, **{**VITB, "embed_dim": 384, "num_heads": 6})
+    sparse, image = (
+        SparseViT(ViT(img_size=side, window_block_indexes=windows, **VITB).eval()),
+        torch.randn(1, 3, side, side),
+    )
+    detect = torch.no_grad()(lambda kept: sparse(image, kept))
+    choosing(f"ViT-S from ViT-B, {side} px", student, image, detect, repeats)
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,6 +184,8 @@ def main() -> None:
         rows(name, classifier_calls(name, args.images), args.repeats)
     for side in args.sides:
         rows(f"ViT-B, {side} px", detector_calls(side), args.repeats)
+    print("\n| pair | choosing the patches, over a step |\n| --- | ---: |")
+    choices(args.images, min(args.sides, default=512), args.repeats)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,25 @@ _MOBILENET: dict[str, Entry] = {
     **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
 
+_RANDOM = ["DISTILL.MASKED_TEACHER.SELECTOR", "random", "DISTILL.MASKED_TEACHER.EXPLORE", 0.0]
+
+
+def _masked(student: str, method: str) -> dict[str, Entry]:
+    """A student alone, and from a teacher that sees all patches, half of them as the student looks, or any half."""
+    detector = method == "FEATURE_MIMIC"
+    anywhere = [*_RANDOM, "DISTILL.MASKED_TEACHER.MUST_KEEP", False] if detector else _RANDOM
+    recipe = f"{student}_MaskedTeacher"
+    entries = {
+        "baseline": Entry(student, distils=False),
+        "whole teacher": Entry(recipe, [f"DISTILL.{method}.TEACHER_PASS", "auto"]),
+        "half of it, by the student": Entry(recipe),
+        "half of it, at random": Entry(recipe, anywhere),
+    }
+    if detector:
+        entries["half of it, objects, the rest at random"] = Entry(recipe, _RANDOM, ablation=True)
+    return entries
+
+
 _DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
 
 
@@ -119,6 +138,35 @@ SUITES = {
         lengths=_DETECTION_LENGTHS,
         entries=_MOBILENET,
         teacher_folder="",
+        sets_images=False,
+    ),
+    "masked-classification": Suite(
+        folder="masked-classification",
+        teacher="classifier_vit_teacher",
+        metric="classification/top1",
+        called="% top-1",
+        lengths={"short": Length(2000, 600, 64, 64)},
+        entries=_masked("classifier_vit_student", "LOGIT_KD"),
+        teacher_folder="masked-classification",
+    ),
+    "masked-vit": Suite(
+        folder="masked-vit",
+        teacher="retinanet_vit_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths={"short": Length(2000, 1000, 16)},
+        entries=_masked("retinanet_vit_student", "FEATURE_MIMIC"),
+        teacher_folder="masked-vit",
+        sets_images=False,
+    ),
+    "masked-resnet": Suite(
+        folder="masked-resnet",
+        teacher="retinanet_vit_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths={"short": Length(2000, 700, 16)},
+        entries=_masked("retinanet_student", "FEATURE_MIMIC"),
+        teacher_folder="masked-vit",
         sets_images=False,
     ),
 }

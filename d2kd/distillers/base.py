@@ -196,7 +196,7 @@ class Distiller(Configurable, nn.Module):
                 # positions that the teacher did not compute may hold anything, even NaN
                 whole = teacher[theirs.name].where(known[:, None], 0)
                 s, t = self.aligned(level, student, {theirs.name: whole})
-                known = align_validity(known, self._stride_ratios[level] or 1.0, (s.shape[-2], s.shape[-1]))
+                known = self.align_valid(level, known, (s.shape[-2], s.shape[-1]))
                 loss = self._loss(level, s, t, valid=known)  # it takes `valid`, see `takes_validity`
             losses[ours.name] = self.weight_of(level) * loss
         return losses
@@ -232,6 +232,16 @@ class Distiller(Configurable, nn.Module):
         if ratio is None or (ratio == 1.0 and s.shape[-2:] == t.shape[-2:]):
             return s, t
         return align_resolution(s, t, ratio)
+
+    def align_valid(self, level: int, valid: Tensor, size: tuple[int, int]) -> Tensor:
+        """Returns where the teacher's map of a pair, as `aligned` gives it, is known: (N, H, W) bool.
+
+        Args:
+            level: number of the pair.
+            valid: (N, Ht, Wt) bool, where it was computed.
+            size: H and W.
+        """
+        return align_validity(valid, self._stride_ratios[level] or 1.0, size)
 
     def teacher_feature(self, level: int, teacher: FeatureMaps) -> Tensor:
         """Returns the teacher's feature of a pair, with its classes in the student's order where it predicts them."""

@@ -1,12 +1,13 @@
 """Divergences between the predictions of two classifiers, softened by a temperature."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2kd.layers import upcast_half
 
 
-def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
     """T^2 KL(softmax(t/T) || softmax(s/T)) over the classes (Hinton et al., arXiv 1503.02531, section 2).
 
     T^2 keeps the gradient's size when T changes.
@@ -15,15 +16,41 @@ def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
         student: logits (N, K) or (N, K, H, W).
         teacher: the same shape, takes no gradient.
         temperature: T, above 0.
+        valid: (N, H, W) bool, the positions that count; None is all.
 
     Returns:
-        A scalar: the mean over rows (and positions); 0, and connected to the student, where there are none.
+        A scalar: the mean over rows (and valid positions); 0, and connected to the student, where there are none.
     """
-    total = _categorical(student, teacher, temperature, dim=1)
-    return temperature**2 * total / max(1, student.numel() // student.shape[1])
+    divergences = _categorical(student, teacher, temperature, dim=1).sum(1)
+    return temperature**2 * _mean(divergences, valid)
 
 
-def spatial_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def pooled_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, cells: int, valid: Tensor | None = None
+) -> Tensor:
+    """As `softmax_divergence`, of probabilities that are averaged over the student's pixels in each of the teacher's.
+
+    Args:
+        student: logits (N, K, H * cells, W * cells); what is missing at the lower and right border is left out.
+        teacher: logits (N, K, H, W), takes no gradient.
+        temperature: T, above 0.
+        cells: pixels of the student along the side of one of the teacher's.
+        valid: (N, H, W) bool, the teacher's pixels that count; None is all.
+
+    Returns:
+        A scalar; 0, and connected to the student, where no pixel is valid.
+    """
+    ours = (upcast_half(student) / temperature).softmax(1)
+    ours = F.avg_pool2d(ours, cells, ceil_mode=True, count_include_pad=False)
+    theirs = F.log_softmax(upcast_half(teacher) / temperature, 1)
+    height, width = min(ours.shape[2], theirs.shape[2]), min(ours.shape[3], theirs.shape[3])
+    ours, theirs = ours[..., :height, :width], theirs[..., :height, :width]
+    valid = None if valid is None else valid[:, :height, :width]
+    ours = ours.clamp(min=torch.finfo(ours.dtype).tiny).log()
+    return temperature**2 * _mean(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1), valid)
+
+
+def spatial_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
     """T^2 KL(softmax_hw(t/T) || softmax_hw(s/T)): each class is a distribution over positions.
 
     Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021), averaged over images and classes
@@ -33,46 +60,59 @@ def spatial_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
         student: logits (N, K, H, W).
         teacher: the same shape, takes no gradient.
         temperature: T, above 0.
+        valid: (N, H, W) bool, the positions that there are; None is all.
 
     Returns:
         A scalar.
     """
-    total = _categorical(student.flatten(2), teacher.flatten(2), temperature, dim=2)
-    return temperature**2 * total / max(1, student.shape[0] * student.shape[1])
+    if valid is not None:
+        known = valid[:, None]
+        # finite: an image without any position would have NaN gradients
+        student, teacher = (upcast_half(x).where(known, -1e4 * temperature) for x in (student, teacher))
+    divergences = _categorical(student.flatten(2), teacher.flatten(2), temperature, dim=2)
+    if valid is not None:
+        divergences = divergences.where(valid.flatten(1)[:, None], 0)
+    return temperature**2 * divergences.sum() / max(1, student.shape[0] * student.shape[1])
 
 
-def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def binary_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
     """T^2 KL(sigmoid(t/T) || sigmoid(s/T)) of independent binary classifiers, summed.
 
     Args:
         student: logits of any shape.
         teacher: the same shape, takes no gradient.
         temperature: T, above 0.
+        valid: (N, H, W) bool for logits (N, K, H, W), the positions that count; None is all.
 
     Returns:
         A scalar; 0, and connected to the student, for tensors without elements.
     """
     student, teacher = upcast_half(student) / temperature, upcast_half(teacher) / temperature
+    if valid is not None:
+        student, teacher = (x.where(valid[:, None], 0) for x in (student, teacher))
     target = teacher.sigmoid()
     cross_entropy = F.binary_cross_entropy_with_logits(student, target, reduction="sum")
     entropy = F.binary_cross_entropy_with_logits(teacher, target, reduction="sum")
     return temperature**2 * (cross_entropy - entropy)
 
 
-def hard_label_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def hard_label_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None
+) -> Tensor:
     """Cross entropy of the student to the teacher's most probable class ("hard" distillation, arXiv 2012.12877, eq. 3).
 
     Args:
         student: logits (N, K) or (N, K, H, W).
         teacher: the same shape, takes no gradient.
         temperature: has no effect.
+        valid: (N, H, W) bool, the positions that count; None is all.
 
     Returns:
-        A scalar: the mean over rows (and positions); 0, and connected to the student, where there are none.
+        A scalar: the mean over rows (and valid positions); 0, and connected to the student, where there are none.
     """
     if not student.numel():
         return student.sum()
-    return F.cross_entropy(upcast_half(student), teacher.argmax(1))
+    return _mean(F.cross_entropy(upcast_half(student), teacher.argmax(1), reduction="none"), valid)
 
 
 def soft_count(logits: Tensor) -> Tensor:
@@ -86,4 +126,11 @@ def soft_count(logits: Tensor) -> Tensor:
 def _categorical(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
     ours = F.log_softmax(upcast_half(student) / temperature, dim)
     theirs = F.log_softmax(upcast_half(teacher) / temperature, dim)
-    return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return F.kl_div(ours, theirs, reduction="none", log_target=True)
+
+
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean over all (valid) elements; 0, and connected, where there are none."""
+    if valid is None:
+        return values.sum() / max(1, values.numel())
+    return values.where(valid, 0).sum() / valid.sum().clamp(min=1)

@@ -43,6 +43,7 @@ from .hooks import (
     EvaluationHook,
     InterruptHook,
     ResultWriter,
+    build_masking_pictures,
 )
 from .resumable_trainer import ResumableTrainer
 from .writers import DistillPrinter, WandbWriter, check_wandb
@@ -141,13 +142,14 @@ class DistillTrainer(ResumableTrainer):
         )
 
     def extra_hooks(self) -> list[HookBase | None]:
-        """Returns calibration, moving average, checkpoints, evaluation, best checkpoint and result, in that order."""
+        """Returns calibration, average, checkpoints, pictures, evaluation, best checkpoint, result, in that order."""
         cfg = self.cfg
         ret: list[HookBase | None] = [
             CalibrationHook(self.distilled) if self.distilled is not None else None,
             EMAHook(self.ema) if self.ema is not None else None,
             CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
             InterruptHook(self._trainer),
+            build_masking_pictures(cfg, self.distilled) if comm.is_main_process() else None,
         ]
         if cfg.DATASETS.TEST:
             ret.append(EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluate))

@@ -3,7 +3,7 @@
 from .align import align_resolution, align_validity
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
-from .tokens import attention_saliency, gather_tokens, resample_saliency, scatter_tokens
+from .tokens import attention_saliency, gather_tokens, ranks_of, resample_saliency, scatter_tokens
 
 __all__ = [
     "MASK_KINDS",
@@ -16,6 +16,7 @@ __all__ = [
     "gather_tokens",
     "keep_mask",
     "normalize",
+    "ranks_of",
     "resample_saliency",
     "scatter_tokens",
     "squared_error",

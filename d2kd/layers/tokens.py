@@ -44,6 +44,21 @@ def resample_saliency(saliency: Tensor, ratio: float, grid: tuple[int, int]) -> 
     return F.pad(maps, (0, missing[1], 0, missing[0]))[:, 0]  # negative ones crop
 
 
+def ranks_of(scores: Tensor) -> Tensor:
+    """Returns the rank of each score in its row, ascending and in (0, 1); equal ones rank by their places.
+
+    Args:
+        scores: (N, K).
+
+    Returns:
+        (N, K), multiples of 1 / (K + 1).
+    """
+    order = scores.argsort(dim=1, stable=True)
+    ranks = torch.empty_like(scores)
+    steps = torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=scores.dtype) / (scores.shape[1] + 1)
+    return ranks.scatter_(1, order, steps.expand_as(scores))
+
+
 def gather_tokens(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:
     """Returns the tokens before the patches, and the kept ones of these.
 

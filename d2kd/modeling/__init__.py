@@ -1,6 +1,6 @@
 """Architectures, taps, the teacher and its passes, and the distilled model."""
 
-from . import backbone, meta_arch  # registers them
+from . import backbone, meta_arch, sem_seg  # registers them
 from .architectures import ArchitectureError, build_network, num_classes
 from .balance import BalanceError, GradientBalance
 from .build import MethodError, build_distilled_model, initialize_student, is_distillation
@@ -34,5 +34,6 @@ __all__ = [
     "meta_arch",
     "num_classes",
     "read_teacher_config",
+    "sem_seg",
     "teacher_config",
 ]

@@ -1,18 +1,20 @@
-"""Pictures: training curves, what models find or say side by side, what masking a teacher costs."""
+"""Pictures: training curves, what models find or say side by side, which patches a masked teacher computes."""
 
 from d2kd.visualization.classifications import classification_sheet, differing, read_classifications
 from d2kd.visualization.curves import TrainingLog, read_training_log, training_curves
 from d2kd.visualization.detections import detection_grid, read_predictions
-from d2kd.visualization.masking import masking_plot
+from d2kd.visualization.masking import kept_picture, masking_plot, sheet
 
 __all__ = [
     "TrainingLog",
     "classification_sheet",
     "detection_grid",
     "differing",
+    "kept_picture",
     "masking_plot",
     "read_classifications",
     "read_predictions",
     "read_training_log",
+    "sheet",
     "training_curves",
 ]

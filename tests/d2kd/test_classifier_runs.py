@@ -275,9 +275,13 @@ def test_a_run_with_a_masked_teacher_resumes_bit_equal(write, masked, tmp_path, 
     keys = {**masked, **MIXED, **{f"DISTILL.MASKED_TEACHER.{key}": value for key, value in changes.items()}}
     path = write(network="deit_tiny_patch16_224", **keys)
     run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
-    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
-    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    drawn = {"OUTPUT_DIR": str(tmp_path / "parts"), "DISTILL__MASKED_TEACHER__VIS_PERIOD": 2}  # which changes nothing
+    run_training(path, stop_at=3, **drawn)
+    run_training(path, resume=True, **drawn)
     assert same_tensors(*(read_checkpoint(tmp_path / part)["model"] for part in ("whole", "parts")))
+    pictures = {path.stem for path in (tmp_path / "parts/masking").glob("*.png")}
+    assert pictures == {"0000001", "0000002", "0000003", "0000004", "0000006", "progress"}
+    assert not (tmp_path / "whole/masking").exists()
 
 
 def test_a_masked_teacher_in_two_processes_stays_in_step(write, masked, tmp_path):

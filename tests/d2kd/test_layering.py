@@ -50,6 +50,7 @@ ALLOWED = {
         "rng",
         "runtime",
         "settings",
+        "visualization",
     },
     "token_learning": {
         "config",

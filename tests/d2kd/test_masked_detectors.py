@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from models import FASTER_RCNN, RETINANET, batch, config, write_teacher
+from models import FASTER_RCNN, NARROW, RETINANET, batch, config, write_teacher
 from test_fcos_vit import VIT_RCNN
 
 from d2kd.errors import ConfigError
 from d2kd.modeling import build_distilled_model
-from d2kd.modeling.teacher_passes.saliency import EvidenceSaliency, MagnitudeSaliency, ReceivedAttention
+from d2kd.modeling.teacher_passes.saliency import (
+    EvidenceSaliency,
+    MagnitudeSaliency,
+    RankedSaliency,
+    ReceivedAttention,
+)
 from d2kd.modeling.teacher_passes.selection import Selection, patches_of_objects, select, valid_patches
 from d2kd.modeling.teacher_passes.sparse_vit import vit_of
 from detectron2.utils.events import EventStorage
@@ -45,7 +50,7 @@ def features(net, inputs):
 
 @pytest.mark.parametrize(
     "student, saliency",
-    [("RetinaNet", EvidenceSaliency), ("FasterRCNN", MagnitudeSaliency), ("ViT", ReceivedAttention)],
+    [("RetinaNet", EvidenceSaliency), ("FasterRCNN", EvidenceSaliency), ("ViT", ReceivedAttention)],
 )
 def test_students_of_every_kind_steer_the_teacher(tmp_path, student, saliency):
     net = distilled(tmp_path, student)
@@ -133,6 +138,146 @@ def test_received_attention_is_that_of_the_last_global_block(golden):
     assert torch.equal(kept, recorded["kept_sorted"].long())
 
 
+def test_an_rcnn_looks_where_its_proposals_are(tmp_path):
+    net = distilled(tmp_path, "FasterRCNN")
+    saliency = net.passes.others["MaskedTeacher"].saliency
+    head = net.student.proposal_generator.rpn_head
+    seen = []
+    head.objectness_logits.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+    with EventStorage(), saliency.watch() as guidance:
+        net.student(batch())
+    scores, stride = saliency(guidance)
+    assert stride == net.student.backbone.output_shape()[net.student.proposal_generator.in_features[0]].stride
+    assert torch.allclose(scores.amax((1, 2)), torch.stack([x.sigmoid().amax((1, 2, 3)) for x in seen]).amax(0))
+
+
+def test_both_is_the_mean_of_the_ranks(tmp_path):
+    net = distilled(tmp_path, DISTILL__MASKED_TEACHER__SALIENCY="both")
+    saliency = net.passes.others["MaskedTeacher"].saliency
+    assert isinstance(saliency, RankedSaliency)
+    assert isinstance(saliency.first, EvidenceSaliency) and isinstance(saliency.second, MagnitudeSaliency)
+    step(net)
+    one, two = torch.tensor([[[0.1, 0.9], [0.5, 0.2]]]), torch.tensor([[[1e6, 0.0], [0.0, 3.0]]])
+    saliency.first = saliency.second = lambda seen: (seen, 16.0)
+    scores, stride = saliency((one, two))
+    # ranks of 1 to 4, over 5: equal ones by their places
+    assert torch.allclose(scores, torch.tensor([[[1 + 4, 4 + 1], [3 + 2, 2 + 3]]]) / 10) and stride == 16
+    assert isinstance(
+        distilled(tmp_path, "ViT", DISTILL__MASKED_TEACHER__SALIENCY="both")
+        .passes.others["MaskedTeacher"]
+        .saliency.second,
+        ReceivedAttention,
+    )
+
+
+# ---- segmentors ----
+
+SEMANTIC = {
+    **NARROW,
+    "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 5,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+}
+LINEAR_SEGMENTOR = {
+    **{key: value for key, value in VIT_RCNN.items() if key.startswith("MODEL.VIT")},
+    "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
+    "MODEL.BACKBONE.NAME": "build_vit_backbone",
+    "MODEL.SEM_SEG_HEAD.NAME": "LinearSemSegHead",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["last_feat"],
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 5,
+    "MODEL.SEM_SEG_HEAD.NORM": "LN",
+}
+
+
+def segmentor(tmp_path, form="patch", **changes):
+    named = write_teacher(tmp_path, config(LINEAR_SEGMENTOR))
+    keys = {"DISTILL__METHODS": ["LogitKD"], "DISTILL__LOGIT_KD__FORM": form, **changes}
+    keys = {"DISTILL__LOGIT_KD__TEACHER_PASS": "MaskedTeacher", "DISTILL__INIT_FROM_TEACHER__ENABLED": False, **keys}
+    return build_distilled_model(config(SEMANTIC, **named, **keys)).train()
+
+
+@pytest.mark.parametrize("form", ["patch", "auto", "softmax", "hard"])
+def test_a_segmentor_learns_from_the_kept_patches(tmp_path, form):
+    net, inputs = segmentor(tmp_path, form), with_labels(batch())
+    losses = step(net, inputs)
+    (loss,) = [loss for name, loss in losses.items() if name.startswith("distill/")]
+    assert loss.isfinite() and loss > 0
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.student.parameters())
+    assert isinstance(net.passes.others["MaskedTeacher"].saliency, EvidenceSaliency)  # where it is undecided
+
+
+def test_the_loss_of_patches_is_that_of_the_means_over_them(tmp_path):
+    net, inputs = segmentor(tmp_path), with_labels(batch([(128, 128), (128, 128)]))
+    distiller = net.distillers["LogitKD"]
+    (pair,) = distiller.pairs
+    found = features(net, inputs)
+    logits, valid = found.maps[pair.teacher.name], found.valid[pair.teacher.name]
+    assert valid.flatten(1).sum(1).tolist() == [32, 32]
+    student = torch.randn(2, 5, 32, 32, requires_grad=True)
+    loss = distiller({pair.student.name: student}, found.maps, found.valid)[pair.student.name]
+    total = torch.zeros(())
+    for n, y, x in valid.nonzero().tolist():
+        ours = student[n, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].softmax(0).mean((1, 2))
+        theirs = logits[n, :, y, x].softmax(0)
+        total = total + (theirs * (theirs.log() - ours.log())).sum()
+    assert torch.allclose(loss, total / valid.sum(), rtol=1e-5)
+    (gradient,) = torch.autograd.grad(loss, student)
+    dropped = ~valid.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert not gradient.abs().sum(1)[dropped].any() and gradient.abs().sum(1)[~dropped].any()
+
+
+def test_scores_of_kept_patches_are_those_of_the_head(tmp_path):
+    net = segmentor(tmp_path, DISTILL__MASKED_TEACHER__KEEP=64)
+    inputs = with_labels(batch([(128, 128), (128, 128)]))
+    (tap,) = net.passes.others["MaskedTeacher"].taps
+    found = features(net, inputs)
+    with torch.no_grad():
+        model = net.teacher.model
+        whole = model.sem_seg_head.layers(model.backbone(model.preprocess_image(net.teacher.prepare(inputs)).tensor))
+    assert torch.allclose(found.maps[tap], whole, atol=1e-4)
+
+
+def test_a_head_that_sees_neighbours_is_one_line(tmp_path):
+    from d2kd.modeling.sem_seg import LinearSemSegHead
+
+    net = segmentor(tmp_path, DISTILL__LOGIT_KD__TEACHER_PASS="auto")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match=r"no sem_seg_head.predictor"):
+        patch.setattr(LinearSemSegHead, "token_local", False)
+        segmentor(tmp_path)
+    assert step(net, with_labels(batch()))
+
+
+def test_a_linear_head_trains_and_labels_images_of_its_own_size(tmp_path):
+    from d2kd.modeling import build_network
+
+    model = build_network(config(LINEAR_SEGMENTOR), "student")
+    inputs = with_labels(batch())
+    loss = model.train()(inputs)["loss_sem_seg"]
+    assert loss > 0
+    for x in inputs:
+        x["sem_seg"] = torch.full_like(x["sem_seg"], 255)
+    ignored = model(inputs)["loss_sem_seg"]
+    assert ignored == 0 and ignored.requires_grad
+    with torch.no_grad():
+        for x, found in zip(inputs, model.eval()(inputs)):
+            assert found["sem_seg"].shape == (5, x["height"], x["width"])
+    for wrong, message in (
+        ({"MODEL__SEM_SEG_HEAD__NORM": "GN"}, r"NORM is 'GN'; LinearSemSegHead looks at each place by itself"),
+        ({"MODEL__SEM_SEG_HEAD__IN_FEATURES": ["p2"]}, r"IN_FEATURES is \['p2'\]; LinearSemSegHead takes one"),
+    ):
+        with pytest.raises(Exception, match=message):
+            build_network(config(LINEAR_SEGMENTOR, **wrong), "student")
+
+
+def with_labels(inputs):
+    for x in inputs:
+        x["sem_seg"] = torch.arange(x["image"][0].numel()).view(x["image"][0].shape) % 5
+    return inputs
+
+
 # ---- selection ----
 
 
@@ -203,7 +348,6 @@ def test_whole_windows_are_kept_one_after_the_other():
             r"UNIT is window, and the teacher has no windows",
         ),
         ({"teacher": {"MODEL__VIT__RESIDUAL_BLOCK_INDEXES": [1]}}, r"RESIDUAL_BLOCK_INDEXES"),
-        ({"student": "FasterRCNN", "DISTILL__MASKED_TEACHER__SALIENCY": "evidence"}, r"SALIENCY is evidence"),
         ({"DISTILL__MASKED_TEACHER__SALIENCY": "attention"}, r"SALIENCY is attention"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from models import batch
@@ -10,6 +11,7 @@ from test_masked_detectors import distilled
 
 from d2kd.errors import ConfigError
 from d2kd.modeling.teacher_passes.drift import Drift, Gate, measure_drift
+from d2kd.visualization import kept_picture, sheet
 
 
 def measured(net, images=2, ratios=(1.0, 0.25)):
@@ -40,6 +42,21 @@ def test_the_smallest_ratio_within_the_drift_of_a_resize_is_recommended():
     drifts += [Drift("random", 0.1, 0.0, 1.0)]
     assert Gate(drifts, 0.05, 10).recommended() == 0.5
     assert Gate(drifts, 0.005, 10).recommended() is None and Gate(drifts, 0.005, 10).recommended("random") == 0.1
+
+
+def test_kept_patches_are_drawn_as_they_are_and_dropped_ones_dark():
+    image = np.full((64, 128, 3), (200, 100, 50), np.uint8)
+    kept = np.zeros((8, 8), bool)  # a square of 128 pixels: the lower half is padding
+    kept[1, 2] = True
+    picture = kept_picture(image, kept, 16)
+    assert picture.shape == (192, 192, 3) and (picture[96:] == 255).all()
+    inside = np.zeros((192, 192), bool)
+    inside[24:48, 48:72] = True
+    assert (picture[inside] == (200, 100, 50)).all()
+    dropped = picture[:96][~inside[:96]]
+    assert (dropped < 50).all() and (dropped == dropped[:, :1]).all()  # dark, and gray
+    rows = sheet({"first": picture, "second": picture})
+    assert rows.shape[1] == 192 and rows.shape[0] > 2 * 192
 
 
 def test_a_teacher_that_is_not_masked_is_one_line(tmp_path):

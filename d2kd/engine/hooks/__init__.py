@@ -3,6 +3,7 @@
 from .best import BestCheckpoint, EarlyStop
 from .calibration import CalibrationHook
 from .evaluation import EvaluationHook
+from .masking import MaskingPictures, build_masking_pictures
 from .run import CheckpointHook, InterruptHook, ResultWriter, Terminated, WallTime
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "EarlyStop",
     "EvaluationHook",
     "InterruptHook",
+    "MaskingPictures",
     "ResultWriter",
     "Terminated",
     "WallTime",
+    "build_masking_pictures",
 ]

@@ -145,6 +145,10 @@ class Architecture:
             return [Prediction("linear", "class_logits", "image", activation="softmax")]
         return []
 
+    def evidence(self) -> list[Prediction]:
+        """Returns the layers that say at every place whether there is an object, or what the pixels are of."""
+        return [p for p in self.predictions() if p.kind == "class_logits" and p.location in ("anchor", "pixel")]
+
     def class_layers(self) -> list[ClassLayer]:
         """Returns the layers with outputs for every class, by their path: those of `predictions` here."""
         named = dict(self.model.named_modules())

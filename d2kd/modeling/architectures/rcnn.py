@@ -91,6 +91,10 @@ class GeneralizedRCNN(Architecture):
                 found.append(Prediction(f"{tap}.bbox_pred", "box_deltas", "region", number, requires=requires))
         return found
 
+    def evidence(self) -> list[Prediction]:
+        """Returns the objectness of the region proposal network, on every level."""
+        return _objectness(self.model)
+
     def class_layers(self) -> list[ClassLayer]:
         """Returns those of the box predictors and of the mask head."""
         masks = "roi_heads.mask_head.predictor"
@@ -103,6 +107,18 @@ class ProposalNetwork(Architecture):
     """Detectron2's region proposal network alone."""
 
     EVALUATOR_TYPES = ("coco", "cityscapes_instance")
+
+    def evidence(self) -> list[Prediction]:
+        """Returns the objectness, on every level."""
+        return _objectness(self.model)
+
+
+def _objectness(model: Any) -> list[Prediction]:
+    proposals: Any = getattr(model, "proposal_generator", None)
+    if not isinstance(getattr(getattr(proposals, "rpn_head", None), "objectness_logits", None), nn.Module):
+        return []
+    tap = "proposal_generator.rpn_head.objectness_logits"
+    return [Prediction(f"{tap}@{i}", "objectness", "anchor", level) for i, level in enumerate(proposals.in_features)]
 
 
 def is_region_tap(tap: str) -> bool:

@@ -15,7 +15,7 @@ from .timm_backbone import (
     build_timm_fpn_backbone,
 )
 from .torchvision_networks import TorchvisionNetwork
-from .vit import build_vit_sfp_backbone
+from .vit import build_vit_backbone, build_vit_sfp_backbone
 from .whole_networks import TimmNetwork, WholeNetwork
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "build_retinanet_timm_fpn_backbone",
     "build_timm_backbone",
     "build_timm_fpn_backbone",
+    "build_vit_backbone",
     "build_vit_sfp_backbone",
     "layer_decay_factors",
     "load_pretrained_network",

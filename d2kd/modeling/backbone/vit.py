@@ -1,4 +1,4 @@
-"""BACKBONE "build_vit_sfp_backbone": ViTDet's plain vision transformer and simple feature pyramid, from YAML."""
+"""BACKBONES "build_vit_backbone", ViTDet's plain vision transformer, and "build_vit_sfp_backbone", with its pyramid."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
 
 
 def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
-    """ViT and simple feature pyramid (arXiv 2203.16527): "p2" to "p5", and "p6" by pooling.
+    """ViT and simple feature pyramid (arXiv 2203.16527): "p2" to "p5", and "p6" by pooling where there is a "p5".
 
     Reads MODEL.VIT, MODEL.FPN.OUT_CHANNELS and MODEL.FPN.NORM. Parameters have ViTDet's names: "backbone.net..." and
     "backbone.simfp_2..." to "backbone.simfp_5...".
@@ -29,20 +29,49 @@ def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeatur
         in_feature="last_feat",
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         scale_factors=tuple(node.SCALE_FACTORS),
-        top_block=LastLevelMaxPool(),
+        top_block=LastLevelMaxPool() if node.PATCH_SIZE / 32 in node.SCALE_FACTORS else None,  # it pools p5
         norm=cfg.MODEL.FPN.NORM,
         square_pad=node.SQUARE_PAD,
     )
 
 
-def build_vit(node: CfgNode, in_channels: int) -> ViT:
+class PaddedViT(ViT):
+    """Detectron2's `ViT` as a backbone by itself: it says how images must be padded."""
+
+    #: Images are padded to squares of this side in pixels; 0 pads to whole patches only.
+    square_pad: int = 0
+
+    @property
+    def size_divisibility(self) -> int:
+        """The side of a patch in pixels."""
+        return int(self.patch_embed.proj.stride[0])
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """As Detectron2's backbones give them."""
+        return {"size_divisibility": self.size_divisibility, "square_size": self.square_pad}
+
+
+def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaddedViT:
+    """The transformer alone: "last_feat", of stride PATCH_SIZE. Reads MODEL.VIT.
+
+    Raises:
+        ConfigError: a value of MODEL.VIT is out of range.
+    """
+    network = build_vit(cfg.MODEL.VIT, input_shape.channels, PaddedViT)
+    assert isinstance(network, PaddedViT)
+    network.square_pad = cfg.MODEL.VIT.SQUARE_PAD
+    return network
+
+
+def build_vit(node: CfgNode, in_channels: int, of_class: type[ViT] = ViT) -> ViT:
     """The transformer that a node like MODEL.VIT describes; its output is "last_feat", of stride PATCH_SIZE.
 
     Raises:
         ConfigError: a value of the node is out of range.
     """
     check_vit_node(node)
-    return ViT(
+    return of_class(
         img_size=node.IMG_SIZE,
         patch_size=node.PATCH_SIZE,
         in_chans=in_channels,
@@ -65,7 +94,7 @@ def build_vit(node: CfgNode, in_channels: int) -> ViT:
     )
 
 
-declare_keys(  # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, here ViT-B, and its pyramid
+declare_keys(  # BACKBONE.NAME "build_vit_backbone" and "build_vit_sfp_backbone": here ViTDet's ViT-B
     "MODEL.VIT",
     IMG_SIZE=setting(
         1024, "Side of the nominal image, in pixels: sets the size of the tables of relative positions.", at_least=1
@@ -94,7 +123,8 @@ declare_keys(  # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, h
     PRETRAIN_USE_CLS_TOKEN=setting(True, "Whether the table of positions of the pre-training has a class token."),
     SCALE_FACTORS=setting(
         [4.0, 2.0, 1.0, 0.5],
-        "Sizes of the pyramid's levels relative to the transformer's map, finest first.",
+        "Sizes of the pyramid's levels relative to the transformer's map, finest first. p6 is pooled from p5, of "
+        "stride 32, if that is among them.",
         rule=Rule(
             "must be consecutive ones of 4, 2, 1, 0.5",
             lambda values: 0 < len(values) and values == [x for x in (4, 2, 1, 0.5) if values[0] >= x >= values[-1]],
@@ -110,15 +140,9 @@ declare_keys(  # BACKBONE.NAME "build_vit_sfp_backbone": ViTDet's transformer, h
 
 @config_check
 def check_vit(cfg: CfgNode) -> None:
-    """As `check_vit_node`, where the backbone is this one; others may have it in another form."""
-    if cfg.MODEL.BACKBONE.NAME == "build_vit_sfp_backbone":
+    """As `check_vit_node`, where the backbone is one of these; others may have it in another form."""
+    if cfg.MODEL.BACKBONE.NAME in ("build_vit_backbone", "build_vit_sfp_backbone"):
         check_vit_node(cfg.MODEL.VIT)
-        p5 = cfg.MODEL.VIT.PATCH_SIZE / 32
-        if p5 not in cfg.MODEL.VIT.SCALE_FACTORS:
-            raise ConfigError(
-                f"MODEL.VIT.SCALE_FACTORS is {cfg.MODEL.VIT.SCALE_FACTORS!r}; it must have {p5:g} with PATCH_SIZE "
-                f"{cfg.MODEL.VIT.PATCH_SIZE}: p6 is pooled from p5, of stride 32."
-            )
 
 
 def check_vit_node(node: CfgNode) -> None:
@@ -142,5 +166,6 @@ def check_vit_node(node: CfgNode) -> None:
             )
 
 
-if "build_vit_sfp_backbone" not in BACKBONE_REGISTRY:
-    BACKBONE_REGISTRY.register(build_vit_sfp_backbone)
+for _build in (build_vit_backbone, build_vit_sfp_backbone):
+    if _build.__name__ not in BACKBONE_REGISTRY:
+        BACKBONE_REGISTRY.register(_build)

@@ -1,8 +1,9 @@
-"""Heads of segmentors, and how they predict: DeepLabV3, PSPNet, sliding windows, test-time augmentation."""
+"""Heads of segmentors that Detectron2 lacks, and how they predict; importing registers them."""
 
 from .aspp import ASPP
 from .auxiliary import AuxiliaryHead
 from .head import ASPPHead, PixelHead, PSPHead
+from .linear import LinearSemSegHead
 from .losses import pixel_accuracy, pixel_cross_entropy, resize_logits
 from .pyramid_pooling import PyramidPooling
 from .sliding_window import SlidingWindows
@@ -12,6 +13,7 @@ __all__ = [
     "ASPP",
     "ASPPHead",
     "AuxiliaryHead",
+    "LinearSemSegHead",
     "PSPHead",
     "PixelHead",
     "PyramidPooling",

@@ -1,7 +1,7 @@
 """MaskedTeacher: a vision transformer that looks only at what the student attends to ("MaskedKD", arXiv 2302.10494)."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,9 @@ declare_keys(  # TEACHER_PASS "MaskedTeacher" of any method
     SALIENCY=setting(
         "auto",
         "What the student looks at: attention, of the class token in its last block (without such a token, what all "
-        "patches attend to) | evidence, the best score of a dense head | magnitude, of a map of stride 16 or the last "
-        "one | auto: the first that it has.",
+        "patches attend to) | evidence, the best score or objectness of a detector's head, or the entropy of a "
+        "segmentor's | magnitude, of a map of stride 16 or the last one | auto: the first of these that it has | both: "
+        "the mean of the ranks of evidence and of attention, or of magnitude without that.",
         choices=SALIENCIES,
     ),
     UNIT=setting("token", "token: single patches | window: whole windows of a detector's teacher.", choices=UNITS),
@@ -50,6 +51,11 @@ declare_keys(  # TEACHER_PASS "MaskedTeacher" of any method
     EXPLORE=setting(0.0, "Share of the kept patches that are drawn at random.", at_least=0, at_most=1),
     WINDOW_FLOOR=setting(0, "Patches that every window of a detector's teacher keeps at least.", at_least=0),
     SEED=setting(0, "Seed of what is random."),
+    VIS_PERIOD=setting(
+        0,
+        "Iterations between pictures of the kept patches over some training images, in OUTPUT_DIR/masking; 0: none.",
+        at_least=0,
+    ),
 )
 
 
@@ -60,10 +66,14 @@ class MaskedTeacher(TeacherPass):
     All patches are embedded and get their positions; the others are dropped before the first block. In classifiers of
     timm, tokens before the patches stay: exact for DeiT (whose class token has a position), DeiT III (whose has none)
     and CaiT (whose enters in the last blocks). In detectors with Detectron2's `ViT`, windows, relative positions and
-    padding are those of the whole image (see `SparseViT`), and neither neck nor head is run.
+    padding are those of the whole image (see `SparseViT`), and neither neck nor head is run; but in segmentors a head
+    that looks at each patch by itself is, see `LinearSemSegHead`.
     """
 
     needs_student = True
+
+    #: Side of a patch in pixels.
+    patch: int
 
     def __init__(
         self, teacher: Teacher, taps: Iterable[str], saliency: Saliency | None, how: Selection, seed: int = 0
@@ -71,7 +81,7 @@ class MaskedTeacher(TeacherPass):
         """
         Args:
             teacher: with a vision transformer of timm (a classifier) or of Detectron2.
-            taps: "logits" and blocks of a classifier, or the transformer's own output.
+            taps: "logits" and blocks of a classifier, or the transformer's own output and those of a local head.
             saliency: watches the student; None keeps random patches.
             how: how many patches are kept, and which.
             seed: of what is random.
@@ -122,6 +132,10 @@ class MaskedTeacher(TeacherPass):
         """Returns the context that watches what the student looks at."""
         return contextlib.nullcontext() if self.saliency is None else self.saliency.watch()
 
+    def choose(self, batched_inputs: BatchedInputs, guidance: Any) -> Tensor:
+        """Returns which patches are kept, (N, H, W) bool over the grid of the teacher's patches."""
+        raise NotImplementedError
+
     def scores(self, guidance: Any, images: int, grid: tuple[int, int], patch: float) -> Tensor:
         """Returns what patches are chosen by, (N, H, W) on a grid of patches of so many pixels."""
         if self.saliency is None:
@@ -153,7 +167,7 @@ class _MaskedClassifier(MaskedTeacher):
         network: Any = self.network
         self.prefix = architecture_of(teacher.model).prefix_tokens(network.blocks[0]) or 0
         self.grid = grid_of(network.patch_embed)
-        self._patch = float(network.patch_embed.patch_size[0])
+        self.patch = int(network.patch_embed.patch_size[0])
         _check_number(self.how, self.grid)
         self._taps = FeatureTaps(teacher.model, self.taps)
         # their maps are made here, of tokens that are no square any more
@@ -176,16 +190,22 @@ class _MaskedClassifier(MaskedTeacher):
     @torch.no_grad()
     def __call__(self, batched_inputs: BatchedInputs, guidance: Any, dense: Mapping[str, Tensor]) -> TeacherFeatures:
         """As in the base class; blocks give maps that are known where patches were kept."""
-        images = len(batched_inputs)
-        scores = self.scores(guidance, images, self.grid, self._patch)
-        everywhere = torch.ones_like(scores, dtype=torch.bool)
-        kept = select(self.how, scores, everywhere, random=self._explored(images, self.grid))
+        kept = self._select(len(batched_inputs), guidance)
         with self._keeping(kept):
             maps = self.teacher.record(batched_inputs, self._taps)
         valid = {}
         for name in self._of_tokens:
             maps[name], valid[name] = scatter_tokens(maps[name], kept, self.grid, self.prefix)
         return TeacherFeatures(maps, valid)
+
+    def choose(self, batched_inputs: BatchedInputs, guidance: Any) -> Tensor:
+        """As in the base class."""
+        return _map_of(self._select(len(batched_inputs), guidance), self.grid)
+
+    def _select(self, images: int, guidance: Any) -> Tensor:
+        scores = self.scores(guidance, images, self.grid, self.patch)
+        everywhere = torch.ones_like(scores, dtype=torch.bool)
+        return select(self.how, scores, everywhere, random=self._explored(images, self.grid))
 
     @contextlib.contextmanager
     def _keeping(self, kept: Tensor) -> Iterator[None]:
@@ -210,7 +230,11 @@ class _MaskedDetector(MaskedTeacher):
         self.patch = int(network.patch_embed.proj.stride[0])
         self.window = max((block.window_size for block in network.blocks), default=0)
         (self.output,) = network.output_shape()
-        wrong = [tap for tap in self.taps if tap != self.output]
+        self._head_taps = FeatureTaps(teacher.model, [tap for tap in self.taps if tap != self.output])
+        head: Any = getattr(teacher.model, "sem_seg_head", None)
+        # a head that looks at each place by itself gives the kept ones exactly
+        local = getattr(head, "token_local", False) and getattr(head, "in_feature", "") == self.output
+        wrong = [t.name for t in self._head_taps.taps if not (local and t.name.startswith("sem_seg_head."))]
         if wrong:
             raise ConfigError(
                 f"TEACHER_PASS MaskedTeacher gives {self.output}, the transformer's own output, and no {wrong[0]}, "
@@ -234,18 +258,35 @@ class _MaskedDetector(MaskedTeacher):
     def __call__(self, batched_inputs: BatchedInputs, guidance: Any, dense: Mapping[str, Tensor]) -> TeacherFeatures:
         """As in the base class; the map is known where patches were kept."""
         with self.teacher.autocast():
-            model: Any = self.teacher.model
-            images = model.preprocess_image(self.teacher.prepare(batched_inputs))
+            images = self._images(batched_inputs)
+            kept = self._select(batched_inputs, guidance, images)
             grid = self.network.grid(images.tensor)
-            _check_number(self.how, grid)
-            kept = self._select(batched_inputs, guidance, images.image_sizes, grid)
             tokens = self.network(images.tensor, kept)
-        maps, valid = scatter_tokens(tokens, kept, grid, 0)
-        return TeacherFeatures({self.output: maps}, {self.output: valid})
+            features, valid = scatter_tokens(tokens, kept, grid, 0)
+            maps = {self.output: features, **self._of_head(features)}
+        return TeacherFeatures(maps, dict.fromkeys(maps, valid))
 
-    def _select(
-        self, batched_inputs: BatchedInputs, guidance: Any, sizes: Sequence[tuple[int, int]], grid: tuple[int, int]
-    ) -> Tensor:
+    def _of_head(self, features: Tensor) -> dict[str, Tensor]:
+        """What is tapped in the head; nothing is enlarged."""
+        if not self._head_taps.taps:
+            return {}
+        model: Any = self.teacher.model
+        with self._head_taps.recording() as maps:
+            model.sem_seg_head.layers({self.output: features})
+        return dict(maps)
+
+    def choose(self, batched_inputs: BatchedInputs, guidance: Any) -> Tensor:
+        """As in the base class."""
+        images = self._images(batched_inputs)
+        return _map_of(self._select(batched_inputs, guidance, images), self.network.grid(images.tensor))
+
+    def _images(self, batched_inputs: BatchedInputs) -> Any:
+        model: Any = self.teacher.model
+        return model.preprocess_image(self.teacher.prepare(batched_inputs))
+
+    def _select(self, batched_inputs: BatchedInputs, guidance: Any, images: Any) -> Tensor:
+        sizes, grid = images.image_sizes, self.network.grid(images.tensor)
+        _check_number(self.how, grid)
         scores = self.scores(guidance, len(sizes), grid, self.patch)
         objects = None
         if self.how.must_keep:
@@ -259,6 +300,11 @@ class _MaskedDetector(MaskedTeacher):
             random=self._explored(len(sizes), grid),
             window=self.window,
         )
+
+
+def _map_of(kept: Tensor, grid: tuple[int, int]) -> Tensor:
+    chosen = torch.zeros(len(kept), grid[0] * grid[1], dtype=torch.bool, device=kept.device)
+    return chosen.scatter_(1, kept, True).unflatten(1, grid)
 
 
 def _check_number(how: Selection, grid: tuple[int, int]) -> None:

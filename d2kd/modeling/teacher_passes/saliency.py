@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from d2kd.errors import ConfigError
-from d2kd.layers import attention_saliency, resample_saliency
+from d2kd.layers import attention_saliency, ranks_of, resample_saliency
 
 from ..architectures import architecture_of
-from ..taps import FeatureTaps
+from ..taps import FeatureTaps, describe_taps
 from .sparse_vit import position_bias, vit_of
 
 #: Values of `DISTILL.MASKED_TEACHER.SALIENCY`.
-SALIENCIES = ("auto", "attention", "evidence", "magnitude")
+SALIENCIES = ("auto", "attention", "evidence", "magnitude", "both")
 #: Queries whose attention stands for that of all, in a transformer without a class token.
 MAX_QUERIES = 256
 
@@ -121,27 +121,35 @@ class ReceivedAttention(Saliency):
 
 
 class EvidenceSaliency(_Recorded):
-    """The best score of any class that a dense detector gives at each place, over all levels and anchors."""
+    """What a dense head finds at each place.
+
+    In detectors that is the best score of any class, over all levels and anchors, and in R-CNNs the best objectness; in
+    segmentors the entropy of the classes of a pixel, in nats, which is large where the student is undecided.
+    """
 
     def __init__(self, student: nn.Module) -> None:
         """
         Args:
-            student: a dense detector that d2kd knows.
+            student: a model whose architecture has `evidence`.
         """
-        architecture = architecture_of(student)
-        found = [p for p in architecture.predictions() if p.kind == "class_logits" and p.location == "anchor"]
-        shapes = architecture.feature_shapes()
-        self.strides = {p.tap: float(shapes[p.place].stride) for p in found}
+        found = architecture_of(student).evidence()
+        self.of_pixels = {p.tap for p in found if p.location == "pixel"}
+        self.strides = {tap: info.stride for tap, info in describe_taps(student, [p.tap for p in found]).items()}
         super().__init__(FeatureTaps(student, list(self.strides)))
 
     @torch.no_grad()
     def __call__(self, seen: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """As in the base class, at the stride of the finest level."""
-        best = {tap: seen[tap].detach().float().amax(1).sigmoid() for tap in self.strides}
+        best = {tap: self._evidence(tap, seen[tap].detach().float()) for tap in self.strides}
         finest = min(self.strides, key=lambda tap: self.strides[tap])
         grid = (best[finest].shape[-2], best[finest].shape[-1])
         maps = [resample_saliency(best[t], s / self.strides[finest], grid) for t, s in self.strides.items()]
         return torch.stack(maps).amax(0), self.strides[finest]
+
+    def _evidence(self, tap: str, logits: Tensor) -> Tensor:
+        if tap in self.of_pixels:
+            return torch.special.entr(logits.softmax(1)).sum(1)
+        return logits.amax(1).sigmoid()
 
 
 class MagnitudeSaliency(_Recorded):
@@ -164,6 +172,31 @@ class MagnitudeSaliency(_Recorded):
         return maps.detach().float().abs().mean(1), self.stride
 
 
+class RankedSaliency(Saliency):
+    """The mean of the ranks of two saliencies: their scales need not fit, and single peaks do not outshine the rest."""
+
+    def __init__(self, first: Saliency, second: Saliency) -> None:
+        """
+        Args:
+            first: its grid is that of the result.
+            second: is brought to that grid.
+        """
+        self.first, self.second = first, second
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[tuple[Any, Any]]:
+        """Yields what both have seen."""
+        with self.first.watch() as first, self.second.watch() as second:
+            yield first, second
+
+    def __call__(self, seen: tuple[Any, Any]) -> tuple[Tensor, float]:
+        """As in the base class, in (0, 1)."""
+        (first, stride), (second, other) = self.first(seen[0]), self.second(seen[1])
+        second = resample_saliency(second, other / stride, (first.shape[1], first.shape[2]))
+        ranks = [ranks_of(maps.flatten(1)).view(first.shape) for maps in (first, second)]
+        return (ranks[0] + ranks[1]) / 2, stride
+
+
 def build_saliency(kind: str, student: nn.Module) -> Saliency:
     """Returns what watches a student.
 
@@ -174,25 +207,36 @@ def build_saliency(kind: str, student: nn.Module) -> Saliency:
     Raises:
         ConfigError: it has not what is asked for.
     """
-    architecture, network, detector = architecture_of(student), transformer_of(student), vit_of(student)
-    if kind in ("auto", "attention"):
-        if detector is not None:
-            return ReceivedAttention(detector)
-        if network is not None and hasattr(getattr(network.blocks[-1], "attn", None), "q_norm"):
-            return AttentionSaliency(network)
-    dense = any(p.kind == "class_logits" and p.location == "anchor" for p in architecture.predictions())
-    if kind in ("auto", "evidence") and dense:
+    if kind == "both":
+        return RankedSaliency(build_saliency("evidence", student), _without_evidence(student))
+    architecture, attention = architecture_of(student), _attention(student) if kind in ("auto", "attention") else None
+    if attention is not None:
+        return attention
+    if kind in ("auto", "evidence") and architecture.evidence():
         return EvidenceSaliency(student)
     if kind in ("auto", "magnitude") and architecture.feature_shapes():
         return MagnitudeSaliency(student)
     has = {
         "attention": "is no vision transformer whose last block has queries and keys for all tokens",
-        "evidence": "is no dense detector, which scores every place",
+        "evidence": "has no head that scores every place",
     }
     raise ConfigError(
         f"DISTILL.MASKED_TEACHER.SALIENCY is {kind}, and the student "
         f"{has.get(kind, 'has a backbone that gives no maps that d2kd knows')}: choose another one."
     )
+
+
+def _attention(student: nn.Module) -> Saliency | None:
+    network, detector = transformer_of(student), vit_of(student)
+    if detector is not None:
+        return ReceivedAttention(detector)
+    if network is not None and hasattr(getattr(network.blocks[-1], "attn", None), "q_norm"):
+        return AttentionSaliency(network)
+    return None
+
+
+def _without_evidence(student: nn.Module) -> Saliency:
+    return _attention(student) or build_saliency("magnitude", student)
 
 
 @contextlib.contextmanager

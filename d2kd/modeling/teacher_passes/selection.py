@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2kd.layers import ranks_of
+
 #: Share of the kept patches that objects may take.
 MOST_OF_OBJECTS = 0.5
 
@@ -47,7 +49,7 @@ def select(
     """
     keep = how.number(int(valid.flatten(1).sum(1).min()))
     # ranks in (0, 1), so that what is kept for another reason can be set above all of them
-    rank = _ranks(scores.flatten(1)).view(scores.shape)
+    rank = ranks_of(scores.flatten(1)).view(scores.shape)
     if how.unit == "window" and window:
         rank = _by_window(rank, valid, window)
     priority = rank.masked_fill(~valid, -1.0)
@@ -60,13 +62,6 @@ def select(
         chosen = _top(rank.masked_fill(~(objects & valid), -1.0), int(MOST_OF_OBJECTS * keep))
         priority = priority + 4.0 * (chosen & objects & valid)
     return priority.flatten(1).topk(keep, dim=1).indices.sort(1).values
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    order = scores.argsort(dim=1, stable=True)
-    ranks = torch.empty_like(scores)
-    steps = torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=scores.dtype) / (scores.shape[1] + 1)
-    return ranks.scatter_(1, order, steps.expand_as(scores))
 
 
 def _top(scores: Tensor, number: int) -> Tensor:
@@ -94,7 +89,7 @@ def _by_window(rank: Tensor, valid: Tensor, window: int) -> Tensor:
     values = _windows(rank.masked_fill(~valid, 0.0), window, 0.0)
     half = max(1, window * window // 2)
     score = values.topk(half, dim=2).values.mean(2)
-    of_window = _ranks(score)[..., None] + values / (values.shape[1] + 1) / 2
+    of_window = ranks_of(score)[..., None] + values / (values.shape[1] + 1) / 2
     return _from_windows(of_window, window, (rank.shape[1], rank.shape[2])).clamp(max=0.999)
 
 
