@@ -169,6 +169,8 @@ def test_tokens_are_learned_with_the_released_numbers_and_take_a_step(untrained,
     monkeypatch.setattr(token_trainer, "load_strictly", lambda net, *names: None)
     monkeypatch.setattr(RandomLoader, "records", [], raising=False)
     run = TokenTrainer(cfg)
+    solver = run.cfg.SOLVER
+    assert (solver.LR_SCHEDULER_NAME, solver.POLY_LR_POWER, solver.BASE_LR_END) == ("WarmupPolyLR", 0.9, 0.0)
     before = run.learner.levels[0].tokens.clone()
     run.train()
     assert not torch.equal(run.learner.levels[0].tokens, before)

@@ -18,6 +18,7 @@ from d2kd.distillers.receptive_tokens import TokenFile
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.evaluation import evaluate_student
 from d2kd.engine.schedule import build_lr_scheduler
+from d2kd.engine.train_step import TrainingError
 from d2kd.modeling import load_strictly
 from d2kd.token_learning import TokenTrainer
 from detectron2.utils import comm
@@ -140,6 +141,12 @@ def test_tokens_are_learned_on_logits_and_used_for_both_heads(write, teacher, tm
     run_training(write(DISTILL__METHODS=["ReceptiveTokens"], SOLVER__MAX_ITER=2, **keys, **teacher))
     logged = [json.loads(line) for line in (tmp_path / "student/metrics.json").read_text().splitlines()]
     assert {f"distill/ReceptiveTokens/{tap}" for tap in (MAIN, AUX)} <= {key for line in logged for key in line}
+
+
+def test_one_image_a_batch_is_too_few_for_the_pooled_map_and_said_so(write):
+    with pytest.raises(TrainingError, match=r"sem_seg_head\.context.*one value a channel.*MODEL\.SEM_SEG_HEAD\.NORM"):
+        run_training(write(SOLVER__IMS_PER_BATCH=1, SOLVER__MAX_ITER=1, DATASETS__TEST=[]))
+    run_training(write(SOLVER__IMS_PER_BATCH=1, SOLVER__MAX_ITER=1, MODEL__SEM_SEG_HEAD__NORM=""), DATASETS__TEST=[])
 
 
 @pytest.mark.parametrize("warmup", [0, 3])

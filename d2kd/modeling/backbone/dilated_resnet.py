@@ -14,8 +14,7 @@ from d2kd.settings import setting
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, ResNet
-from detectron2.modeling.backbone import BottleneckBlock
-from detectron2.modeling.backbone.resnet import BasicStem
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 
 NAME = "build_dilated_resnet_backbone"
 #: Blocks of res2 to res5, by depth (arXiv 1512.03385, table 1).
