@@ -14,7 +14,8 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 
 
 def random_batch(size: int, count: int, classes: int, masks: bool = False) -> list[dict[str, Any]]:
-    """`count` noise images of size x size pixels with eight objects each; with `masks`, octagons as their outlines."""
+    """`count` noise images of size x size pixels with eight objects each, and a class for every pixel; with `masks`,
+    octagons as outlines of the objects."""
     inputs = []
     for _ in range(count):
         corner = torch.rand(8, 2) * size * 0.6
@@ -23,7 +24,8 @@ def random_batch(size: int, count: int, classes: int, masks: bool = False) -> li
         if masks:
             truth.gt_masks = PolygonMasks([[_octagon(box).numpy()] for box in boxes])
         image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-        inputs.append({"image": image, "height": size, "width": size, "instances": truth})
+        labels = torch.randint(classes, (size, size))
+        inputs.append({"image": image, "height": size, "width": size, "instances": truth, "sem_seg": labels})
     return inputs
 
 

@@ -25,6 +25,14 @@ from d2kd.modeling import num_classes
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+_CITYSCAPES = "configs/Cityscapes/pspnet_R101.yaml"
+_LEVELS = ["res2", "res3", "res4", "res5"]
+_FPN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.STEM_TYPE", "basic"]
+_FPN += ["MODEL.RESNETS.RES4_DILATION", 1, "MODEL.RESNETS.RES5_DILATION", 1, "MODEL.RESNETS.OUT_FEATURES", _LEVELS]
+_FPN += ["MODEL.FPN.IN_FEATURES", _LEVELS, "MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"]
+_FPN += ["MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p2", "p3", "p4", "p5"], "MODEL.SEM_SEG_HEAD.CONVS_DIM", 128]
+_R18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+
 MODELS = {
     "retinanet_R50": ("configs/COCO/retinanet_R50_1x.yaml", []),
     "faster_rcnn_R50": ("configs/COCO/faster_rcnn_R50_1x.yaml", []),
@@ -35,6 +43,19 @@ MODELS = {
     ),
     "fcos_R50": ("configs/COCO/fcos_R50_1x.yaml", []),
     "mask_rcnn_ViTS": ("configs/COCO/mask_rcnn_ViTS.yaml", ["MODEL.VIT.SQUARE_PAD", 0]),
+    # segmentors on one backbone; the last three at an output stride of 8
+    "semantic_fpn_R50": (_CITYSCAPES, [*_FPN, "MODEL.RESNETS.DEPTH", 50]),
+    "pspnet_R50": (_CITYSCAPES, ["MODEL.RESNETS.DEPTH", 50]),
+    "deeplabv3_R50": ("configs/Cityscapes/deeplabv3_R101.yaml", ["MODEL.RESNETS.DEPTH", 50]),
+    "deeplabv3_R50_windows": (
+        "configs/Cityscapes/deeplabv3_R101.yaml",
+        ["MODEL.RESNETS.DEPTH", 50, "TEST.SLIDING_WINDOW.ENABLED", True]
+        + ["TEST.SLIDING_WINDOW.SIZE", [257, 257], "TEST.SLIDING_WINDOW.STRIDE", [171, 171]],
+    ),
+    "semantic_fpn_R18": (_CITYSCAPES, [*_FPN, *_R18]),
+    "pspnet_R18": ("configs/Cityscapes/pspnet_R18_40k.yaml", []),
+    "deeplabv3_R18": ("configs/Cityscapes/deeplabv3_R18_40k.yaml", []),
+    "deeplabv3_MobileNetV2": ("configs/Cityscapes/deeplabv3_MobileNetV2_80k.yaml", []),
 }
 
 

@@ -6,7 +6,7 @@ are in docs/keys.md. Rules for Detectron2's own keys: `d2kd.detectron2_keys`. Re
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -50,13 +50,14 @@ def add_distill_config(cfg: CfgNode) -> None:
 
 
 @cache
-def _detectron2_defaults() -> Mapping[str, Any]:
-    return dict(leaves(get_cfg()))
+def _detectron2_settings() -> Sequence[tuple[str, Setting]]:
+    """Made once: every configuration that is read is checked against them."""
+    return list(with_types(dict(leaves(get_cfg()))))
 
 
 _settings: list[Callable[[], Iterable[tuple[str, Setting]]]] = [
     _declared.items,
-    lambda: with_types(_detectron2_defaults()),
+    _detectron2_settings,
 ]
 _checks: list[Callable[[CfgNode], None]] = [check_together]
 

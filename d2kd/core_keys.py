@@ -95,6 +95,13 @@ CORE_KEYS: dict[str, Setting] = {
     "SOLVER.STEP_EPOCHS": setting([], "STEPS in epochs; [] = STEPS counts.", items=float, above=0, rule=ASCENDING),
     "SOLVER.WARMUP_EPOCHS": setting(0.0, "WARMUP_ITERS in epochs; 0 = WARMUP_ITERS counts.", at_least=0),
     "SOLVER.CHECKPOINT_EPOCHS": setting(0.0, "CHECKPOINT_PERIOD in epochs; 0 = CHECKPOINT_PERIOD counts.", at_least=0),
+    "SOLVER.POLY_LR_POWER": setting(
+        0.9,
+        "Of LR_SCHEDULER_NAME WarmupPolyLR: (BASE_LR - BASE_LR_END) (1 - t / MAX_ITER)^POLY_LR_POWER + BASE_LR_END at "
+        "iteration t.",
+        above=0,
+        at_most=100,
+    ),
     "SOLVER.OPTIMIZER": setting(
         "SGD",
         "SGD (Detectron2's) | AdamW | Adam (BASE_LR, WEIGHT_DECAY and the per-parameter rules apply as to SGD).",

@@ -102,7 +102,9 @@ _SOLVER = {
     "SOLVER.WEIGHT_DECAY_NORM": _NOT_NEGATIVE,
     "SOLVER.WEIGHT_DECAY_BIAS": allow(at_least=0, items=float),
     "SOLVER.BIAS_LR_FACTOR": _NOT_NEGATIVE,
-    "SOLVER.LR_SCHEDULER_NAME": allow(choices=("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")),
+    "SOLVER.LR_SCHEDULER_NAME": allow(
+        choices=("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "WarmupPolyLR")
+    ),
     "SOLVER.STEPS": allow(at_least=1, rule=ASCENDING),
     "SOLVER.GAMMA": _POSITIVE,
     "SOLVER.NUM_DECAYS": _ONE_OR_MORE,
@@ -134,7 +136,7 @@ _BACKBONE = {
     "MODEL.RESNETS.NUM_GROUPS": _ONE_OR_MORE,
     "MODEL.RESNETS.WIDTH_PER_GROUP": _ONE_OR_MORE,
     "MODEL.RESNETS.NORM": _NORM,
-    "MODEL.RESNETS.RES5_DILATION": allow(choices=(1, 2)),
+    "MODEL.RESNETS.RES5_DILATION": allow(choices=(1, 2, 4)),
     "MODEL.RESNETS.RES2_OUT_CHANNELS": _ONE_OR_MORE,
     "MODEL.RESNETS.STEM_OUT_CHANNELS": _ONE_OR_MORE,
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": allow(rule=length(4)),
@@ -252,7 +254,7 @@ def check_together(cfg: CfgNode) -> None:
     _check_images(cfg)
     solver = cfg.SOLVER
     last_lr = solver.get("BASE_LR_END", 0.0)
-    fits = solver.LR_SCHEDULER_NAME != "WarmupCosineLR" or last_lr <= solver.BASE_LR
+    fits = solver.LR_SCHEDULER_NAME not in ("WarmupCosineLR", "WarmupPolyLR") or last_lr <= solver.BASE_LR
     _require(fits, "SOLVER.BASE_LR_END", last_lr, f"be at most SOLVER.BASE_LR, {solver.BASE_LR}")
     _check_backbone(cfg.MODEL)
     _check_heads(cfg.MODEL)
@@ -272,6 +274,9 @@ def _check_images(cfg: CfgNode) -> None:
 
 
 def _check_backbone(model: CfgNode) -> None:
+    if model.BACKBONE.NAME in RESNETS:
+        dilation = model.RESNETS.RES5_DILATION
+        _require(dilation <= 2, "MODEL.RESNETS.RES5_DILATION", dilation, "be 1 or 2, as res4 is not dilated")
     if model.BACKBONE.NAME in RESNETS and model.RESNETS.DEPTH < 50:
         for key, needed in (("RES2_OUT_CHANNELS", 64), ("NUM_GROUPS", 1), ("RES5_DILATION", 1)):
             fits = model.RESNETS[key] == needed

@@ -19,7 +19,7 @@ from d2kd.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
-from detectron2.solver import LRMultiplier, build_lr_scheduler
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
@@ -30,6 +30,7 @@ from .optimizer import build_optimizer
 from .run_folder import DISK_ERRORS
 from .run_settings import run_settings, with_settings, write_config
 from .scaling import scale_to_processes
+from .schedule import build_lr_scheduler
 from .train_step import ADVICE, NonFiniteLossError, TrainStep, mixed_precision
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class ResumableTrainer(TrainerBase):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-        """Returns Detectron2's schedule of the learning rate."""
+        """Returns the schedule of the learning rate, see `d2kd.engine.schedule`."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod

@@ -39,6 +39,7 @@ FREE = (
     "SOLVER.WARMUP_FACTOR",
     "SOLVER.WARMUP_METHOD",
     "SOLVER.BASE_LR_END",
+    "SOLVER.POLY_LR_POWER",
     "DISTILL.TEACHER.WEIGHTS",
 )
 #: Counted by what is done, so a key of its own: the loader's position is in batches.

@@ -209,7 +209,7 @@ def _explain_batch_norm(model: nn.Module, error: ValueError) -> None:
     raise TrainingError(
         f"{name.removeprefix('module.')} sees one value a channel, and batch norm needs more in training. Take "
         "larger images (INPUT.MIN_SIZE_TRAIN) or more of them (SOLVER.IMS_PER_BATCH), or a norm without statistics of "
-        "the batch (MODEL.RESNETS.NORM, MODEL.FPN.NORM: FrozenBN, GN)."
+        "the batch (MODEL.RESNETS.NORM, MODEL.FPN.NORM, MODEL.SEM_SEG_HEAD.NORM: FrozenBN, GN)."
     ) from error
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of torchvision's and timm's ResNets and vision transformers, under the names of a Detectron2 model."""
+"""Checkpoints of ResNets, MobileNetV2 and vision transformers of other libraries, under a Detectron2 model's names."""
 
 import math
 import re
@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 RESNET = "torchvision or timm ResNet"
+DEEP_STEM_RESNET = "ResNet with a stem of three convolutions"
+RESNET_V1C = "mmsegmentation ResNet-v1c"
+MOBILENET_V2 = "torchvision MobileNetV2"
 TIMM_VIT = "timm ViT"
 TORCHVISION_VIT = "torchvision ViT"
 
@@ -35,23 +38,60 @@ class _Naming(NamedTuple):
     renamed: str
 
 
+_TENSORS = r"\.(weight|norm\.(weight|bias|running_mean|running_var|num_batches_tracked))"
+_RESNET_STAGES = (
+    *((rf"^layer{i}\.", f"res{i + 1}.") for i in range(1, 5)),
+    (r"\.bn([123])\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^fc\.", "linear."),
+)
+_RESNET_NAMES = rf"(stem\.conv[123]|res[2-5]\.\d+\.(conv[123]|shortcut)){_TENSORS}|linear\.(weight|bias)"
+#: The blocks of MobileNetV2 from the first one on, as d2kd's backbone has them.
+_MOBILE_BLOCKS = [f"res{stage}.{i}" for stage, count in ((2, 3), (3, 3), (4, 7), (5, 4)) for i in range(count)]
+
+
+def _mobile_renamings() -> list[tuple[str, str]]:
+    """Renamings of torchvision's "features.N.conv.M": each but the last convolution lies beside its norm, in a pair."""
+    renamings = [(r"^features\.0\.0\.", "stem.conv1."), (r"^features\.0\.1\.", "stem.conv1.norm.")]
+    for number, block in enumerate(_MOBILE_BLOCKS, start=1):
+        pairs = ["depthwise"] if number == 1 else ["expand", "depthwise"]
+        for place, layer in enumerate(pairs):
+            renamings.append((rf"^features\.{number}\.conv\.{place}\.0\.", f"{block}.{layer}."))
+            renamings.append((rf"^features\.{number}\.conv\.{place}\.1\.", f"{block}.{layer}.norm."))
+        renamings.append((rf"^features\.{number}\.conv\.{len(pairs)}\.", f"{block}.project."))
+        renamings.append((rf"^features\.{number}\.conv\.{len(pairs) + 1}\.", f"{block}.project.norm."))
+    return renamings
+
+
 _NAMINGS = {
     RESNET: _Naming(
         required=("conv1.weight", "layer1.0.conv1.weight"),
         own=r"(conv|bn|layer)\d+\.",
+        renamings=((r"^conv1\.", "stem.conv1."), (r"^bn1\.", "stem.conv1.norm."), *_RESNET_STAGES),
+        renamed=_RESNET_NAMES,
+    ),
+    DEEP_STEM_RESNET: _Naming(
+        required=("conv3.weight", "layer1.0.conv1.weight"),
+        own=r"(conv|bn|layer)\d+\.|attnpool\.",  # CLIP's ResNets pool where these have strides
+        renamings=((r"^conv([123])\.", r"stem.conv\1."), (r"^bn([123])\.", r"stem.conv\1.norm."), *_RESNET_STAGES),
+        renamed=_RESNET_NAMES,
+    ),
+    RESNET_V1C: _Naming(
+        required=("stem.0.weight", "layer1.0.conv1.weight"),
+        own=r"(stem|layer\d+)\.",
         renamings=(
-            (r"^conv1\.", "stem.conv1."),
-            (r"^bn1\.", "stem.conv1.norm."),
-            *((rf"^layer{i}\.", f"res{i + 1}.") for i in range(1, 5)),
-            (r"\.bn([123])\.", r".conv\1.norm."),
-            (r"\.downsample\.0\.", ".shortcut."),
-            (r"\.downsample\.1\.", ".shortcut.norm."),
-            (r"^fc\.", "linear."),
+            *((rf"^stem\.{3 * i}\.", f"stem.conv{i + 1}.") for i in range(3)),
+            *((rf"^stem\.{3 * i + 1}\.", f"stem.conv{i + 1}.norm.") for i in range(3)),
+            *_RESNET_STAGES,
         ),
-        renamed=(
-            r"(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))"
-            r"\.(weight|norm\.(weight|bias|running_mean|running_var|num_batches_tracked))|linear\.(weight|bias)"
-        ),
+        renamed=_RESNET_NAMES,
+    ),
+    MOBILENET_V2: _Naming(
+        required=("features.0.0.weight", "features.1.conv.0.0.weight"),
+        own=r"features\.(\d|1[0-7])\.",
+        renamings=_mobile_renamings(),
+        renamed=rf"(stem\.conv1|res[2-5]\.\d\.(expand|depthwise|project)){_TENSORS}",
     ),
     TIMM_VIT: _Naming(
         required=("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
@@ -78,7 +118,7 @@ _NAMINGS = {
 
 
 def source_of(weights: Mapping[str, Any]) -> str | None:
-    """Returns what kind of network a checkpoint is of, by its names: `RESNET`, `TIMM_VIT` or `TORCHVISION_VIT`.
+    """Returns what kind of network a checkpoint is of, by its names: one of the constants above.
 
     Args:
         weights: {name: tensor}, or a dict that has it under "model", "state_dict", "model_state_dict" or "teacher". The
@@ -128,18 +168,19 @@ def to_detectron2(weights: Mapping[str, Any], model_names: Collection[str]) -> t
 def input_advice(source: str, cfg: Any) -> str | None:
     """Returns a sentence with the keys of a Detectron2 configuration that do not suit the weights, or None.
 
-    The weights expect images as in their own training: RGB, for ResNets of ImageNet's mean and deviation, and the
-    stride of bottlenecks in the 3x3 convolution. The means of vision transformers vary (timm's "augreg": 127.5).
+    The weights expect images as in their own training: RGB, for convolutional networks of ImageNet's mean and
+    deviation, and the stride of bottlenecks in the 3x3 convolution. The means of vision transformers vary (timm's
+    "augreg": 127.5), and all of it for ResNets with deep stems.
 
     Args:
         source: what `source_of` returned.
         cfg: the configuration of the model that gets the weights.
     """
-    wanted: dict[str, Any] = {"INPUT.FORMAT": "RGB"}
-    if source == RESNET:
+    wanted: dict[str, Any] = {} if source == DEEP_STEM_RESNET else {"INPUT.FORMAT": "RGB"}
+    if source in (RESNET, RESNET_V1C, MOBILENET_V2):
         wanted |= {"MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53], "MODEL.PIXEL_STD": [58.395, 57.12, 57.375]}
-        if cfg.MODEL.RESNETS.DEPTH >= 50:  # below, blocks have no 1x1 convolution
-            wanted["MODEL.RESNETS.STRIDE_IN_1X1"] = False
+    if "ResNet" in source and cfg.MODEL.RESNETS.DEPTH >= 50:  # below, blocks have no 1x1 convolution
+        wanted["MODEL.RESNETS.STRIDE_IN_1X1"] = False
     found = {key: reduce(getattr, key.split("."), cfg) for key in wanted}
     changes = [f"{key} to {wanted[key]} (it is {found[key]})" for key in wanted if not _same(found[key], wanted[key])]
     if not changes:

@@ -4,7 +4,7 @@ from d2kd.config import check_values
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 
-#: The learning rate falls to this along a cosine, as in the official code.
+#: The learning rate falls to this along a cosine, and to 0 as a polynomial, as in the official code.
 _LAST_LR = 1e-6
 
 
@@ -24,13 +24,16 @@ def check_learning(cfg: CfgNode) -> None:
 
 
 def learning_config(cfg: CfgNode) -> CfgNode:
-    """Returns a teacher's configuration with SOLVER overridden by `LEARN` (a cosine schedule, no warm-up)."""
+    """Returns a teacher's configuration with SOLVER overridden by `LEARN`; there is no warm-up."""
     learn, cfg = cfg.DISTILL.RECEPTIVE_TOKENS.LEARN, cfg.clone()
     cfg.defrost()
     solver = cfg.SOLVER
     solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY = learn.OPTIMIZER, learn.BASE_LR, learn.WEIGHT_DECAY
     solver.MAX_ITER, solver.CHECKPOINT_PERIOD = learn.ITERATIONS, learn.PERIOD
-    solver.LR_SCHEDULER_NAME, solver.BASE_LR_END = "WarmupCosineLR", min(_LAST_LR, learn.BASE_LR)
+    if learn.SCHEDULE == "poly":
+        solver.LR_SCHEDULER_NAME, solver.BASE_LR_END = "WarmupPolyLR", 0.0
+    else:
+        solver.LR_SCHEDULER_NAME, solver.BASE_LR_END = "WarmupCosineLR", min(_LAST_LR, learn.BASE_LR)
     solver.WARMUP_ITERS, solver.WEIGHT_DECAY_BIAS, solver.BIAS_LR_FACTOR, solver.LAYER_DECAY = 0, None, 1.0, 1.0
     cfg.freeze()
     return cfg

@@ -17,6 +17,7 @@ from d2kd.distillers.receptive_tokens import LearnedLevel, TokenFile
 from d2kd.distillers.receptive_tokens.tokens import Tokens
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.modeling import build, is_distillation, teacher_config
+from d2kd.modeling.taps import describe_taps
 from d2kd.token_learning import TokenTrainer
 from d2kd.token_learning import trainer as token_trainer
 from detectron2.config import CfgNode
@@ -53,8 +54,9 @@ def what_runs(path: Path) -> str:
         model.WEIGHTS = model.TIMM.WEIGHTS = model.TORCHVISION.WEIGHTS = ""
     cfg.DISTILL.TEACHER.CONFIG_FILE = cfg.DISTILL.TEACHER.WEIGHTS = ""
     solver = cfg.SOLVER
-    rest = [cfg.DISTILL, cfg.INPUT.FORMAT, solver.OPTIMIZER, solver.CLIP_GRADIENTS, solver.AMP, solver.ACCUMULATE]
-    return "".join(map(str, [*models, *rest, solver.EMA]))
+    rest = [cfg.INPUT.FORMAT, solver.OPTIMIZER, solver.CLIP_GRADIENTS, solver.AMP, solver.ACCUMULATE, solver.EMA]
+    distill = [cfg.DISTILL] if len(models) == 2 else []  # the tokens of a teacher are learned in a test of their own
+    return "".join(map(str, [*models, *distill, *rest]))
 
 
 def groups() -> dict[str, list[Path]]:
@@ -94,8 +96,9 @@ class RandomLoader:
 
 
 def give_tokens(cfg: CfgNode, teacher: nn.Module, path: Path) -> None:
-    """Writes random receptive tokens for every feature of the teacher's backbone."""
-    shapes = teacher.backbone.output_shape()
+    """Writes random receptive tokens for every feature of the teacher's backbone, or those that are asked for."""
+    node = cfg.DISTILL.RECEPTIVE_TOKENS
+    shapes = {**teacher.backbone.output_shape(), **describe_taps(teacher, node.TOKEN_TAPS or node.TAPS)}
     levels = {tap: LearnedLevel(Tokens(torch.randn(2, s.channels), None, None), 0.0) for tap, s in shapes.items()}
     TokenFile(weights_checksum(teacher.state_dict()), levels, 1).save(str(path))
     cfg.DISTILL.RECEPTIVE_TOKENS.FILE = str(path)

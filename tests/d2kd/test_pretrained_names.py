@@ -246,7 +246,8 @@ def test_a_vit_without_a_pyramid_and_a_longer_table_of_positions():
     "renamed, added",
     [
         ({"conv1.": "conv1.0."}, {"conv1.1.weight": 1, "conv1.3.weight": 4}),  # timm's resnet50d, resnet50s
-        ({}, {"conv2.weight": 4}),  # HRNet, CLIP
+        ({}, {"conv2.weight": 4}),  # HRNet
+        ({}, {"conv2.weight": 4, "conv3.weight": 4, "attnpool.positional_embedding": 2}),  # CLIP
         ({}, {"layer1.0.downsample.2.weight": 1}),  # resnet50d's shortcut: pool, convolution, norm
         ({}, {"layer1.0.se.fc1.weight": 4}),  # squeeze-and-excitation
         ({}, {"layer1.0.conv1.bias": 1}),
@@ -268,7 +269,7 @@ def test_relatives_of_vits_are_not_recognized(added):
     assert source_of(timm_vit() | {added: torch.zeros(1)}) is None
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "swin_t", "mobilenet_v2", "densenet121", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "swin_t", "mobilenet_v3_small", "densenet121", "convnext_tiny"])
 def test_other_networks_are_not_recognized(name):
     with torch.device("meta"):
         weights = getattr(torchvision.models, name)(weights=None).state_dict()

@@ -3,20 +3,28 @@
 from torch import nn
 
 from d2kd.distillers import Prediction
+from detectron2.config import CfgNode
 
+from ..sem_seg.test_augmentation import SegmentorWithTTA
 from .base import Architecture, NumClassesKey, register_architecture
 from .rcnn import GeneralizedRCNN
 
 
 @register_architecture("SemanticSegmentor")
 class SemanticSegmentor(Architecture):
-    """Detectron2's SemanticSegmentor, whatever its head."""
+    """Detectron2's SemanticSegmentor and d2kd's Segmentor, whatever their head."""
 
     CLASSES = (NumClassesKey("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes"),)
     EVALUATOR_TYPES = ("sem_seg", "cityscapes_sem_seg")
+    SUPPORTS_TTA = True
+
+    @classmethod
+    def with_test_augmentation(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:
+        """Returns a segmentor that averages over scales and flips."""
+        return SegmentorWithTTA(cfg, model)
 
     def predictions(self) -> list[Prediction]:
-        """Returns the logits of the head's last layer, before its upsampling."""
+        """Returns the logits of the last layer of head and auxiliary head, before their upsampling."""
         return super().predictions() + pixel_logits(self.model)
 
 
@@ -34,7 +42,11 @@ class PanopticFPN(GeneralizedRCNN):
 
 
 def pixel_logits(model: nn.Module) -> list[Prediction]:
-    """Returns the class logits of a model's `sem_seg_head`."""
-    if isinstance(getattr(getattr(model, "sem_seg_head", None), "predictor", None), nn.Module):
-        return [Prediction("sem_seg_head.predictor", "class_logits", "pixel", activation="softmax")]
-    return []
+    """Returns the class logits of a model's `sem_seg_head`, and of its auxiliary head where there is one."""
+    places = {"sem_seg_head.predictor": None, "sem_seg_head.auxiliary.predictor": "auxiliary"}
+    named = dict(model.named_modules())
+    return [
+        Prediction(tap, "class_logits", "pixel", place, activation="softmax")
+        for tap, place in places.items()
+        if tap in named
+    ]

@@ -1,8 +1,10 @@
 """Backbones that Detectron2 lacks, or has no YAML for; importing registers them."""
 
+from .dilated_resnet import build_dilated_resnet_backbone
 from .fcos_fpn import build_fcos_resnet_fpn_backbone
 from .last_norm import build_retinanet_resnet_fpn_last_norm_backbone
 from .layer_decay import layer_decay_factors
+from .mobilenet_v2 import MobileNetV2, build_mobilenetv2_backbone
 from .pixels import with_data_config
 from .pretrained import load_pretrained_network
 from .timm_backbone import (
@@ -17,12 +19,15 @@ from .vit import build_vit_backbone, build_vit_sfp_backbone
 from .whole_networks import TimmNetwork, WholeNetwork
 
 __all__ = [
+    "MobileNetV2",
     "TimmBackbone",
     "TimmNetwork",
     "TorchvisionNetwork",
     "WholeNetwork",
+    "build_dilated_resnet_backbone",
     "build_fcos_resnet_fpn_backbone",
     "build_fcos_timm_fpn_backbone",
+    "build_mobilenetv2_backbone",
     "build_retinanet_resnet_fpn_last_norm_backbone",
     "build_retinanet_timm_fpn_backbone",
     "build_timm_backbone",

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2kd.errors import ConfigError
-from d2kd.layers import upcast_half
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+
+from .losses import pixel_cross_entropy, resize_logits
 
 #: Norms that look at one place only.
 _LOCAL_NORMS = ("", "LN")
@@ -97,14 +97,13 @@ class LinearSemSegHead(nn.Module):
             In training (None, {"loss_sem_seg": the mean over pixels that count; 0 where none does}), else (logits
             (N, classes, height, width), {}).
         """
-        logits = F.interpolate(
-            upcast_half(self.layers(features)), scale_factor=self.stride, mode="bilinear", align_corners=False
-        )
+        logits = self.layers(features)
+        h, w = logits.shape[-2:]
+        logits = resize_logits(logits, (h * self.stride, w * self.stride), align_corners=False)
         if not self.training or targets is None:
             return logits, {}
-        total = F.cross_entropy(logits, targets, ignore_index=self.ignore_value, reduction="sum")
-        counted = (targets != self.ignore_value).sum().clamp(min=1)
-        return None, {"loss_sem_seg": self.loss_weight * total / counted}
+        loss = pixel_cross_entropy(logits, targets, self.ignore_value, average="valid")
+        return None, {"loss_sem_seg": self.loss_weight * loss}
 
     def layers(self, features: Mapping[str, Tensor]) -> Tensor:
         """Returns the logits of the cells, (N, classes, H, W)."""

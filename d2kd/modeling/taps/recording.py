@@ -74,7 +74,9 @@ class FeatureTaps:
     ...     model(batched_inputs)
     >>> features["p3"]
 
-    Hooks exist only inside the block, nothing is stored on the model, and the tensors keep their autograd graph.
+    Hooks exist only inside the block, nothing is stored on the model, and the tensors keep their autograd graph. A part
+    of the model that must run otherwise for it (in one pass, or with layers that predictions do not need) has a method
+    `while_tapped(modules)`: a context around the block, called with the tapped modules.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -83,6 +85,8 @@ class FeatureTaps:
             TapError: the model has no such feature.
         """
         self.taps = [resolve_tap(model, name) for name in dict.fromkeys(names)]
+        contexts: list[Any] = [getattr(module, "while_tapped", None) for module in model.modules()]
+        self._contexts = [context for context in contexts if context is not None]
 
     @contextlib.contextmanager
     def recording(self, stop_when_done: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -101,14 +105,18 @@ class FeatureTaps:
 
     @contextlib.contextmanager
     def _attached(self, recorder: "_Recorder") -> Iterator[None]:
-        try:
-            for tap in self.taps:
-                recorder.attach(tap)
-            yield
-        except _AllTapsFired:
-            pass
-        finally:
-            recorder.detach()
+        modules = [tap.module for tap in self.taps]
+        with contextlib.ExitStack() as around:
+            for context in self._contexts:
+                around.enter_context(context(modules))
+            try:
+                for tap in self.taps:
+                    recorder.attach(tap)
+                yield
+            except _AllTapsFired:
+                pass
+            finally:
+                recorder.detach()
         missing = [tap.name for tap in self.taps if tap.name not in recorder.features]
         if missing:
             raise TapError(
