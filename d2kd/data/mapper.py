@@ -9,6 +9,7 @@ import torch
 
 from d2kd.data.classification import ClassificationMapper
 from d2kd.data.coco import DatasetError
+from d2kd.data.segmentation import build_augmentations
 from d2kd.errors import UserError, require_choice
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode, configurable
@@ -46,7 +47,10 @@ class ImageMapper(DatasetMapper):
         counts = {count.metadata: number for count, number in architecture_class(cfg).class_counts(cfg)}
         classes = counts.get("stuff_classes")
         labels = None if classes is None else LabelRange(classes, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
-        return {**super().from_config(cfg, is_train), "labels": labels}
+        arguments = {**super().from_config(cfg, is_train), "labels": labels}
+        if counts.keys() == {"stuff_classes"}:  # a segmentor alone
+            arguments["augmentations"] = build_augmentations(cfg, is_train)
+        return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
