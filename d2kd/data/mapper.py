@@ -40,6 +40,7 @@ class ImageMapper(DatasetMapper):
         """
         super().__init__(is_train, **arguments)
         self.labels = labels
+        self._checked: set[str] = set()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -65,7 +66,9 @@ class ImageMapper(DatasetMapper):
         detection_utils.check_image_size(record, image)
         labels, label_file = None, record.pop("sem_seg_file_name", None)
         if self.is_train and label_file is not None:
-            labels = read_label_map(label_file, labels=self.labels)
+            # the labels of a file are looked at once by each loading process
+            labels = read_label_map(label_file, labels=None if label_file in self._checked else self.labels)
+            self._checked.add(label_file)
         inputs = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(inputs)
         pixels = inputs.image if inputs.image.ndim == 3 else inputs.image[:, :, None]

@@ -13,10 +13,12 @@ from segmentors import PSP
 from d2kd.data.datasets import DatasetError, check_datasets, register_datasets
 from d2kd.data.mapper import build_mapper
 from d2kd.data.segmentation import PhotometricDistortion, build_augmentations
+from d2kd.data.segmentation.resized_crop import ResizedCropTransform
 from d2kd.errors import ConfigError
 from d2kd.evaluation.build import build_evaluator
 from d2kd.visualization import NO_LABEL, label_map_grid, read_label_predictions
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
 
 CLASSES = ["road", "car", "sky"]
 
@@ -184,8 +186,26 @@ def test_crops_are_cut_out_of_the_resized_image(folders):
         assert set(data["sem_seg"].unique().tolist()) <= {0, 1, 2, 255}
         assert (data["height"], data["width"]) == (40, 60)
     names = [type(a).__name__ for a in build_augmentations(cfg, True)]
-    assert names[:3] == ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "RandomFlip"]
+    assert names == ["ResizedCrop", "RandomFlip"]
     assert [type(a).__name__ for a in build_augmentations(cfg, False)] == ["ResizeShortestEdge"]
+
+
+@pytest.mark.parametrize("size", [(80, 131), (23, 31), (40, 60)])
+def test_a_resized_crop_is_a_crop_of_the_resized_image(size):
+    random = np.random.default_rng(1)
+    image, labels = random.integers(0, 256, (40, 60, 3), np.uint8), random.integers(0, 5, (40, 60)).astype(np.uint8)
+    whole = T.ResizeTransform(40, 60, *size)
+    corner, crop = (7, 5), (12, 20)
+    part = ResizedCropTransform(40, 60, size, corner, crop)
+    cut = np.s_[7:19, 5:25]
+    difference = part.apply_image(image).astype(int) - whole.apply_image(image)[cut]
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01  # by the rounding of the box
+    assert np.array_equal(part.apply_segmentation(labels), whole.apply_segmentation(labels)[cut])
+    assert np.allclose(part.apply_image(image.astype(np.float32)), whole.apply_image(image.astype(np.float32))[cut])
+    gray = part.apply_image(image[..., :1])
+    assert gray.shape == (12, 20, 1) and np.array_equal(gray[..., 0], part.apply_image(image[..., 0]))
+    points = np.array([[12.0, 8.0], [59.5, 39.5]])
+    assert np.allclose(part.apply_coords(points), whole.apply_coords(points) - (5, 7))
 
 
 def test_a_crop_larger_than_the_image_takes_all_of_it(folders):

@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 
+from .resized_crop import ResizedCrop
+
 
 class PhotometricDistortion(T.Augmentation):
     """Changes brightness, contrast, saturation and hue, each of them in half of the images.
@@ -83,10 +85,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[Any]:
         return augmentations
     crop = cfg.INPUT.CROP
     if crop.ENABLED:
-        cut = T.RandomCrop_CategoryAreaConstraint(
-            crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-        )
-        augmentations.insert(1, cut)
+        ignored = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        augmentations[0] = ResizedCrop(augmentations[0], crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, ignored)
     if cfg.INPUT.COLOR_AUG_SSD:
         if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
             raise ConfigError(
