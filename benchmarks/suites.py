@@ -70,6 +70,11 @@ _MOBILENET: dict[str, Entry] = {
     **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
 
+_SEGMENTATION: dict[str, Entry] = {
+    "baseline": Entry("pspnet_student", distils=False),
+    **{name: Entry(f"pspnet_student_{name}") for name in ("FeatureMimic", "MaskedGenerative", "LogitKD")},
+}
+
 _DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
 
 
@@ -119,6 +124,16 @@ SUITES = {
         lengths=_DETECTION_LENGTHS,
         entries=_MOBILENET,
         teacher_folder="",
+        sets_images=False,
+    ),
+    "segmentation": Suite(
+        folder="segmentation",
+        teacher="pspnet_teacher",
+        metric="sem_seg/mIoU",
+        called="mIoU",
+        lengths={"short": Length(600, 500, 16)},
+        entries=_SEGMENTATION,
+        teacher_folder="segmentation",
         sets_images=False,
     ),
 }
