@@ -88,6 +88,11 @@ def _masked(student: str, *methods: str, detector: bool = False) -> dict[str, En
     return entries
 
 
+_SEGMENTATION: dict[str, Entry] = {
+    "baseline": Entry("pspnet_student", distils=False),
+    **{name: Entry(f"pspnet_student_{name}") for name in ("FeatureMimic", "MaskedGenerative", "LogitKD")},
+}
+
 _DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
 
 
@@ -168,6 +173,16 @@ SUITES = {
         lengths={"short": Length(2000, 700, 16)},
         entries=_masked("retinanet_student", "FEATURE_MIMIC", detector=True),
         teacher_folder="masked-vit",
+        sets_images=False,
+    ),
+    "segmentation": Suite(
+        folder="segmentation",
+        teacher="pspnet_teacher",
+        metric="sem_seg/mIoU",
+        called="mIoU",
+        lengths={"short": Length(600, 500, 16)},
+        entries=_SEGMENTATION,
+        teacher_folder="segmentation",
         sets_images=False,
     ),
 }

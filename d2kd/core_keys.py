@@ -86,6 +86,16 @@ CORE_KEYS: dict[str, Setting] = {
         "SAMPLER_TRAIN RepeatAugSampler: how many times an image comes, each time augmented anew, before the next one.",
         at_least=1,
     ),
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": setting(
+        1.0,
+        "In segmentors, the share of a crop that one class may fill; up to ten crops are tried. Segmentors cut them "
+        "out of the resized image; in detectors they are cut before it is resized.",
+        above=0,
+        at_most=1,
+    ),
+    "INPUT.COLOR_AUG_SSD": setting(
+        False, "In segmentors, distort brightness, contrast, saturation and hue in training, as SSD does."
+    ),
     "SOLVER.MAX_EPOCHS": setting(
         0.0,
         "Length of the training in epochs, e.g. 90 or 0.5; it sets MAX_ITER. 0 = MAX_ITER counts. An epoch is as many "

@@ -15,6 +15,7 @@ from d2kd.data.classification import (
     same_split,
 )
 from d2kd.data.coco import CocoSummary, DatasetError, load_coco, validate_coco_json
+from d2kd.data.segmentation import LabelMaps, class_names, ignored_label, label_suffix
 from d2kd.errors import did_you_mean, require_choice
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
@@ -45,10 +46,13 @@ class DatasetFormat(NamedTuple):
     register: Callable[..., None]
     #: Words that further keys of an entry may have, by key.
     choices: Mapping[str, Sequence[str]] = {}
+    #: Further keys, each with what reads its value: called with the key in full and the value, None where there is
+    #: none, it returns what `register` gets behind the words, or raises `DatasetError`.
+    values: Mapping[str, Callable[[str, Any], Any]] = {}
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Keys of an entry, beside NAME and FORMAT."""
+        """Keys of an entry that must be strings, beside NAME and FORMAT."""
         return (*self.paths, *self.choices)
 
 
@@ -57,7 +61,10 @@ DATASET_FORMATS: dict[str, DatasetFormat] = {}
 
 
 def register_dataset_format(
-    name: str, paths: Sequence[str], choices: Mapping[str, Sequence[str]] | None = None
+    name: str,
+    paths: Sequence[str],
+    choices: Mapping[str, Sequence[str]] | None = None,
+    values: Mapping[str, Callable[[str, Any], Any]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as the `DatasetFormat` of that name; a decorator.
 
@@ -70,10 +77,11 @@ def register_dataset_format(
         name: what `FORMAT` calls it.
         paths: keys of an entry that hold paths.
         choices: further keys, each with the words that it may have.
+        values: further keys, each with what reads its value, see `DatasetFormat.values`.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        DATASET_FORMATS[name] = DatasetFormat(tuple(paths), function, dict(choices or {}))
+        DATASET_FORMATS[name] = DatasetFormat(tuple(paths), function, dict(choices or {}), dict(values or {}))
         return function
 
     return register
@@ -96,6 +104,19 @@ def register_folders(name: str, images: str) -> None:
 def register_cub(name: str, root: str, split: str) -> None:
     """Registers a part of CUB-200-2011, from its archive's folder."""
     register_source(Cub200(name, root, split), os.path.join(root, "images"))
+
+
+@register_dataset_format(
+    "labelmaps",
+    paths=("IMAGES", "LABELS"),
+    values={"CLASSES": class_names, "IGNORE": ignored_label, "LABEL_SUFFIX": label_suffix},
+)
+def register_label_maps(name: str, images: str, labels: str, classes: list[str], ignored: int, suffix: str) -> None:
+    """Registers a folder of images and one of their label maps, for semantic segmentation."""
+    DatasetCatalog.register(name, LabelMaps(name, images, labels, suffix))
+    MetadataCatalog.get(name).set(
+        evaluator_type="sem_seg", image_root=images, sem_seg_root=labels, stuff_classes=classes, ignore_label=ignored
+    )
 
 
 register_builtin(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
@@ -121,9 +142,10 @@ def register_datasets(cfg: CfgNode) -> None:
         kind = _format_of(where, entry)
         name, paths = entry["NAME"], [_candidates(entry[key])[0] for key in kind.paths]
         words = [entry[key] for key in kind.choices]
-        wanted = (entry.get("FORMAT", "coco"), *map(os.path.abspath, paths), *words)
+        values = [read(f"{where}.{key}", entry.get(key)) for key, read in kind.values.items()]
+        wanted = (entry.get("FORMAT", "coco"), *map(os.path.abspath, paths), *words, *map(str, values))
         if name not in DatasetCatalog:
-            kind.register(name, *paths, *words)
+            kind.register(name, *paths, *words, *values)
             _registered[name] = wanted
             logger.info("Registered dataset %s: %s", name, ", ".join([*paths, *words]))
         elif _existing(name) != wanted:
@@ -150,10 +172,11 @@ def _format_of(where: str, entry: Any) -> DatasetFormat:
     require_choice(f"{where}.FORMAT", entry.get("FORMAT", "coco"), DATASET_FORMATS)
     kind = DATASET_FORMATS[entry.get("FORMAT", "coco")]
     needed = ("NAME", *kind.keys)
+    known = (*needed, *kind.values)
     for key in entry:
-        if key not in (*needed, "FORMAT"):
+        if key not in (*known, "FORMAT"):
             raise DatasetError(
-                f"{where} has the unknown key {key!r}; it takes {', '.join(needed)}.{did_you_mean(key, needed)}"
+                f"{where} has the unknown key {key!r}; it takes {', '.join(known)}.{did_you_mean(key, known)}"
             )
     for key in needed:
         if not isinstance(entry.get(key), str) or not entry[key]:
@@ -235,6 +258,11 @@ def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
     missing_images = "warn" if is_train and cfg.DATASETS.ON_BAD_IMAGE == "skip" else "error"
     if meta.get("evaluator_type") == "classification" or architecture_class(cfg).CLASSIFIES_IMAGES:
         _check_labeled_images(cfg, name, is_train, missing_images)
+        return None
+    source: Any = DatasetCatalog[name]
+    if isinstance(source, LabelMaps):
+        pairs = source.check(leave_out=missing_images == "warn")
+        logger.info("Checked dataset %s: %d images with label maps, %d classes", name, pairs, len(meta.stuff_classes))
         return None
     if meta.get("json_file") is None or meta.get("image_root") is None:
         return None

@@ -9,6 +9,7 @@ import torch
 
 from d2kd.data.classification import ClassificationMapper
 from d2kd.data.coco import DatasetError
+from d2kd.data.segmentation import build_augmentations
 from d2kd.errors import UserError, require_choice
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode, configurable
@@ -39,6 +40,7 @@ class ImageMapper(DatasetMapper):
         """
         super().__init__(is_train, **arguments)
         self.labels = labels
+        self._checked: set[str] = set()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -46,7 +48,10 @@ class ImageMapper(DatasetMapper):
         counts = {count.metadata: number for count, number in architecture_class(cfg).class_counts(cfg)}
         classes = counts.get("stuff_classes")
         labels = None if classes is None else LabelRange(classes, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
-        return {**super().from_config(cfg, is_train), "labels": labels}
+        arguments = {**super().from_config(cfg, is_train), "labels": labels}
+        if counts.keys() == {"stuff_classes"}:  # a segmentor alone
+            arguments["augmentations"] = build_augmentations(cfg, is_train)
+        return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
@@ -61,7 +66,9 @@ class ImageMapper(DatasetMapper):
         detection_utils.check_image_size(record, image)
         labels, label_file = None, record.pop("sem_seg_file_name", None)
         if self.is_train and label_file is not None:
-            labels = read_label_map(label_file, labels=self.labels)
+            # the labels of a file are looked at once by each loading process
+            labels = read_label_map(label_file, labels=None if label_file in self._checked else self.labels)
+            self._checked.add(label_file)
         inputs = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(inputs)
         pixels = inputs.image if inputs.image.ndim == 3 else inputs.image[:, :, None]

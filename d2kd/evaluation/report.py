@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from d2kd.evaluation.report_pictures import compare_images, draw_classifications, draw_curves, draw_detections
+from d2kd.evaluation.report_pictures import (
+    compare_images,
+    draw_classifications,
+    draw_curves,
+    draw_detections,
+    draw_label_maps,
+)
 from d2kd.evaluation.report_text import markdown
 from d2kd.evaluation.results import ModelResult, compare, load_result
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
@@ -20,6 +26,9 @@ from d2kd.runtime import RUNTIME
 __all__ = ["ModelResult", "compare", "describe_environment", "load_result", "markdown", "write_report"]
 
 logger = logging.getLogger(__name__)
+
+#: What a report may have drawn; those that an earlier one left are removed.
+PICTURES = ("curves.png", "detections.png", "label_maps.png", "predictions.png")
 
 
 def write_report(
@@ -36,7 +45,7 @@ def write_report(
     num_images: int | None = None,
     score_threshold: float = 0.3,
 ) -> dict[str, Any]:
-    """Writes `report.md`, `report.json`, `curves.png`, and `detections.png` or for classifiers `predictions.png`.
+    """Writes `report.md`, `report.json`, `curves.png`, and `detections.png`, `label_maps.png` or `predictions.png`.
 
     Args:
         output_dir: created if need be. The files of an earlier report are replaced.
@@ -66,9 +75,12 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     count = about.num_images if num_images is None else num_images
     classifies = split_variant(task)[0] == "classification"
-    pictures = {"curves.png": draw_curves(models, task, first), "detections.png": None, "predictions.png": None}
+    pictures: dict[str, bytes | None] = dict.fromkeys(PICTURES)
+    pictures["curves.png"] = draw_curves(models, task, first)
     if dataset_name is not None and classifies:
         pictures["predictions.png"] = draw_classifications(models, dataset_name, first, count)
+    elif dataset_name is not None and split_variant(task)[0] == "sem_seg":
+        pictures["label_maps.png"] = draw_label_maps(models, dataset_name, first, count)
     elif dataset_name is not None and about.predictions is not None:
         pictures["detections.png"] = draw_detections(models, dataset_name, first, count, score_threshold)
     content = {

@@ -1,4 +1,4 @@
-"""The pictures of a report: curves, detections, and what classifiers say."""
+"""The pictures of a report: curves, detections, label maps, and what classifiers say."""
 
 import io
 import math
@@ -9,13 +9,17 @@ import cv2
 import numpy as np
 
 from d2kd.data.classes import class_names_of
+from d2kd.data.images import read_label_map
 from d2kd.evaluation.results import ModelResult
 from d2kd.evaluation.tasks import Metric
 from d2kd.visualization import (
+    NO_LABEL,
     classification_sheet,
     detection_grid,
     differing,
+    label_map_grid,
     read_classifications,
+    read_label_predictions,
     read_predictions,
     read_training_log,
     training_curves,
@@ -82,6 +86,22 @@ def draw_classifications(
     heading = "; ".join(_heading(models[name], metric) for name in said)
     names = class_names_of(dataset_name) or _numbered(records, answers.values())
     return _png(classification_sheet(sections, names, answers, heading))
+
+
+def draw_label_maps(models: Mapping[str, ModelResult], dataset_name: str, metric: Metric, count: int) -> bytes | None:
+    """Images with the true and the models' label maps, and where these are wrong, as PNG; None where there are none."""
+    shown = [(model, model.predictions_file) for model in models.values() if model.predictions_file]
+    if not shown or count < 1:
+        return None
+    metadata = MetadataCatalog.get(dataset_name)
+    records = evenly_spread(sorted(DatasetCatalog.get(dataset_name), key=lambda r: str(r["file_name"])), count)
+    truths = []
+    for record in records:
+        truth = read_label_map(record["sem_seg_file_name"], dtype=np.int32)
+        truths.append(np.where(truth == metadata.get("ignore_label"), NO_LABEL, truth))
+    predictions = {_heading(model, metric): read_label_predictions(file, metadata) for model, file in shown}
+    colors = metadata.get("stuff_colors")
+    return _png(label_map_grid(records, truths, metadata.stuff_classes, predictions, colors))
 
 
 def compare_images(models: Mapping[str, ModelResult]) -> dict[str, int] | None:

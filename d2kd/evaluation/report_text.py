@@ -28,6 +28,13 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
             f"score of at least {report['score_threshold']:g}. Green: right class, IoU at least 0.5. Red: wrong.",
             "![Ground truth and detections side by side](detections.png)",
         ]
+    if "label_maps.png" in report["pictures"]:
+        parts += [
+            "## Label maps",
+            f"Images of `{report['dataset']}`, evenly spread over the dataset and not selected. Below each: red is "
+            "wrong, green right (but for the first class, which is left as it is), gray does not count.",
+            "![True label maps and those of the models side by side](label_maps.png)",
+        ]
     if "predictions.png" in report["pictures"]:
         parts += [
             "## Predictions",

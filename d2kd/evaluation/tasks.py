@@ -51,7 +51,7 @@ class Task:
 TASKS = {
     "bbox": Task(("AP", "AP50", "AP75"), "AP", "coco_instances_results.json", 6),
     "segm": Task(("AP", "AP50", "AP75"), "AP", "coco_instances_results.json", 6),
-    "sem_seg": Task(("mIoU", "pACC", "mACC", "fwIoU"), "IoU", None, 0, "head"),
+    "sem_seg": Task(("mIoU", "pACC", "mACC", "fwIoU"), "IoU", "sem_seg_predictions.json", 6, "head"),
     "classification": Task(("top1", "top5"), "top1", "classification_predictions.json", 12, "head"),
 }
 

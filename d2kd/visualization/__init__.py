@@ -3,16 +3,20 @@
 from d2kd.visualization.classifications import classification_sheet, differing, read_classifications
 from d2kd.visualization.curves import TrainingLog, read_training_log, training_curves
 from d2kd.visualization.detections import detection_grid, read_predictions
+from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
 
 __all__ = [
+    "NO_LABEL",
     "TrainingLog",
     "classification_sheet",
     "detection_grid",
     "differing",
     "kept_picture",
+    "label_map_grid",
     "masking_plot",
     "read_classifications",
+    "read_label_predictions",
     "read_predictions",
     "read_training_log",
     "sheet",

@@ -37,7 +37,7 @@ def detection_grid(
     Returns:
         uint8 (H, W, 3) BGR.
     """
-    rows = [_header(["ground truth", *predictions])]
+    rows = [header(["ground truth", *predictions])]
     for record in dataset_dicts:
         image = detection_utils.read_image(record["file_name"], format="BGR")
         scale = TILE / max(image.shape[:2])
@@ -53,7 +53,7 @@ def detection_grid(
             right = is_right(boxes, labels, truth_boxes, truth_labels)
             texts = [f"{class_names[p['label']]} {p['score']:.2f}" for p in found]
             tiles.append(_draw(enlarged, boxes * scale, texts, [RIGHT if r else WRONG for r in right]))
-        rows.append(np.hstack([_pad(tile) for tile in tiles]))
+        rows.append(np.hstack([pad_tile(tile) for tile in tiles]))
     return np.vstack(rows)
 
 
@@ -127,13 +127,14 @@ def _resize(image: np.ndarray, scale: float) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA)
 
 
-def _pad(image: np.ndarray) -> np.ndarray:
+def pad_tile(image: np.ndarray) -> np.ndarray:
     """Puts an image of at most TILE x TILE pixels on a white tile with a gap around it."""
     bottom, right = TILE + GAP - image.shape[0], TILE + GAP - image.shape[1]
     return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
-def _header(titles: Sequence[str]) -> np.ndarray:
+def header(titles: Sequence[str]) -> np.ndarray:
+    """The titles of columns of tiles, above them."""
     image = np.full((HEADER, len(titles) * (TILE + GAP), 3), 255, np.uint8)
     for column, title in enumerate(titles):
         width = cv2.getTextSize(title, FONT, 0.8, 2)[0][0]

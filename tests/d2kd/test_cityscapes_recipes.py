@@ -88,6 +88,7 @@ def check_mmseg(cfg: CfgNode, name: str) -> None:
     assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("RGB", [123.675, 116.28, 103.53])
     assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
     assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [512, 2048] and cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    assert cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA == 0.75 and cfg.INPUT.COLOR_AUG_SSD
 
 
 def check_released(cfg: CfgNode, name: str) -> None:
@@ -103,6 +104,7 @@ def check_released(cfg: CfgNode, name: str) -> None:
     assert cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0] and list(cfg.INPUT.CROP.SIZE) == [512, 1024]
     assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [round(1024 * (0.5 + k / 10)) for k in range(16)]
     assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice"
+    assert cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA == 1.0 and not cfg.INPUT.COLOR_AUG_SSD
 
 
 @pytest.mark.parametrize("name", MMSEG)

@@ -163,7 +163,6 @@ TOGETHER = {
             "EMBED_DIM": 7,
             "IMG_SIZE": 8,
             "WINDOW_BLOCK_INDEXES": [12],
-            "SCALE_FACTORS": [4.0, 2.0],
         }.items()
     },
 }

@@ -1,0 +1,170 @@
+"""Datasets of two folders: images, and their label maps by the same names."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from d2kd.errors import did_you_mean
+
+from ..classification.folders import SUFFIXES
+from ..coco import DatasetError, short
+from ..images import image_problem, image_size, label_map_problem
+
+logger = logging.getLogger(__name__)
+
+#: Formats of label maps: those that keep their values exactly.
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".pgm")
+#: What is ignored unless it is said.
+IGNORED = 255
+
+
+class LabelMaps:
+    """Images and label maps, paired by their paths in the two folders, endings aside; hidden files are left out."""
+
+    def __init__(self, name: str, images: str, labels: str, suffix: str = "") -> None:
+        """
+        Args:
+            name: of the dataset.
+            images, labels: the folders, which may have folders in them.
+            suffix: what the names of label maps have behind those of their images, e.g. "_labels".
+        """
+        self.name = name
+        self.images = images
+        self.labels = labels
+        self.suffix = suffix
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Returns records in Detectron2's format; sizes are read with the images."""
+        images, labels = self._listed()
+        return [
+            {"file_name": images[key], "sem_seg_file_name": labels[key], "image_id": key}
+            for key in sorted(images.keys() & labels.keys())
+        ]
+
+    def check(self, *, leave_out: bool = False) -> int:
+        """Looks at all names, and at the beginning of all files: what they are, and whether sizes agree.
+
+        Args:
+            leave_out: images that cannot be used are only told of: training goes without them.
+
+        Returns:
+            How many pairs there are.
+
+        Raises:
+            DatasetError: names do not pair, or a file cannot be used.
+        """
+        images, labels = self._listed()
+        alone = [("image", sorted(images.keys() - labels.keys()), images, "label map", self.labels)]
+        alone += [("label map", sorted(labels.keys() - images.keys()), labels, "image", self.images)]
+        for what, keys, paths, other, folder in alone:
+            if keys:
+                self._complain(self._unpaired(what, keys, paths, other, folder, labels), leave_out and what == "image")
+        pairs = sorted(images.keys() & labels.keys())
+        if not pairs:
+            raise self.error(f"no image of {self.images} has a label map in {self.labels}.")
+        problems = [problem for key in pairs if (problem := _problem(images[key], labels[key]))]
+        if problems:
+            more = f" So it is with {len(problems)} of {len(pairs)}." if len(problems) > 1 else ""
+            self._complain(f"{problems[0]}{more}", leave_out)
+        return len(pairs)
+
+    def error(self, message: str) -> DatasetError:
+        """Returns an error that names the dataset."""
+        return DatasetError(f"Dataset {self.name!r}: {message}")
+
+    def _complain(self, message: str, leave_out: bool) -> None:
+        if not leave_out:
+            raise self.error(message)
+        logger.warning("Dataset %r: %s Such images are left out (DATASETS.ON_BAD_IMAGE).", self.name, message)
+
+    def _unpaired(
+        self,
+        what: str,
+        keys: Sequence[str],
+        paths: Mapping[str, str],
+        other: str,
+        folder: str,
+        labels: Mapping[str, str],
+    ) -> str:
+        text = f"{len(keys)} {what}s have no {other} of the same name in {folder}, first {short(paths[keys[0]])}."
+        if other == "label map" and not self.suffix and labels:
+            longer = next((key for key in sorted(labels) if key.startswith(keys[0])), None)
+            if longer is not None:
+                return f"{text} There is {short(labels[longer])}: set LABEL_SUFFIX to {longer[len(keys[0]) :]!r}."
+        return f"{text}{did_you_mean(keys[0], labels) if other == 'label map' else ''} Add or remove them."
+
+    def _listed(self) -> tuple[dict[str, str], dict[str, str]]:
+        images = self._files(self.images, SUFFIXES, "", "images")
+        labels = self._files(self.labels, LABEL_SUFFIXES, self.suffix, "label maps")
+        return images, labels
+
+    def _files(self, root: str, endings: Sequence[str], suffix: str, what: str) -> dict[str, str]:
+        """Paths by their path in the folder, without ending and suffix."""
+        if not os.path.isdir(root):
+            raise self.error(f"{root}, which should hold the {what}, is no folder.")
+        found: dict[str, str] = {}
+        for folder, below, names in os.walk(root, followlinks=True):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for name in sorted(names):
+                stem, ending = os.path.splitext(name)
+                if name.startswith(".") or ending.lower() not in endings or not stem.endswith(suffix):
+                    continue
+                key = os.path.relpath(os.path.join(folder, stem.removesuffix(suffix)), root)
+                if key in found:
+                    raise self.error(f"{short(found[key])} and {name} have one name: keep one of them.")
+                found[key] = os.path.join(folder, name)
+        if not found:
+            behind = f" with {suffix!r} before their endings" if suffix else ""
+            raise self.error(f"{root} holds no {what} ({', '.join(endings)}){behind}.")
+        return found
+
+
+def _problem(image: str, labels: str) -> str | None:
+    return image_problem(image) or label_map_problem(labels, image_size(image))
+
+
+def class_names(where: str, value: Any) -> list[str]:
+    """Returns the names of classes from the CLASSES of an entry: a list, or a text file with one name a line.
+
+    Raises:
+        DatasetError: it is neither, or a name is missing or twice.
+    """
+    if isinstance(value, str):
+        root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+        found = next((p for p in (os.path.expanduser(value), os.path.join(root, value)) if os.path.isfile(p)), None)
+        if found is None:
+            raise DatasetError(f"{where} is {value!r}, and there is no such file: name it, or list the classes.")
+        with open(found, encoding="utf-8") as file:
+            value = [line.strip() for line in file if line.strip()]
+    names = [str(name) for name in value] if isinstance(value, (list, tuple)) else []
+    if not names or any(not name.strip() for name in names):
+        raise DatasetError(f"{where} is {value!r}; it must list the names of the classes, that of label 0 first.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DatasetError(f"{where} has {', '.join(twice)} more than once; each class needs a name of its own.")
+    return names
+
+
+def ignored_label(where: str, value: Any) -> int:
+    """Returns the label that is ignored, from the IGNORE of an entry.
+
+    Raises:
+        DatasetError: it is no label.
+    """
+    if value is None:
+        return IGNORED
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+        raise DatasetError(f"{where} is {value!r}; it must be a label, from 0 to 65535.")
+    return value
+
+
+def label_suffix(where: str, value: Any) -> str:
+    """Returns the LABEL_SUFFIX of an entry.
+
+    Raises:
+        DatasetError: it is no text.
+    """
+    if value is not None and not isinstance(value, str):
+        raise DatasetError(f"{where} is {value!r}; it must be the end of the names of label maps, e.g. '_labels'.")
+    return value or ""

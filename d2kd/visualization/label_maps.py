@@ -1,0 +1,124 @@
+"""True label maps and those of several models, side by side over the same images, and where they differ."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as mask_util
+
+from detectron2.data import detection_utils
+
+from .detections import FONT, GAP, TILE, header, pad_tile
+
+#: BGR
+WRONG, RIGHT, IGNORED = (60, 60, 235), (80, 200, 60), (128, 128, 128)
+#: Pixels that no model is asked about.
+NO_LABEL = -1
+_LEGEND = 24
+
+
+def label_map_grid(
+    records: Sequence[dict[str, Any]],
+    truths: Sequence[np.ndarray],
+    class_names: Sequence[str],
+    predictions: Mapping[str, Mapping[str, np.ndarray]],
+    colors: Sequence[Sequence[int]] | None = None,
+) -> np.ndarray:
+    """Draws two rows per image: the true label map and each model's over the image; below, where each model is wrong.
+
+    Wrong pixels are red, right ones of a class other than 0 green; gray ones do not count.
+
+    Args:
+        records: the images, in Detectron2's format.
+        truths: their label maps, int (H, W), with `NO_LABEL` for pixels that do not count.
+        class_names: by label.
+        predictions: the result of `read_label_predictions` by the heading of the model's column.
+        colors: RGB of each class; by default well apart.
+
+    Returns:
+        uint8 (H, W, 3) BGR.
+    """
+    palette = class_colors(len(class_names)) if colors is None else np.asarray(colors, np.uint8)[:, ::-1]
+    rows = [header(["ground truth", *predictions])]
+    for record, truth in zip(records, truths):
+        image = detection_utils.read_image(record["file_name"], format="BGR")
+        found = [by_file.get(record["file_name"]) for by_file in predictions.values()]
+        upper = [_colored(image, truth, palette), *(_colored(image, labels, palette) for labels in found)]
+        lower = [image, *(_differences(image, truth, labels) for labels in found)]
+        rows += [np.hstack([pad_tile(_enlarged(tile)) for tile in tiles]) for tiles in (upper, lower)]
+    return np.vstack([*rows, _legend(class_names, palette, rows[0].shape[1])])
+
+
+def read_label_predictions(path: str, metadata: Any) -> dict[str, np.ndarray]:
+    """Reads what Detectron2's `SemSegEvaluator` writes (sem_seg_predictions.json).
+
+    Args:
+        path: the file.
+        metadata: of the dataset; maps category ids to labels.
+
+    Returns:
+        By the path of the image, its label map, int (H, W).
+    """
+    to_label = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
+    maps: dict[str, np.ndarray] = {}
+    with open(path) as file:
+        results = json.load(file)
+    for result in results:
+        mask = mask_util.decode(result["segmentation"]).astype(bool)
+        labels = maps.setdefault(result["file_name"], np.full(mask.shape, NO_LABEL, np.int32))
+        labels[mask] = to_label.get(result["category_id"], result["category_id"])
+    return maps
+
+
+def class_colors(count: int) -> np.ndarray:
+    """Returns a color for each class, uint8 (count, 3) BGR: hues by the golden ratio, the first one gray."""
+    hues = (np.arange(count) * 0.61803398875) % 1.0
+    hsv = np.stack([hues * 180, np.full(count, 200), 255 - 60 * (np.arange(count) % 3)], axis=-1)
+    colors = cv2.cvtColor(hsv[None].astype(np.uint8), cv2.COLOR_HSV2BGR)[0]
+    colors[:1] = 90
+    return colors
+
+
+def _colored(image: np.ndarray, labels: np.ndarray | None, palette: np.ndarray) -> np.ndarray:
+    """The image in gray under the colors of its labels; unchanged where there are none."""
+    if labels is None:
+        return image
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    known = (labels >= 0) & (labels < len(palette))
+    colors = palette[np.where(known, labels, 0)]
+    blended = cv2.addWeighted(gray, 0.4, np.ascontiguousarray(colors), 0.6, 0)
+    return np.where(known[..., None], blended, image)
+
+
+def _differences(image: np.ndarray, truth: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    if labels is None:
+        return image
+    faint = image // 2 + 64
+    counted, same = truth != NO_LABEL, labels == truth
+    for where, color in ((counted & ~same, WRONG), (counted & same & (truth > 0), RIGHT), (~counted, IGNORED)):
+        faint = np.where(where[..., None], np.array(color, np.uint8), faint)
+    return faint
+
+
+def _enlarged(tile: np.ndarray) -> np.ndarray:
+    """Each tile fits its place; labels stay sharp."""
+    scale = TILE / max(tile.shape[:2])
+    size = (max(1, round(tile.shape[1] * scale)), max(1, round(tile.shape[0] * scale)))
+    return cv2.resize(tile, size, interpolation=cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA)
+
+
+def _legend(names: Sequence[str], palette: np.ndarray, width: int) -> np.ndarray:
+    """Lines with each class and its color."""
+    lines = [np.full((_LEGEND, width, 3), 255, np.uint8)]
+    x = GAP
+    for name, color in zip(names, palette):
+        length = _LEGEND + cv2.getTextSize(name, FONT, 0.5, 1)[0][0] + 2 * GAP
+        if x + length > width and x > GAP:
+            lines.append(np.full((_LEGEND, width, 3), 255, np.uint8))
+            x = GAP
+        cv2.rectangle(lines[-1], (x, 5), (x + 14, 19), tuple(map(int, color)), -1)
+        cv2.putText(lines[-1], name, (x + 20, 17), FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+        x += length
+    return np.vstack(lines)
