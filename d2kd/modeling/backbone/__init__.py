@@ -5,6 +5,7 @@ from .last_norm import build_retinanet_resnet_fpn_last_norm_backbone
 from .layer_decay import layer_decay_factors
 from .pixels import with_data_config
 from .pretrained import load_pretrained_network
+from .reppoints_fpn import build_reppoints_resnet_fpn_backbone
 from .timm_backbone import (
     TimmBackbone,
     build_fcos_timm_fpn_backbone,
@@ -23,6 +24,7 @@ __all__ = [
     "WholeNetwork",
     "build_fcos_resnet_fpn_backbone",
     "build_fcos_timm_fpn_backbone",
+    "build_reppoints_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_last_norm_backbone",
     "build_retinanet_timm_fpn_backbone",
     "build_timm_backbone",

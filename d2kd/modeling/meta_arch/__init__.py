@@ -2,5 +2,6 @@
 
 from .fcos import FCOS
 from .image_classifier import ImageClassifier
+from .reppoints import RepPoints
 
-__all__ = ["FCOS", "ImageClassifier"]
+__all__ = ["FCOS", "ImageClassifier", "RepPoints"]
