@@ -42,7 +42,11 @@ class _DeformConvBase(nn.Module):
         self._check_channels("offset", offset, 2)
         if mask is not None:
             self._check_channels("mask", mask, 1)
-        x = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        operands, dtype = (x, offset, self.weight, self.bias, mask), x.dtype
+        if x.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):  # the operator has none there
+            operands = tuple(None if t is None else t.float() for t in operands)
+        x, offset, weight, bias, mask = operands
+        x = deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, mask).to(dtype)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
