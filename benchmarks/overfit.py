@@ -11,6 +11,8 @@ where the first metric of a task (AP of boxes, AP of masks, mIoU) is below `--at
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import torch
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import leaves
 from d2kd.engine import DistillTrainer, load_config
+from d2kd.errors import ConfigError, UserError
 from d2kd.evaluation.tasks import task_named
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
@@ -66,9 +69,10 @@ def register(root: Path, count: int, directory: Path) -> dict[str, int]:
 
 def changes(cfg: CfgNode, classes: dict[str, int], args: argparse.Namespace) -> Iterator[Any]:
     """Yields the keys and values by which any configuration learns these images."""
-    counts = [count for count, _ in architecture_class(cfg).class_counts(cfg)]
-    if not counts or not {count.metadata for count in counts} <= classes.keys():
-        sys.exit(f"{args.config}: {cfg.MODEL.META_ARCHITECTURE} is no detector or segmentor that d2kd knows.")
+    architecture = architecture_class(cfg)
+    counts = [count for count, _ in architecture.class_counts(cfg)]
+    if not counts or architecture.CLASSIFIES_IMAGES:
+        raise ConfigError(f"{args.config}: {cfg.MODEL.META_ARCHITECTURE} is no detector or segmentor that d2kd knows.")
     for count in counts:
         yield from (count.key, classes[count.metadata])
     dataset = f"{NAME}_objects" if counts[0].metadata == "thing_classes" else f"{NAME}_labels"
@@ -90,8 +94,11 @@ def changes(cfg: CfgNode, classes: dict[str, int], args: argparse.Namespace) -> 
 
 def overfit(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Trains and evaluates; returns the first metric of every task, and the time."""
+    if args.data is None:
+        args.data = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "photo_digits"
+        subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True, stdout=subprocess.DEVNULL)
     classes = register(args.data, args.images, directory)
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.opts)
     options = [*changes(cfg, classes, args), "OUTPUT_DIR", str(directory / "run"), *args.opts]
     torch.manual_seed(1)
     start = time.perf_counter()
@@ -99,7 +106,9 @@ def overfit(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     trainer.resume_or_load(resume=False)
     results = trainer.train()
     found = {
-        f"{task}/{name}": metrics[name] for task, metrics in results.items() for name in task_named(task).columns[:1]
+        f"{task}/{name}": 0.0 if math.isnan(metrics[name]) else metrics[name]  # of a model that finds nothing
+        for task, metrics in results.items()
+        for name in task_named(task).columns[:1]
     }
     return {
         "config": args.config,
@@ -116,16 +125,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--at-least", type=float, default=90.0, help="least metric of every task, in percent")
-    parser.add_argument("--data", type=Path, default=Path("datasets/photo_digits"))
+    parser.add_argument("--data", type=Path, help="a PhotoDigits that is there already")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--verbose", action="store_true", help="log the training (stderr)")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration")
     args = parser.parse_args()
     if args.verbose:
         setup_logger(name="d2kd")
-    subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as directory:
-        result = overfit(args, Path(directory))
+        try:
+            result = overfit(args, Path(directory))
+        except UserError as error:
+            sys.exit(str(error))
     sys.stdout.write(json.dumps(result) + "\n")
     scores = [value for name, value in result.items() if "/" in name and name != "config"]
     sys.exit(0 if scores and min(scores) >= args.at_least else 1)

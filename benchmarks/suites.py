@@ -70,6 +70,12 @@ _MOBILENET: dict[str, Entry] = {
     **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
 
+_REPPOINTS: dict[str, Entry] = {
+    "baseline": Entry("reppoints_student", distils=False),
+    "inherit only": Entry("reppoints_student", ["DISTILL.METHODS", "[]"]),
+    **{n: Entry(f"reppoints_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
+}
+
 _DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
 
 
@@ -119,6 +125,16 @@ SUITES = {
         lengths=_DETECTION_LENGTHS,
         entries=_MOBILENET,
         teacher_folder="",
+        sets_images=False,
+    ),
+    "reppoints": Suite(
+        folder="reppoints",
+        teacher="reppoints_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths={"short": Length(1000, 700, 16)},
+        entries=_REPPOINTS,
+        teacher_folder="reppoints",
         sets_images=False,
     ),
 }

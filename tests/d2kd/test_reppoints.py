@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from fvcore.nn import sigmoid_focal_loss as reference_focal_loss
 from helpers import same_tensors
 from models import batch, config, model, write_teacher
-from runs import in_two_processes, read_checkpoint, run_training
+from runs import ROOT, environment, in_two_processes, read_checkpoint, run_training
 from torch import Tensor, nn
 
 from d2kd.errors import ConfigError
@@ -541,6 +543,15 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
     for name, p in net.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item() + 1e-8)
+
+
+def test_overfitting_tells_what_it_found(digits):
+    """A few steps are not enough, and the status says so."""
+    command = [sys.executable, "benchmarks/overfit.py", "--config", "configs/PhotoDigits/reppoints_student.yaml"]
+    command += ["--data", str(digits), "--iterations", "2", "--device", "cpu"]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    assert json.loads(run.stdout)["bbox/AP"] < 90
 
 
 def test_pictures_show_the_points(digits, forget_datasets):
