@@ -55,7 +55,7 @@ def detection_grid(
             texts = [f"{class_names[p['label']]} {p['score']:.2f}" for p in found]
             colors = [RIGHT if r else WRONG for r in right]
             tile = _draw(enlarged, boxes * scale, texts, colors)
-            for detection, color in zip(found, colors):
+            for detection, color in reversed(list(zip(found, colors))):  # the best on top
                 draw_points(tile, np.reshape(detection.get("points", []), (-1, 2)) * scale, color)
             tiles.append(tile)
         rows.append(np.hstack([_pad(tile) for tile in tiles]))
