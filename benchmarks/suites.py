@@ -93,6 +93,12 @@ _SEGMENTATION: dict[str, Entry] = {
     **{name: Entry(f"pspnet_student_{name}") for name in ("FeatureMimic", "MaskedGenerative", "LogitKD")},
 }
 
+_REPPOINTS: dict[str, Entry] = {
+    "baseline": Entry("reppoints_student", distils=False),
+    "inherit only": Entry("reppoints_student", ["DISTILL.METHODS", "[]"]),
+    **{n: Entry(f"reppoints_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
+}
+
 _DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
 
 
@@ -183,6 +189,16 @@ SUITES = {
         lengths={"short": Length(600, 500, 16)},
         entries=_SEGMENTATION,
         teacher_folder="segmentation",
+        sets_images=False,
+    ),
+    "reppoints": Suite(
+        folder="reppoints",
+        teacher="reppoints_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths={"short": Length(1000, 700, 16)},
+        entries=_REPPOINTS,
+        teacher_folder="reppoints",
         sets_images=False,
     ),
 }

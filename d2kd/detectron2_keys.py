@@ -55,6 +55,7 @@ RESNETS = (
     "build_retinanet_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_last_norm_backbone",
     "build_fcos_resnet_fpn_backbone",
+    "build_reppoints_resnet_fpn_backbone",
 )
 #: Nodes of the heads that have anchors, by architecture.
 ANCHORED = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "RPN", "ProposalNetwork": "RPN", "PanopticFPN": "RPN"}

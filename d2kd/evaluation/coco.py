@@ -12,6 +12,9 @@ from detectron2.evaluation import COCOEvaluator
 
 Entries = list[dict[str, Any]]
 
+#: Detections with a lower score are written without their points, which are for pictures only.
+POINTS_FROM = 0.1
+
 
 class NumberedCOCO(COCO):
     """Ground truth under ids of its own; detections come in with the user's.
@@ -91,7 +94,10 @@ class _ByUserIds:
 
 
 class CocoEvaluator(COCOEvaluator):
-    """Detectron2's evaluator; its numbers do not depend on the ids of the dataset, which stay in what it writes."""
+    """Detectron2's evaluator; its numbers do not depend on the ids of the dataset, which stay in what it writes.
+
+    Detections have their points too, `points` as [[x, y], ...] in pixels, where a model gives `pred_points`.
+    """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of `COCOEvaluator`.
@@ -103,6 +109,17 @@ class CocoEvaluator(COCOEvaluator):
         path = self._metadata.json_file
         content: Any = self._coco_api.dataset
         self._coco_api: Any = NumberedCOCO(parse_coco(path, content, need_annotations=False))
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """As in `COCOEvaluator`."""
+        super().process(inputs, outputs)
+        written = {entry["image_id"]: entry.get("instances", []) for entry in self._predictions[-len(outputs) :]}
+        for entry, output in zip(inputs, outputs):
+            if "instances" in output and output["instances"].has("pred_points"):
+                every_points = output["instances"].pred_points.double().cpu().numpy().round(1).tolist()
+                for result, points in zip(written[entry["image_id"]], every_points):
+                    if result["score"] >= POINTS_FROM:
+                        result["points"] = points
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> Any:
         """As in `COCOEvaluator`; `img_ids` are the dataset's."""

@@ -1,6 +1,7 @@
 """Pure tensor functions that several methods share; they import torch only."""
 
 from .align import align_resolution, align_validity
+from .focal import sigmoid_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
 from .tokens import attention_saliency, gather_tokens, ranks_of, resample_saliency, scatter_tokens
@@ -19,6 +20,7 @@ __all__ = [
     "ranks_of",
     "resample_saliency",
     "scatter_tokens",
+    "sigmoid_focal_loss",
     "squared_error",
     "standardize",
     "upcast_half",

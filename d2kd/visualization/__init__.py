@@ -5,6 +5,7 @@ from d2kd.visualization.curves import TrainingLog, read_training_log, training_c
 from d2kd.visualization.detections import detection_grid, read_predictions
 from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
+from d2kd.visualization.points import draw_points
 
 __all__ = [
     "NO_LABEL",
@@ -12,6 +13,7 @@ __all__ = [
     "classification_sheet",
     "detection_grid",
     "differing",
+    "draw_points",
     "kept_picture",
     "label_map_grid",
     "masking_plot",

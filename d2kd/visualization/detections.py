@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from d2kd.visualization.points import draw_points
 from detectron2.data import detection_utils
 from detectron2.structures import BoxMode
 
@@ -26,7 +27,7 @@ def detection_grid(
     """Draws one row per image: the ground truth, then each model's detections, with class and score.
 
     A detection is green if its class is right and its IoU with an object that no better one has taken is at least
-    0.5, and red otherwise.
+    0.5, and red otherwise. Its points are drawn where they are known.
 
     Args:
         dataset_dicts: the images, in Detectron2's format.
@@ -52,7 +53,11 @@ def detection_grid(
             labels = np.array([p["label"] for p in found], dtype=int)
             right = is_right(boxes, labels, truth_boxes, truth_labels)
             texts = [f"{class_names[p['label']]} {p['score']:.2f}" for p in found]
-            tiles.append(_draw(enlarged, boxes * scale, texts, [RIGHT if r else WRONG for r in right]))
+            colors = [RIGHT if r else WRONG for r in right]
+            tile = _draw(enlarged, boxes * scale, texts, colors)
+            for detection, color in reversed(list(zip(found, colors))):  # the best on top
+                draw_points(tile, np.reshape(detection.get("points", []), (-1, 2)) * scale, color)
+            tiles.append(tile)
         rows.append(np.hstack([pad_tile(tile) for tile in tiles]))
     return np.vstack(rows)
 
@@ -65,7 +70,8 @@ def read_predictions(path: str, metadata: Any) -> dict[Any, list[dict[str, Any]]
         metadata: of the dataset; maps category ids to contiguous class ids.
 
     Returns:
-        By image id, a list of `{"box": XYXY, "label": contiguous class id, "score"}`.
+        By image id, a list of `{"box": XYXY, "label": contiguous class id, "score"}`, with the "points" [[x, y], ...]
+        of models that have written them.
     """
     to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -76,6 +82,8 @@ def read_predictions(path: str, metadata: Any) -> dict[Any, list[dict[str, Any]]
         category = result["category_id"]
         label = category if to_contiguous is None else to_contiguous[category]
         item = {"box": [x, y, x + width, y + height], "label": label, "score": result["score"]}
+        if "points" in result:
+            item["points"] = result["points"]
         by_image.setdefault(result["image_id"], []).append(item)
     return by_image
 

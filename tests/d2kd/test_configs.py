@@ -143,6 +143,7 @@ TOKEN_RECIPES = {
     "retinanet_R50_R101": (7.0, 7000, (1.0, 0.0), True, 0.02, 35.0),
     "retinanet_R50_X101": (7.0, 8500, (1.0, 1.0), True, 0.02, 35.0),
     "fcos_R50_R101": (10.0, 5000, None, False, 0.01, 35.0),
+    "reppoints_R50_X101": (10.0, 5000, (1.0, 0.11), False, 0.01, None),
 }
 #: Of each teacher: optimizer, learning rate and weight decay of its tokens.
 TOKEN_LEARNING = {
@@ -151,6 +152,7 @@ TOKEN_LEARNING = {
     "retinanet_R101": ("Adam", 0.01, 0.001),
     "retinanet_X101": ("Adam", 0.01, 0.001),
     "fcos_R101": ("Adam", 0.01, 0.001),
+    "reppoints_X101": ("Adam", 0.01, 0.001),
 }
 
 
@@ -194,7 +196,7 @@ def test_recipes_of_masked_generative_have_the_papers_numbers():
     assert len(paths) >= 10
     for path in paths:
         cfg = load_config(str(path))
-        node, dense = cfg.DISTILL.MASKED_GENERATIVE, path.stem.startswith("retinanet")
+        node, dense = cfg.DISTILL.MASKED_GENERATIVE, path.stem.startswith(("retinanet", "reppoints"))
         assert (node.WEIGHT, node.MASK_RATIO) == ((2e-5, 0.65) if dense else (5e-7, 0.45)), path
         assert (node.NORMALIZE, node.REDUCTION, clipping(cfg)) == ("none", "batchmean", 35.0), path
         assert cfg.DISTILL.INIT_FROM_TEACHER.ENABLED == dense, path

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import deform_conv2d
 
 from d2lite.layers import (
     CNNBlockBase,
@@ -309,6 +310,31 @@ class TestDeformConv:
         conv = ModulatedDeformConv(1, 1, kernel_size=3, padding=1)
         with pytest.raises(RuntimeError, match=f"{name} has"):
             conv(torch.zeros(1, 1, 3, 3), torch.zeros(1, offset, 3, 3), torch.zeros(1, mask, 3, 3))
+
+    @pytest.mark.parametrize("modulated", [False, True])
+    def test_on_the_cpu_it_is_torchvisions_operator(self, modulated):
+        torch.manual_seed(0)
+        sizes = dict(stride=2, padding=2, dilation=2, groups=2, deformable_groups=3)
+        conv = (ModulatedDeformConv if modulated else DeformConv)(6, 8, kernel_size=3, **sizes).double()
+        x = torch.randn(2, 6, 9, 11, dtype=torch.double, requires_grad=True)
+        offset = (3 * torch.randn(2, 54, 5, 6, dtype=torch.double)).requires_grad_()  # many outside the map
+        mask = torch.rand(2, 27, 5, 6, dtype=torch.double, requires_grad=True)
+        inputs = [x, offset, *([mask] if modulated else [])]
+        found = conv(*inputs)
+        expected = deform_conv2d(x, offset, conv.weight, conv.bias, 2, 2, 2, mask if modulated else None)
+        torch.testing.assert_close(found, expected)
+        parts = [*inputs, *conv.parameters()]
+        gradients = (torch.autograd.grad(y.square().sum(), parts) for y in (found, expected))
+        for ours, theirs in zip(*gradients):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_half_precision_and_wrong_sizes(self):
+        conv, x, offset = DeformConv(2, 3, kernel_size=3), torch.rand(1, 2, 5, 4), torch.rand(1, 18, 3, 2)
+        half = conv(x.bfloat16(), offset.bfloat16())
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), conv(x, offset), rtol=0.1, atol=0.1)
+        with pytest.raises(RuntimeError, match="offset is of size 5 x 4, the output of 3 x 2"):
+            conv(x, torch.rand(1, 18, 5, 4))
 
     def test_empty_batch(self):
         conv = DeformConv(2, 3, kernel_size=3, padding=1)

@@ -16,6 +16,7 @@ from .build import ArchitectureError, build_network
 from .classifier import ImageClassifier
 from .dense_detector import DenseDetector
 from .rcnn import GeneralizedRCNN, is_region_tap
+from .reppoints import RepPoints
 from .semantic_segmentor import SemanticSegmentor
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DenseDetector",
     "GeneralizedRCNN",
     "ImageClassifier",
+    "RepPoints",
     "SemanticSegmentor",
     "architecture_class",
     "architecture_of",

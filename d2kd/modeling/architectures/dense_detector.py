@@ -1,6 +1,6 @@
 """RetinaNet, FCOS and their like: a head whose layers run once a feature level, one prediction an anchor or point."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,7 +13,7 @@ class DenseDetector(Architecture):
     """Detectron2's dense detectors: `head`, `head_in_features`, and `anchor_generator` where they have anchors."""
 
     EVALUATOR_TYPES = ("coco", "cityscapes_instance", "pascal_voc")
-    LOSS_NORMALIZERS = ("loss_normalizer",)
+    LOSS_NORMALIZERS: ClassVar[tuple[str, ...]] = ("loss_normalizer",)
 
     def predictions(self) -> list[Prediction]:
         """Returns class logits and box deltas of every level."""

@@ -7,6 +7,7 @@ from .layer_decay import layer_decay_factors
 from .mobilenet_v2 import MobileNetV2, build_mobilenetv2_backbone
 from .pixels import with_data_config
 from .pretrained import load_pretrained_network
+from .reppoints_fpn import build_reppoints_resnet_fpn_backbone
 from .timm_backbone import (
     TimmBackbone,
     build_fcos_timm_fpn_backbone,
@@ -28,6 +29,7 @@ __all__ = [
     "build_fcos_resnet_fpn_backbone",
     "build_fcos_timm_fpn_backbone",
     "build_mobilenetv2_backbone",
+    "build_reppoints_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_last_norm_backbone",
     "build_retinanet_timm_fpn_backbone",
     "build_timm_backbone",

@@ -2,6 +2,7 @@
 
 from .fcos import FCOS
 from .image_classifier import ImageClassifier
+from .reppoints import RepPoints
 from .segmentor import Segmentor
 
-__all__ = ["FCOS", "ImageClassifier", "Segmentor"]
+__all__ = ["FCOS", "ImageClassifier", "RepPoints", "Segmentor"]

@@ -10,6 +10,7 @@ from d2kd.errors import UserError, did_you_mean
 from ..architectures import architecture_of, output_shapes
 
 PRE_RELU = ".pre_relu"
+PRE_NORM = ".pre_norm"
 
 
 class TapError(UserError):
@@ -27,6 +28,8 @@ class Tap(NamedTuple):
     call: int | None = None
     # tap the input of the module's last ReLU, or other activation, instead of the module's output
     pre_relu: bool = False
+    # tap what goes into the module, which is the norm of a convolution
+    pre_norm: bool = False
     # the module gives (N, H, W, C); the tap is (N, C, H, W)
     channels_last: bool = False
     # the module gives tokens (N, L, C), so many before those of the patches, which lie on a square grid
@@ -37,9 +40,9 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
     """Finds what a tap's address means in a model.
 
     Addresses: "p3" (an output of the backbone), "res4" (a stage of the bottom-up network, also one that is no output),
-    "res4.pre_relu" (the same before its last ReLU or other activation; also of one block), "head.bbox_pred" (the output
-    of any module), "head.bbox_pred@2" (its third call in a forward pass, counted from 0), "blocks.3" (a block of a
-    vision transformer, as a map (N, C, H, W)).
+    "res4.pre_relu" (the same before its last ReLU or other activation; also of one block), "fpn_output3.pre_norm" (what
+    a convolution of Detectron2 gives to its norm), "head.bbox_pred" (the output of any module), "head.bbox_pred@2" (its
+    third call in a forward pass, counted from 0), "blocks.3" (a block of a vision transformer, as a map (N, C, H, W)).
 
     Raises:
         TapError: there is no such feature; the message lists near matches.
@@ -51,6 +54,9 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
     named = dict(model.named_modules())
     if pre_relu:
         return Tap(name, _last_block(name, _find_stage(model, name, address, named)), pre_relu=True)
+    if address.endswith(PRE_NORM):
+        norm = _norm_of(name, _find_stage(model, name, address.removesuffix(PRE_NORM), named))
+        return Tap(name, norm, call=int(call) if call else None, pre_norm=True)
     for path in dict.fromkeys(("backbone", architecture_of(model).bottom_up)):
         # a stage that is a module of its own is hooked itself: it fires before the rest of the backbone runs
         if address in _outputs(named.get(path)) and f"{path}.{address}" not in named:
@@ -69,7 +75,7 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
 def last_norm(model: nn.Module, name: str) -> nn.Module | None:
     """Returns the batch norm, frozen or not, that ends the block before a tap (never a shortcut's); else None."""
     tap = resolve_tap(model, name)
-    if tap.key is not None:
+    if tap.key is not None or tap.pre_norm:
         return None
     norms = [
         module
@@ -114,6 +120,15 @@ def _find_stage(model: nn.Module, name: str, address: str, named: dict[str, nn.M
     raise TapError(
         f"Tap {name!r} is not in the {type(model).__name__}.{hint} Features of its backbone: "
         f"{', '.join(tap_names(model))}; any module path (e.g. 'head.bbox_pred') is a tap too."
+    )
+
+
+def _norm_of(name: str, convolution: nn.Module) -> nn.Module:
+    norm = getattr(convolution, "norm", None)
+    if isinstance(norm, nn.Module):
+        return norm
+    raise TapError(
+        f"Tap {name!r}: {PRE_NORM!r} needs a convolution with a norm; this {type(convolution).__name__} has none."
     )
 
 

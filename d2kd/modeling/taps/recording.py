@@ -1,6 +1,7 @@
 """Reads, or replaces, tapped features with removable hooks; the model is not edited."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -159,6 +160,8 @@ class _Recorder:
         if tap.pre_relu:
             self.handles.append(tap.module.register_forward_pre_hook(self._enter_block))
             self.handles.append(tap.module.register_forward_hook(self._leave_block(tap)))
+        elif tap.pre_norm:
+            self.handles.append(tap.module.register_forward_pre_hook(self._take_input(tap)))
         else:
             self.handles.append(tap.module.register_forward_hook(self._take_output(tap)))
 
@@ -195,13 +198,22 @@ class _Recorder:
 
         return hook
 
+    def _take_input(self, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        calls = itertools.count()
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if tap.call not in (next(calls), None):
+                return None
+            self._store(tap, args[0])
+            return None if self.replace is None else (self.replace(tap.name, args[0]), *args[1:])
+
+        return hook
+
     def _take_output(self, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        calls = 0
+        calls = itertools.count()
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if tap.call is not None and tap.call != calls - 1:
+            if tap.call not in (next(calls), None):
                 return None
             value = output if tap.key is None else output[tap.key]
             value = _as_map(tap, value)
