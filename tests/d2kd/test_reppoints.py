@@ -16,6 +16,7 @@ from models import batch, config, model, write_teacher
 from runs import ROOT, environment, in_two_processes, read_checkpoint, run_training
 from torch import Tensor, nn
 
+from d2kd.engine import load_config
 from d2kd.errors import ConfigError
 from d2kd.layers import sigmoid_focal_loss
 from d2kd.modeling import FeatureTaps, TapError, build_distilled_model, init_from_teacher, num_classes
@@ -567,3 +568,40 @@ def test_pictures_show_the_points(digits, forget_datasets):
     image = np.full((40, 40, 3), 255, np.uint8)
     draw_points(image, np.array([[10.0, 30.0], [-50.0, 5.0]]), (0, 200, 0))
     assert image[30, 10].tolist() == [0, 200, 0] and (image[:20] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "name, network, schedule, clip",
+    [
+        ("reppoints_R50_1x", (50, 1, 64, [False] * 4), (90000, [60000, 80000]), None),
+        ("reppoints_R50_2x", (50, 1, 64, [False] * 4), (180000, [120000, 160000]), None),
+        ("reppoints_X101", (101, 32, 4, [False, True, True, True]), (180000, [120000, 160000]), None),
+        ("reppoints_R50_X101_MaskedGenerative_2x", (50, 1, 64, [False] * 4), (180000, [120000, 160000]), 35.0),
+        ("reppoints_R50_X101_ReceptiveTokens_2x", (50, 1, 64, [False] * 4), (180000, [120000, 160000]), None),
+    ],
+)
+def test_recipes_have_the_published_numbers(name, network, schedule, clip):
+    cfg = load_config(str(ROOT / f"configs/COCO/{name}.yaml"), [])
+    node, resnet, solver = cfg.MODEL.REPPOINTS, cfg.MODEL.RESNETS, cfg.SOLVER
+    assert (resnet.DEPTH, resnet.NUM_GROUPS, resnet.WIDTH_PER_GROUP, resnet.DEFORM_ON_PER_STAGE) == network
+    assert not resnet.DEFORM_MODULATED and not resnet.STRIDE_IN_1X1 and cfg.MODEL.BACKBONE.FREEZE_AT == 2
+    assert (solver.MAX_ITER, list(solver.STEPS)) == schedule
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MOMENTUM, solver.WEIGHT_DECAY) == (16, 0.01, 0.9, 1e-4)
+    assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR, solver.GAMMA) == (500, 0.001, 0.1)
+    assert (solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else None) == clip
+    assert (list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP) == (
+        [800],
+        1333,
+        "horizontal",
+    )
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == (
+        "RGB",
+        [123.675, 116.28, 103.53],
+        [58.395, 57.12, 57.375],
+    )
+    assert (node.NUM_CONVS, node.CONV_DIM, node.NUM_POINTS, node.TRANSFORM, node.NORM) == (3, 256, 9, "moment", "GN")
+    assert (node.GRADIENT_MULTIPLIER, node.MOMENT_MULTIPLIER, node.BASE_SCALE) == (0.1, 0.01, 4.0)
+    assert (node.INITIAL_LOSS_WEIGHT, node.REFINED_LOSS_WEIGHT, node.SMOOTH_L1_BETA) == (0.5, 1.0, 0.11)
+    assert (node.FOCAL_LOSS_ALPHA, node.FOCAL_LOSS_GAMMA, list(node.IOU_THRESHOLDS)) == (0.25, 2.0, [0.4, 0.5])
+    assert (node.SCORE_THRESH_TEST, node.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE) == (0.05, 0.5, 100)
+    assert cfg.MODEL.FPN.NORM == "GN" and cfg.MODEL.BACKBONE.NAME == "build_reppoints_resnet_fpn_backbone"
