@@ -17,6 +17,7 @@ from .classifier import ImageClassifier
 from .dense_detector import DenseDetector
 from .rcnn import GeneralizedRCNN, is_region_tap
 from .semantic_segmentor import SemanticSegmentor
+from .solo import SOLO
 
 __all__ = [
     "ARCHITECTURES",
@@ -27,6 +28,7 @@ __all__ = [
     "DenseDetector",
     "GeneralizedRCNN",
     "ImageClassifier",
+    "SOLO",
     "SemanticSegmentor",
     "architecture_class",
     "architecture_of",

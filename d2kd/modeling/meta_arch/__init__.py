@@ -2,5 +2,6 @@
 
 from .fcos import FCOS
 from .image_classifier import ImageClassifier
+from .solo import SOLO
 
-__all__ = ["FCOS", "ImageClassifier"]
+__all__ = ["FCOS", "SOLO", "ImageClassifier"]
