@@ -162,7 +162,8 @@ def test_targets(recorded):
     sizes = [tuple(recorded.arrays[f"target/0/mask_targets/{level}"].shape[1:]) for level in range(5)]
     for image, truth in enumerate(truths(recorded)):
         centers = mass_centers(truth.masks)
-        np.testing.assert_allclose(centers.numpy(), recorded.arrays[f"target/{image}/centre_yx"], rtol=1e-12)
+        if f"target/{image}/centre_yx" in recorded.arrays:
+            np.testing.assert_allclose(centers.numpy(), recorded.arrays[f"target/{image}/centre_yx"], rtol=1e-12)
         for level, found in enumerate(assign_targets(truth, net.levels, sizes, net.num_classes, net.center_scale)):
             where, grid = f"target/{image}", net.levels[level].grid
             np.testing.assert_array_equal(found.classes, recorded.arrays[f"{where}/cls/{level}"])
@@ -178,9 +179,9 @@ def test_losses_and_gradients(recorded):
     net = recorded.net
     found = net.losses(*net.head(recorded.features), truths(recorded))
     for name in ("loss_mask", "loss_cls"):
-        recorded.close(found[name], f"loss/{name}", float64=1e-8, float32=5e-5)
+        recorded.close(found[name], f"loss/{name}", float64=1e-9, float32=5e-5)
     total = sum(found.values())
-    recorded.close(total, "loss/total", float64=1e-8, float32=5e-5)
+    recorded.close(total, "loss/total", float64=1e-9, float32=5e-5)
     total.backward()
     for level, feature in enumerate(recorded.features):
         recorded.close(feature.grad, f"grad_feat/{level}", float32=1e-3)

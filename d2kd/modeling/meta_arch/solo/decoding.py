@@ -110,7 +110,7 @@ def detect(
 
     Returns:
         `Instances` of the output's size with `pred_masks` (N, H, W) bool, `pred_boxes` (tight around them), `scores`
-        and `pred_classes`. Those whose mask has no pixel in the output are left out.
+        and `pred_classes`. A mask may have no pixel left in the output; its box is 0, 0, 0, 0.
     """
     cells, classes, values = _candidates(scores, masks, strides, thresholds)
     # several classes may want the same cell, and share its mask
@@ -127,7 +127,7 @@ def detect(
     found.pred_masks = (torch.cat(full) if full else values.new_zeros(0, *sizes.output).bool())[place]
     found.pred_boxes = Boxes(tight_boxes(found.pred_masks))
     found.scores, found.pred_classes = values, classes[kept]
-    return found[found.pred_boxes.nonempty()]
+    return found
 
 
 def _candidates(

@@ -147,7 +147,8 @@ class SOLO(nn.Module):
                 `gt_classes` and, unless there are none, `gt_masks`), and optionally "height" and "width" of the output.
 
         Returns:
-            In training {"loss_mask", "loss_cls"}, else for each image {"instances": see `detect`}.
+            In training {"loss_mask", "loss_cls"}, else for each image {"instances": see `detect`}, those that have a
+            pixel.
         """
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
@@ -229,7 +230,8 @@ class SOLO(nn.Module):
             sizes = Sizes(size, (height, width), (int(x.get("height", height)), int(x.get("width", width))))
             of_image = [level[i] for level in scores]
             masks = Masks(self.head, maps, i, size)
-            found.append({"instances": detect(of_image, masks, strides, sizes, self.thresholds)})
+            instances = detect(of_image, masks, strides, sizes, self.thresholds)
+            found.append({"instances": instances[instances.pred_boxes.nonempty()]})
         return found
 
 
