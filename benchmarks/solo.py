@@ -26,6 +26,7 @@ from d2kd.modeling.meta_arch.solo import SOLO
 from d2kd.modeling.meta_arch.solo.decoding import point_nms
 from detectron2.modeling import build_model
 
+
 @torch.no_grad()
 def build(path: str, options: list[Any], args: argparse.Namespace, inputs: list[dict[str, Any]]) -> Any:
     """A random model that finds `args.instances` in every image."""
