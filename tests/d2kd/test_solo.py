@@ -343,6 +343,7 @@ def test_memory_is_bounded_without_a_change_of_the_result(base, monkeypatch):
         monkeypatch.setattr(net.head, "cell_masks", lambda *a: largest.append(len(a[3])) or plain(*a))
         for module in (decoding, solo.matrix_nms):
             monkeypatch.setattr(module, "_CHUNK", 5 * 32 * 32)
+        monkeypatch.setattr(decoding, "_KEPT", 100 * 32 * 32)
         parts = net(batch())[0]["instances"]
     assert max(largest) == 5
     assert torch.equal(whole.pred_masks, parts.pred_masks)

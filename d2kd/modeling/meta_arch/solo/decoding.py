@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ NMS = ("gaussian", "linear", "mask")
 
 #: Pixels of soft masks that exist at a time.
 _CHUNK = 2**25
+#: Pixels of binary masks, of a byte each, that are kept instead of made again.
+_KEPT = 2**27
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,40 @@ class Masks:
             if len(part):
                 yield self.soft(part)
 
-    def binary(self, cells: Tensor, threshold: float) -> Tensor:
-        """Returns which pixels (P, H, W) of ascending cells are above a threshold."""
-        found = [soft > threshold for soft in self.chunks(cells)]
-        return torch.cat(found) if found else torch.zeros(0, *self.size, dtype=torch.bool, device=cells.device)
-
-    def statistics(self, cells: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-        """Returns for each of some cells the pixels above a threshold, and their mean probability (0 without any)."""
-        areas, sums = [cells.new_zeros(0)], [torch.zeros(0, device=cells.device)]
+    def measure(self, cells: Tensor, threshold: float) -> "MeasuredMasks":
+        """Returns areas and mean probabilities of the masks of ascending cells, and the masks if they are not large."""
+        areas, sums, kept = [], [], []
+        keeps = len(cells) * self.size[0] * self.size[1] <= _KEPT
         for soft in self.chunks(cells):
             inside = soft > threshold
-            areas.append(inside.flatten(1).sum(1))
-            sums.append((soft * inside).flatten(1).sum(1))
+            ones = inside.flatten(1).to(soft.dtype)
+            areas.append(ones.sum(1))
+            sums.append(torch.linalg.vecdot(soft.flatten(1), ones))
+            kept += [inside] if keeps else []
+        if not areas:
+            nothing = torch.zeros(0, device=cells.device)
+            return MeasuredMasks(
+                cells, nothing, nothing, torch.zeros(0, *self.size, dtype=torch.bool).to(nothing.device)
+            )
         area = torch.cat(areas)
-        return area, torch.cat(sums) / area.clamp(min=1)
+        return MeasuredMasks(cells, area, torch.cat(sums) / area.clamp(min=1), torch.cat(kept) if keeps else None)
+
+    def binary(self, cells: Tensor, threshold: float, measured: "MeasuredMasks") -> Tensor:
+        """Returns which pixels (P, H, W) of some of the measured cells are above the threshold."""
+        if measured.inside is None:
+            return torch.cat([soft > threshold for soft in self.chunks(cells)])
+        if len(cells) == len(measured.cells):
+            return measured.inside
+        return measured.inside[torch.searchsorted(measured.cells, cells)]
+
+
+class MeasuredMasks(NamedTuple):
+    """Masks of ascending cells."""
+
+    cells: Tensor  # (P,)
+    area: Tensor  # (P,) pixels above the threshold
+    quality: Tensor  # (P,) mean probability of these; 0 without any
+    inside: Tensor | None  # (P, H, W) bool; None where that is too large
 
 
 @torch.no_grad()
@@ -112,19 +135,14 @@ def detect(
         `Instances` of the output's size with `pred_masks` (N, H, W) bool, `pred_boxes` (tight around them), `scores`
         and `pred_classes`. A mask may have no pixel left in the output; its box is 0, 0, 0, 0.
     """
-    cells, classes, values = _candidates(scores, masks, strides, thresholds)
-    # several classes may want the same cell, and share its mask
-    shown, place = cells.unique(return_inverse=True)
-    overlaps = mask_overlaps(masks.binary(shown, thresholds.mask), values.dtype)[place[:, None], place]
+    cells, classes, values, overlaps = _candidates(scores, masks, strides, thresholds)
     final = FinalScores(thresholds.final_score, thresholds.limit)
     if thresholds.nms == "mask":
         values, kept = greedy_nms(overlaps, classes, values, thresholds.overlap, final)
     else:
         values, kept = matrix_nms(overlaps, classes, values, thresholds.nms, thresholds.sigma, final)
-    shown, place = cells[kept].unique(return_inverse=True)
-    full = [resize_masks(soft, sizes, thresholds.mask) for soft in masks.chunks(shown)]
     found = Instances(sizes.output)
-    found.pred_masks = (torch.cat(full) if full else values.new_zeros(0, *sizes.output).bool())[place]
+    found.pred_masks = _full_masks(masks, cells[kept], sizes, thresholds.mask)
     found.pred_boxes = Boxes(tight_boxes(found.pred_masks))
     found.scores, found.pred_classes = values, classes[kept]
     return found
@@ -132,33 +150,44 @@ def detect(
 
 def _candidates(
     scores: Sequence[Tensor], masks: Masks, strides: Sequence[int], thresholds: Thresholds
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells, classes and scores times mask quality of what enters NMS, best first."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cells, classes, scores times mask quality (best first) and overlaps (N, N) of what enters NMS."""
     table = torch.cat([upcast_half(level).flatten(1) for level in scores], dim=1).T
     cells, classes = (table > thresholds.score).nonzero(as_tuple=True)
     values = table[cells, classes]
-    shown, place = cells.unique(return_inverse=True)
-    area, quality = masks.statistics(shown, thresholds.mask)
+    shown, place = cells.unique(return_inverse=True)  # several classes may want the same cell, and share its mask
+    measured = masks.measure(shown, thresholds.mask)
     stride = torch.tensor(strides, device=cells.device)
     stride = stride.repeat_interleave(torch.tensor(masks.counts, device=cells.device))
-    large = (area > stride[shown])[place]
-    cells, classes, values = cells[large], classes[large], (values * quality[place])[large]
-    best = values.argsort(descending=True, stable=True)[: thresholds.candidates]
-    return cells[best], classes[best], values[best]
+    values = values * measured.quality[place]
+    large = (measured.area > stride[shown])[place].nonzero().squeeze(1)
+    best = large[values[large].argsort(descending=True, stable=True)[: thresholds.candidates]]
+    cells, classes, values = cells[best], classes[best], values[best]
+    shown, place = cells.unique(return_inverse=True)
+    overlaps = mask_overlaps(masks.binary(shown, thresholds.mask, measured), values.dtype)
+    return cells, classes, values, overlaps[place[:, None], place]
+
+
+def _full_masks(masks: Masks, cells: Tensor, sizes: Sizes, threshold: float) -> Tensor:
+    """The masks of some cells in the size of the output, (N, *sizes.output) bool."""
+    full = torch.empty(len(cells), *sizes.output, dtype=torch.bool, device=cells.device)
+    ascending, order = cells.sort()
+    start, pixels = 0, max(16 * sizes.masks[0] * sizes.masks[1], sizes.output[0] * sizes.output[1])
+    for soft in masks.chunks(ascending):
+        for part in soft.split(max(1, _CHUNK // pixels)):
+            full[order[start : start + len(part)]] = resize_masks(part, sizes, threshold)
+            start += len(part)
+    return full
 
 
 def resize_masks(soft: Tensor, sizes: Sizes, threshold: float) -> Tensor:
     """Returns masks (P, h, w), probabilities at a quarter of the padded image, as (P, *sizes.output) bool."""
     height, width = sizes.masks
-    step = max(1, _CHUNK // max(16 * height * width, sizes.output[0] * sizes.output[1]))
-    found = []
-    for part in soft[None].split(step, dim=1):
-        large = F.interpolate(part, size=(4 * height, 4 * width), mode="bilinear", align_corners=False)
-        large = large[..., : sizes.image[0], : sizes.image[1]]
-        if tuple(large.shape[2:]) != tuple(sizes.output):
-            large = F.interpolate(large, size=sizes.output, mode="bilinear", align_corners=False)
-        found.append(large[0] > threshold)
-    return torch.cat(found)
+    large = F.interpolate(soft[None], size=(4 * height, 4 * width), mode="bilinear", align_corners=False)
+    large = large[..., : sizes.image[0], : sizes.image[1]]
+    if tuple(large.shape[2:]) != tuple(sizes.output):
+        large = F.interpolate(large, size=sizes.output, mode="bilinear", align_corners=False)
+    return large[0] > threshold
 
 
 def tight_boxes(masks: Tensor) -> Tensor:

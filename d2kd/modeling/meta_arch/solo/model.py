@@ -231,7 +231,9 @@ class SOLO(nn.Module):
             of_image = [level[i] for level in scores]
             masks = Masks(self.head, maps, i, size)
             instances = detect(of_image, masks, strides, sizes, self.thresholds)
-            found.append({"instances": instances[instances.pred_boxes.nonempty()]})
+            visible = instances.pred_boxes.nonempty()
+            # indexing copies all masks
+            found.append({"instances": instances if bool(visible.all()) else instances[visible]})
         return found
 
 
