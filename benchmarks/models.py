@@ -34,6 +34,8 @@ MODELS = {
         ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True],
     ),
     "fcos_R50": ("configs/COCO/fcos_R50_1x.yaml", []),
+    "solo_R50": ("configs/COCO/solo_R50_1x.yaml", []),
+    "solo_decoupled_R50": ("configs/COCO/solo_decoupled_R50_3x.yaml", []),
     "mask_rcnn_ViTS": ("configs/COCO/mask_rcnn_ViTS.yaml", ["MODEL.VIT.SQUARE_PAD", 0]),
 }
 
