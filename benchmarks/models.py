@@ -44,6 +44,8 @@ MODELS = {
     ),
     "fcos_R50": ("configs/COCO/fcos_R50_1x.yaml", []),
     "reppoints_R50": ("configs/COCO/reppoints_R50_1x.yaml", []),
+    "solo_R50": ("configs/COCO/solo_R50_1x.yaml", []),
+    "solo_decoupled_R50": ("configs/COCO/solo_decoupled_R50_3x.yaml", []),
     "mask_rcnn_ViTS": ("configs/COCO/mask_rcnn_ViTS.yaml", ["MODEL.VIT.SQUARE_PAD", 0]),
     # segmentors on one backbone; the last three at an output stride of 8
     "semantic_fpn_R50": (_CITYSCAPES, [*_FPN, "MODEL.RESNETS.DEPTH", 50]),

@@ -99,6 +99,12 @@ _REPPOINTS: dict[str, Entry] = {
     **{n: Entry(f"reppoints_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
 
+_SOLO: dict[str, Entry] = {
+    "baseline": Entry("solo_student", distils=False),
+    "inherit only": Entry("solo_student", ["DISTILL.METHODS", "[]"]),
+    **{n: Entry(f"solo_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
+}
+
 _DETECTION_LENGTHS = {"short": Length(1000, 700, 16), "medium": Length(16000, 8000, 8), "long": Length(16000, 16000, 8)}
 
 
@@ -199,6 +205,16 @@ SUITES = {
         lengths={"short": Length(1000, 700, 16)},
         entries=_REPPOINTS,
         teacher_folder="reppoints",
+        sets_images=False,
+    ),
+    "solo": Suite(
+        folder="solo",
+        teacher="solo_teacher",
+        metric="segm/AP",
+        called="mask AP",
+        lengths={"short": _DETECTION_LENGTHS["short"]},
+        entries=_SOLO,
+        teacher_folder="solo",
         sets_images=False,
     ),
 }

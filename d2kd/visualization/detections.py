@@ -1,4 +1,4 @@
-"""Ground truth and the detections of several models, side by side on the same images."""
+"""Ground truth and the detections of several models, boxes and masks, side by side on the same images."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 
 from d2kd.visualization.points import draw_points
 from detectron2.data import detection_utils
@@ -15,6 +16,7 @@ TILE = 384  # side of a tile in pixels
 HEADER = 44
 GAP = 6
 TRUTH, RIGHT, WRONG = (255, 255, 255), (80, 200, 60), (60, 60, 235)  # BGR
+MASK_OPACITY = 0.45
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -27,7 +29,7 @@ def detection_grid(
     """Draws one row per image: the ground truth, then each model's detections, with class and score.
 
     A detection is green if its class is right and its IoU with an object that no better one has taken is at least
-    0.5, and red otherwise. Its points are drawn where they are known.
+    0.5, and red otherwise. Masks and points are drawn where a model predicts some.
 
     Args:
         dataset_dicts: the images, in Detectron2's format.
@@ -39,13 +41,17 @@ def detection_grid(
         uint8 (H, W, 3) BGR.
     """
     rows = [header(["ground truth", *predictions])]
+    # segmentations of data for models without masks may be anything
+    draws_masks = any(p.get("mask") for images in predictions.values() for found in images.values() for p in found)
     for record in dataset_dicts:
         image = detection_utils.read_image(record["file_name"], format="BGR")
         scale = TILE / max(image.shape[:2])
         enlarged = _resize(image, scale)
-        truth_boxes, truth_labels = _ground_truth(record)
+        truth_boxes, truth_labels, truth_masks = _ground_truth(record)
         texts = [class_names[label] for label in truth_labels]
-        tiles = [_draw(enlarged, truth_boxes * scale, texts, [TRUTH] * len(texts))]
+        colors = [TRUTH] * len(texts)
+        tinted = _tint(enlarged, image.shape[:2], truth_masks if draws_masks else [], colors)
+        tiles = [_draw(tinted, truth_boxes * scale, texts, colors)]
         for by_image in predictions.values():
             found = [p for p in by_image.get(record["image_id"], []) if p["score"] >= score_threshold]
             found.sort(key=lambda p: -p["score"])
@@ -54,7 +60,8 @@ def detection_grid(
             right = is_right(boxes, labels, truth_boxes, truth_labels)
             texts = [f"{class_names[p['label']]} {p['score']:.2f}" for p in found]
             colors = [RIGHT if r else WRONG for r in right]
-            tile = _draw(enlarged, boxes * scale, texts, colors)
+            tinted = _tint(enlarged, image.shape[:2], [p.get("mask") for p in found], colors)
+            tile = _draw(tinted, boxes * scale, texts, colors)
             for detection, color in reversed(list(zip(found, colors))):  # the best on top
                 draw_points(tile, np.reshape(detection.get("points", []), (-1, 2)) * scale, color)
             tiles.append(tile)
@@ -70,8 +77,8 @@ def read_predictions(path: str, metadata: Any) -> dict[Any, list[dict[str, Any]]
         metadata: of the dataset; maps category ids to contiguous class ids.
 
     Returns:
-        By image id, a list of `{"box": XYXY, "label": contiguous class id, "score"}`, with the "points" [[x, y], ...]
-        of models that have written them.
+        By image id, a list of `{"box": XYXY, "label": contiguous class id, "score", "mask": RLE or None}`, with the
+        "points" [[x, y], ...] of models that have written them.
     """
     to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -84,6 +91,7 @@ def read_predictions(path: str, metadata: Any) -> dict[Any, list[dict[str, Any]]
         item = {"box": [x, y, x + width, y + height], "label": label, "score": result["score"]}
         if "points" in result:
             item["points"] = result["points"]
+        item["mask"] = result.get("segmentation")
         by_image.setdefault(result["image_id"], []).append(item)
     return by_image
 
@@ -107,11 +115,34 @@ def is_right(
     return right
 
 
-def _ground_truth(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _ground_truth(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """Boxes (N, 4) XYXY, classes (N,), and segmentations in COCO's format or None."""
     annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
     boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     labels = np.array([a["category_id"] for a in annotations], dtype=int)
-    return np.array(boxes, dtype=float).reshape(-1, 4), labels
+    return np.array(boxes, dtype=float).reshape(-1, 4), labels, [a.get("segmentation") for a in annotations]
+
+
+def _tint(
+    image: np.ndarray, size: tuple[int, int], masks: Sequence[Any], colors: Sequence[tuple[int, int, int]]
+) -> np.ndarray:
+    """A copy of `image` with masks, given for an image of another (height, width); the best are on top."""
+    image = image.copy()
+    for mask, color in reversed(list(zip(masks, colors))):
+        if mask:
+            resized = cv2.resize(_bitmap(mask, *size), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            inside = resized > 0
+            image[inside] = ((1 - MASK_OPACITY) * image[inside] + MASK_OPACITY * np.array(color)).astype(np.uint8)
+    return image
+
+
+def _bitmap(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Polygons or an RLE, compressed or not, as uint8 (height, width)."""
+    if isinstance(segmentation, list):
+        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(segmentation, height, width)))
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, height, width)
+    return mask_util.decode(segmentation)
 
 
 def _draw(

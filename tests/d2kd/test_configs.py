@@ -196,7 +196,7 @@ def test_recipes_of_masked_generative_have_the_papers_numbers():
     assert len(paths) >= 10
     for path in paths:
         cfg = load_config(str(path))
-        node, dense = cfg.DISTILL.MASKED_GENERATIVE, path.stem.startswith(("retinanet", "reppoints"))
+        node, dense = cfg.DISTILL.MASKED_GENERATIVE, path.stem.startswith(("reppoints", "retinanet", "solo"))
         assert (node.WEIGHT, node.MASK_RATIO) == ((2e-5, 0.65) if dense else (5e-7, 0.45)), path
         assert (node.NORMALIZE, node.REDUCTION, clipping(cfg)) == ("none", "batchmean", 35.0), path
         assert cfg.DISTILL.INIT_FROM_TEACHER.ENABLED == dense, path

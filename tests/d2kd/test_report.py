@@ -1,11 +1,13 @@
 """The comparison report: numbers, missing numbers, files, pictures."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from runs import tool as run_as_process
 
@@ -15,7 +17,7 @@ from d2kd.evaluation.report import ModelResult, compare, load_result, write_repo
 from d2kd.evaluation.results import ResultError
 from d2kd.visualization import detection_grid, read_predictions, read_training_log
 from d2kd.visualization.curves import smooth
-from d2kd.visualization.detections import GAP, HEADER, RIGHT, TILE, WRONG, is_right
+from d2kd.visualization.detections import GAP, HEADER, MASK_OPACITY, RIGHT, TILE, TRUTH, WRONG, is_right
 
 DATASET = "test_report_digits"
 SIDE = 128
@@ -236,6 +238,26 @@ def test_grid_colors_right_and_wrong_and_hides_low_scores(tmp_path, dataset):
     assert shows(WRONG, right) and not shows(RIGHT, right)
     everything = detection_grid(dataset[:1], metadata.thing_classes, {"m": found}, score_threshold=0.0)
     assert shows(WRONG, everything[HEADER:, TILE + GAP :][:, : 65 * 3])
+
+
+@pytest.mark.parametrize("form", ["polygons", "counts", "compressed"])
+def test_grid_shows_masks_where_a_model_predicts_some(dataset, form):
+    inside = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    inside[70:100, 20:40] = 1
+    rle = mask_util.encode(inside)
+    runs = [len(list(run)) for _, run in itertools.groupby(inside.ravel(order="F"))]
+    mask = {
+        "polygons": [[20, 70, 40, 70, 40, 100, 20, 100]],
+        "counts": {"size": [SIDE, SIDE], "counts": runs},
+        "compressed": {**rle, "counts": rle["counts"].decode()},
+    }[form]
+    record = {**dataset[0], "annotations": [{**dataset[0]["annotations"][0], "segmentation": mask}]}
+    found = {"box": [20, 70, 40, 100], "label": 1, "score": 0.9}
+    for predicted in (None, rle):
+        grid = detection_grid([record], ["one", "two"], {"m": {0: [{**found, "mask": predicted}]}})
+        for column, color in enumerate((TRUTH, WRONG)):
+            pixel = grid[HEADER + 85 * TILE // SIDE, column * (TILE + GAP) + 25 * TILE // SIDE]
+            assert pixel.tolist() == ([0, 0, 0] if predicted is None else [int(MASK_OPACITY * c) for c in color])
 
 
 @pytest.mark.parametrize(

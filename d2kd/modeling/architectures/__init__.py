@@ -18,6 +18,7 @@ from .dense_detector import DenseDetector
 from .rcnn import GeneralizedRCNN, is_region_tap
 from .reppoints import RepPoints
 from .semantic_segmentor import SemanticSegmentor
+from .solo import SOLO
 
 __all__ = [
     "ARCHITECTURES",
@@ -29,6 +30,7 @@ __all__ = [
     "GeneralizedRCNN",
     "ImageClassifier",
     "RepPoints",
+    "SOLO",
     "SemanticSegmentor",
     "architecture_class",
     "architecture_of",

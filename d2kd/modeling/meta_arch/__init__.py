@@ -4,5 +4,6 @@ from .fcos import FCOS
 from .image_classifier import ImageClassifier
 from .reppoints import RepPoints
 from .segmentor import Segmentor
+from .solo import SOLO
 
-__all__ = ["FCOS", "ImageClassifier", "RepPoints", "Segmentor"]
+__all__ = ["FCOS", "SOLO", "ImageClassifier", "RepPoints", "Segmentor"]

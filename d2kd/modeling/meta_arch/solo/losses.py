@@ -1,0 +1,49 @@
+"""The losses of SOLO (arXiv 1912.04488, section 3.3.2): Dice on masks, focal on the classes of cells."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from d2kd.layers import upcast_half
+from detectron2.utils import comm
+
+#: Added to each of the two squared sums of the Dice coefficient.
+DICE_EPS = 1e-3
+#: Added to the number of cells that the focal loss is divided by.
+COUNT_EPS = 2.0**-23
+
+
+def dice_losses(masks: Tensor, targets: Tensor) -> Tensor:
+    """Returns 1 - 2 <p, t> / (<p, p> + <t, t>) of each mask, (P,).
+
+    Args:
+        masks: (P, H, W) probabilities.
+        targets: (P, H, W) bool.
+    """
+    p, t = masks.flatten(1), targets.flatten(1).to(masks.dtype)
+    squares = p.square().sum(1) + t.sum(1) + 2 * DICE_EPS
+    return 1 - 2 * (p * t).sum(1) / squares
+
+
+def focal_loss_sum(logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Returns the sum of the focal loss (arXiv 1708.02002) over all cells and classes.
+
+    Args:
+        logits: (N, K, G, G).
+        classes: (N, G, G); K is background.
+        alpha, gamma: of the focal loss.
+    """
+    num_classes = logits.shape[1]
+    one_hot = F.one_hot(classes, num_classes + 1)[..., :num_classes].permute(0, 3, 1, 2)
+    logits = upcast_half(logits)
+    return sigmoid_focal_loss(logits, one_hot.to(logits.dtype), alpha=alpha, gamma=gamma, reduction="sum")
+
+
+def total_over_processes(count: int, like: Tensor) -> Tensor:
+    """Returns the sum of a number over all processes, a scalar of the type and on the device of a tensor."""
+    total = torch.tensor(float(count), dtype=like.dtype, device=like.device)
+    if comm.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
