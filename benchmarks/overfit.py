@@ -2,6 +2,8 @@
 """Overfits four images of PhotoDigits: a model that is built and trained rightly finds all that it has seen.
 
     python benchmarks/overfit.py --config configs/PhotoDigits/reppoints_student.yaml
+    python benchmarks/overfit.py --config configs/PhotoDigits/solo_student.yaml --size 512
+    python benchmarks/overfit.py --config configs/PhotoDigits/pspnet_student.yaml --size 384 --at-least 95
     python benchmarks/overfit.py --config configs/COCO/mask_rcnn_R50_1x.yaml --iterations 300 SOLVER.BASE_LR 0.0005
 
 For any configuration of a detector or segmentor: its model learns four images, without pretrained weights, teacher,
@@ -35,8 +37,6 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.logger import setup_logger
 
 NAME = "overfit"
-#: Side of the images in pixels.
-SIZE = 128
 
 
 def register(root: Path, count: int, directory: Path) -> dict[str, int]:
@@ -82,9 +82,12 @@ def changes(cfg: CfgNode, classes: dict[str, int], args: argparse.Namespace) -> 
             yield from (key, "BN")
     yield from ("MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DEVICE", args.device)
     yield from ("DISTILL.TEACHER.CONFIG_FILE", "", "DISTILL.TEACHER.WEIGHTS", "")
+    yield from ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice")
     for split in ("TRAIN", "TEST"):
-        yield from (f"INPUT.MIN_SIZE_{split}", [SIZE] if split == "TRAIN" else SIZE, f"INPUT.MAX_SIZE_{split}", SIZE)
-    yield from ("INPUT.RANDOM_FLIP", "none", "INPUT.CROP.ENABLED", False, "DATALOADER.NUM_WORKERS", 0)
+        shorter = [args.size] if split == "TRAIN" else args.size
+        yield from (f"INPUT.MIN_SIZE_{split}", shorter, f"INPUT.MAX_SIZE_{split}", args.size)
+    yield from ("INPUT.RANDOM_FLIP", "none", "INPUT.CROP.ENABLED", False, "INPUT.COLOR_AUG_SSD", False)
+    yield from ("DATALOADER.NUM_WORKERS", 0)
     yield from ("SOLVER.MAX_ITER", args.iterations, "SOLVER.IMS_PER_BATCH", args.images, "SOLVER.STEPS", [])
     yield from ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 0.001, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR")
     yield from ("SOLVER.WARMUP_ITERS", 20, "SOLVER.CHECKPOINT_PERIOD", args.iterations, "SOLVER.AMP.ENABLED", False)
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="YAML of a detector or segmentor")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--size", type=int, default=128, help="side that they are enlarged to, in pixels")
     parser.add_argument("--at-least", type=float, default=90.0, help="least metric of every task, in percent")
     parser.add_argument("--data", type=Path, help="a PhotoDigits that is there already")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
