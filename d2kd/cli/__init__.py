@@ -22,6 +22,7 @@ COMMANDS = {
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
     "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
+    "list": Command("listing", "list methods, recipes, architectures, backbones, heads or passes, with a line of help"),
     "report": Command("report", "compare finished runs: tables, curves and pictures"),
 }
 

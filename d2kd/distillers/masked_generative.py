@@ -15,8 +15,9 @@ from .taps import TapPair
 
 @DISTILLERS.register()
 class MaskedGenerative(FeatureDistiller):
-    """|| G(align(S) * M) - T ||^2 with a random mask M and a generation block G of two 3x3 convolutions (eq. 1 to 4).
+    """The teacher's maps, generated from the student's own, of which a random part is masked ("MGD", arXiv 2205.01529).
 
+    || G(align(S) * M) - T ||^2 with a random mask M and a generation block G of two 3x3 convolutions (eq. 1 to 4).
     The mask is drawn anew for every level and iteration, and comes after the aligner. All positions count, masked or
     not. WEIGHT is the paper's alpha, MASK_RATIO its lambda; NORMALIZE applies to the teacher's map only, as the
     generated map is free to match it.

@@ -11,7 +11,7 @@ from runs import ROOT, environment
 
 import d2kd
 from d2kd import cli, files
-from d2kd.cli import COMMANDS
+from d2kd.cli import COMMANDS, listing
 from d2kd.engine import load_config
 
 #: The command that does the same as a program in tools/.
@@ -124,3 +124,35 @@ def test_recipes_are_found_from_anywhere(monkeypatch, tmp_path):
 def test_programs_in_tools_are_thin(tool, name):
     module = importlib.import_module(f"d2kd.cli.{COMMANDS[name].module}")
     assert runpy.run_path(str(ROOT / f"tools/{tool}.py"))["run"] is module.run
+
+
+@pytest.mark.parametrize(
+    "kind, name, text",
+    [
+        ("methods", "LogitKD", "Divergence of the student's class probabilities"),
+        ("architectures", "SOLO", "Segments instances by their place"),
+        ("architectures", "Segmentor", "It trains as Detectron2's SemanticSegmentor"),
+        ("backbones", "build_timm_backbone", "The network of MODEL.TIMM"),
+        ("heads", "PSPHead", "PSPNet (arXiv 1612.01105)"),
+        ("passes", "MaskedTeacher", "Runs a vision transformer"),
+        ("recipes", "configs/COCO/retinanet_R50_1x.yaml", "Baseline"),
+    ],
+)
+def test_lists_have_a_line_of_help_for_each_name(kind, name, text):
+    found = dict(line.split("  ", 1) for line in listing.lines(kind))
+    assert found[name].strip().startswith(text)
+    assert all(help_.strip() and "\n" not in help_ for help_ in found.values())
+
+
+def test_a_list_is_narrowed_by_words_and_knows_what_was_imported(tmp_path):
+    names = [line.split()[0] for line in listing.lines("recipes", ["reppoints", "MASKEDGENERATIVE"])]
+    assert names == [
+        "configs/COCO/reppoints_R50_X101_MaskedGenerative_2x.yaml",
+        "configs/PhotoDigits/reppoints_student_MaskedGenerative.yaml",
+    ]
+    run = program("list", "architectures", "Grid", "--import", str(ROOT / "tests/d2kd/plugins/grid_detector.py"))
+    assert run.returncode == 0 and run.stdout.splitlines()[-1].split() == [
+        "GridDetector", "d2kd", "knows", "its", "features", "only.",
+    ]  # fmt: skip
+    nothing = program("list", "methods", "quux")
+    assert nothing.returncode == 1 and "No methods with quux." in nothing.stdout

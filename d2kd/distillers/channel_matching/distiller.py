@@ -51,8 +51,9 @@ def _preset_is_recipe(name: str) -> None:
 
 @DISTILLERS.register()
 class ChannelMatching(FeatureDistiller):
-    """Squared error, one-sided below zero, between student channels and what their teacher channels are reduced to.
+    """The teacher's channels that are assigned to the student's, before the last ReLU of a stage (arXiv 2008.09958).
 
+    Squared error, one-sided below zero, between student channels and what their teacher channels are reduced to.
     From time to time an assignment decides which teacher channels belong to which student channel (`refresh`); in
     between it is fixed. No aligner is learned: a norm per level is all that stands between the student's map and the
     loss. The maps are those before the last ReLU of each stage; those of the teacher must not have fewer channels.

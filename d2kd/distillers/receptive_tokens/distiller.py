@@ -21,8 +21,9 @@ from .tokens import Tokens, mask_weights, token_masks, token_weights, weighted_e
 
 @DISTILLERS.register()
 class ReceptiveTokens(Distiller):
-    """sum_t w_t sum_p (m_tp (s_p - t_p))^2 / sum_p m_tp, averaged over images and channels.
+    """The teacher's maps, weighted by masks of learned tokens ("MasKD", arXiv 2205.14589).
 
+    sum_t w_t sum_p (m_tp (s_p - t_p))^2 / sum_p m_tp, averaged over images and channels.
     The masks m come from the teacher's map, and after a warm-up ("customization") from the product of the teacher's and
     the (aligned) student's: a position counts where both respond to a token. Tokens are learned before, see
     `tools/learn_tokens.py`; here they are fixed, and no gradient flows through masks or weights.
