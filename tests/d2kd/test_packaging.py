@@ -31,7 +31,7 @@ MODULES = {
     "tensorboard": "torch.utils.tensorboard",
 }
 #: The programs that pyproject.toml declares: run, not imported.
-PROGRAMS = {"hypothesis", "build", "mypy", "types-pyyaml", "pre-commit", "pytest", "ruff"}
+PROGRAMS = {"hypothesis", "build", "mypy", "types-pyyaml", "pre-commit", "pytest", "pytest-xdist", "ruff"}
 
 
 def module_of(requirement: str) -> str:
