@@ -63,7 +63,18 @@ ALLOWED = {
         "rng",
         "visualization",
     },
-    "cli": {"data", "engine", "errors", "evaluation", "files", "modeling", "token_learning", "visualization"},
+    "cli": {
+        "data",
+        "distillers",
+        "engine",
+        "errors",
+        "evaluation",
+        "files",
+        "modeling",
+        "plugins",
+        "token_learning",
+        "visualization",
+    },
 }
 
 
