@@ -49,4 +49,6 @@ measure timm_networks "$timm" python benchmarks/timm_networks.py
 masked="benchmarks/masked_teacher.py d2kd/modeling/teacher_passes d2kd/layers d2lite/modeling/backbone"
 measure masked_teacher "$masked" python benchmarks/masked_teacher.py
 measure loading "benchmarks/loading.py d2kd/data" python benchmarks/loading.py
+measure label_maps "benchmarks/label_maps.py d2kd/data" python benchmarks/label_maps.py
+measure solo "benchmarks/solo.py d2kd/modeling/meta_arch/solo $models" python benchmarks/solo.py
 measure evaluation "benchmarks/evaluation.py d2kd/evaluation d2lite/evaluation" python benchmarks/evaluation.py
