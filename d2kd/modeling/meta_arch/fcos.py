@@ -12,6 +12,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch import fcos
 
+from .levels import levels_of
+
 
 class FCOS(fcos.FCOS):
     """Detectron2's FCOS, with its parameter names, from the node MODEL.FCOS."""
@@ -59,14 +61,7 @@ class FCOS(fcos.FCOS):
 
 
 def _build_head(node: CfgNode, backbone: Backbone) -> nn.Module:
-    shapes = backbone.output_shape()
-    unknown = [name for name in node.IN_FEATURES if name not in shapes]
-    if unknown:
-        raise ConfigError(
-            f"MODEL.FCOS.IN_FEATURES names {', '.join(unknown)}, but the backbone (MODEL.BACKBONE.NAME) gives "
-            f"{', '.join(shapes)}."
-        )
-    levels = [shapes[name] for name in node.IN_FEATURES]
+    levels = levels_of(backbone, "MODEL.FCOS.IN_FEATURES", node.IN_FEATURES)
     if node.NORM == "GN" and levels[0].channels % 32:
         raise ConfigError(
             f"MODEL.FCOS.NORM is GN, which needs a multiple of 32 channels; {node.IN_FEATURES[0]} has "

@@ -7,6 +7,7 @@ from d2kd.settings import NOT_EMPTY, SORTED, Rule, setting
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 
+from ..levels import levels_of
 from .head import RepPointsHead
 from .points import TRANSFORMS
 
@@ -21,14 +22,7 @@ def build_head(node: CfgNode, backbone: Backbone) -> RepPointsHead:
     Raises:
         ConfigError: the backbone lacks one of them, their strides are no pyramid's, or NORM does not fit CONV_DIM.
     """
-    shapes = backbone.output_shape()
-    unknown = [name for name in node.IN_FEATURES if name not in shapes]
-    if unknown:
-        raise ConfigError(
-            f"MODEL.REPPOINTS.IN_FEATURES names {', '.join(unknown)}, but the backbone (MODEL.BACKBONE.NAME) gives "
-            f"{', '.join(shapes)}."
-        )
-    levels = [shapes[name] for name in node.IN_FEATURES]
+    levels = levels_of(backbone, "MODEL.REPPOINTS.IN_FEATURES", node.IN_FEATURES)
     strides = [int(level.stride or 0) for level in levels]
     if any(stride < 1 or stride & (stride - 1) for stride in strides) or any(
         coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])

@@ -16,6 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from detectron2.utils import comm
 
+from ..levels import levels_of
 from .decoding import NMS, Masks, Sizes, Thresholds, detect, point_nms
 from .head import BaseSOLOHead, DecoupledSOLOHead, MaskMaps, SOLOHead, head_strides
 from .losses import COUNT_EPS, dice_losses, focal_loss_sum, total_over_processes
@@ -95,15 +96,9 @@ class SOLO(nn.Module):
             ConfigError: `MODEL.SOLO.IN_FEATURES` names what the backbone does not give.
         """
         node, backbone = cfg.MODEL.SOLO, build_backbone(cfg)
-        shapes = backbone.output_shape()
-        unknown = [name for name in node.IN_FEATURES if name not in shapes]
-        if unknown:
-            raise ConfigError(
-                f"MODEL.SOLO.IN_FEATURES names {', '.join(unknown)}, but the backbone (MODEL.BACKBONE.NAME) gives "
-                f"{', '.join(shapes)}."
-            )
+        levels = levels_of(backbone, "MODEL.SOLO.IN_FEATURES", node.IN_FEATURES)
         head = HEADS[node.HEAD](
-            in_channels=shapes[node.IN_FEATURES[0]].channels,
+            in_channels=levels[0].channels,
             num_classes=node.NUM_CLASSES,
             grids=node.NUM_GRIDS,
             num_convs=node.NUM_CONVS,
