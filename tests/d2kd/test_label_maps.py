@@ -126,8 +126,8 @@ def empty(folder):
         (cut, r"Label map .*b.png cannot be read"),
         (without_label_map, r"1 images have no label map of the same name in .*labels, first .*b.jpg"),
         (without_image, r"1 label maps have no image of the same name in .*images, first .*b.png"),
-        (named_otherwise, r"3 images have no label map .*There is .*: set LABEL_SUFFIX to '_labels'"),
-        (twice, r"b.jpg and b.png have one name"),
+        (named_otherwise, r"3 images have no label map .*There is a_labels: set LABEL_SUFFIX to '_labels'"),
+        (twice, r"b.jpg and b.png in .*images have one name"),
         (empty, r"images holds no images \(\.jpg"),
     ],
 )

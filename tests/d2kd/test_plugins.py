@@ -409,7 +409,9 @@ def test_run_with_a_pass_of_a_stranger_resumes_from_its_checkpoint(student: Path
     assert all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
 
 
-@pytest.mark.parametrize("method, node", [("LogitKD", "LOGIT_KD"), ("ChannelMatching", "CHANNEL_MATCHING")])
+@pytest.mark.parametrize(
+    "method, node", [("HeadRegression", "HEAD_REGRESSION"), ("ChannelMatching", "CHANNEL_MATCHING")]
+)
 def test_sparse_pass_for_a_method_that_needs_whole_maps(
     student: Path, stranger: Callable[..., None], method: str, node: str
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from d2kd.errors import did_you_mean
 
 from ..classification.folders import SUFFIXES
-from ..coco import DatasetError, short
+from ..coco import DatasetError
 from ..images import image_problem, image_size, label_map_problem
 
 logger = logging.getLogger(__name__)
@@ -87,11 +87,13 @@ class LabelMaps:
         folder: str,
         labels: Mapping[str, str],
     ) -> str:
-        text = f"{len(keys)} {what}s have no {other} of the same name in {folder}, first {short(paths[keys[0]])}."
+        first = os.path.basename(paths[keys[0]])
+        where = os.path.join(os.path.dirname(keys[0]), first)  # below its folder
+        text = f"{len(keys)} {what}s have no {other} of the same name in {folder}, first {where}."
         if other == "label map" and not self.suffix and labels:
             longer = next((key for key in sorted(labels) if key.startswith(keys[0])), None)
             if longer is not None:
-                return f"{text} There is {short(labels[longer])}: set LABEL_SUFFIX to {longer[len(keys[0]) :]!r}."
+                return f"{text} There is {longer}: set LABEL_SUFFIX to {longer[len(keys[0]) :]!r}."
         return f"{text}{did_you_mean(keys[0], labels) if other == 'label map' else ''} Add or remove them."
 
     def _listed(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -112,7 +114,8 @@ class LabelMaps:
                     continue
                 key = os.path.relpath(os.path.join(folder, stem.removesuffix(suffix)), root)
                 if key in found:
-                    raise self.error(f"{short(found[key])} and {name} have one name: keep one of them.")
+                    other = os.path.basename(found[key])
+                    raise self.error(f"{other} and {name} in {folder} have one name: keep one of them.")
                 found[key] = os.path.join(folder, name)
         if not found:
             behind = f" with {suffix!r} before their endings" if suffix else ""
