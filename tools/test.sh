@@ -6,7 +6,7 @@ if [ $# -eq 0 ]; then
   ruff check .
   ruff format --check .
   mypy
-  # a process for each core: most tests take one, and many wait for programs that they start
-  set -- --numprocesses auto --dist worksteal
+  # a process for each core, but no more than memory has room for: most tests take one core
+  set -- --numprocesses auto --maxprocesses 4 --dist worksteal
 fi
 exec python -m pytest "$@"
