@@ -42,6 +42,12 @@ class MaskingPictures(HookBase):
         self.rgb = cfg.INPUT.FORMAT == "RGB"
         self._batch: list[dict[str, Any]] = []
 
+    def before_train(self) -> None:
+        """Removes pictures of iterations that are yet to come, of an earlier run or of steps that are done again."""
+        for path in self.directory.glob("[0-9]*.png"):
+            if int(path.stem) > self.trainer.start_iter:
+                path.unlink()
+
     def after_step(self) -> None:
         """Draws after the first iteration, where it is time, and at the end."""
         done = self.trainer.iter + 1

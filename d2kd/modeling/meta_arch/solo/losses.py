@@ -2,11 +2,9 @@
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
-from d2kd.layers import upcast_half
+from d2kd.layers import sigmoid_focal_loss
 from detectron2.utils import comm
 
 #: Added to each of the two squared sums of the Dice coefficient.
@@ -35,10 +33,7 @@ def focal_loss_sum(logits: Tensor, classes: Tensor, alpha: float, gamma: float) 
         classes: (N, G, G); K is background.
         alpha, gamma: of the focal loss.
     """
-    num_classes = logits.shape[1]
-    one_hot = F.one_hot(classes, num_classes + 1)[..., :num_classes].permute(0, 3, 1, 2)
-    logits = upcast_half(logits)
-    return sigmoid_focal_loss(logits, one_hot.to(logits.dtype), alpha=alpha, gamma=gamma, reduction="sum")
+    return sigmoid_focal_loss(logits.permute(0, 2, 3, 1), classes, alpha, gamma).sum()
 
 
 def total_over_processes(count: int, like: Tensor) -> Tensor:
