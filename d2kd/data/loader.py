@@ -5,6 +5,7 @@ Here a resumed run sees the images, and the augmentations, that it would have se
 """
 
 import contextlib
+import copy
 import itertools
 import logging
 import os
@@ -339,3 +340,17 @@ def _sampler_builder(cfg: CfgNode, dicts: list[dict[str, Any]]) -> Callable[[int
     raise ConfigError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler, RepeatFactorTrainingSampler or {_REPEATED}."
     )
+
+
+def side_stream(loader: Any, number: int) -> Any:
+    """Returns a loader of the same images in an order of its own: a training that reads the other misses none.
+
+    Args:
+        loader: of a training; one without a `seed`, which has a single stream, is returned itself.
+        number: of the stream; each has its own order and augmentation.
+    """
+    if not hasattr(loader, "seed"):
+        return loader
+    stream = copy.copy(loader)
+    stream.seed, stream.start = derive_seed(loader.seed, number), 0
+    return stream

@@ -1,13 +1,10 @@
 """Calibration: methods that look at training images between two steps."""
 
-import copy
 import itertools
-from collections.abc import Iterable
-from typing import Any
 
-from d2kd.distillers import CalibrationRequest, Distiller
+from d2kd.data.loader import side_stream
+from d2kd.distillers import Distiller
 from d2kd.modeling import DistilledModel
-from d2kd.rng import derive_seed
 from detectron2.engine.train_loop import HookBase
 
 from ..checkpoint import broadcast_buffers
@@ -36,12 +33,5 @@ class CalibrationHook(HookBase):
                 continue
             # or a resumed run, whose processes all have the main one's, would see others
             broadcast_buffers(self.model.student)
-            batches = itertools.islice(self._loader(request), request.batches)
+            batches = itertools.islice(side_stream(self.trainer.data_loader, request.step), request.batches)
             distiller.calibrate(self.model.extract_features(method, batches))
-
-    def _loader(self, request: CalibrationRequest) -> Iterable[Any]:
-        if not hasattr(self.trainer.data_loader, "seed"):  # another loader, with one stream only
-            return self.trainer.data_loader
-        loader = copy.copy(self.trainer.data_loader)
-        loader.seed, loader.start = derive_seed(loader.seed, request.step), 0
-        return loader

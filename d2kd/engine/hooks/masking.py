@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2kd.data.loader import side_stream
 from d2kd.files import replacing
 from d2kd.modeling import DistilledModel, evaluation_mode
 from d2kd.modeling.teacher_passes import MaskedTeacher
-from d2kd.rng import derive_seed, preserve_rng_state
+from d2kd.rng import preserve_rng_state
 from d2kd.visualization import kept_picture, sheet
 from detectron2.config import CfgNode
 from detectron2.engine.train_loop import HookBase
@@ -77,11 +78,8 @@ class MaskingPictures(HookBase):
 
     def _images(self) -> list[dict[str, Any]]:
         """Images of a stream of their own: the training sees all that it would have seen."""
-        loader = copy.copy(self.trainer.data_loader)
-        if hasattr(loader, "seed"):
-            loader.seed, loader.start = derive_seed(loader.seed, self.period), 0
         images: list[dict[str, Any]] = []
-        for batch in loader:
+        for batch in side_stream(self.trainer.data_loader, self.period):
             images += batch
             if len(images) >= IMAGES:
                 break

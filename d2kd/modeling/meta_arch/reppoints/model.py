@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,9 +13,9 @@ from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from ..processes import mean_over_processes
 from .assigners import IGNORED, assign_by_distance, assign_by_overlap
 from .build import build_head
 from .head import PointMaps
@@ -157,7 +156,7 @@ class RepPoints(DenseDetector):
         storage = get_event_storage()
         storage.put_scalar("num_pos_initial", totals[0].item() / len(gt_instances))
         storage.put_scalar("num_pos_refined", totals[1].item() / len(gt_instances))
-        return self.losses(flat, locations, initial, refined, _mean_over_processes(totals))
+        return self.losses(flat, locations, initial, refined, mean_over_processes(totals))
 
     @torch.no_grad()
     def label_locations(
@@ -277,14 +276,6 @@ class RepPoints(DenseDetector):
         best = scores.flatten()[pairs].topk(min(self.test_topk_candidates, len(pairs))).indices
         pairs, num_classes = pairs[best], scores.shape[1]
         return pairs // num_classes, pairs % num_classes
-
-
-def _mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of a tensor over all processes; their mean gradient is then that of one process with all images."""
-    if comm.get_world_size() > 1:
-        dist.all_reduce(values)
-        values /= comm.get_world_size()
-    return values
 
 
 if "RepPoints" not in META_ARCH_REGISTRY:

@@ -1,11 +1,8 @@
 """The losses of SOLO (arXiv 1912.04488, section 3.3.2): Dice on masks, focal on the classes of cells."""
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from d2kd.layers import sigmoid_focal_loss
-from detectron2.utils import comm
 
 #: Added to each of the two squared sums of the Dice coefficient.
 DICE_EPS = 1e-3
@@ -34,11 +31,3 @@ def focal_loss_sum(logits: Tensor, classes: Tensor, alpha: float, gamma: float) 
         alpha, gamma: of the focal loss.
     """
     return sigmoid_focal_loss(logits.permute(0, 2, 3, 1), classes, alpha, gamma).sum()
-
-
-def total_over_processes(count: int, like: Tensor) -> Tensor:
-    """Returns the sum of a number over all processes, a scalar of the type and on the device of a tensor."""
-    total = torch.tensor(float(count), dtype=like.dtype, device=like.device)
-    if comm.get_world_size() > 1:
-        dist.all_reduce(total)
-    return total

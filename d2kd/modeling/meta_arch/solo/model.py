@@ -17,9 +17,10 @@ from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from detectron2.utils import comm
 
 from ..levels import levels_of
+from ..processes import mean_over_processes
 from .decoding import NMS, Masks, Sizes, Thresholds, detect, point_nms
 from .head import BaseSOLOHead, DecoupledSOLOHead, MaskMaps, SOLOHead, head_strides
-from .losses import COUNT_EPS, dice_losses, focal_loss_sum, total_over_processes
+from .losses import COUNT_EPS, dice_losses, focal_loss_sum
 from .targets import Level, LevelTargets, Truth, assign_targets
 
 HEADS = {"plain": SOLOHead, "decoupled": DecoupledSOLOHead}
@@ -180,7 +181,8 @@ class SOLO(nn.Module):
             classes = torch.stack([target.classes for target in of_images])
             focal.append(focal_loss_sum(logits[level], classes, self.focal_loss_alpha, self.focal_loss_gamma))
         found = torch.cat(dice)
-        processes, cells = comm.get_world_size(), total_over_processes(len(found), found)
+        processes = comm.get_world_size()
+        cells = processes * mean_over_processes(found.new_tensor(float(len(found))))
         return {
             # gradients are averaged over processes: this is what one process with all images would have
             "loss_mask": self.mask_loss_weight * found.sum() * processes / cells.clamp(min=1),
