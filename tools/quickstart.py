@@ -1,27 +1,32 @@
 #!/usr/bin/env python
 """The whole of d2kd on the built-in dataset: a teacher, three students and the report that compares them.
 
-Every part is a run of tools/train_net.py, shown before it starts. What is finished is not repeated, and what was
-interrupted is resumed, so this program can be stopped and started at will.
+Every part is a run of tools/train_net.py, shown before it starts; two run side by side where there are two cores. What
+is finished is not repeated, and what was interrupted is resumed, so this program can be stopped and started at will.
 """
 
 import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import load_config, log_runtime
 from d2kd.evaluation.report import load_result, write_report
-from d2kd.files import write_json
+from d2kd.evaluation.report_pictures import draw_detections
+from d2kd.evaluation.tasks import metric_named
+from d2kd.files import replacing, write_json
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.tools.quickstart")
@@ -29,6 +34,8 @@ logger = logging.getLogger("d2kd.tools.quickstart")
 TEACHER = "configs/PhotoDigits/retinanet_teacher.yaml"
 STUDENT = "configs/PhotoDigits/retinanet_student.yaml"
 DATASET = "photo_digits_val"
+TEACHER_ITERATIONS, STUDENT_ITERATIONS = 600, 500
+EVALUATIONS = 3  # of each run: enough for a curve; each costs as much as 20 to 60 iterations
 
 STATEMENT = """\
 This shows **faster learning**, at a length where no student has converged: all students have seen the same {images:,}
@@ -42,24 +49,35 @@ has seen more images ({teacher_images:,}) but is not converged either."""
 
 
 class Run(NamedTuple):
-    """One training run: name in the report, what to call it, arguments of train_net.py, share of the whole time."""
+    """One training run."""
 
-    name: str
-    label: str
-    arguments: list[str]
-    share: float
+    name: str  # in the report, and of its folder
+    label: str  # what to call it
+    arguments: list[str]  # of train_net.py
+    iterations: int
+    cost: float  # processor time of an iteration, over that of a baseline's
 
 
-def runs(output: Path, options: list[str]) -> list[Run]:
-    """The four runs, in order."""
+def stages(output: Path, options: list[str]) -> list[list[Run]]:
+    """The runs, in order; those of a stage do not wait for each other."""
     teacher = output / "teacher"
     distil = [f"--teacher-config={TEACHER}", f"--teacher-weights={teacher / 'model_final.pth'}"]
-    once = [*options, "DISTILL.TEACHER.EVAL_FIRST", "False"]  # its run has evaluated it
+    once = ["DISTILL.TEACHER.EVAL_FIRST", "False"]  # its run has evaluated it
+
+    def run(name: str, label: str, iterations: int, cost: float, *arguments: str) -> Run:
+        lengths = ["SOLVER.MAX_ITER", str(iterations), "TEST.EVAL_PERIOD", str(math.ceil(iterations / EVALUATIONS))]
+        return Run(name, label, [*arguments, *lengths, *options], iterations, cost)
+
+    student = f"--config-file={STUDENT}"
     return [
-        Run("teacher", "Teacher", [f"--config-file={TEACHER}", *options], 0.45),
-        Run("baseline", "Baseline student", [f"--config-file={STUDENT}", *options], 0.15),
-        Run("inherit", "Inherit only", [f"--config-file={STUDENT}", *distil, *once, "DISTILL.METHODS", "[]"], 0.15),
-        Run("distilled", "Distilled student", [f"--config-file={STUDENT}", *distil, *once], 0.25),
+        [
+            run("teacher", "Teacher", TEACHER_ITERATIONS, 2.6, f"--config-file={TEACHER}"),
+            run("baseline", "Baseline student", STUDENT_ITERATIONS, 1.0, student),
+        ],
+        [
+            run("inherit", "Inherit only", STUDENT_ITERATIONS, 1.0, student, *distil, *once, "DISTILL.METHODS", "[]"),
+            run("distilled", "Distilled student", STUDENT_ITERATIONS, 1.6, student, *distil, *once),
+        ],
     ]
 
 
@@ -68,40 +86,143 @@ def command_of(run: Run, output: Path) -> list[str]:
     return ["tools/train_net.py", "--resume", *run.arguments, "OUTPUT_DIR", str(output / run.name)]
 
 
-def perform(run: Run, output: Path, environment: dict[str, str]) -> None:
-    """Runs the command unless the same one has finished before.
-
-    Raises:
-        SystemExit: the run failed or was interrupted.
-    """
-    command = command_of(run, output)
+def finished(run: Run, output: Path) -> bool:
+    """Returns whether the same command has finished before; moves the folder of another one out of the way."""
     directory = output / run.name
     fingerprint = directory / "quickstart.json"
-    wanted = {"command": command, "version": d2kd.__version__, "inputs": _digest(run.arguments)}
+    wanted = {"command": command_of(run, output), "version": d2kd.__version__, "inputs": _digest(run.arguments)}
     same = fingerprint.is_file() and json.loads(fingerprint.read_text()) == wanted
     if same and (directory / "result.json").is_file():
         logger.info("%s: finished already, in %s", run.label, directory)
-        return
+        return True
     if directory.exists() and not same:
         stale = directory.with_name(f"{directory.name}.old-{int(time.time())}")
         logger.info("%s: %s comes from other settings; it is kept as %s", run.label, directory, stale)
         directory.rename(stale)
     write_json(fingerprint, wanted)
-    logger.info("%s: python %s", run.label, shlex.join(command))
-    status = _wait(subprocess.Popen([sys.executable, *command], env=environment))
-    if status:
-        log = directory / "log.txt"
-        logger.error("%s stopped with status %d; run this again to continue. Its log: %s", run.label, status, log)
-        sys.exit(status if status > 0 else 128 - status)
+    return False
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Waits for the run; Ctrl-C reaches it too (same terminal), and it saves before it stops."""
+class Progress:
+    """Says every now and then how far the runs are, and how long all of them will take."""
+
+    PERIOD_S = 20.0
+
+    def __init__(self, output: Path, everything: Sequence[Sequence[Run]]) -> None:
+        self.output = output
+        self.everything = everything
+        self.said = self.start = time.time()
+        self.first = {run.name: self._last(run).get("iteration", 0) for stage in everything for run in stage}
+
+    def _last(self, run: Run) -> dict[str, float]:
+        """What a run has logged last, and the last AP; empty before its first iterations."""
+        file = self.output / run.name / "metrics.json"
+        found: dict[str, float] = {}
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            try:
+                found.update(json.loads(line))
+            except ValueError:  # is being written
+                break
+        return found
+
+    def _left_s(self, running: Sequence[Run]) -> float | None:
+        """Seconds until all stages are done, from the speed so far; None before anything has moved."""
+        reached = {run.name: self._last(run).get("iteration", 0) for stage in self.everything for run in stage}
+        moved = max(run.cost * (reached[run.name] - self.first[run.name]) for run in running)
+        if moved <= 0:
+            return None
+        second = (time.time() - self.start) / moved
+        ahead = (max(r.cost * (r.iterations - reached[r.name]) for r in stage) for stage in self.everything)
+        return second * sum(ahead)
+
+    def restart(self, running: Sequence[Run]) -> None:
+        """Measures the speed anew, for the runs of the next stage."""
+        self.start = time.time()
+        self.first |= {run.name: self._last(run).get("iteration", 0) for run in running}
+
+    def say(self, running: Sequence[Run]) -> None:
+        """Logs a line, unless the last one is recent."""
+        if time.time() - self.said < self.PERIOD_S:
+            return
+        self.said = time.time()
+        parts = []
+        for run in running:
+            last = self._last(run)
+            text = f"{run.label} {last.get('iteration', -1) + 1:.0f} of {run.iterations} iterations"
+            text += f", loss {last['total_loss']:.2f}" if "total_loss" in last else ""
+            parts.append(text + (f", AP {last['bbox/AP']:.1f}" if "bbox/AP" in last else ""))
+        left = self._left_s(running)
+        parts.append("starting" if left is None else f"about {max(1, math.ceil(left / 60))} min left for all")
+        logger.info("%s", "; ".join(parts))
+
+
+def perform(runs: Sequence[Run], output: Path, environment: dict[str, str], progress: Progress) -> None:
+    """Runs the commands side by side, but for those that have finished before.
+
+    Raises:
+        SystemExit: a run failed or was interrupted; the others have saved and stopped.
+    """
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    runs = [run for run in runs if not finished(run, output)]
+    progress.restart(runs)
+    for run in runs:
+        command = command_of(run, output)
+        logger.info("%s: python %s", run.label, shlex.join(command))
+        with open(output / run.name / "console.txt", "ab") as console:
+            processes[run.name] = subprocess.Popen(
+                [sys.executable, *command], env=environment, stdout=console, stderr=subprocess.STDOUT
+            )
+    try:
+        _wait(runs, processes, output, progress)
+    finally:
+        _stop(processes.values())
+
+
+def _wait(
+    runs: Sequence[Run], processes: Mapping[str, subprocess.Popen[bytes]], output: Path, progress: Progress
+) -> None:
+    """Waits for the runs, and says how far they are; exits as soon as one fails."""
     while True:
         try:
-            return process.wait()
-        except KeyboardInterrupt:
+            statuses = {name: process.poll() for name, process in processes.items()}
+            failed = next((run for run in runs if statuses[run.name]), None)
+            if failed is not None:
+                _give_up(failed, statuses[failed.name] or 0, output / failed.name / "console.txt")
+            if all(status == 0 for status in statuses.values()):
+                return
+            progress.say([run for run in runs if statuses[run.name] is None])
+            first_picture(output)
+            time.sleep(0.5)
+        except KeyboardInterrupt:  # reaches the runs too (same terminal); they save before they stop
             continue
+
+
+def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Interrupts what still runs, and waits until it has saved."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    for process in processes:
+        process.wait()
+
+
+def _give_up(run: Run, status: int, console: Path) -> NoReturn:
+    """Shows the end of what a run said, and stops with its status."""
+    logger.error("%s", "\n".join(console.read_text(errors="replace").splitlines()[-5:]))
+    logger.error("%s stopped with status %d; run this again to continue. All it said: %s", run.label, status, console)
+    sys.exit(status if status > 0 else 128 - status)
+
+
+def first_picture(output: Path) -> None:
+    """Draws what the baseline finds as soon as it is trained, while the others go on."""
+    file = output / "first_look.png"
+    if (output / "baseline/result.json").is_file() and not file.exists():
+        baseline = load_result("baseline", str(output / "baseline"), "Baseline student")
+        content = draw_detections({"baseline": baseline}, DATASET, metric_named("AP"), 6, 0.3)
+        if content is not None:
+            with replacing(file) as temporary:
+                temporary.write_bytes(content)
+            logger.info("A first look, at what the baseline finds: %s", file)
 
 
 def _digest(arguments: list[str]) -> str:
@@ -118,7 +239,6 @@ def _digest(arguments: list[str]) -> str:
 
 def report(all_runs: list[Run], output: Path) -> None:
     """Writes report.md, report.json and the pictures."""
-    register_datasets(load_config(STUDENT))
     models = {run.name: load_result(run.name, str(output / run.name), run.label) for run in all_runs}
     summary = write_report(
         str(output),
@@ -142,17 +262,21 @@ def main() -> None:
     args = parser.parse_args()
     setup_logger(name="d2kd")
     log_runtime()
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the runs too
     subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
-    all_runs = runs(args.output, args.opts)
-    start, done = time.time(), 0.0
-    for number, run in enumerate(all_runs, 1):
-        minutes = (time.time() - start) / done * (1 - done) / 60 if done else 0
-        left = f"; about {max(1, round(minutes))} min left for all" if done else ""
-        logger.info("Part %d of %d%s", number, len(all_runs), left)
-        perform(run, args.output, environment)
-        done += run.share
-    report(all_runs, args.output)
+    register_datasets(load_config(STUDENT))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lanes = min(cores, 2)
+    environment = {"OMP_NUM_THREADS": str(cores // lanes), **os.environ, "PYTHONWARNINGS": "ignore"}
+    all_stages = stages(args.output, args.opts)
+    if lanes == 1:
+        all_stages = [[run] for stage in all_stages for run in stage]
+    progress = Progress(args.output, all_stages)
+    for number, stage in enumerate(all_stages, 1):
+        logger.info("Part %d of %d: %s", number, len(all_stages), " and ".join(run.label.lower() for run in stage))
+        perform(stage, args.output, environment, progress)
+        first_picture(args.output)
+    report([run for stage in all_stages for run in stage], args.output)
 
 
 if __name__ == "__main__":
