@@ -238,7 +238,7 @@ def _with_paths(pairs: Sequence[tuple[str, Any]], directory: str) -> list[tuple[
     def with_paths(key: str, value: Any) -> Any:
         if key == "DATASETS.REGISTER" and isinstance(value, (list, tuple)):
             return [
-                {k: v if k in ("NAME", "FORMAT") else found(v) for k, v in entry.items()}
+                {k: v if k in ("NAME", "FORMAT", "SPLIT") else found(v) for k, v in entry.items()}
                 if isinstance(entry, dict)
                 else entry
                 for entry in value
