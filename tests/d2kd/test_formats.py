@@ -400,7 +400,7 @@ def test_what_is_wrong_is_one_line(photographs, case):
     cfg.DATASETS.TEST = ()
     with pytest.raises(UserError, match=message) as error:
         checked(cfg)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "is not JSON" not in str(error.value)
 
 
 def test_label_files_without_an_image_are_told(photographs, caplog):

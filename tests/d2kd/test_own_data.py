@@ -89,7 +89,7 @@ def test_every_command_of_the_page_runs(desk, capsys):
     printed = capsys.readouterr().out
     assert "photographs_train (DATASETS.TRAIN): 5 images, 12 objects of 3 classes" in printed
     assert (desk / "sheet.png").is_file() and (desk / "output/report/report.md").is_file()
-    assert (desk / "output/student/result.json").is_file() or (desk / "output/student").is_dir()
+    assert (desk / "student.pth").is_file() and (desk / "output/student/inference").is_dir()
 
 
 def test_every_format_of_the_page_is_read(desk):

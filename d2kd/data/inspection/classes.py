@@ -49,8 +49,8 @@ def inspect_label_maps(
     report.rows = [[n, f"{p / total:.2%}", i] for n, p, i in zip(names, pixels.tolist(), images.tolist())]
     report.facts.append(_sizes(seen))
     report.facts.append(f"ignored: {left_out / max(left_out + int(pixels.sum()), 1):.2%} of the pixels ({ignored})")
-    report.suspect(len(unknown), f"label maps have labels beyond the {len(names)} classes", unknown)
-    report.suspect(len(bare), "label maps have no pixel of any class", bare)
+    report.suspect(f"label maps with labels beyond the {len(names)} classes", len(unknown), unknown)
+    report.suspect("label maps without a pixel of any class", len(bare), bare)
     report.compare_classes(names, images.tolist(), "images", is_train)
     return report
 

@@ -37,7 +37,7 @@ def inspect_datasets(cfg: CfgNode) -> tuple[list[Report], list[str]]:
     for name, report in reports.items():
         copies = [[file for owner, file in group if owner == name] for group in groups]
         repeated = [os.path.basename(file) for group in copies for file in group[1:]]
-        report.suspect(len(repeated), "images have the content of another one", repeated)
+        report.suspect("images with the content of another one", len(repeated), repeated)
     shared = []
     for first, second in itertools.combinations(names, 2):
         common = [group for group in groups if {first, second} <= {name for name, _ in group}]
@@ -45,7 +45,7 @@ def inspect_datasets(cfg: CfgNode) -> tuple[list[Report], list[str]]:
             files = [next(file for name, file in common[0] if name == dataset) for dataset in (first, second)]
             is_leak = (first in cfg.DATASETS.TRAIN) != (second in cfg.DATASETS.TRAIN)
             effect = " What is scored on them tells nothing: the model has seen them." if is_leak else ""
-            shared.append(f"{len(common)} images are in {first} and in {second}, first {' and '.join(files)}.{effect}")
+            shared.append(f"Images in {first} and in {second}: {len(common)}, first {' and '.join(files)}.{effect}")
     return list(reports.values()), shared
 
 

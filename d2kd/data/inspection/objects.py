@@ -73,7 +73,7 @@ def inspect_objects(
     objects = Objects.of(records, sizes)
     counted = ~objects.crowds
     per_class = np.bincount(objects.classes[counted], minlength=len(names)).tolist()
-    crowds = f", {int(objects.crowds.sum())} crowds" if objects.crowds.any() else ""
+    crowds = f", crowds: {int(objects.crowds.sum())}" if objects.crowds.any() else ""
     report = Report(
         f"{name}: {len(records)} images, {int(counted.sum())} objects of {len(names)} classes{crowds}",
         columns=["class", "objects", "images", "median width x height"],
@@ -146,29 +146,28 @@ def _suspect(
     empty = np.setdiff1d(np.arange(len(files)), objects.images)
     left_out = is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     report.suspect(
+        "images without objects",
         len(empty),
-        f"of {len(files)} images have no objects",
         [files[i] for i in empty],
         "They are left out of training (DATALOADER.FILTER_EMPTY_ANNOTATIONS)." if left_out else "",
+        len(files),
     )
     flat = (objects.sides <= 0).any(1)
-    report.suspect(int(flat.sum()), "boxes have no width or height", named(flat))
-    outside: np.ndarray = (
-        np.maximum(-objects.boxes[:, :2], objects.boxes[:, 2:] - objects.image_sizes).max(1) > BOX_TOLERANCE
-    )
-    report.suspect(
-        int(outside.sum()), f"boxes reach out of their image by more than {BOX_TOLERANCE:g} pixel", named(outside)
-    )
+    outside = np.maximum(-objects.boxes[:, :2], objects.boxes[:, 2:] - objects.image_sizes).max(1) > BOX_TOLERANCE
     tiny = (seen.min(1) < TINY) & ~flat
-    report.suspect(
-        int(tiny.sum()),
-        f"objects are narrower or lower than {TINY} pixels as the model sees them",
-        named(tiny),
-        "Raise INPUT.MIN_SIZE_TRAIN and MIN_SIZE_TEST, or remove them.",
-    )
     twice, other = _repeated(objects)
-    report.suspect(int(twice.sum()), f"objects repeat another one of their class (IoU above {SAME})", named(twice))
-    report.suspect(int(other.sum()), f"objects lie on one of another class (IoU above {SAME})", named(other))
+    for what, which, hint in (
+        ("boxes without width or height", flat, ""),
+        (f"boxes that reach out of their image by more than {BOX_TOLERANCE:g} pixel", outside, ""),
+        (
+            f"objects that the model sees with less than {TINY} pixels of width or height",
+            tiny,
+            "Raise INPUT.MIN_SIZE_TRAIN and MIN_SIZE_TEST, or remove them.",
+        ),
+        (f"objects in the place of another one of their class (IoU above {SAME})", twice, ""),
+        (f"objects in the place of one of another class (IoU above {SAME})", other, ""),
+    ):
+        report.suspect(what, int(which.sum()), named(which), hint)
 
 
 def _repeated(objects: Objects) -> tuple[np.ndarray, np.ndarray]:

@@ -39,23 +39,26 @@ class Report:
             lines.append("  nothing suspicious")
         return "\n".join(lines)
 
-    def suspect(self, count: int, what: str, files: Iterable[str] = (), hint: str = "") -> None:
-        """Adds a line "3 boxes ...: a.jpg, b.jpg, ... HINT" where the count is not 0; `what` goes with it."""
+    def suspect(
+        self, what: str, count: int, files: Iterable[str] = (), hint: str = "", total: int | None = None
+    ) -> None:
+        """Adds a line "WHAT: 3 of 40 (a.jpg, b.jpg, ...). HINT", where the count is not 0."""
         if count:
             names = list(dict.fromkeys(files))
-            more = ", ..." if len(names) > _NAMED else "."
-            named = f": {', '.join(names[:_NAMED])}{more}" if names else "."
-            self.suspicions.append(f"{count} {what}{named}{f' {hint}' if hint else ''}")
+            more = ", ..." if len(names) > _NAMED else ""
+            named = f" ({', '.join(names[:_NAMED])}{more})" if names else ""
+            share = "" if total is None else f" of {total}"
+            self.suspicions.append(f"{what}: {count}{share}{named}.{f' {hint}' if hint else ''}")
 
     def compare_classes(self, names: Sequence[str], counts: Sequence[int], what: str, is_train: bool) -> None:
         """Adds lines on classes that have no `what`, and in training few, or far fewer than others."""
         empty = [name for name, count in zip(names, counts) if not count]
         effect = "Nothing is learned of them." if is_train else "Their score is nan."
-        self.suspect(len(empty), f"of {len(names)} classes have no {what}", empty, effect)
+        self.suspect(f"classes without {what}", len(empty), empty, effect, len(names))
         if not is_train:
             return
-        few = [f"{name} ({count})" for name, count in zip(names, counts) if 0 < count < FEW]
-        self.suspect(len(few), f"of {len(names)} classes have fewer than {FEW} {what}", few)
+        few = [f"{name}: {count}" for name, count in zip(names, counts) if 0 < count < FEW]
+        self.suspect(f"classes with fewer than {FEW} {what}", len(few), few, total=len(names))
         present = [(count, name) for name, count in zip(names, counts) if count]
         if present and max(present)[0] > IMBALANCE * min(present)[0]:
             (least, rare), (most, common) = min(present), max(present)
