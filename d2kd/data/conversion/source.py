@@ -1,10 +1,8 @@
 """Datasets of another format, under the name of a COCO file: whatever opens it gets the same data as one."""
 
-import importlib
 import json
 import os
 import tempfile
-from types import ModuleType
 from typing import IO, Any
 
 from iopath.common.file_io import PathHandler
@@ -27,8 +25,6 @@ class ConvertedSource:
 
     #: Of `DATASETS.REGISTER`.
     FORMAT = ""
-    #: The module that reads it.
-    READER = ""
 
     def __init__(self, name: str, images: str) -> None:
         """
@@ -68,19 +64,9 @@ class ConvertedSource:
         """Lets the next reader convert the dataset anew."""
         _written.pop(self.json_file, None)
 
-    def reader(self) -> ModuleType:
-        """Returns the module that reads the format.
-
-        Raises:
-            DatasetError: it is not installed.
-        """
-        try:
-            return importlib.import_module(self.READER)
-        except ImportError as error:
-            raise self.error(
-                f"FORMAT {self.FORMAT} is read by {self.READER.partition('.')[0]}, which is not installed: "
-                f"pip install '{EXTRA}'"
-            ) from error
+    def not_installed(self, reader: str) -> DatasetError:
+        """Returns the error that what reads the format is not installed."""
+        return self.error(f"FORMAT {self.FORMAT} is read by {reader}, which is not installed: pip install '{EXTRA}'")
 
     def error(self, message: str) -> DatasetError:
         """Returns an error that names the dataset."""
@@ -146,10 +132,10 @@ def plain_number(value: float, tolerance: float) -> float:
         tolerance: how far rounding may have moved it.
 
     Returns:
-        `value` itself where a decimal place says nothing, as it is not larger than a few tolerances.
+        `value` itself where a decimal place says nothing, as it is not larger than two tolerances.
     """
     for decimals in range(9):
-        if 10.0**-decimals <= 4 * tolerance:
+        if 10.0**-decimals <= 2 * tolerance:
             break
         rounded = round(value, decimals)
         if abs(rounded - value) <= tolerance:

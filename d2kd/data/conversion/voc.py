@@ -22,7 +22,6 @@ class VocAnnotations(ConvertedSource):
     """The folders Annotations, JPEGImages and ImageSets/Main of Pascal VOC."""
 
     FORMAT = "voc"
-    READER = "defusedxml.ElementTree"
 
     def __init__(
         self,
@@ -53,12 +52,11 @@ class VocAnnotations(ConvertedSource):
 
     def content(self) -> dict[str, Any]:
         """As in the base class."""
-        reader = self.reader()
         for folder in (_ANNOTATIONS, _IMAGES, _SPLITS):
             if not os.path.isdir(os.path.join(self.root, folder)):
                 raise self.error(f"{self.root} has no folder {folder}, as Pascal VOC has.")
-        files = {name: self._read(reader, name) for name in self._names()}
-        classes = self.classes if self.classes is not None else self._all_classes(reader, files)
+        files = {name: self._read(name) for name in self._names()}
+        classes = self.classes if self.classes is not None else self._all_classes(files)
         number_of = {name: number for number, name in enumerate(classes)}
         listed = set(os.listdir(self.images))
         images: list[dict[str, Any]] = []
@@ -111,13 +109,18 @@ class VocAnnotations(ConvertedSource):
             raise self.error(f"{path} lists {short(twice)} more than once: remove it.")
         return sorted(names)
 
-    def _read(self, reader: Any, name: str) -> dict[str, Any]:
+    def _read(self, name: str) -> dict[str, Any]:
         """The annotation of an image as nested dictionaries."""
         from torchvision.datasets import VOCDetection
 
+        try:
+            from defusedxml import ElementTree
+        except ImportError as error:
+            raise self.not_installed("defusedxml") from error
+
         path = self._path(name)
         try:
-            root = reader.parse(path).getroot()
+            root = ElementTree.parse(path).getroot()
         except (ParseError, OSError, ValueError) as error:  # of defusedxml: what only attacks contain
             raise self.error(f"{path} cannot be read as XML ({error}).") from error
         content = VOCDetection.parse_voc_xml(root).get("annotation")
@@ -132,11 +135,11 @@ class VocAnnotations(ConvertedSource):
                 raise self.error(f"{self._path(name)} has an object without one <name>.")
         return list(items)
 
-    def _all_classes(self, reader: Any, files: dict[str, dict[str, Any]]) -> list[str]:
+    def _all_classes(self, files: dict[str, dict[str, Any]]) -> list[str]:
         """Names of all annotations, so that every split has the same classes."""
         folder = os.path.join(self.root, _ANNOTATIONS)
         names = sorted(name.removesuffix(".xml") for name in os.listdir(folder) if name.endswith(".xml"))
-        contents = ((name, files[name] if name in files else self._read(reader, name)) for name in names)
+        contents = ((name, files[name] if name in files else self._read(name)) for name in names)
         found = sorted({item["name"] for name, content in contents for item in self._objects(name, content)})
         if not found:
             raise self.error(f"no file of {folder} has an object: give CLASSES, or annotate the images.")

@@ -38,7 +38,6 @@ class YoloLabels(ConvertedSource):
     """Images, and label files of the same names; images without one have no objects."""
 
     FORMAT = "yolo"
-    READER = "labelformat.formats"
 
     def __init__(self, name: str, images: str, labels: str, classes: Sequence[str]) -> None:
         """
@@ -53,12 +52,11 @@ class YoloLabels(ConvertedSource):
 
     def content(self) -> dict[str, Any]:
         """As in the base class; the boxes are those that a COCO file of the same objects has (`plain_number`)."""
-        reader = self.reader()
         paths = files_by_key(self.images, IMAGE_SUFFIXES, "images", self.error)
         keys = sorted(paths)
         labeled = self._labeled(keys)
         sizes = [self._size(paths[key]) for key in keys]
-        found = self._objects(reader, [key for key in keys if key in labeled])
+        found = self._objects([key for key in keys if key in labeled])
         objects = {key: list(items) for key, items in found}
         annotations: list[dict[str, Any]] = []
         for number, (key, size) in enumerate(zip(keys, sizes), 1):
@@ -85,7 +83,7 @@ class YoloLabels(ConvertedSource):
     def _labeled(self, keys: Sequence[str]) -> set[str]:
         """The keys of images that have a label file."""
         files = files_by_key(self.labels, [".txt"], "label files", self.error)
-        labels = {key for key in files if os.path.basename(key) not in _NO_LABELS}
+        labels = {key for key in files if os.path.basename(key) not in _NO_LABELS or key in keys}
         alone = sorted(labels.difference(keys))
         if alone and not labels.intersection(keys):
             raise self.error(
@@ -109,14 +107,18 @@ class YoloLabels(ConvertedSource):
             raise self.error(f"{problem} Boxes of YOLO are shares of the image's size: repair it or remove it.")
         return image_size(path)
 
-    def _objects(self, reader: Any, keys: Sequence[str]) -> Iterator[tuple[str, Iterable[tuple[int, Points]]]]:
+    def _objects(self, keys: Sequence[str]) -> Iterator[tuple[str, Iterable[tuple[int, Points]]]]:
         """Classes and points of the objects of each image, by labelformat."""
-        from labelformat.model.category import Category
-        from labelformat.model.image import Image
+        try:
+            from labelformat.formats import YOLOv8InstanceSegmentationInput
+            from labelformat.model.category import Category
+            from labelformat.model.image import Image
+        except ImportError as error:
+            raise self.not_installed("labelformat") from error
 
         source, seen = self, [""]
 
-        class Reader(reader.YOLOv8InstanceSegmentationInput):
+        class Reader(YOLOv8InstanceSegmentationInput):
             """Reads label files of the images that it is given, whose sizes of 1 x 1 leave shares as they are."""
 
             def __init__(self) -> None:
@@ -130,15 +132,13 @@ class YoloLabels(ConvertedSource):
                     seen[0] = key
                     yield Image(number, key, 1, 1)
 
-            def _labels_dir(self) -> "_LabelFile":
+            def _labels_dir(self) -> Any:
                 return _LabelFile(source, source.labels)
 
         try:
             for labels in Reader().get_labels():
-                yield (
-                    keys[labels.image.id],
-                    [(item.category.id, item.segmentation.polygons[0]) for item in labels.objects],
-                )
+                objects: list[Any] = list(labels.objects)  # each with one polygon
+                yield keys[labels.image.id], [(o.category.id, o.segmentation.polygons[0]) for o in objects]
         except KeyError as error:
             raise self.error(
                 f"{self._file(seen[0])} has an object of class {error}, and CLASSES lists {len(self.classes)}, from 0 "
