@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import config, model
 from photographs import CLASSES, entry, write_photographs, write_voc, write_yolo
+from PIL import Image
 
 from d2kd.data.class_list import class_names
 from d2kd.data.classes import check_classes
@@ -184,6 +186,25 @@ def test_pixels_may_be_counted_from_0(tmp_path, forget_datasets):
         register_datasets(config(DATASETS__REGISTER=[entry(tmp_path, "voc", "train", name, FIRST_PIXEL=first)]))
         boxes[first] = np.array([a["bbox"] for r in DatasetCatalog.get(name) for a in r["annotations"]])
     assert np.allclose(boxes[0] - boxes[1], [1, 1, -1, -1])
+
+
+def test_yolo_takes_the_size_of_an_image_as_it_is_shown(photographs):
+    path = photographs / "train/train_01.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    (photographs / "labels/train/train_01.txt").write_text("0 0.5 0.5 1.0 1.0\n")
+    first = records_of(photographs, "yolo")[0]
+    assert (first["width"], first["height"]) == (111, 75) and first["annotations"][0]["bbox"] == [0, 0, 111, 75]
+    checked(cfg_of(photographs, "yolo"))
+
+
+def test_voc_without_sizes_takes_those_of_the_images(photographs):
+    expected = records_of(photographs, "coco")
+    for path in (photographs / "voc/Annotations").iterdir():
+        path.write_text(re.sub("<width>.*</height>", "<width>0</width>", path.read_text()))
+    assert records_of(photographs, "voc") == expected
 
 
 def test_classes_of_voc_are_those_of_all_splits(photographs):
