@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,6 +21,7 @@ from d2kd.config import (
     list_renamed_keys,
 )
 from d2kd.errors import ConfigError, UserError, did_you_mean
+from d2kd.files import find_config
 from d2kd.plugins import import_plugins
 from detectron2.config import CfgNode, get_cfg
 
@@ -99,7 +101,11 @@ class _Loader(CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """Reads one file upon its bases, as Detectron2 does, but never runs code that YAML tags name."""
+        """Reads one file upon its bases, as Detectron2 does, but never runs code that YAML tags name.
+
+        A base that is not there is the recipe of that name, as in `--config-file`: `_BASE_: configs/COCO/...`.
+        """
+        filename = _recipe(filename)
         flat = _flatten(super().load_yaml_with_base(filename, allow_unsafe=False))  # its bases come through here too
         names = _names(_IMPORTS, flat.pop(_IMPORTS, []))
         if cls.with_imports:
@@ -107,6 +113,16 @@ class _Loader(CfgNode):
         pairs, words = _rename(list(flat.items()))
         cls.words[filename] = words
         return _nest(_with_paths(pairs, os.path.dirname(filename)))
+
+
+def _recipe(path: str) -> str:
+    """`path`, or where there is none, the recipe that its end from "configs" on names."""
+    parts = Path(path).parts
+    if os.path.exists(path) or "configs" not in parts:
+        return path
+    end = len(parts) - 1 - parts[::-1].index("configs")
+    recipe = find_config(os.path.join(*parts[end:]))
+    return recipe if os.path.exists(recipe) else path
 
 
 def _loader(with_imports: bool) -> type[_Loader]:
@@ -238,7 +254,7 @@ def _with_paths(pairs: Sequence[tuple[str, Any]], directory: str) -> list[tuple[
     def with_paths(key: str, value: Any) -> Any:
         if key == "DATASETS.REGISTER" and isinstance(value, (list, tuple)):
             return [
-                {k: v if k in ("NAME", "FORMAT") else found(v) for k, v in entry.items()}
+                {k: v if k in ("NAME", "FORMAT", "SPLIT") else found(v) for k, v in entry.items()}
                 if isinstance(entry, dict)
                 else entry
                 for entry in value

@@ -71,8 +71,8 @@ CORE_KEYS: dict[str, Setting] = {
     "DATASETS.REGISTER": setting(
         [],
         "Datasets without code: COCO files, [{NAME: my_train, JSON: path, IMAGES: directory}, ...], or another FORMAT "
-        "with keys of its own: folders (IMAGES, one folder a class), cub (ROOT, SPLIT), or one that "
-        "`register_dataset_format` adds.",
+        "with keys of its own: yolo (IMAGES, LABELS, CLASSES), voc (ROOT, SPLIT), labelmaps (IMAGES, LABELS, CLASSES), "
+        "folders (IMAGES, one folder a class), cub (ROOT, SPLIT), or one that `register_dataset_format` adds.",
         items=dict,
     ),
     "DATASETS.ON_BAD_IMAGE": setting(

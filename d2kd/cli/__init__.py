@@ -19,6 +19,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train", "train a model, by distillation where a teacher is given"),
     "eval": Command("train", "evaluate a model, with --eval-teacher beside its teacher", ("--eval-only",)),
+    "data": Command("data", "check the datasets of a configuration, or show them as they are trained on"),
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
     "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),

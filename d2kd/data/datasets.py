@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from d2kd.data.class_list import class_names, optional_class_names
 from d2kd.data.classification import (
     ClassificationSource,
     Cub200,
@@ -15,7 +16,15 @@ from d2kd.data.classification import (
     same_split,
 )
 from d2kd.data.coco import CocoSummary, DatasetError, load_coco, validate_coco_json
-from d2kd.data.segmentation import LabelMaps, class_names, ignored_label, label_suffix
+from d2kd.data.conversion import (
+    ConvertedSource,
+    VocAnnotations,
+    YoloLabels,
+    use_of_difficult,
+    voc_first_pixel,
+    voc_split,
+)
+from d2kd.data.segmentation import LabelMaps, ignored_label, label_suffix
 from d2kd.errors import did_you_mean, require_choice
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
@@ -68,9 +77,9 @@ def register_dataset_format(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as the `DatasetFormat` of that name; a decorator.
 
-    >>> @register_dataset_format("yolo", paths=("LABELS", "IMAGES"))
-    ... def register_yolo(name: str, labels: str, images: str) -> None:
-    ...     DatasetCatalog.register(name, lambda: read_yolo(labels, images))
+    >>> @register_dataset_format("kitti", paths=("LABELS", "IMAGES"))
+    ... def register_kitti(name: str, labels: str, images: str) -> None:
+    ...     DatasetCatalog.register(name, lambda: read_kitti(labels, images))
     ...     MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=[...])
 
     Args:
@@ -92,6 +101,27 @@ def register_coco(name: str, json_file: str, images: str) -> None:
     """Registers a COCO instances file."""
     DatasetCatalog.register(name, lambda: load_coco(json_file, images, name))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+
+
+@register_dataset_format("yolo", paths=("IMAGES", "LABELS"), values={"CLASSES": class_names})
+def register_yolo(name: str, images: str, labels: str, classes: list[str]) -> None:
+    """Registers a folder of images and one of their label files, as the YOLO family has them."""
+    YoloLabels(name, images, labels, classes).register()
+
+
+@register_dataset_format(
+    "voc",
+    paths=("ROOT",),
+    values={
+        "SPLIT": voc_split,
+        "CLASSES": optional_class_names,
+        "FIRST_PIXEL": voc_first_pixel,
+        "DIFFICULT": use_of_difficult,
+    },
+)
+def register_voc(name: str, root: str, split: str, classes: list[str] | None, first_pixel: int, difficult: str) -> None:
+    """Registers a split of a folder in the form of Pascal VOC."""
+    VocAnnotations(name, root, split, classes, first_pixel, difficult).register()
 
 
 @register_dataset_format("folders", paths=("IMAGES",))
@@ -266,6 +296,9 @@ def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
         return None
     if meta.get("json_file") is None or meta.get("image_root") is None:
         return None
+    converted = isinstance(source, ConvertedSource)
+    if converted:
+        source.forget()
     masks = (cfg.INPUT.MASK_FORMAT if is_train else "any") if cfg.MODEL.MASK_ON else ""
     summary = validate_coco_json(
         meta.json_file,
@@ -274,7 +307,7 @@ def _check_dataset(cfg: CfgNode, name: str, split: str) -> CocoSummary | None:
         missing_images=missing_images,
         masks=masks,
         evaluated=not is_train,
-        as_it_stands=_registered.get(name, ("",))[0] != "coco",
+        as_it_stands=not converted and _registered.get(name, ("",))[0] != "coco",
     )
     if meta.get("thing_classes") is None:
         # What loading would set; known now, it need not be read again.

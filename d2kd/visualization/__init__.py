@@ -1,8 +1,9 @@
-"""Pictures: training curves, what models find or say side by side, which patches a masked teacher computes."""
+"""Pictures: training curves, inputs of a training, what models find or say side by side, what a masked teacher sees."""
 
 from d2kd.visualization.classifications import classification_sheet, differing, read_classifications
 from d2kd.visualization.curves import TrainingLog, read_training_log, training_curves
 from d2kd.visualization.detections import detection_grid, read_predictions
+from d2kd.visualization.inputs import input_sheet
 from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
 from d2kd.visualization.points import draw_points
@@ -14,6 +15,7 @@ __all__ = [
     "detection_grid",
     "differing",
     "draw_points",
+    "input_sheet",
     "kept_picture",
     "label_map_grid",
     "masking_plot",

@@ -46,12 +46,12 @@ def detection_grid(
     for record in dataset_dicts:
         image = detection_utils.read_image(record["file_name"], format="BGR")
         scale = TILE / max(image.shape[:2])
-        enlarged = _resize(image, scale)
+        enlarged = resize(image, scale)
         truth_boxes, truth_labels, truth_masks = _ground_truth(record)
         texts = [class_names[label] for label in truth_labels]
         colors = [TRUTH] * len(texts)
-        tinted = _tint(enlarged, image.shape[:2], truth_masks if draws_masks else [], colors)
-        tiles = [_draw(tinted, truth_boxes * scale, texts, colors)]
+        tinted = tint(enlarged, image.shape[:2], truth_masks if draws_masks else [], colors)
+        tiles = [draw_boxes(tinted, truth_boxes * scale, texts, colors)]
         for by_image in predictions.values():
             found = [p for p in by_image.get(record["image_id"], []) if p["score"] >= score_threshold]
             found.sort(key=lambda p: -p["score"])
@@ -60,8 +60,8 @@ def detection_grid(
             right = is_right(boxes, labels, truth_boxes, truth_labels)
             texts = [f"{class_names[p['label']]} {p['score']:.2f}" for p in found]
             colors = [RIGHT if r else WRONG for r in right]
-            tinted = _tint(enlarged, image.shape[:2], [p.get("mask") for p in found], colors)
-            tile = _draw(tinted, boxes * scale, texts, colors)
+            tinted = tint(enlarged, image.shape[:2], [p.get("mask") for p in found], colors)
+            tile = draw_boxes(tinted, boxes * scale, texts, colors)
             for detection, color in reversed(list(zip(found, colors))):  # the best on top
                 draw_points(tile, np.reshape(detection.get("points", []), (-1, 2)) * scale, color)
             tiles.append(tile)
@@ -123,21 +123,23 @@ def _ground_truth(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[
     return np.array(boxes, dtype=float).reshape(-1, 4), labels, [a.get("segmentation") for a in annotations]
 
 
-def _tint(
+def tint(
     image: np.ndarray, size: tuple[int, int], masks: Sequence[Any], colors: Sequence[tuple[int, int, int]]
 ) -> np.ndarray:
     """A copy of `image` with masks, given for an image of another (height, width); the best are on top."""
     image = image.copy()
     for mask, color in reversed(list(zip(masks, colors))):
-        if mask:
-            resized = cv2.resize(_bitmap(mask, *size), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        if mask is not None and len(mask):
+            resized = cv2.resize(bitmap(mask, *size), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
             inside = resized > 0
             image[inside] = ((1 - MASK_OPACITY) * image[inside] + MASK_OPACITY * np.array(color)).astype(np.uint8)
     return image
 
 
-def _bitmap(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Polygons or an RLE, compressed or not, as uint8 (height, width)."""
+def bitmap(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Polygons, an RLE, compressed or not, or a bitmap, as uint8 (height, width)."""
+    if isinstance(segmentation, np.ndarray):
+        return segmentation.astype(np.uint8)
     if isinstance(segmentation, list):
         return mask_util.decode(mask_util.merge(mask_util.frPyObjects(segmentation, height, width)))
     if isinstance(segmentation["counts"], list):
@@ -145,7 +147,7 @@ def _bitmap(segmentation: Any, height: int, width: int) -> np.ndarray:
     return mask_util.decode(segmentation)
 
 
-def _draw(
+def draw_boxes(
     image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colors: Sequence[tuple[int, int, int]]
 ) -> np.ndarray:
     """A copy of `image` with boxes in its own pixels; the best, which come first, are drawn on top."""
@@ -161,7 +163,8 @@ def _draw(
     return image
 
 
-def _resize(image: np.ndarray, scale: float) -> np.ndarray:
+def resize(image: np.ndarray, scale: float) -> np.ndarray:
+    """An image of another size; pixels stay sharp where it grows."""
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
     return cv2.resize(image, size, interpolation=cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA)
 

@@ -45,10 +45,10 @@ def label_map_grid(
     for record, truth in zip(records, truths):
         image = detection_utils.read_image(record["file_name"], format="BGR")
         found = [by_file.get(record["file_name"]) for by_file in predictions.values()]
-        upper = [_colored(image, truth, palette), *(_colored(image, labels, palette) for labels in found)]
+        upper = [colored(image, truth, palette), *(colored(image, labels, palette) for labels in found)]
         lower = [image, *(_differences(image, truth, labels) for labels in found)]
         rows += [np.hstack([pad_tile(_enlarged(tile)) for tile in tiles]) for tiles in (upper, lower)]
-    return np.vstack([*rows, _legend(class_names, palette, rows[0].shape[1])])
+    return np.vstack([*rows, legend(class_names, palette, rows[0].shape[1])])
 
 
 def read_label_predictions(path: str, metadata: Any) -> dict[str, np.ndarray]:
@@ -74,6 +74,8 @@ def read_label_predictions(path: str, metadata: Any) -> dict[str, np.ndarray]:
 
 def class_colors(count: int) -> np.ndarray:
     """Returns a color for each class, uint8 (count, 3) BGR: hues by the golden ratio, the first one gray."""
+    if not count:
+        return np.zeros((0, 3), np.uint8)
     hues = (np.arange(count) * 0.61803398875) % 1.0
     hsv = np.stack([hues * 180, np.full(count, 200), 255 - 60 * (np.arange(count) % 3)], axis=-1)
     colors = cv2.cvtColor(hsv[None].astype(np.uint8), cv2.COLOR_HSV2BGR)[0]
@@ -81,7 +83,7 @@ def class_colors(count: int) -> np.ndarray:
     return colors
 
 
-def _colored(image: np.ndarray, labels: np.ndarray | None, palette: np.ndarray) -> np.ndarray:
+def colored(image: np.ndarray, labels: np.ndarray | None, palette: np.ndarray) -> np.ndarray:
     """The image in gray under the colors of its labels; unchanged where there are none."""
     if labels is None:
         return image
@@ -109,7 +111,7 @@ def _enlarged(tile: np.ndarray) -> np.ndarray:
     return cv2.resize(tile, size, interpolation=cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA)
 
 
-def _legend(names: Sequence[str], palette: np.ndarray, width: int) -> np.ndarray:
+def legend(names: Sequence[str], palette: np.ndarray, width: int) -> np.ndarray:
     """Lines with each class and its color."""
     lines = [np.full((_LEGEND, width, 3), 255, np.uint8)]
     x = GAP

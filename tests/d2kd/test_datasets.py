@@ -166,7 +166,10 @@ def test_only_the_asked_splits_are_checked(folder):
 
 def test_a_sound_file(folder, caplog):
     summary = validate_coco_json(str(folder / "ann.json"), str(folder / "images"))
-    assert summary == (1, 1, ["one", "two"], 0, 1) and not caplog.records
+    assert summary == (1, 1, ["one", "two"], 0, 1)
+    assert [r.getMessage().partition(": ")[2] for r in caplog.records] == [
+        "1 of 2 classes have no objects: one. Nothing is learned of them."
+    ]
 
 
 def test_files_that_are_not_there_or_not_json(folder):

@@ -20,7 +20,7 @@ ALLOWED = {
     "input_keys.py": {"settings"},
     "detectron2_keys.py": {"errors", "settings"},
     "config.py": {"core_keys", "detectron2_keys", "input_keys", "plugins", "settings"},
-    "config_reader.py": {"config", "errors", "plugins"},
+    "config_reader.py": {"config", "errors", "files", "plugins"},
     "layers": {"rng"},
     "distillers": {"config", "errors", "files", "layers", "settings"},
     "modeling": {

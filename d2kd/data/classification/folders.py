@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..coco import short
+from ..folders import IMAGE_SUFFIXES
 from .source import ClassificationSource, Records
 
 logger = logging.getLogger(__name__)
 
-#: Endings of image files, in any case.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 #: Names of folders that hold a part of a dataset, and are no class of it.
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 #: Names of one and the same part.
@@ -109,7 +108,7 @@ class ImageFolders(ClassificationSource):
             seen = f" There is {short(listing.other)}." if listing.other else ""
             raise self.error(
                 f"the {len(listing.classes)} class folders of {listing.root} hold no images (files that end in "
-                f"{', '.join(SUFFIXES)}).{seen}"
+                f"{', '.join(IMAGE_SUFFIXES)}).{seen}"
             )
         return listing
 
@@ -221,11 +220,11 @@ def _records(listing: Listing) -> Records:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+    return entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
 
 
 def _note_other(listing: Listing, entry: os.DirEntry[str], path: str) -> None:
-    if entry.is_symlink() and not os.path.exists(entry.path) and entry.name.lower().endswith(SUFFIXES):
+    if entry.is_symlink() and not os.path.exists(entry.path) and entry.name.lower().endswith(IMAGE_SUFFIXES):
         listing.broken.append(path)
         return
     listing.num_others += 1

@@ -78,6 +78,7 @@ def validate_coco_json(
             area_of(file, annotation)
     if image_root is not None:
         check_image_files(file, image_root, missing_images)
+    _tell_empty_classes(file, evaluated)
     crowds = sum(annotation["iscrowd"] for annotation in file.annotations)
     return CocoSummary(len(file.images), len(file.annotations), file.class_names, crowds, objects)
 
@@ -96,6 +97,17 @@ def area_of(file: CocoFile, annotation: dict[str, Any]) -> float | None:
         f"{file.path}: {file.where(annotation)} has area = {short(repr(area))}. It must be a number of square pixels; "
         "without it, that of the box is taken."
     )
+
+
+def _tell_empty_classes(file: CocoFile, evaluated: bool) -> None:
+    """Where there are objects at all, classes without any are named."""
+    present = {annotation["category_id"] for annotation in file.annotations}
+    empty = [category["name"] for category in file.sorted_categories() if category["id"] not in present]
+    if present and empty:
+        logger.warning(
+            f"{file.path}: {len(empty)} of {len(file.categories)} classes have no objects: {short(', '.join(empty))}. "
+            f"{'Their AP is nan' if evaluated else 'Nothing is learned of them'}."
+        )
 
 
 def _check_file_names(file: CocoFile) -> None:

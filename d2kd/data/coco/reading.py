@@ -111,6 +111,8 @@ def read_coco(path: str, *, need_annotations: bool = True) -> CocoFile:
     try:
         with PathManager.open(path, "rb") as f:  # bytes, of which JSON tells the encoding
             content = json.load(f)
+    except UserError:  # of a dataset that is converted when it is opened
+        raise
     except (ValueError, RecursionError) as e:  # also of numbers with too many digits
         reason = describe_foreign_file(path) or _first_line(e)
         raise DatasetError(f"{path} is not JSON ({reason}). Is it complete, and the annotation file?") from e

@@ -7,8 +7,8 @@ from typing import Any
 
 from d2kd.errors import did_you_mean
 
-from ..classification.folders import SUFFIXES
 from ..coco import DatasetError
+from ..folders import IMAGE_SUFFIXES, files_by_key
 from ..images import image_problem, image_size, label_map_problem
 
 logger = logging.getLogger(__name__)
@@ -97,56 +97,13 @@ class LabelMaps:
         return f"{text}{did_you_mean(keys[0], labels) if other == 'label map' else ''} Add or remove them."
 
     def _listed(self) -> tuple[dict[str, str], dict[str, str]]:
-        images = self._files(self.images, SUFFIXES, "", "images")
-        labels = self._files(self.labels, LABEL_SUFFIXES, self.suffix, "label maps")
+        images = files_by_key(self.images, IMAGE_SUFFIXES, "images", self.error)
+        labels = files_by_key(self.labels, LABEL_SUFFIXES, "label maps", self.error, self.suffix)
         return images, labels
-
-    def _files(self, root: str, endings: Sequence[str], suffix: str, what: str) -> dict[str, str]:
-        """Paths by their path in the folder, without ending and suffix."""
-        if not os.path.isdir(root):
-            raise self.error(f"{root}, which should hold the {what}, is no folder.")
-        found: dict[str, str] = {}
-        for folder, below, names in os.walk(root, followlinks=True):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for name in sorted(names):
-                stem, ending = os.path.splitext(name)
-                if name.startswith(".") or ending.lower() not in endings or not stem.endswith(suffix):
-                    continue
-                key = os.path.relpath(os.path.join(folder, stem.removesuffix(suffix)), root)
-                if key in found:
-                    other = os.path.basename(found[key])
-                    raise self.error(f"{other} and {name} in {folder} have one name: keep one of them.")
-                found[key] = os.path.join(folder, name)
-        if not found:
-            behind = f" with {suffix!r} before their endings" if suffix else ""
-            raise self.error(f"{root} holds no {what} ({', '.join(endings)}){behind}.")
-        return found
 
 
 def _problem(image: str, labels: str) -> str | None:
     return image_problem(image) or label_map_problem(labels, image_size(image))
-
-
-def class_names(where: str, value: Any) -> list[str]:
-    """Returns the names of classes from the CLASSES of an entry: a list, or a text file with one name a line.
-
-    Raises:
-        DatasetError: it is neither, or a name is missing or twice.
-    """
-    if isinstance(value, str):
-        root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-        found = next((p for p in (os.path.expanduser(value), os.path.join(root, value)) if os.path.isfile(p)), None)
-        if found is None:
-            raise DatasetError(f"{where} is {value!r}, and there is no such file: name it, or list the classes.")
-        with open(found, encoding="utf-8") as file:
-            value = [line.strip() for line in file if line.strip()]
-    names = [str(name) for name in value] if isinstance(value, (list, tuple)) else []
-    if not names or any(not name.strip() for name in names):
-        raise DatasetError(f"{where} is {value!r}; it must list the names of the classes, that of label 0 first.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DatasetError(f"{where} has {', '.join(twice)} more than once; each class needs a name of its own.")
-    return names
 
 
 def ignored_label(where: str, value: Any) -> int:
