@@ -63,8 +63,10 @@ def stages(output: Path, options: list[str]) -> list[list[Run]]:
     teacher = output / "teacher"
     distil = [f"--teacher-config={TEACHER}", f"--teacher-weights={teacher / 'model_final.pth'}"]
     once = ["DISTILL.TEACHER.EVAL_FIRST", "False"]  # its run has evaluated it
+    given = dict(zip(options[::2], options[1::2])).get("SOLVER.MAX_ITER")
 
     def run(name: str, label: str, iterations: int, cost: float, *arguments: str) -> Run:
+        iterations = int(given or iterations)
         lengths = ["SOLVER.MAX_ITER", str(iterations), "TEST.EVAL_PERIOD", str(math.ceil(iterations / EVALUATIONS))]
         return Run(name, label, [*arguments, *lengths, *options], iterations, cost)
 
@@ -194,7 +196,8 @@ def _wait(
             first_picture(output)
             time.sleep(0.5)
         except KeyboardInterrupt:  # reaches the runs too (same terminal); they save before they stop
-            continue
+            for process in processes.values():
+                process.wait()
 
 
 def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
