@@ -89,7 +89,7 @@ def _check_names(keys: Sequence[str], methods: Sequence[str]) -> None:
     for key in keys:
         if key not in table["keys"] and not all(map(occurs, key.split("."))):
             hint = did_you_mean(key, table["keys"], cutoff=0.6)
-            raise ConfigError(f"In the command line: Non-existent config key: {key}.{hint}")
+            raise ConfigError(f"In the command line: Non-existent key: {key}.{hint}")
     for number, method in enumerate(methods):
         if method not in table["names"]["methods"] and not occurs(method):
             hint = " A method of your own: name its file with --import."

@@ -44,10 +44,10 @@ def table(step: "Step") -> list[str]:
     header = ["method", "student tap", "teacher tap", "student", "teacher", "strides", "aligner", "loss", "gradient"]
     rows = [_row(level) for level in step.levels]
     task = [(name, loss) for name, loss in step.losses.items() if not name.startswith("distill/")]
-    rows += [["task", name, "", "", "", "", "", f"{loss:.4g}", ""] for name, loss in task]
+    rows += [[f"task: {name}", "", "", "", "", "", "", f"{loss:.4g}", ""] for name, loss in task]
     if len(task) > 1 or step.task_share is not None:
         total = sum(loss for _, loss in task)
-        rows.append(["task", "all", "", "", "", "", "", f"{total:.4g}", _percent(step.task_share)])
+        rows.append(["task", "", "", "", "", "", "", f"{total:.4g}", _percent(step.task_share)])
     kept = [n for n, name in enumerate(header) if any(row[n] for row in rows)]
     header, rows = [header[n] for n in kept], [[row[n] for n in kept] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows)]
@@ -93,7 +93,11 @@ def _networks(trainer: Any, step: "Step") -> Iterator[tuple[str, str]]:
         teacher, file = distilled.teacher.model, os.path.basename(cfg.DISTILL.TEACHER.CONFIG_FILE)
         yield "teacher", f"{type(teacher).__name__} of {file}: {_size(teacher)}, all of them frozen"
         added = sum(p.numel() for p in distilled.distillers.parameters() if p.requires_grad)
-        yield "methods", f"{added / 1e6:.4g} M parameters of their own, trained beside the student and not a part of it"
+        if added:
+            yield (
+                "methods",
+                f"{added / 1e6:.4g} M parameters of their own, trained beside the student and not a part of it",
+            )
     if step.without_gradient:
         yield "no gradient", f"reached {_modules(step.without_gradient)} in this batch"
 
