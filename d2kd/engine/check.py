@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from d2kd.data.loader import side_stream
 from d2kd.distillers import Distiller
 from d2kd.errors import ConfigError
 from d2kd.modeling import BalanceError, DistilledModel, GradientBalance
+from d2kd.modeling.architectures import architecture_of
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -51,7 +53,8 @@ class Level:
     student: tuple[int, ...] = ()
     teacher: tuple[int, ...] = ()
     loss: float = float("nan")
-    #: Norm of its gradient over the sum of the norms of the task and of all levels; None where nothing was measured.
+    #: Norm of its gradient over the sum of the norms of the task and of all levels, on what the backbone gives to the
+    #: heads and on the taps in the backbone; None where nothing was measured.
     share: float | None = None
 
 
@@ -145,10 +148,15 @@ def _timed_step(trainer: Any) -> float:
 def _peak_memory(device: torch.device) -> tuple[int, str]:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "of the GPU"
+    whose = "of a process on the CPU, with all that it has loaded"
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count the process that started this one too
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return 1024 * int(line.split()[1]), whose
     if resource is None:
-        return 0, "(unknown on this system)"
+        return 0, "unknown on this system"
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of a process on the CPU, with all that it loads"
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, whose
 
 
 def _calibrate(trainer: Any, model: DistilledModel) -> None:
@@ -177,7 +185,10 @@ def _watching(network: nn.Module, distilled: DistilledModel | None, seen: Step) 
                 assert isinstance(distiller, Distiller)
                 stack.callback(distiller.register_forward_hook(_noting(method, distiller, seen)).remove)
             stack.callback(distilled.set_balance, distilled.balance)
-            distilled.set_balance(_Measuring(distilled.balance or GradientBalance(list(distilled.distillers)), seen))
+            # methods whose taps lie in the heads pull at all that the backbone gives to these
+            outputs = list(architecture_of(distilled.student).feature_shapes())
+            balance = distilled.balance or GradientBalance(list(distilled.distillers))
+            distilled.set_balance(_Measuring(balance, len(outputs), seen), outputs)
         yield
     for level in seen.levels:  # scaled, where there is a ratio to keep
         level.loss = seen.losses.get(f"distill/{level.method}/{level.tap}", level.loss)
@@ -197,17 +208,25 @@ def _noting(method: str, distiller: Distiller, seen: Step) -> Any:
 
 
 class _Measuring(GradientBalance):
-    """Balances as another, and measures the gradient of every level."""
+    """Balances as another, and measures the gradient of every level on more features than that."""
 
-    def __init__(self, balance: GradientBalance, seen: Step) -> None:
+    def __init__(self, balance: GradientBalance, more: int, seen: Step) -> None:
+        """
+        Args:
+            balance: whose settings count.
+            more: how many of the features, at the end, are there for the levels only.
+            seen: takes the shares.
+        """
         super().__init__(balance.methods, ratio=balance.ratio, period=balance.period, log_period=balance.log_period)
+        self._more = more
         self._seen = seen
 
     def __call__(
         self, task: Mapping[str, Tensor], methods: Mapping[str, Mapping[str, Tensor]], features: Sequence[Tensor]
     ) -> dict[str, dict[str, Tensor]]:
         """As in the base class."""
-        scaled = super().__call__(task, methods, features)
+        scaled = super().__call__(task, methods, features[: len(features) - self._more])
+        features = list({id(feature): feature for feature in features}.values())
         names = [(method, key) for method in scaled for key in scaled[method]]
         terms = [task, *({key: scaled[method][key]} for method, key in names)]
         for _ in range(_MEASUREMENTS):

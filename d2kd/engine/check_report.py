@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from d2kd.distillers import TapPair
 from d2kd.modeling import DistilledModel, InitializationReport, plan_student
 from d2kd.modeling.architectures import architecture_of
-from d2kd.modeling.classes import classes_of, match_classes
+from d2kd.modeling.classes import ClassMatch, classes_of, match_classes
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Names of modules that a line tells.
 _NAMES = 6
+#: Characters of a line.
+_WIDTH = 120
 
 
 def report(trainer: Any, step: "Step", note: str = "") -> str:
@@ -34,9 +37,13 @@ def report(trainer: Any, step: "Step", note: str = "") -> str:
     if note:
         facts.append(("folder", note))
     width = max(len(name) for name, _ in facts)
-    lines = [f"{name:{width}}  {text}" for name, text in facts]
+    lines = [_wrapped(f"{name:{width}}  {text}", width + 2) for name, text in facts]
     end = "Checked: a training can start." if not note else "Checked: all fits, but for the folder."
     return "\n".join(["", *table(step), "", *lines, "", f"{end} Nothing was written."])
+
+
+def _wrapped(line: str, indent: int) -> str:
+    return textwrap.fill(line, _WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def table(step: "Step") -> list[str]:
@@ -98,6 +105,9 @@ def _networks(trainer: Any, step: "Step") -> Iterator[tuple[str, str]]:
                 "methods",
                 f"{added / 1e6:.4g} M parameters of their own, trained beside the student and not a part of it",
             )
+    idle = [f"{level.method} at {level.tap}" for level in step.levels if level.share == 0]
+    if idle:
+        yield "no effect", f"{', '.join(idle)}: the gradient of this batch is 0"
     if step.without_gradient:
         yield "no gradient", f"reached {_modules(step.without_gradient)} in this batch"
 
@@ -146,25 +156,38 @@ def _weights(trainer: Any) -> Iterator[tuple[str, str]]:
 
 def _inherited(cfg: CfgNode, model: DistilledModel, plan: InitializationReport) -> Iterator[tuple[str, str]]:
     by_name = [name for name, (places, _) in plan.by_class.items() if places]
+    differ = [m for m in match_classes(classes_of(cfg), model.teacher.classes).values() if not m.same]
     partly = {name.rpartition(".")[0] for name, *_ in plan.other_shape}
     whole = [name for name in plan.copied if name.rpartition(".")[0] not in partly]
-    yield "inherited", f"{len(plan.copied)} tensors: {_modules(whole)}"
-    if len(whole) < len(plan.copied):
-        yield "inherited", f"of these the biases alone: {_modules([n for n in plan.copied if n not in whole])}"
+    biases = [name for name in plan.copied if name not in whole]
+    layers = [_modules(whole)] if whole else []
+    layers += [f"of {_modules(biases)} the bias alone"] if biases else []
+    yield "inherited", f"{len(plan.copied)} tensors: {'; '.join(layers)}" if layers else "nothing fits"
     if by_name:
-        yield "inherited", f"class by class, by their names: {_modules(by_name)}"
-    for layers, ours, theirs in _other_shapes(plan):
-        yield "not inherited", f"{layers} is {ours} here, {theirs} in the teacher"
+        yield "inherited", f"class by class: {_modules(by_name)}, for {'; '.join(map(_classes, differ))}"
+    others = list(_other_shapes(plan))
+    for layer, ours, theirs in others[:_NAMES]:
+        yield "not inherited", f"{layer} is {ours} here, {theirs} in the teacher"
+    if len(others) > _NAMES:
+        yield "not inherited", f"{len(others) - _NAMES} more layers of another shape: the log names them"
     unknown = [name for name, (places, _) in plan.by_class.items() if not places]
     if unknown:
-        matches = match_classes(classes_of(cfg), model.teacher.classes).values()
-        sides = "; ".join(f"{m.student} here, {m.teacher} in the teacher" for m in matches if not m.same)
+        sides = "; ".join(f"{m.student} here, {m.teacher} in the teacher" for m in differ)
         yield "not inherited", f"{_modules(unknown)}: {sides}"
     if plan.absent:
         yield "not inherited", f"{_modules(plan.absent)}: the teacher has no such layer"
     kept = [f"{architecture_of(model.student).bottom_up}: the student's own backbone"]
     kept += [f"{name}: DISTILL.INIT_FROM_TEACHER.EXCLUDE" for name in cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE]
     yield from (("not inherited", text) for text in kept)
+
+
+def _classes(match: ClassMatch) -> str:
+    """Which of the student's classes the teacher knows by their names."""
+    named = list(zip(match.student.names or (), match.indices or ()))
+    lists = [[name for name, index in named if (index is not None) == shared] for shared in (True, False)]
+    shown = [", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "") for names in lists]
+    kept = f"; not for {shown[1]}, unknown to it" if lists[1] else ""
+    return f"{len(lists[0])} of {match.student.number} by their names ({shown[0]}){kept}"
 
 
 def _other_shapes(plan: InitializationReport) -> Iterator[tuple[str, str, str]]:
