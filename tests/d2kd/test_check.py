@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import FASTER_RCNN, config, model
-from runs import run_training, tool
+from runs import ROOT, run_training, tool
 from torch import nn
 
 from d2kd.cli import train
@@ -195,6 +195,13 @@ def test_two_processes_print_once(pair):
     done = tool("train_net", "--check", "--num-gpus", 2, "--config-file", pair)
     assert done.stdout.count("Checked: a training can start.") == 1 and "in 2 processes" in done.stdout
     assert not (pair.parent / "student").exists()
+
+
+def test_the_pairs_of_the_documentation_are_those_that_were_printed():
+    printed = (ROOT / "benchmarks/results/check_pairs.txt").read_text()
+    blocks = re.findall(r"```\n(\$ d2kd train --check.*?)```", (ROOT / "docs/check.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3 and all(block.strip() in printed for block in blocks)
+    assert "roi_heads.box_predictor.{cls_score, bbox_pred}, for 2 of 3 by their names" in re.sub(r"\s+", " ", printed)
 
 
 # ---- words ----
