@@ -5,7 +5,8 @@
     python benchmarks/check_pairs.py --only tokens
 
 The recipes and networks are real; weights are random (the last norm of each block at 0.2) and images noise (eight of
-256 x 192 pixels, under COCO's name), so that shapes, aligners and what is inherited are those of a training, and losses, shares, memory and time are not.
+256 x 192 pixels, under COCO's name). So shapes, aligners and what is inherited are those of a training; losses, shares,
+memory and time are not.
 """
 
 import argparse
