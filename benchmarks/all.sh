@@ -52,3 +52,4 @@ measure loading "benchmarks/loading.py d2kd/data" python benchmarks/loading.py
 measure label_maps "benchmarks/label_maps.py d2kd/data" python benchmarks/label_maps.py
 measure solo "benchmarks/solo.py d2kd/modeling/meta_arch/solo $models" python benchmarks/solo.py
 measure evaluation "benchmarks/evaluation.py d2kd/evaluation d2lite/evaluation" python benchmarks/evaluation.py
+measure check_pairs "benchmarks/check_pairs.py d2kd/engine/check.py d2kd/engine/check_report.py" python benchmarks/check_pairs.py

@@ -14,6 +14,7 @@ from d2kd.core_keys import CORE_KEYS
 from d2kd.detectron2_keys import check_together, with_types
 from d2kd.input_keys import INPUT_KEYS
 from d2kd.plugins import import_installed
+from d2kd.runtime import register_parts
 from d2kd.settings import Setting
 from detectron2.config import CfgNode, get_cfg
 
@@ -37,6 +38,7 @@ def config_keys(add: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
 
 def add_distill_config(cfg: CfgNode) -> None:
     """Adds d2kd's keys, with their defaults, to a Detectron2 configuration: the core's and all registered ones."""
+    register_parts()
     import_installed()
     cfg.DISTILL = CfgNode()
     for key, declared in _declared.items():
@@ -93,11 +95,13 @@ def fill_values(cfg: CfgNode) -> None:
 
 def list_declared() -> dict[str, Setting]:
     """Returns the declarations of d2kd's core and of `declare_keys`, by whole key."""
+    register_parts()
     return dict(_declared)
 
 
 def list_settings() -> dict[str, Setting]:
     """Returns the declarations of all keys, of the core, of what is registered and of Detectron2, by whole key."""
+    register_parts()
     return {key: declared for listing in _settings for key, declared in listing()}
 
 

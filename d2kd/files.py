@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and the recipes that come with d2kd."""
 
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -27,6 +28,20 @@ def find_config(path: str) -> str:
     parts = Path(path).parts
     recipe = CONFIGS.joinpath(*parts[1:] if parts[0] == "configs" else parts)
     return str(recipe) if recipe.is_file() else path
+
+
+def near_configs(path: str) -> str:
+    """Returns " Did you mean A or B?" with the recipes, and the files beside `path`, of the nearest names; or ""."""
+    wanted = Path(path)
+    recipes = [Path("configs", file.relative_to(CONFIGS)) for file in CONFIGS.glob("*/*.yaml")]
+
+    def nearness(file: Path) -> float:
+        name = difflib.SequenceMatcher(None, file.stem.lower(), wanted.stem.lower()).ratio()
+        return name + 0.1 * (file.parent.name == wanted.parent.name) if name >= 0.6 else 0.0
+
+    ranked = sorted({*recipes, *wanted.parent.glob("*.yaml")}, key=lambda file: (-nearness(file), str(file)))
+    near = [str(file) for file in ranked[:3] if nearness(file)]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 @contextlib.contextmanager

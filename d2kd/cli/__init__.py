@@ -1,4 +1,8 @@
-"""The console program `d2kd`, and its commands, which the programs in tools/ run as well."""
+"""The console program `d2kd`, and its commands, which the programs in tools/ run as well.
+
+Help, lists and typing errors answer at once: a command reads its arguments, then imports what takes time (PyTorch, and
+all that needs it) inside its functions.
+"""
 
 import importlib
 import sys

@@ -9,19 +9,14 @@ images of DATASETS.TRAIN as they are trained on, augmented, with their boxes, ma
 
 import argparse
 import logging
+from typing import TYPE_CHECKING
 
-import cv2
+from d2kd.arguments import add_import_argument
 
-from d2kd.data.datasets import check_datasets, register_datasets
-from d2kd.data.inspection import inspect_datasets
-from d2kd.data.loader import build_train_loader
-from d2kd.engine import add_import_argument, load_config, run_tool
-from d2kd.errors import ConfigError
-from d2kd.files import replacing
-from d2kd.visualization import input_sheet
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.utils.logger import setup_logger
+from .mistakes import stop_at_mistakes
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +38,21 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(cfg: CfgNode) -> None:
+def check(cfg: "CfgNode") -> None:
     """Prints what the datasets hold.
 
     Raises:
         DatasetError: the first thing that a training would refuse.
     """
+    from d2kd.data.inspection import inspect_datasets
+
     reports, shared = inspect_datasets(cfg)
     print("\n\n".join(report.text() for report in reports))
     if shared:
         print("\n" + "\n".join(shared))
 
 
-def show(cfg: CfgNode, images: int, output: str) -> None:
+def show(cfg: "CfgNode", images: int, output: str) -> None:
     """Draws the first images of a training.
 
     Args:
@@ -67,6 +64,15 @@ def show(cfg: CfgNode, images: int, output: str) -> None:
         ConfigError: an argument is none.
         DatasetError: the data cannot be trained on.
     """
+    import cv2
+
+    from d2kd.data.datasets import check_datasets
+    from d2kd.data.loader import build_train_loader
+    from d2kd.errors import ConfigError
+    from d2kd.files import replacing
+    from d2kd.visualization import input_sheet
+    from detectron2.data import MetadataCatalog
+
     if images < 1 or not output.lower().endswith((".png", ".jpg")):
         raise ConfigError(f"--images must be at least 1, and --output a .png or .jpg: {images}, {output!r}.")
     cfg.DATALOADER.NUM_WORKERS = 0
@@ -88,6 +94,10 @@ def show(cfg: CfgNode, images: int, output: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Checks or shows."""
+    from d2kd.data.datasets import register_datasets
+    from d2kd.engine import load_config
+    from detectron2.utils.logger import setup_logger
+
     cfg = load_config(args.config_file, args.opts, args.imports)
     setup_logger(name="d2kd")
     register_datasets(cfg)
@@ -102,4 +112,7 @@ def main(args: argparse.Namespace) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     args = argument_parser().parse_args(arguments)
+    stop_at_mistakes(args)
+    from d2kd.engine import run_tool
+
     run_tool(lambda: main(args))

@@ -7,10 +7,9 @@ import argparse
 import logging
 import os
 
-from d2kd.engine import CheckpointError, add_import_argument, load_config, log_runtime, run_tool
-from d2kd.modeling import build_network, load_strictly
-from d2kd.modeling.checkpoint_files import InvalidCheckpointError, read_checkpoint, without_checksum, write_checkpoint
-from detectron2.utils.logger import setup_logger
+from d2kd.arguments import add_import_argument
+
+from .mistakes import stop_at_mistakes
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,14 @@ def export(source: str, target: str, average: bool = False) -> int:
     Raises:
         CheckpointError: `source` cannot be read, or holds no model.
     """
+    from d2kd.engine import CheckpointError
+    from d2kd.modeling.checkpoint_files import (
+        InvalidCheckpointError,
+        read_checkpoint,
+        without_checksum,
+        write_checkpoint,
+    )
+
     try:
         content = without_checksum(source, read_checkpoint(source))
     except InvalidCheckpointError as error:
@@ -43,6 +50,10 @@ def export(source: str, target: str, average: bool = False) -> int:
 
 def main(args: argparse.Namespace) -> None:
     """Exports, and checks the result against a configuration where one is given."""
+    from d2kd.engine import CheckpointError, load_config, log_runtime
+    from d2kd.modeling import build_network, load_strictly
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="d2kd")
     log_runtime()
     if not os.path.isfile(args.source):
@@ -65,4 +76,7 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument("opts", nargs="*", help="changes to the YAML: KEY VALUE ...")
     add_import_argument(parser)
     args = parser.parse_intermixed_args(arguments)
+    stop_at_mistakes(args)
+    from d2kd.engine import run_tool
+
     run_tool(lambda: main(args))

@@ -7,14 +7,17 @@ d2kd train --config-file student.yaml --teacher-config teacher.yaml --teacher-we
 
 import argparse
 
-from d2kd.engine import add_run_arguments, launch_tool, locked, setup
+from d2kd.arguments import add_run_arguments, run_parser
 from d2kd.errors import ConfigError
-from d2kd.token_learning import TokenTrainer
-from detectron2.engine import default_argument_parser
+
+from .mistakes import stop_at_mistakes
 
 
 def main(args: argparse.Namespace) -> None:
     """One process of the run."""
+    from d2kd.engine import locked, setup
+    from d2kd.token_learning import TokenTrainer
+
     if args.eval_only:
         raise ConfigError("--eval-only: tokens are not evaluated; see the pictures in OUTPUT_DIR/masks.")
     if args.weights:
@@ -28,11 +31,14 @@ def main(args: argparse.Namespace) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line, in as many processes as they say."""
-    parser = default_argument_parser()
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser = run_parser(__doc__)
     parser.set_defaults(teacher_config=None, teacher_weights=None, method=None)  # the teacher is --config-file here
     parser.add_argument(
         "--teacher-weights", dest="weights", metavar="FILE", help="checkpoint of the teacher (MODEL.WEIGHTS)"
     )
     add_run_arguments(parser)
-    launch_tool(main, parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    stop_at_mistakes(args)
+    from d2kd.engine import launch_tool
+
+    launch_tool(main, args)

@@ -6,36 +6,50 @@
 """
 
 import argparse
-import inspect
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from d2kd.distillers import DISTILLERS
-from d2kd.engine import add_import_argument, run_tool
+from d2kd.arguments import add_import_argument
 from d2kd.files import CONFIGS
-from d2kd.modeling.architectures import ARCHITECTURES
-from d2kd.modeling.teacher_passes import TEACHER_PASSES
-from d2kd.plugins import import_plugins
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
+
+from .names import Names, first_sentence, kept_table
+
+#: What can be listed.
+KINDS = ("methods", "recipes", "architectures", "backbones", "heads", "passes")
 
 
-def _registered(registry: Iterable[tuple[str, Any]]) -> Callable[[], dict[str, str]]:
-    return lambda: {name: _help(thing) for name, thing in registry}
+def lines(kind: str, words: Iterable[str] = (), names: Names | None = None) -> list[str]:
+    """Returns a line for each name, sorted, or for those that have all words in name or help, in any case.
+
+    Args:
+        kind: of `KINDS`.
+        words: to look for.
+        names: what is registered; None takes the table of names, or imports everything where there is none.
+    """
+    known = _recipes() if kind == "recipes" else (names or known_names())[kind]
+    chosen = {
+        name: text
+        for name, text in sorted(known.items(), key=lambda item: item[0].lower())
+        if all(word.lower() in f"{name} {text}".lower() for word in words)
+    }
+    width = max(map(len, chosen), default=0)
+    return [f"{name:{width}}  {text}".rstrip() for name, text in chosen.items()]
 
 
-def _architectures() -> dict[str, str]:
-    """Those that can be built, and what d2kd knows of them, or of the nearest of their base classes."""
-    found = {}
-    for name, build in META_ARCH_REGISTRY:
-        names = [name, *(base.__name__ for base in getattr(build, "__mro__", ()))]
-        known = next((ARCHITECTURES[n] for n in names if n in ARCHITECTURES), None)
-        own = getattr(build, "__module__", "").startswith("d2kd.")  # whose help says more
-        found[name] = _help(build if own else known) if known else "d2kd knows its features only."
-    return found
+def known_names() -> Names:
+    """Returns what is registered without plugins, but with those of installed packages, quickly if possible."""
+    table = kept_table()
+    if table is not None:
+        names: Names = table["names"]
+        return names
+    from d2kd.plugins import import_installed
+
+    from .registered import registered_names
+
+    import_installed()
+    return registered_names()
 
 
 def _recipes() -> dict[str, str]:
@@ -54,44 +68,7 @@ def _first_comment(path: Path) -> str:
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
-    return _sentence(" ".join(lines))
-
-
-def _help(thing: Any) -> str:
-    return _sentence(" ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split()))
-
-
-def _sentence(text: str) -> str:
-    """The first sentence; a dot ends none within a word, or before a number."""
-    return re.split(r"\.\s+(?=[A-Z`])", text)[0].removesuffix(".")
-
-
-#: What can be listed: by its name, a function that returns the lines of help by the names that a configuration uses.
-KINDS: Mapping[str, Callable[[], dict[str, str]]] = {
-    "methods": _registered(DISTILLERS),
-    "recipes": _recipes,
-    "architectures": _architectures,
-    "backbones": _registered(BACKBONE_REGISTRY),
-    "heads": _registered(SEM_SEG_HEADS_REGISTRY),
-    "passes": _registered(TEACHER_PASSES),
-}
-
-
-def lines(kind: str, words: Iterable[str] = ()) -> list[str]:
-    """Returns a line for each name, sorted, or for those that have all words in name or help, in any case.
-
-    Args:
-        kind: of `KINDS`.
-        words: to look for.
-    """
-    known = KINDS[kind]()
-    chosen = {
-        name: text
-        for name, text in sorted(known.items(), key=lambda item: item[0].lower())
-        if all(word.lower() in f"{name} {text}".lower() for word in words)
-    }
-    width = max(map(len, chosen), default=0)
-    return [f"{name:{width}}  {text}".rstrip() for name, text in chosen.items()]
+    return first_sentence(" ".join(lines))
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -103,16 +80,29 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, names: Names | None = None) -> None:
     """Prints the list; without any line, says so and ends with status 1."""
-    import_plugins(args.imports)
-    found = lines(args.kind, args.words)
+    found = lines(args.kind, args.words, names)
     print("\n".join(found) if found else f"No {args.kind} with {' and '.join(args.words)}.")
     if not found:
         sys.exit(1)
 
 
+def _main_with_imports(args: argparse.Namespace) -> None:
+    from d2kd.plugins import import_installed, import_plugins
+
+    from .registered import registered_names
+
+    import_installed()
+    import_plugins(args.imports)
+    main(args, registered_names())
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     args = argument_parser().parse_args(arguments)
-    run_tool(lambda: main(args))
+    if not args.imports:
+        return main(args)
+    from d2kd.engine import run_tool
+
+    run_tool(lambda: _main_with_imports(args))

@@ -10,16 +10,17 @@ what a resize of the image by 10 %% does to the whole teacher. Writes masking.md
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from d2kd.data.datasets import check_datasets, register_datasets
-from d2kd.engine import DistillTrainer, add_import_argument, load_config, log_runtime, run_tool
+from d2kd.arguments import add_import_argument
 from d2kd.errors import ConfigError, UserError
 from d2kd.files import finite, replacing, write_json
-from d2kd.modeling import build_distilled_model, is_distillation, load_strictly
-from d2kd.modeling.teacher_passes.drift import Gate, measure_drift
-from d2kd.visualization import masking_plot
-from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
+
+from .mistakes import stop_at_mistakes
+
+if TYPE_CHECKING:
+    from d2kd.modeling.teacher_passes.drift import Gate
+    from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,18 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> Gate:
+def main(args: argparse.Namespace) -> "Gate":
     """Measures and writes; returns what was measured.
 
     Raises:
         UserError: the configuration has no masked teacher, or anything in it is wrong.
     """
+    from d2kd.data.datasets import check_datasets, register_datasets
+    from d2kd.engine import DistillTrainer, load_config, log_runtime
+    from d2kd.modeling import build_distilled_model, is_distillation, load_strictly
+    from d2kd.modeling.teacher_passes.drift import measure_drift
+    from detectron2.utils.logger import setup_logger
+
     wrong = [ratio for ratio in args.ratios if not 0 < ratio <= 1]
     if wrong or args.images < 1:
         raise UserError(f"--ratios must be above 0 and at most 1, and --images at least 1: {wrong or args.images}.")
@@ -64,7 +71,9 @@ def main(args: argparse.Namespace) -> Gate:
     return gate
 
 
-def _write(cfg: CfgNode, gate: Gate) -> None:
+def _write(cfg: "CfgNode", gate: "Gate") -> None:
+    from d2kd.visualization import masking_plot
+
     directory = Path(cfg.OUTPUT_DIR)
     text = markdown(gate)
     with replacing(directory / "masking.md") as temporary:
@@ -77,7 +86,7 @@ def _write(cfg: CfgNode, gate: Gate) -> None:
     logger.info("%s\nWrote %s", text, directory / "masking.md")
 
 
-def markdown(gate: Gate) -> str:
+def markdown(gate: "Gate") -> str:
     """The table and the recommendation."""
     lines = [
         f"Cosine distance to the whole teacher's features, on {gate.images} images. On images resized by 10 %, "
@@ -100,4 +109,7 @@ def markdown(gate: Gate) -> str:
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     args = argument_parser().parse_args(arguments)
+    stop_at_mistakes(args)
+    from d2kd.engine import run_tool
+
     run_tool(lambda: main(args))

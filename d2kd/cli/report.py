@@ -7,13 +7,10 @@
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
-from d2kd.data.datasets import DatasetError, register_datasets
-from d2kd.engine import load_config, log_runtime, run_tool
-from d2kd.evaluation.report import ModelResult, load_result, write_report
-from d2kd.evaluation.results import choose_task
-from detectron2.data import DatasetCatalog
-from detectron2.utils.logger import setup_logger
+if TYPE_CHECKING:
+    from d2kd.evaluation.report import ModelResult
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -63,12 +60,16 @@ def named_value(text: str) -> tuple[str, str]:
     return name, value
 
 
-def make_dataset_known(dataset_name: str, models: list[ModelResult]) -> None:
+def make_dataset_known(dataset_name: str, models: list["ModelResult"]) -> None:
     """Registers a dataset that is named in the configuration of one of the runs (`DATASETS.REGISTER`).
 
     Raises:
         DatasetError: no such dataset is registered, nor named in a configuration.
     """
+    from d2kd.data.datasets import DatasetError, register_datasets
+    from d2kd.engine import load_config
+    from detectron2.data import DatasetCatalog
+
     for model in models:
         if dataset_name not in DatasetCatalog.list() and model.config_file:
             register_datasets(load_config(model.config_file))
@@ -83,6 +84,11 @@ def main(args: argparse.Namespace, command: str) -> None:
         ResultError: a run has no result, or none of the task.
         DatasetError: see `make_dataset_known`.
     """
+    from d2kd.engine import log_runtime
+    from d2kd.evaluation.report import load_result, write_report
+    from d2kd.evaluation.results import choose_task
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="d2kd")
     log_runtime()
     labels = dict(args.label)
@@ -111,4 +117,6 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = argument_parser().parse_args(arguments)
     program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
+    from d2kd.engine import run_tool
+
     run_tool(lambda: main(args, f"{program} {shlex.join(arguments)}"))

@@ -1,6 +1,7 @@
 """Trains or evaluates a Detectron2 model, by distillation where a teacher is given.
 
 %(prog)s --config-file student.yaml --teacher-config teacher.yaml --teacher-weights teacher.pth
+%(prog)s --config-file student.yaml --check
 %(prog)s --config-file student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 %(prog)s --config-file student.yaml --eval-only --eval-teacher MODEL.WEIGHTS output/model_final.pth
 """
@@ -8,41 +9,41 @@
 import argparse
 from typing import Any
 
-from d2kd.engine import (
-    DistillTrainer,
-    argument_parser,
-    evaluate_student,
-    evaluate_teacher,
-    evaluate_teacher_and_student,
-    launch_tool,
-    locked,
-    setup,
-)
+from d2kd.arguments import argument_parser
 from d2kd.errors import ConfigError
-from d2kd.modeling import is_distillation
+
+from .mistakes import stop_at_mistakes
 
 
 def main(args: argparse.Namespace) -> Any:
     """One process of the run."""
-    cfg = setup(args)
+    from d2kd import engine
+    from d2kd.modeling import is_distillation
+
+    trainer_class = engine.DistillTrainer
+    if args.check:
+        return engine.check_run(trainer_class, args)
+    cfg = engine.setup(args)
     if args.eval_only or args.eval_teacher:
-        DistillTrainer.check_config(cfg, ("TEST",))
+        trainer_class.check_config(cfg, ("TEST",))
     if args.eval_teacher:
         if not is_distillation(cfg):
             raise ConfigError("--eval-teacher needs a teacher: --teacher-config and --teacher-weights.")
         if args.eval_only:
-            return evaluate_teacher_and_student(DistillTrainer, cfg, args.resume)
-        return evaluate_teacher(DistillTrainer, cfg)
+            return engine.evaluate_teacher_and_student(trainer_class, cfg, args.resume)
+        return engine.evaluate_teacher(trainer_class, cfg)
     if args.eval_only:
-        return evaluate_student(DistillTrainer, cfg, args.resume)
-    with locked(cfg.OUTPUT_DIR):
-        trainer = DistillTrainer(cfg)
+        return engine.evaluate_student(trainer_class, cfg, args.resume)
+    with engine.locked(cfg.OUTPUT_DIR):
+        trainer = trainer_class(cfg)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line, in as many processes as they say."""
-    parser = argument_parser()
-    parser.description = __doc__
-    launch_tool(main, parser.parse_args(arguments))
+    args = argument_parser(__doc__).parse_args(arguments)
+    stop_at_mistakes(args)
+    from d2kd.engine import launch_tool
+
+    launch_tool(main, args)

@@ -14,7 +14,7 @@ from d2kd.settings import DISTINCT, Configurable, Setting, setting
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
-from .taps import AlignmentError, TapPair, build_aligner, check_alignable
+from .taps import AlignmentError, TapPair, build_aligner, check_alignable, describe_layer
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
@@ -217,6 +217,18 @@ class Distiller(Configurable, nn.Module):
     def build_aligners(self) -> nn.ModuleList:
         """Returns one aligner per pair, from student to teacher channels."""
         return nn.ModuleList([build_aligner(pair) for pair in self.pairs])
+
+    def describe_alignment(self, level: int) -> str:
+        """Returns in words how the maps of a pair are brought to one shape, for people to read."""
+        theirs = self.pairs[level].teacher
+        aligners = getattr(self, "align", None)
+        parts = [describe_layer(aligners[level])] if isinstance(aligners, nn.ModuleList) else []
+        ratio = self._stride_ratios[level]
+        if ratio is not None and ratio != 1.0:
+            parts.append(f"teacher resampled x{ratio:g}")
+        if theirs.order is not None:
+            parts.append("teacher's classes in the student's order")
+        return ", ".join(part for part in parts if part) or "none"
 
     def weight_of(self, level: int) -> float:
         """Returns the factor on the loss of a pair."""

@@ -104,3 +104,13 @@ def build_aligner(pair: TapPair, always: bool = False) -> nn.Module:
     """
     ours, theirs = pair.student.channels, pair.teacher.channels
     return nn.Conv2d(ours, theirs, kernel_size=1) if always or ours != theirs else nn.Identity()
+
+
+def describe_layer(layer: nn.Module) -> str:
+    """Returns a layer in words: "1x1 conv 64 -> 128", "" for the identity."""
+    if isinstance(layer, nn.Identity):
+        return ""
+    if isinstance(layer, nn.Conv2d):
+        size = "x".join(map(str, layer.kernel_size))
+        return f"{size} conv {layer.in_channels} -> {layer.out_channels}"
+    return type(layer).__name__

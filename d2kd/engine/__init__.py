@@ -1,11 +1,14 @@
 """The run: set-up and launching, the trainer and its step, checkpoints, evaluation, hooks."""
 
+from d2kd.arguments import add_import_argument, add_run_arguments, argument_parser
+
+from .check import check_run
 from .checkpoint import CheckpointError, DistillCheckpointer
 from .evaluation import evaluate_student, evaluate_teacher, evaluate_teacher_and_student
 from .launching import launch_tool, run_tool
 from .resumable_trainer import ResumableTrainer
 from .run_folder import FolderError, locked
-from .setup import add_import_argument, add_run_arguments, argument_parser, load_config, log_runtime, setup
+from .setup import load_config, log_runtime, setup
 from .train_step import NonFiniteLossError
 from .trainer import DistillTrainer
 
@@ -19,6 +22,7 @@ __all__ = [
     "add_import_argument",
     "add_run_arguments",
     "argument_parser",
+    "check_run",
     "evaluate_student",
     "evaluate_teacher",
     "evaluate_teacher_and_student",

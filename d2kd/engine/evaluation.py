@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2kd.config import get_key
 from d2kd.data.classes import ClassNames, class_names, require_same_classes
 from d2kd.errors import ConfigError
 from d2kd.evaluation.build import folder_of
+from d2kd.evaluation.missing import explain_nan
 from d2kd.evaluation.side_by_side import side_by_side
 from d2kd.files import write_json
 from d2kd.modeling import Teacher, TeacherError, build_network, load_strictly, load_teacher, teacher_config
@@ -111,7 +113,15 @@ def evaluate(
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])
+            without = getattr(evaluator, "without_predictions", ())
+            for line in explain_nan(results[name] or {}, name, without, _score_threshold(cfg)):
+                logger.info("%s", line)
     return next(iter(results.values())) if len(results) == 1 else results
+
+
+def _score_threshold(cfg: CfgNode) -> str:
+    key = architecture_class(cfg).SCORE_THRESHOLD
+    return f"{key} {get_key(cfg, key)}" if key else ""
 
 
 def evaluate_variant(trainer_class: Any, cfg: CfgNode, model: nn.Module, suffix: str) -> dict[str, Any]:

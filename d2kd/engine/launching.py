@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from d2kd.arguments import command_line_options
 from d2kd.errors import ConfigError, UserError
 from d2kd.settings import Setting
 from detectron2.engine import launch
@@ -21,7 +22,7 @@ from detectron2.utils.logger import setup_logger
 
 from .hooks import Terminated
 from .run_folder import DISK_ERRORS
-from .setup import command_line_options, load_config
+from .setup import load_config
 
 logger = logging.getLogger(__name__)
 

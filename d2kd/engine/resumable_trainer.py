@@ -25,7 +25,7 @@ from detectron2.utils.events import EventStorage, EventWriter
 
 from .checkpoint import DistillCheckpointer, gather_process_states, load_process_state
 from .epochs import with_iterations
-from .hooks import CheckpointHook, InterruptHook, WallTime
+from .hooks import CheckpointHook, InterruptHook, ProgressWriter, WallTime
 from .optimizer import build_optimizer
 from .run_folder import DISK_ERRORS
 from .run_settings import run_settings, with_settings, write_config
@@ -139,7 +139,7 @@ class ResumableTrainer(TrainerBase):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Returns the hooks in the order of their calls: timing, schedule, `extra_hooks`, writers."""
-        writers = hooks.PeriodicWriter(self.build_writers(), period=20) if comm.is_main_process() else None
+        writers = ProgressWriter(self.build_writers(), period=20) if comm.is_main_process() else None
         return [hooks.IterationTimer(), hooks.LRScheduler(), self.wall_time, *self.extra_hooks(), writers]
 
     def extra_hooks(self) -> list[HookBase | None]:

@@ -73,8 +73,8 @@ def holds_a_run(path: str) -> bool:
     return any(next(Path(path).glob(pattern), None) for pattern in ("last_checkpoint", "model_*.pth", "metrics.json"))
 
 
-def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
-    """Sees to it that a training finds in its folder only what belongs to it.
+def check_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
+    """Checks that a training can have its folder; changes nothing.
 
     Args:
         cfg: of the run.
@@ -99,7 +99,6 @@ def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
                 f"{key} {file} lies in OUTPUT_DIR {folder}, where this run would write over it. Choose another "
                 "OUTPUT_DIR."
             )
-    remove_left_overs(folder)
     if resume:
         checkpoints = sorted(path.name for path in Path(folder).glob("model_[0-9f]*.pth"))  # numbered, or final
         if checkpoints and not Path(folder, "last_checkpoint").is_file():
@@ -107,13 +106,19 @@ def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
                 f"--resume: OUTPUT_DIR {folder} has checkpoints ({', '.join(checkpoints[-3:])}), but no file "
                 "last_checkpoint that names the one to continue from. Write its name into such a file."
             )
-    elif holds_a_run(folder):
-        if not overwrite:
-            raise FolderError(
-                f"OUTPUT_DIR {folder} holds another run. Continue it with --resume, choose another OUTPUT_DIR, or give "
-                "--overwrite to remove what it has left."
-            )
-        _remove_run(folder)
+    elif holds_a_run(folder) and not overwrite:
+        raise FolderError(
+            f"OUTPUT_DIR {folder} holds another run. Continue it with --resume, choose another OUTPUT_DIR, or give "
+            "--overwrite to remove what it has left."
+        )
+
+
+def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
+    """Sees to it that a training finds in its folder only what belongs to it; arguments, errors: see `check_folder`."""
+    check_folder(cfg, resume, overwrite)
+    remove_left_overs(cfg.OUTPUT_DIR)
+    if not resume and holds_a_run(cfg.OUTPUT_DIR):
+        _remove_run(cfg.OUTPUT_DIR)
 
 
 def _remove_run(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""What every tool shares: arguments, the configuration they give, and the first lines of the log."""
+"""What every tool shares: the configuration that its arguments give, and the first lines of the log."""
 
 import argparse
 import contextlib
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
+from d2kd.arguments import check_no_flags, command_line_options
 from d2kd.config_reader import read_config, tell
 from d2kd.data.datasets import register_datasets
 from d2kd.errors import ConfigError
-from d2kd.files import find_config, replacing
+from d2kd.files import find_config, near_configs, replacing
 from d2kd.modeling import is_distillation, read_teacher_config
 from d2kd.runtime import RUNTIME
-from d2kd.settings import NOT_EMPTY, Setting
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -29,48 +29,41 @@ from .scaling import drop_late_steps
 logger = logging.getLogger(__name__)
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Returns Detectron2's arguments and those that turn any configuration into a distillation run."""
-    parser = default_argument_parser()
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher-config", metavar="FILE", help="YAML of the teacher (DISTILL.TEACHER.CONFIG_FILE)")
-    group.add_argument("--teacher-weights", metavar="FILE", help="checkpoint of the teacher (DISTILL.TEACHER.WEIGHTS)")
-    group.add_argument("--method", metavar="NAME[,NAME]", help="methods to distil with (DISTILL.METHODS)")
-    group.add_argument(
-        "--eval-teacher", action="store_true", help="evaluate the teacher; with --eval-only, teacher and student"
-    )
-    add_run_arguments(parser)
-    return parser
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--overwrite` and `--import`, which every training takes."""
-    parser.add_argument(
-        "--overwrite", action="store_true", help="remove what another run has left in OUTPUT_DIR, and start anew"
-    )
-    add_import_argument(parser)
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--import`, for methods, architectures, backbones, ... of one's own."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE.py",
-        help="a Python file (or module) that registers methods, architectures, ... (DISTILL.IMPORTS); may be repeated",
-    )
-
-
 def setup(args: argparse.Namespace) -> CfgNode:
     """Returns the configuration from the arguments, with logging, seeds and the datasets of `DATASETS.REGISTER` set up.
+
+    Raises:
+        ConfigError: see `read_arguments`.
+        FolderError: OUTPUT_DIR cannot be this run's.
+    """
+    notices: list[str] = []  # for the log, which is not there yet
+    cfg, epochs = read_arguments(args, notices)
+    only_evaluates = _only_evaluates(args)
+    if comm.is_main_process():
+        prepare_folder(cfg.OUTPUT_DIR)
+        if not only_evaluates:
+            claim_folder(cfg, args.resume, getattr(args, "overwrite", False))
+    comm.synchronize()
+    start_log(cfg, epochs, notices, cfg.OUTPUT_DIR)
+    starts_anew = not (only_evaluates or getattr(args, "resume", False))
+    with contextlib.nullcontext() if starts_anew else _keeping_config(cfg):
+        default_setup(cfg, args)
+    return cfg
+
+
+def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNode, str]:
+    """Returns the configuration from the arguments, and what an epoch is ("" where that does not matter).
+
+    Registers the datasets of `DATASETS.REGISTER`; writes nothing.
+
+    Args:
+        args: of the command; its `config_file` becomes a path.
+        notices: takes what is to be logged.
 
     Raises:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
     args.config_file = find_config(args.config_file)
-    notices: list[str] = []  # for the log, which is not there yet
     cfg = load_config(args.config_file, command_line_options(args), args.imports, notices)
     if args.method is not None and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
@@ -86,17 +79,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
         read_teacher_config(cfg, [])  # what is wrong there must be known now; it is read again where it is used
     _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
-    only_evaluates = getattr(args, "eval_only", False) or getattr(args, "eval_teacher", False)
-    epochs = "" if only_evaluates else resolve_epochs(cfg)
+    epochs = "" if _only_evaluates(args) else resolve_epochs(cfg)
     if epochs:
         _tell_late_steps(cfg.SOLVER, notices)
     cfg.freeze()
-    if comm.is_main_process():
-        prepare_folder(cfg.OUTPUT_DIR)
-        if not only_evaluates:
-            claim_folder(cfg, args.resume, getattr(args, "overwrite", False))
-    comm.synchronize()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
+    return cfg, epochs
+
+
+def _only_evaluates(args: argparse.Namespace) -> bool:
+    return getattr(args, "eval_only", False) or getattr(args, "eval_teacher", False)
+
+
+def start_log(cfg: CfgNode, epochs: str, notices: Sequence[str], folder: str | None = None) -> None:
+    """Sets up the log, in a folder too where one is given, and writes what `read_arguments` has found."""
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="d2kd")
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
     if epochs:
         logger.info("%s", epochs)
@@ -106,10 +102,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # its scripted losses compute the first two calls of a process otherwise than those after them, so that a
         # resumed run would not be equal bit by bit
         torch._C._jit_set_profiling_executor(False)
-    starts_anew = not (only_evaluates or getattr(args, "resume", False))
-    with contextlib.nullcontext() if starts_anew else _keeping_config(cfg):
-        default_setup(cfg, args)
-    return cfg
 
 
 @contextlib.contextmanager
@@ -154,10 +146,8 @@ def load_config(
     """
     config_file = find_config(config_file)
     if config_file and not os.path.isfile(config_file):
-        raise ConfigError(f"--config-file is {config_file!r}: there is no such file.")
-    flags = [str(o) for o in options or [] if str(o).startswith("--")]
-    if flags:
-        raise ConfigError(f"{' '.join(flags)}: flags go before the first KEY VALUE.")
+        raise ConfigError(f"--config-file is {config_file!r}: there is no such file.{near_configs(config_file)}")
+    check_no_flags(options or ())
     cfg = read_config(config_file, options or (), imports, notices=notices)
     cfg.DISTILL.TEACHER.CONFIG_FILE = find_config(cfg.DISTILL.TEACHER.CONFIG_FILE)
     if cfg.DISTILL.TEACHER.WEIGHTS and not cfg.DISTILL.TEACHER.CONFIG_FILE:
@@ -185,24 +175,6 @@ def _use_device(name: str) -> None:
     if device.index >= torch.cuda.device_count():
         raise ConfigError(f"MODEL.DEVICE is {name!r}, and this machine has {torch.cuda.device_count()} GPU(s).")
     torch.cuda.set_device(device)  # whose random state is then saved, and whose memory is shown
-
-
-def command_line_options(args: argparse.Namespace) -> list[str]:
-    """Returns the changes to the configuration that a command line asks for, ["KEY", "value", ...].
-
-    Raises:
-        ConfigError: a flag is empty.
-    """
-    changes = [o for o in args.opts if o != "--"]
-    for flag, key, value in (
-        ("--teacher-config", "DISTILL.TEACHER.CONFIG_FILE", args.teacher_config),
-        ("--teacher-weights", "DISTILL.TEACHER.WEIGHTS", args.teacher_weights),
-        ("--method", "DISTILL.METHODS", args.method),
-    ):
-        if value is not None:
-            Setting("", rule=NOT_EMPTY).check(flag, value)
-            changes += [key, repr(value.split(",")) if flag == "--method" else value]
-    return changes
 
 
 def _device_name(device: str) -> str:

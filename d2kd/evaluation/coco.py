@@ -97,6 +97,9 @@ class CocoEvaluator(COCOEvaluator):
     """Detectron2's evaluator; its numbers do not depend on the ids of the dataset, which stay in what it writes.
 
     Detections have their points too, `points` as [[x, y], ...] in pixels, where a model gives `pred_points`.
+
+    Attributes:
+        without_predictions: the tasks of the last evaluation for which the model has predicted nothing.
     """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
@@ -106,6 +109,7 @@ class CocoEvaluator(COCOEvaluator):
             DatasetError: the dataset is no sound COCO file.
         """
         super().__init__(dataset_name, *args, **kwargs)
+        self.without_predictions: set[str] = set()
         path = self._metadata.json_file
         content: Any = self._coco_api.dataset
         self._coco_api: Any = NumberedCOCO(parse_coco(path, content, need_annotations=False))
@@ -124,6 +128,10 @@ class CocoEvaluator(COCOEvaluator):
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> Any:
         """As in `COCOEvaluator`; `img_ids` are the dataset's."""
         return super().evaluate(None if img_ids is None else [self._coco_api.image_number(i) for i in img_ids])
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None) -> Any:
+        (self.without_predictions.discard if coco_eval is not None else self.without_predictions.add)(iou_type)
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
     def _eval_box_proposals(self, predictions: Entries) -> None:
         numbered = self._coco_api

@@ -3,7 +3,7 @@
 from . import backbone, meta_arch, sem_seg  # registers them
 from .architectures import ArchitectureError, build_network, num_classes
 from .balance import BalanceError, GradientBalance
-from .build import MethodError, build_distilled_model, initialize_student, is_distillation
+from .build import MethodError, build_distilled_model, initialize_student, is_distillation, plan_student
 from .distilled_model import DistilledModel
 from .init_from_teacher import InitializationReport, init_from_teacher
 from .strict_loading import StrictLoadingError, load_strictly
@@ -33,6 +33,7 @@ __all__ = [
     "load_teacher",
     "meta_arch",
     "num_classes",
+    "plan_student",
     "read_teacher_config",
     "sem_seg",
     "teacher_config",

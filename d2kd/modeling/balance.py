@@ -80,7 +80,7 @@ class GradientBalance:
         iteration = get_event_storage().iter
         log = self.log_period > 0 and iteration % self.log_period == 0
         update = self.ratio is not None and (iteration % self.period == 0 or not self._measured)
-        norms = self._measure([task, *(methods[name] for name in self.methods)], features) if log or update else None
+        norms = self.measure([task, *(methods[name] for name in self.methods)], features) if log or update else None
         if norms is not None and update:
             self._update(norms)
         scales = self.scales()
@@ -125,8 +125,8 @@ class GradientBalance:
         self._growth_tracker = torch.tensor(state.get("steady", 0))
         self._measured = bool(self._norms.isfinite().all())
 
-    def _measure(self, terms: Sequence[Losses], features: Sequence[Tensor]) -> Tensor:
-        """Gradient norms of the terms, (len(terms),), over all processes; not finite where float16 overflows."""
+    def measure(self, terms: Sequence[Losses], features: Sequence[Tensor]) -> Tensor:
+        """Returns gradient norms of the terms, (len(terms),), of all processes; not finite where float16 overflows."""
         # a view may branch off from what the model goes on with; its base never does
         features = [x if x._base is None else x._base for x in features if x.requires_grad]
         if not features:

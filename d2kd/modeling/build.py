@@ -78,6 +78,12 @@ def initialize_student(cfg: CfgNode, model: DistilledModel) -> InitializationRep
     return init_from_teacher(model.student, model.teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
 
 
+def plan_student(cfg: CfgNode, model: DistilledModel) -> InitializationReport:
+    """Returns what `initialize_student` takes from the teacher, or would take; nothing is changed."""
+    matches = match_classes(classes_of(cfg), model.teacher.classes)
+    return plan_initialization(model.student, model.teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
+
+
 def _check_image_size(cfg: CfgNode, teacher: nn.Module) -> None:
     backbone: Any = getattr(teacher, "backbone", None)
     if isinstance(backbone, WholeNetwork):

@@ -43,11 +43,20 @@ class DistilledModel(nn.Module):
         self.student = student
         self.passes = passes
         self.distillers = nn.ModuleDict(distillers)
-        self.balance = balance
         self.task_weight = task_weight
-        taps = [pair.student.name for d in distillers.values() for pair in d.pairs]
-        self._balanced_taps = _shared_taps(student, taps) if balance is not None else []
-        self._taps = FeatureTaps(student, [*taps, *self._balanced_taps])
+        self.set_balance(balance)
+
+    def set_balance(self, balance: GradientBalance | None, also: Sequence[str] = ()) -> None:
+        """Sets what measures, logs or scales the methods' gradients; None does neither.
+
+        Args:
+            balance: is given the features that task and methods share, and behind them those of `also`.
+            also: further taps of the student.
+        """
+        self.balance = balance
+        taps = [pair.student.name for d in self.distillers.values() for pair in d.pairs]  # type: ignore[union-attr]
+        self._balanced_taps = [*_shared_taps(self.student, taps), *also] if balance is not None else []
+        self._taps = FeatureTaps(self.student, [*taps, *self._balanced_taps])
 
     @property
     def teacher(self) -> Teacher:

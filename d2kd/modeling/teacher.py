@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d2kd.config import get_key
 from d2kd.config_reader import read_config
 from d2kd.errors import ConfigError, UserError, require_choice
+from d2kd.files import near_configs
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
@@ -101,7 +102,9 @@ def read_teacher_config(cfg: CfgNode, notices: list[str] | None = None) -> CfgNo
     """
     path = cfg.DISTILL.TEACHER.CONFIG_FILE
     if not PathManager.isfile(path):
-        raise TeacherError(f"DISTILL.TEACHER.CONFIG_FILE (--teacher-config) is {path!r}: there is no such file.")
+        raise TeacherError(
+            f"DISTILL.TEACHER.CONFIG_FILE (--teacher-config) is {path!r}: there is no such file.{near_configs(path)}"
+        )
     try:
         return read_config(path, cfg.DISTILL.TEACHER.OPTS or (), source="DISTILL.TEACHER.OPTS", notices=notices)
     except ConfigError as error:

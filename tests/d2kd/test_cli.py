@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line(name):
 def test_a_mistake_in_two_processes_is_one_line_too(tmp_path):
     options = ["--config-file", "PhotoDigits/retinanet_student.yaml", "--num-gpus", 2, "SOLVER.BASE_LT", 1]
     run = program("train", *options, cwd=tmp_path)  # the recipe is found from here too
-    assert run.returncode == 2 and "SOLVER.BASE_LR" in run.stdout and "Traceback" not in run.stdout + run.stderr
+    assert run.returncode == 2 and "SOLVER.BASE_LR" in run.stderr and "Traceback" not in run.stdout + run.stderr
 
 
 def test_report_ends_with_one_line(tmp_path):

@@ -10,7 +10,7 @@ from runs import ROOT
 
 def resolve(choice, *paths):
     """The runtime that a new process finds, with Detectron2 installed where `paths` has it; else its last line."""
-    program = f"import runpy; print(runpy.run_path({str(ROOT / 'd2kd/runtime.py')!r})['RUNTIME'])"
+    program = f"import runpy; print(runpy.run_path({str(ROOT / 'd2kd/runtime.py')!r})['resolve_runtime']())"
     environment = {**os.environ, "D2KD_RUNTIME": choice, "PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT]))}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     return (run.stdout or run.stderr).splitlines()[-1]

@@ -10,7 +10,7 @@ from models import config, model
 from runs import run_training
 from test_bad_input import error_of
 
-from d2kd import cli
+from d2kd import cli, engine
 from d2kd.cli import train
 from d2kd.engine import DistillTrainer, argument_parser
 from d2kd.evaluation.side_by_side import MAX_CLASSES, SHOWN_CLASSES, side_by_side
@@ -102,7 +102,7 @@ def test_nothing_is_evaluated_where_one_of_both_does_not_fit(
 def test_which_command_evaluates_what(write_config, teacher, student_weights, monkeypatch, command, flags, function):
     called = []
     for name in ("evaluate_student", "evaluate_teacher", "evaluate_teacher_and_student"):
-        monkeypatch.setattr(train, name, lambda *_, name=name: called.append(name))
+        monkeypatch.setattr(engine, name, lambda *_, name=name: called.append(name))
     monkeypatch.setattr("sys.argv", ["d2kd"])
     options = ["MODEL.WEIGHTS", str(student_weights)]
     assert cli.main([command, *flags, "--config-file", str(write_config(**teacher)), *options]) == 0

@@ -201,11 +201,12 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("words", FLAGS)
-def test_flags_end_in_one_line_and_status_2(words, monkeypatch):
+def test_flags_end_in_one_line_and_status_2(words, monkeypatch, capsys):
     told: list[str] = []
     monkeypatch.setattr(launching.logger, "error", lambda text, *values: told.append(text % values))
     with pytest.raises(SystemExit, match="^2$"):
         train.run(FLAGS[words])
+    told += [line for line in capsys.readouterr().err.splitlines() if "error: " in line]  # what is seen at once
     assert len(told) == 1 and words in told[0] and "\n" not in told[0]
 
 

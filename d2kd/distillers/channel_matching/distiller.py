@@ -180,6 +180,12 @@ class ChannelMatching(FeatureDistiller):
                 f"{key}."
             )
 
+    def describe_alignment(self, level: int) -> str:
+        """As in the base class: channels are assigned, and none is made of others."""
+        student, teacher = self.pairs[level]
+        assigned = f"{teacher.channels} channels assigned to {student.channels}"
+        return ", ".join(part for part in (assigned, super().describe_alignment(level)) if part != "none")
+
     def check_teacher(self, teacher: nn.Module) -> None:
         """Remembers whose channels these are, for `get_extra_state`."""
         self._teacher = weights_checksum(teacher.state_dict())

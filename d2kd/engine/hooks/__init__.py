@@ -4,6 +4,7 @@ from .best import BestCheckpoint, EarlyStop
 from .calibration import CalibrationHook
 from .evaluation import EvaluationHook
 from .masking import MaskingPictures, build_masking_pictures
+from .progress import ProgressWriter
 from .run import CheckpointHook, InterruptHook, ResultWriter, Terminated, WallTime
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EvaluationHook",
     "InterruptHook",
     "MaskingPictures",
+    "ProgressWriter",
     "ResultWriter",
     "Terminated",
     "WallTime",

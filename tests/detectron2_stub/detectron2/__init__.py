@@ -11,6 +11,7 @@ d2kd takes it for the real one (`D2KD_RUNTIME` unset), also in processes that ar
 
 import pickle
 import sys
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from d2lite.utils import comm
 
 __version__ = "0.6"
 
-sys.meta_path.insert(0, alias._AliasFinder(__name__))
+# before what looks on disk, but behind d2kd's own finder, as for a package there
+sys.meta_path.insert(sys.meta_path.index(PathFinder), alias._AliasFinder(__name__))
 
 
 def _create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
