@@ -20,6 +20,7 @@ from d2kd.config import (
     list_renamed_keys,
 )
 from d2kd.errors import ConfigError, UserError, did_you_mean
+from d2kd.model_zoo import is_of_zoo
 from d2kd.plugins import import_plugins
 from detectron2.config import CfgNode, get_cfg
 
@@ -99,8 +100,11 @@ class _Loader(CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """Reads one file upon its bases, as Detectron2 does, but never runs code that YAML tags name."""
-        flat = _flatten(super().load_yaml_with_base(filename, allow_unsafe=False))  # its bases come through here too
+        """Reads one file upon its bases, as Detectron2 does, but never runs code that YAML tags name.
+
+        But for the files of Detectron2's own model zoo, which have such tags.
+        """
+        flat = _flatten(super().load_yaml_with_base(filename, allow_unsafe=is_of_zoo(filename)))  # bases come here too
         names = _names(_IMPORTS, flat.pop(_IMPORTS, []))
         if cls.with_imports:
             cls.imports += import_plugins(names, [os.path.dirname(filename), ""])

@@ -1,6 +1,6 @@
 """The run: set-up and launching, the trainer and its step, checkpoints, evaluation, hooks."""
 
-from .checkpoint import CheckpointError, DistillCheckpointer
+from .checkpoint import CheckpointError, DistillCheckpointer, load_start
 from .evaluation import evaluate_student, evaluate_teacher, evaluate_teacher_and_student
 from .launching import launch_tool, run_tool
 from .resumable_trainer import ResumableTrainer
@@ -25,6 +25,7 @@ __all__ = [
     "launch_tool",
     "locked",
     "load_config",
+    "load_start",
     "log_runtime",
     "run_tool",
     "setup",

@@ -13,7 +13,8 @@ import torch
 from d2kd.config_reader import read_config, tell
 from d2kd.data.datasets import register_datasets
 from d2kd.errors import ConfigError
-from d2kd.files import find_config, replacing
+from d2kd.files import replacing
+from d2kd.model_zoo import find_config_or_zoo
 from d2kd.modeling import is_distillation, read_teacher_config
 from d2kd.runtime import RUNTIME
 from d2kd.settings import NOT_EMPTY, Setting
@@ -69,7 +70,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
-    args.config_file = find_config(args.config_file)
+    args.config_file, _ = find_config_or_zoo(args.config_file, "--config-file")
     notices: list[str] = []  # for the log, which is not there yet
     cfg = load_config(args.config_file, command_line_options(args), args.imports, notices)
     if args.method is not None and not cfg.DISTILL.TEACHER.CONFIG_FILE:
@@ -152,14 +153,18 @@ def load_config(
     Raises:
         ConfigError: see `setup`.
     """
-    config_file = find_config(config_file)
+    config_file, _ = find_config_or_zoo(config_file, "--config-file")
     if config_file and not os.path.isfile(config_file):
         raise ConfigError(f"--config-file is {config_file!r}: there is no such file.")
     flags = [str(o) for o in options or [] if str(o).startswith("--")]
     if flags:
         raise ConfigError(f"{' '.join(flags)}: flags go before the first KEY VALUE.")
     cfg = read_config(config_file, options or (), imports, notices=notices)
-    cfg.DISTILL.TEACHER.CONFIG_FILE = find_config(cfg.DISTILL.TEACHER.CONFIG_FILE)
+    teacher = cfg.DISTILL.TEACHER
+    teacher.CONFIG_FILE, weights = find_config_or_zoo(
+        teacher.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE (--teacher-config)"
+    )
+    teacher.WEIGHTS = teacher.WEIGHTS or weights
     if cfg.DISTILL.TEACHER.WEIGHTS and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
