@@ -25,7 +25,7 @@ from detectron2.utils.logger import setup_logger
 
 from .epochs import resolve_epochs, uses_epochs
 from .run_folder import claim_folder, prepare_folder
-from .scaling import drop_late_steps
+from .scaling import drop_late_steps, needs_scaling, scale_to_batch
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
     only_evaluates = getattr(args, "eval_only", False) or getattr(args, "eval_teacher", False)
-    epochs = "" if only_evaluates else resolve_epochs(cfg)
-    if epochs:
-        _tell_late_steps(cfg.SOLVER, notices)
+    lengths = [] if only_evaluates else [line for line in (scale_to_batch(cfg), resolve_epochs(cfg)) if line]
+    if lengths:
+        _tell_of_schedule(cfg.SOLVER, notices)
     cfg.freeze()
     if comm.is_main_process():
         prepare_folder(cfg.OUTPUT_DIR)
@@ -99,8 +99,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     comm.synchronize()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
-    if epochs:
-        logger.info("%s", epochs)
+    for line in lengths:
+        logger.info("%s", line)
     for notice in notices if comm.is_main_process() else ():
         logger.warning("%s", notice)
     if RUNTIME.name == "detectron2" and hasattr(torch._C, "_jit_set_profiling_executor"):
@@ -170,12 +170,18 @@ def load_config(
             f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
             "DISTILL.TEACHER.CONFIG_FILE (--teacher-config) says which network these are."
         )
-    if not uses_epochs(cfg):  # else the iterations are not known yet
-        _tell_late_steps(cfg.SOLVER, notices)
+    if not (uses_epochs(cfg) or needs_scaling(cfg)):  # else the iterations are not known yet
+        _tell_of_schedule(cfg.SOLVER, notices)
     return cfg
 
 
-def _tell_late_steps(solver: CfgNode, notices: list[str] | None) -> None:
+def _tell_of_schedule(solver: CfgNode, notices: list[str] | None) -> None:
+    if solver.WARMUP_ITERS >= solver.MAX_ITER > 0:
+        tell(
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is not below MAX_ITER, {solver.MAX_ITER}: the learning rate "
+            "never comes to BASE_LR. Set WARMUP_ITERS, or WARMUP_EPOCHS, lower.",
+            notices,
+        )
     steps = tuple(solver.STEPS)
     if drop_late_steps(solver):
         tell(f"SOLVER.STEPS {steps}: those not below MAX_ITER, {solver.MAX_ITER}, have no effect.", notices)
