@@ -2,7 +2,9 @@
 
 from .checkpoint import CheckpointError, DistillCheckpointer, load_start
 from .evaluation import evaluate_student, evaluate_teacher, evaluate_teacher_and_student
+from .hooks import calibrate
 from .launching import launch_tool, run_tool
+from .optimizer import build_optimizer
 from .resumable_trainer import ResumableTrainer
 from .run_folder import FolderError, locked
 from .setup import add_import_argument, add_run_arguments, argument_parser, load_config, log_runtime, setup
@@ -19,6 +21,8 @@ __all__ = [
     "add_import_argument",
     "add_run_arguments",
     "argument_parser",
+    "build_optimizer",
+    "calibrate",
     "evaluate_student",
     "evaluate_teacher",
     "evaluate_teacher_and_student",

@@ -80,13 +80,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         )
     if not (args.config_file or cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
         raise ConfigError("--config-file is missing: give the YAML of the model and its datasets.")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        notices.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no CUDA device here: this runs on the CPU.")
-        cfg.MODEL.DEVICE = "cpu"
     if is_distillation(cfg):
         read_teacher_config(cfg, [])  # what is wrong there must be known now; it is read again where it is used
     _use_device(cfg.MODEL.DEVICE)
-    register_datasets(cfg)
     only_evaluates = getattr(args, "eval_only", False) or getattr(args, "eval_teacher", False)
     lengths = [] if only_evaluates else [line for line in (scale_to_batch(cfg), resolve_epochs(cfg)) if line]
     if lengths:
@@ -144,6 +140,8 @@ def load_config(
 ) -> CfgNode:
     """Returns Detectron2's defaults and d2kd's, changed by a YAML file and a list of ["KEY", "value", ...].
 
+    The datasets of `DATASETS.REGISTER` are registered. Where there is no CUDA the device is the CPU, with a warning.
+
     Args:
         config_file: "" for none.
         options: changes on top of it.
@@ -170,6 +168,10 @@ def load_config(
             f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
             "DISTILL.TEACHER.CONFIG_FILE (--teacher-config) says which network these are."
         )
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        tell(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no CUDA device here: this runs on the CPU.", notices)
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
     if not (uses_epochs(cfg) or needs_scaling(cfg)):  # else the iterations are not known yet
         _tell_of_schedule(cfg.SOLVER, notices)
     return cfg
