@@ -83,7 +83,8 @@ def read_config(
         above = next((leaf for leaf in defaults if key.startswith(f"{leaf}.")), None)
         if above is not None:
             raise ConfigError(f"In {source}: Non-existent key: {key}; there is {above}, with no key below it.")
-    changes = [item for pair in _with_types(pairs, defaults) for item in pair]
+    # text that looks like a number is read once more there
+    changes = [x for key, v in _with_types(pairs, defaults) for x in (key, repr(v) if isinstance(v, str) else v)]
     _merge(cfg, lambda: cfg.merge_from_list(changes), source)
     cfg.DISTILL.IMPORTS = list(dict.fromkeys([*loader.imports, *named]))
     check_values(cfg)
