@@ -16,6 +16,7 @@ from d2kd.errors import ConfigError
 from d2kd.files import replacing
 from d2kd.model_zoo import find_config_or_zoo
 from d2kd.modeling import is_distillation, read_teacher_config
+from d2kd.modeling.library_weights import fetch_start
 from d2kd.runtime import RUNTIME
 from d2kd.settings import NOT_EMPTY, Setting
 from detectron2.config import CfgNode
@@ -91,6 +92,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if comm.is_main_process():
         prepare_folder(cfg.OUTPUT_DIR)
         if not only_evaluates:
+            if not args.resume:
+                fetch_start(cfg)
             claim_folder(cfg, args.resume, getattr(args, "overwrite", False))
     comm.synchronize()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")

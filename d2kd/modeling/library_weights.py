@@ -23,6 +23,7 @@ from .pretrained_names import describe_changes
 
 logger = logging.getLogger(__name__)
 
+_KEYS = ("MODEL.WEIGHTS", "DISTILL.TEACHER.WEIGHTS")
 TORCHVISION, TIMM = "torchvision://", "timm://"
 
 
@@ -83,6 +84,21 @@ def fetch(address: str) -> str:
             f"curl -LO {found.url}; then give the path of {file} instead of {address}{keep}; or '' for no weights"
         ) from error
     return str(found.cached)
+
+
+def fetch_start(cfg: CfgNode) -> None:
+    """Fetches what `MODEL.WEIGHTS` and `DISTILL.TEACHER.WEIGHTS` name, before a run begins.
+
+    Raises:
+        ConfigError: see `fetch`.
+    """
+    for key in _KEYS:
+        address = str(get_key(cfg, key, ""))
+        if is_library_address(address):
+            try:
+                fetch(address)
+            except ConfigError as error:
+                raise ConfigError(f"{key} {address} cannot be loaded: {error}") from error
 
 
 def _find_torchvision(address: str) -> LibraryWeights:
@@ -190,7 +206,7 @@ def check_library_weights(cfg: CfgNode) -> None:
         ConfigError: `MODEL.WEIGHTS` names weights that a library does not have, or the images that the configuration
             gives to the network are not those that they were trained with; or `DISTILL.TEACHER.WEIGHTS` names such.
     """
-    for key in ("MODEL.WEIGHTS", "DISTILL.TEACHER.WEIGHTS"):
+    for key in _KEYS:
         address = str(get_key(cfg, key, ""))
         if not is_library_address(address):
             continue
@@ -204,9 +220,17 @@ def check_library_weights(cfg: CfgNode) -> None:
 
 def _check_input(cfg: CfgNode, found: LibraryWeights) -> None:
     """What the weights were trained with is known here, so that another input is an error and not a warning."""
-    if pixels_of(cfg) is not None and cfg.MODEL.TIMM.DATA_CONFIG:  # set by the library's own, see `with_data_config`
+    wanted = _wanted(cfg, found)
+    pixels = pixels_of(cfg) if cfg.MODEL.TIMM.DATA_CONFIG else None
+    if pixels is not None:  # set by the library's own of the network's name, see `with_data_config`
+        if (pixels.mean, pixels.std) != (wanted["MODEL.PIXEL_MEAN"], wanted["MODEL.PIXEL_STD"]):
+            raise ConfigError(
+                f"MODEL.WEIGHTS {found.address} was trained with the mean {wanted['MODEL.PIXEL_MEAN']} and deviation "
+                f"{wanted['MODEL.PIXEL_STD']} of pixels, and MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} stands for "
+                f"{pixels.mean} and {pixels.std}: give both the same name."
+            )
         return
-    changes = describe_changes(cfg, _wanted(cfg, found))
+    changes = describe_changes(cfg, wanted)
     if changes:
         raise ConfigError(
             f"MODEL.WEIGHTS {found.address} needs what it was trained with: set {changes}. (Of a file of the same "

@@ -16,11 +16,12 @@ from runs import ROOT
 from safetensors.torch import save_file
 from torch import nn
 
+import d2kd
 from d2kd import model_zoo
 from d2kd.engine import CheckpointError, load_config, load_start
 from d2kd.errors import ConfigError
 from d2kd.modeling import StrictLoadingError, load_teacher
-from d2kd.modeling.library_weights import fetch, find_weights
+from d2kd.modeling.library_weights import fetch, fetch_start, find_weights
 from detectron2.utils.file_io import PathManager
 
 RGB = {
@@ -247,6 +248,30 @@ def test_mean_and_deviation_are_those_of_the_named_weights() -> None:
     assert find_weights(address).mean == (0.5, 0.5, 0.5)
     with pytest.raises(ConfigError, match=r"PIXEL_MEAN to \[127.5, 127.5, 127.5\] \(it is \[123"):
         load_config(BASE, options(RGB, {"MODEL.WEIGHTS": address, "MODEL.BACKBONE.NAME": "build_vit_sfp_backbone"}))
+
+
+@pytest.mark.parametrize("recipe", ["retinanet_R{}_1x", "retinanet_R{}_R101_FeatureMimic_1x"])
+def test_recipes_of_small_resnets_start_from_torchvisions_weights(recipe: str) -> None:
+    for depth in (18, 34):
+        cfg = load_config(f"configs/COCO/{recipe.format(depth)}.yaml", ["MODEL.DEVICE", "cpu"])
+        assert (cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH) == (f"torchvision://resnet{depth}", depth)
+
+
+def test_weights_of_the_same_network_for_other_images() -> None:
+    keys = {**TIMM, "MODEL.TIMM.NAME": "vit_base_patch16_224.augreg_in1k", "MODEL.TIMM.OUT_FEATURES": ["last_feat"]}
+    with pytest.raises(ConfigError, match=r"dino was trained with the mean \[123.*stands for \[127\.5.* the same name"):
+        load_config(BASE, options(keys, {"MODEL.WEIGHTS": "timm://vit_base_patch16_224.dino"}))
+
+
+def test_weights_are_fetched_before_a_run_begins(tmp_path: Path) -> None:
+    cfg = load_config("configs/COCO/retinanet_R18_1x.yaml", ["MODEL.DEVICE", "cpu"])
+    with pytest.raises(
+        ConfigError, match=r"^MODEL\.WEIGHTS torchvision://resnet18 cannot be loaded: it is not on this"
+    ):
+        fetch_start(cfg)
+    with pytest.raises(ConfigError, match=r"^MODEL\.WEIGHTS torchvision://resnet18 cannot be loaded"):
+        d2kd.train("configs/COCO/retinanet_R18_1x.yaml", output=tmp_path / "run", MODEL__DEVICE="cpu")
+    assert not (tmp_path / "run/config.yaml").exists()
 
 
 def test_backbones_of_timm_get_their_own_images() -> None:
