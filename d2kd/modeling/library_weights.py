@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathHandler, PathManager
 
 from .backbone.pixels import pixels_of
-from .backbone.timm_networks import check_name, first_line, pretrained_config
+from .backbone.timm_networks import check_name, download_url, first_line, pretrained_config
 from .pretrained_names import describe_changes
 
 logger = logging.getLogger(__name__)
@@ -141,15 +141,13 @@ def _find_timm(address: str) -> LibraryWeights:
     except ConfigError as error:
         raise ConfigError(f"{address}: {str(error).removeprefix(f'MODEL.TIMM.NAME is {name!r}')[2:]}") from error
     known = pretrained_config(name)
-    hub, url = known.get("hf_hub_id"), known.get("url")
-    if not (hub or url):
+    url = download_url(known)
+    if not url:
         versions = timm.list_pretrained(f"{name.partition('.')[0]}.*")
         raise ConfigError(f"{address}: timm {timm.__version__} has no weights of it.{did_you_mean(name, versions)}")
-    if hub:
-        url = f"https://huggingface.co/{hub}/resolve/main/{known.get('hf_hub_filename') or 'model.safetensors'}"
     full = ".".join(part for part in (known.get("architecture") or name, known.get("tag")) if part)
     return LibraryWeights(
-        address, str(url), _cache(f"timm-{full.replace('/', '-')}.pth"), tuple(known["mean"]), tuple(known["std"])
+        address, url, _cache(f"timm-{full.replace('/', '-')}.pth"), tuple(known["mean"]), tuple(known["std"])
     )
 
 

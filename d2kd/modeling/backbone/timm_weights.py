@@ -12,7 +12,7 @@ from d2kd.errors import ConfigError
 
 from ..checkpoint_files import read_checkpoint
 from ..pretrained_names import unpacked
-from .timm_networks import DOWNLOAD, first_line, pretrained_config
+from .timm_networks import DOWNLOAD, download_url, first_line, pretrained_config
 
 
 class Pretrained(NamedTuple):
@@ -57,8 +57,10 @@ def read_pretrained(
         if not isinstance(weights, str):
             raise ConfigError(f"it does not fit {name} of timm: {reason}") from error
         what = f"{weights!r}, which does not fit" if overlay else "download, which fails for"
+        url = "" if overlay else download_url(known)
+        where = f", such as curl -LO {url} fetches it where there is a network" if url else ""
         raise ConfigError(
-            f"MODEL.TIMM.WEIGHTS is {what} {name}: {reason}. Give the path of a file with its weights, or ''."
+            f"MODEL.TIMM.WEIGHTS is {what} {name}: {reason}. Give the path of a file with its weights{where}; or ''."
         ) from error
     missing = [name for name in missing if not name.startswith(tuple(f"{head}." for head in heads))]
     if missing:
