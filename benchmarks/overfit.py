@@ -3,12 +3,13 @@
 
     python benchmarks/overfit.py --config configs/PhotoDigits/reppoints_student.yaml
     python benchmarks/overfit.py --config configs/PhotoDigits/solo_student.yaml --size 512
-    python benchmarks/overfit.py --config configs/PhotoDigits/pspnet_teacher.yaml --size 256 --iterations 400 --at-least 95
+    python benchmarks/overfit.py --config configs/PhotoDigits/pspnet_teacher.yaml --size 256 --iterations 400 \\
+        --at-least 95 SOLVER.BASE_LR 0.003
     python benchmarks/overfit.py --config configs/COCO/mask_rcnn_R50_1x.yaml --iterations 300 SOLVER.BASE_LR 0.0005
 
 For any configuration of a detector or segmentor: its model learns four images, without pretrained weights, teacher,
-augmentation, dropout or frozen layers, and is evaluated on them. One line of JSON has the metrics in percent. The status is 1
-where the first metric of a task (AP of boxes, AP of masks, mIoU) is below `--at-least`.
+augmentation, dropout or frozen layers, and is evaluated on them. One line of JSON has the metrics in percent. The
+status is 1 where the first metric of a task (AP of boxes, AP of masks, mIoU) is below `--at-least`.
 """
 
 import argparse

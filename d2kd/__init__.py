@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING, Any
 from d2kd.runtime import Runtime, prepare_runtime
 
 if TYPE_CHECKING:
+    from d2kd.api import (
+        TrainingResult,
+        build_distilled_model,
+        build_optimizer,
+        build_train_loader,
+        calibrate,
+        distill,
+        evaluate,
+        load_config,
+        train,
+    )
     from d2kd.config import add_distill_config
     from d2kd.distillers import DISTILLERS, Distiller
-    from d2kd.modeling import DistilledModel, build_distilled_model
+    from d2kd.modeling import DistilledModel
     from d2kd.runtime import RUNTIME
 
 __version__ = "0.2.0.dev0"
@@ -24,11 +35,19 @@ prepare_runtime()
 #: Names of this package, by the module that has them; `TYPE_CHECKING` and `__all__` name them too.
 _LAZY = {
     "DISTILLERS": "d2kd.distillers",
-    "RUNTIME": "d2kd.runtime",
     "DistilledModel": "d2kd.modeling",
     "Distiller": "d2kd.distillers",
+    "RUNTIME": "d2kd.runtime",
+    "TrainingResult": "d2kd.api",
     "add_distill_config": "d2kd.config",
-    "build_distilled_model": "d2kd.modeling",
+    "build_distilled_model": "d2kd.api",
+    "build_optimizer": "d2kd.api",
+    "build_train_loader": "d2kd.api",
+    "calibrate": "d2kd.api",
+    "distill": "d2kd.api",
+    "evaluate": "d2kd.api",
+    "load_config": "d2kd.api",
+    "train": "d2kd.api",
 }
 
 __all__ = [
@@ -37,9 +56,17 @@ __all__ = [
     "DistilledModel",
     "Distiller",
     "Runtime",
+    "TrainingResult",
     "__version__",
     "add_distill_config",
     "build_distilled_model",
+    "build_optimizer",
+    "build_train_loader",
+    "calibrate",
+    "distill",
+    "evaluate",
+    "load_config",
+    "train",
 ]
 
 

@@ -22,6 +22,7 @@ from d2kd.config import (
 )
 from d2kd.errors import ConfigError, UserError, did_you_mean
 from d2kd.files import find_config
+from d2kd.model_zoo import is_of_zoo
 from d2kd.plugins import import_plugins
 from detectron2.config import CfgNode, get_cfg
 
@@ -84,7 +85,8 @@ def read_config(
         above = next((leaf for leaf in defaults if key.startswith(f"{leaf}.")), None)
         if above is not None:
             raise ConfigError(f"In {source}: Non-existent key: {key}; there is {above}, with no key below it.")
-    changes = [item for pair in _with_types(pairs, defaults) for item in pair]
+    # text that looks like a number is read once more there
+    changes = [x for key, v in _with_types(pairs, defaults) for x in (key, repr(v) if isinstance(v, str) else v)]
     _merge(cfg, lambda: cfg.merge_from_list(changes), source)
     cfg.DISTILL.IMPORTS = list(dict.fromkeys([*loader.imports, *named]))
     check_values(cfg)
@@ -103,10 +105,11 @@ class _Loader(CfgNode):
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         """Reads one file upon its bases, as Detectron2 does, but never runs code that YAML tags name.
 
-        A base that is not there is the recipe of that name, as in `--config-file`: `_BASE_: configs/COCO/...`.
+        A base that is not there is the recipe of that name, as in `--config-file`: `_BASE_: configs/COCO/...`. Files of
+        Detectron2's own model zoo may have such tags.
         """
         filename = _recipe(filename)
-        flat = _flatten(super().load_yaml_with_base(filename, allow_unsafe=False))  # its bases come through here too
+        flat = _flatten(super().load_yaml_with_base(filename, allow_unsafe=is_of_zoo(filename)))  # bases come here too
         names = _names(_IMPORTS, flat.pop(_IMPORTS, []))
         if cls.with_imports:
             cls.imports += import_plugins(names, [os.path.dirname(filename), ""])

@@ -125,6 +125,13 @@ CORE_KEYS: dict[str, Setting] = {
     "SOLVER.ACCUMULATE": setting(
         1, "Batches of IMS_PER_BATCH images whose gradients are averaged into one step.", at_least=1
     ),
+    "SOLVER.REFERENCE_BATCH": setting(
+        0,
+        "Images of an iteration that the settings were made for; 0 = as many as it has. Where IMS_PER_BATCH x "
+        "ACCUMULATE is another number, BASE_LR and BASE_LR_END become as many times larger, and everything counted in "
+        "iterations as many times shorter (the linear rule); lengths in epochs stay.",
+        at_least=0,
+    ),
     "SOLVER.LAYER_DECAY": setting(
         1.0,
         "Learning rate of a vision transformer's block over that of the block after it (AdamW only); 1.0 is off.",

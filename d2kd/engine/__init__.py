@@ -3,9 +3,11 @@
 from d2kd.arguments import add_import_argument, add_run_arguments, argument_parser
 
 from .check import check_run
-from .checkpoint import CheckpointError, DistillCheckpointer
+from .checkpoint import CheckpointError, DistillCheckpointer, load_start
 from .evaluation import evaluate_student, evaluate_teacher, evaluate_teacher_and_student
+from .hooks import calibrate
 from .launching import launch_tool, run_tool
+from .optimizer import build_optimizer
 from .resumable_trainer import ResumableTrainer
 from .run_folder import FolderError, locked
 from .setup import load_config, log_runtime, setup
@@ -22,6 +24,8 @@ __all__ = [
     "add_import_argument",
     "add_run_arguments",
     "argument_parser",
+    "build_optimizer",
+    "calibrate",
     "check_run",
     "evaluate_student",
     "evaluate_teacher",
@@ -29,6 +33,7 @@ __all__ = [
     "launch_tool",
     "locked",
     "load_config",
+    "load_start",
     "log_runtime",
     "run_tool",
     "setup",

@@ -90,8 +90,8 @@ def check_run(trainer_class: Any, args: argparse.Namespace) -> str:
     if args.eval_only or args.eval_teacher:
         raise ConfigError("--check is for trainings; leave out --eval-only and --eval-teacher.")
     notices: list[str] = []
-    cfg, epochs = read_arguments(args, notices)
-    start_log(cfg, epochs, notices)
+    cfg, lengths = read_arguments(args, notices)
+    start_log(cfg, lengths, notices)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     checked = type(trainer_class.__name__, (trainer_class,), {"build_hooks": lambda self: []})  # writers write
     trainer = checked(cfg)

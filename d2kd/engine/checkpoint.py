@@ -14,11 +14,11 @@ from torch import nn
 from d2kd.data.classes import require_same_classes
 from d2kd.errors import UserError
 from d2kd.files import replacing
-from d2kd.modeling import DistilledModel
+from d2kd.modeling import DistilledModel, initialize_student
 from d2kd.modeling.architectures import architecture_of
-from d2kd.modeling.backbone import TimmBackbone, WholeNetwork
+from d2kd.modeling.backbone import load_bare_network, load_pretrained_network
 from d2kd.modeling.checkpoint_files import SafeCheckpointer, write_checkpoint
-from d2kd.modeling.pretrained_names import input_advice, source_of, to_detectron2, unpacked
+from d2kd.modeling.pretrained_names import input_advice, misfit, source_of, to_detectron2, unpacked
 from d2kd.modeling.strict_loading import require_finite
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -46,9 +46,9 @@ class DistillCheckpointer(SafeCheckpointer):
     def __init__(
         self,
         student: nn.Module,
-        save_dir: str,
+        save_dir: str = "",
         *,
-        trainer: Any,
+        trainer: Any = None,
         distilled: DistilledModel | None = None,
         ema: ModelEMA | None = None,
         methods: Sequence[str] | None = None,
@@ -59,7 +59,7 @@ class DistillCheckpointer(SafeCheckpointer):
         Args:
             student: saved and loaded as "model".
             save_dir: where checkpoints lie.
-            trainer: saved and loaded by its `state_dict` and `load_state_dict`.
+            trainer: saved and loaded by its `state_dict` and `load_state_dict`; None where weights are only read.
             distilled: for runs with a teacher; its distillers, balance and passes are saved and loaded.
             ema: the same, for runs that average the student's weights.
             methods: names of the methods of a run with a teacher; it is only resumed with the same.
@@ -77,11 +77,11 @@ class DistillCheckpointer(SafeCheckpointer):
         self.source: str | None = None
         self._started_with: set[str] = set()
         self._resuming = False
-        extra: dict[str, Any] = {"ema": ema}
+        extra: dict[str, Any] = {"trainer": trainer, "ema": ema}
         if distilled is not None:
             passes = distilled.passes if distilled.passes.state_dict() else None
             extra |= {"distillers": distilled.distillers, "balance": distilled.balance, "teacher_passes": passes}
-        super().__init__(student, save_dir, trainer=trainer, **{n: x for n, x in extra.items() if x is not None})
+        super().__init__(student, save_dir, **{n: x for n, x in extra.items() if x is not None})
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Writes `name`.pth; all states, `about` and `extra`, with a checksum.
@@ -185,10 +185,16 @@ class DistillCheckpointer(SafeCheckpointer):
 
     def _load_start(self, checkpoint: Any) -> Any:
         """Loads the weights that a run starts from; they may be torchvision's or timm's."""
+        self._started_with = load_bare_network(self.model, checkpoint["model"])
+        if self._started_with:
+            return None
         self.source = source_of(checkpoint["model"])
         if self.source is not None:
             placed, left = to_detectron2(checkpoint["model"], self.model.state_dict())
             if placed:
+                why = misfit(self.source, checkpoint["model"], self.model.state_dict())
+                if why is not None:
+                    raise CheckpointError(f"it is of another {self.source}: {why}")
                 checkpoint = {**checkpoint, "model": placed, "matching_heuristics": False}
                 names = ", ".join(left[:8]) or "none"
                 logger.info("Weights of a %s: %d tensors have a place; left out: %s", self.source, len(placed), names)
@@ -198,11 +204,9 @@ class DistillCheckpointer(SafeCheckpointer):
         wanted = {name for name, _ in self.model.named_parameters() if name.startswith(bottom_up)}
         failed = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         if wanted and wanted <= failed:
-            libraries = {m.NODE for m in self.model.modules() if isinstance(m, (TimmBackbone, WholeNetwork))}
-            hint = "".join(f"; weights of the network alone go into {node}.WEIGHTS" for node in libraries)
             raise CheckpointError(
                 f"nothing of it fits the backbone, which has e.g. {min(wanted)}, and the file e.g. {example}. Give "
-                f"the weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none{hint}"
+                f"the weights of this network, under Detectron2's, torchvision's or timm's names, or '' for none"
             )
         self._started_with = set(self.model.state_dict()) - failed
         if incompatible.incorrect_shapes:  # told by the one who reads in lines that are easily overlooked
@@ -219,6 +223,30 @@ def _with(methods: Sequence[str] | None) -> str:
     if methods is None:
         return "without a teacher"
     return f"with DISTILL.METHODS {list(methods)}"
+
+
+def load_start(cfg: CfgNode, model: nn.Module, checkpointer: DistillCheckpointer | None = None) -> None:
+    """Gives a model the weights that a training starts from, by `MODEL.WEIGHTS` and what libraries have.
+
+    Of a distilled model the student gets them; then its neck and heads are initialized from the teacher's, where
+    `DISTILL.INIT_FROM_TEACHER` says so.
+
+    Args:
+        cfg: of the run.
+        model: that is trained, a `DistilledModel` or its student alone.
+        checkpointer: of the student; None makes one.
+
+    Raises:
+        UserError: weights cannot be read, or do not fit.
+    """
+    distilled = model if isinstance(model, DistilledModel) else None
+    student = model if distilled is None else distilled.student
+    checkpointer = DistillCheckpointer(student) if checkpointer is None else checkpointer
+    pretrained = load_pretrained_network(cfg, student)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    checkpointer.advise(cfg, pretrained)
+    if distilled is not None:
+        initialize_student(cfg, distilled)
 
 
 def write_weights(path: str, model: nn.Module, **extra: Any) -> None:

@@ -9,23 +9,14 @@ from d2kd.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from .scaling import drop_late_steps
+from .scaling import LENGTHS, drop_late_steps, images_per_iteration, needs_scaling, scale_to_batch
 
 logger = logging.getLogger(__name__)
 
 
-#: Keys in iterations, and in epochs, below a node.
-_LENGTHS = (
-    ("SOLVER", "MAX_ITER", "MAX_EPOCHS"),
-    ("SOLVER", "WARMUP_ITERS", "WARMUP_EPOCHS"),
-    ("SOLVER", "CHECKPOINT_PERIOD", "CHECKPOINT_EPOCHS"),
-    ("TEST", "EVAL_PERIOD", "EVAL_EPOCHS"),
-)
-
-
 def uses_epochs(cfg: CfgNode) -> bool:
     """Returns whether a length is given in epochs."""
-    return bool(cfg.SOLVER.STEP_EPOCHS) or any(cfg[part][key] > 0 for part, _, key in _LENGTHS)
+    return bool(cfg.SOLVER.STEP_EPOCHS) or any(cfg[part][key] > 0 for part, _, key in LENGTHS)
 
 
 def resolve_epochs(cfg: CfgNode) -> str:
@@ -33,7 +24,8 @@ def resolve_epochs(cfg: CfgNode) -> str:
     TEST.EVAL_PERIOD. The keys in epochs are 0 then.
 
     The images are counted in the main process, all others must call it too. Batches are those of SOLVER.IMS_PER_BATCH,
-    so that what `scale_to_processes` does with the iterations is right for epochs as well.
+    so that what `scale_to_processes` does with the iterations is right for epochs as well. Where MAX_EPOCHS is so short
+    that all of STEPS come too late, which did not before, they keep their places in the training.
 
     Args:
         cfg: not frozen; datasets of `DATASETS.REGISTER` must be registered.
@@ -47,14 +39,14 @@ def resolve_epochs(cfg: CfgNode) -> str:
     if not uses_epochs(cfg):
         return ""
     images = comm.all_gather(_count_images(cfg) if comm.is_main_process() else 0)[0]
-    solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE
-    epoch = math.ceil(images / batch)
+    solver, batch = cfg.SOLVER, images_per_iteration(cfg)
+    epoch, before = math.ceil(images / batch), cfg.SOLVER.MAX_ITER
     words = []
 
     def iterations(epochs: float) -> int:
         return max(1, round(epochs * epoch))
 
-    for part, key, key_in_epochs in _LENGTHS:
+    for part, key, key_in_epochs in LENGTHS:
         node = cfg[part]
         if node[key_in_epochs] > 0:
             node[key] = iterations(node[key_in_epochs])
@@ -66,16 +58,25 @@ def resolve_epochs(cfg: CfgNode) -> str:
             f"SOLVER.STEPS {list(solver.STEPS)} (epochs {', '.join(f'{step:g}' for step in solver.STEP_EPOCHS)})"
         )
         solver.STEP_EPOCHS = []
+    elif solver.STEPS and solver.MAX_ITER <= min(solver.STEPS) and max(solver.STEPS) < before:
+        # of a longer schedule in iterations, of which none would have an effect
+        steps = tuple(sorted({max(1, round(step * solver.MAX_ITER / before)) for step in solver.STEPS}))
+        words.append(f"SOLVER.STEPS {list(steps)} (as far as {list(solver.STEPS)} of {before})")
+        solver.STEPS = steps
     return f"An epoch is {epoch} iterations, {images} images in batches of {batch}: {', '.join(words)}."
 
 
 def with_iterations(cfg: CfgNode) -> CfgNode:
-    """Returns a configuration with everything in iterations (`resolve_epochs`): the same one where it is so already."""
-    if not uses_epochs(cfg):
+    """Returns a configuration with everything in iterations, of as many images as they have (`scale_to_batch`,
+    `resolve_epochs`): the same one where it is so already.
+    """
+    if not (uses_epochs(cfg) or needs_scaling(cfg)):
         return cfg
     resolved, frozen = cfg.clone(), cfg.is_frozen()
     resolved.defrost()
-    logger.info("%s", resolve_epochs(resolved))
+    for line in (scale_to_batch(resolved), resolve_epochs(resolved)):
+        if line:
+            logger.info("%s", line)
     drop_late_steps(resolved.SOLVER)
     if frozen:
         resolved.freeze()

@@ -1,9 +1,17 @@
-"""Fits a configuration made for one number of processes to another."""
+"""Fits a configuration made for one batch size, or number of processes, to another."""
 
 from d2kd.distillers import DISTILLERS
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+
+#: Keys in iterations, and in epochs, below a node.
+LENGTHS = (
+    ("SOLVER", "MAX_ITER", "MAX_EPOCHS"),
+    ("SOLVER", "WARMUP_ITERS", "WARMUP_EPOCHS"),
+    ("SOLVER", "CHECKPOINT_PERIOD", "CHECKPOINT_EPOCHS"),
+    ("TEST", "EVAL_PERIOD", "EVAL_EPOCHS"),
+)
 
 
 def drop_late_steps(solver: CfgNode) -> tuple[int, ...]:
@@ -22,6 +30,65 @@ def drop_late_steps(solver: CfgNode) -> tuple[int, ...]:
     late = tuple(step for step in solver.STEPS if step >= solver.MAX_ITER)
     solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
     return late
+
+
+def images_per_iteration(cfg: CfgNode) -> int:
+    """Returns how many images an iteration has, over all processes and accumulated batches."""
+    return int(cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE)
+
+
+def needs_scaling(cfg: CfgNode) -> bool:
+    """Returns whether `scale_to_batch` would change anything."""
+    return cfg.SOLVER.REFERENCE_BATCH not in (0, images_per_iteration(cfg))
+
+
+def scale_to_batch(cfg: CfgNode) -> str:
+    """Applies the linear rule: with k times the images of `SOLVER.REFERENCE_BATCH` in an iteration, the learning rate
+    is k times as large, and as many images are seen in 1 / k of the iterations (arXiv 1706.02677, section 2.1).
+
+    So are warm-up, steps, periods, what methods count in iterations, and the memory of `SOLVER.EMA`. What is given in
+    epochs needs nothing: `resolve_epochs`, after this. `SOLVER.REFERENCE_BATCH` is the batch as it is then, so that
+    nothing is scaled twice.
+
+    Args:
+        cfg: not frozen.
+
+    Returns:
+        What was set, for the log; "" where there is nothing to scale.
+    """
+    if not needs_scaling(cfg):
+        return ""
+    solver, images = cfg.SOLVER, images_per_iteration(cfg)
+    reference, factor = solver.REFERENCE_BATCH, solver.REFERENCE_BATCH / images
+    words = []
+    for key in ("BASE_LR", "BASE_LR_END"):
+        before, solver[key] = solver[key], solver[key] / factor
+        words += [f"{key} {solver[key]:.6g}, not {before:.6g}"] if before else []
+    for part, key, key_in_epochs in LENGTHS:
+        before = cfg[part][key]
+        cfg[part][key] = max(round(before * factor), min(before, 1))  # rounded to 0, it would be never
+        words += [f"{key} {cfg[part][key]}, not {before}"] if before > 0 and not cfg[part][key_in_epochs] else []
+    if not solver.STEP_EPOCHS and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        before = tuple(solver.STEPS)
+        solver.STEPS = tuple(sorted({max(1, round(step * factor)) for step in before}))
+        words += [f"STEPS {list(solver.STEPS)}, not {list(before)}"] if before else []
+    _scale_methods(cfg, factor)
+    solver.REFERENCE_BATCH = images
+    return (
+        f"SOLVER.REFERENCE_BATCH is {reference}, and an iteration has {images} images: by the linear rule "
+        f"{'; '.join(words)}."
+    )
+
+
+def _scale_methods(cfg: CfgNode, factor: float) -> None:
+    """Scales what methods count in iterations, and what an average forgets, to `factor` times the iterations."""
+    for _, method in DISTILLERS:
+        node = cfg.DISTILL.get(method.NODE, {})
+        for declared in method.SETTINGS.values():
+            if declared.iterations and declared.key in node:
+                node[declared.key] = declared.scaled(node[declared.key], factor)
+    # as much is forgotten in an epoch as before; the warm-up goes by the part of the training so far and needs nothing
+    cfg.SOLVER.EMA.DECAY **= 1 / factor
 
 
 def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
@@ -54,13 +121,9 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     ):
         node[key] = max(node[key], min(before[key], 1))  # rounded to 0, it would be never
     drop_late_steps(scaled.SOLVER)  # rounding may have made some
-    for _, method in DISTILLERS:
-        node = scaled.DISTILL.get(method.NODE, {})
-        for declared in method.SETTINGS.values():
-            if declared.iterations and declared.key in node:
-                node[declared.key] = declared.scaled(node[declared.key], factor)
-    # as much is forgotten in an epoch as before; the warm-up goes by the part of the training so far and needs nothing
-    scaled.SOLVER.EMA.DECAY **= 1 / factor
+    _scale_methods(scaled, factor)
+    # what SOLVER.REFERENCE_BATCH says is of the batch before, and only its ratio to this one counts
+    scaled.SOLVER.REFERENCE_BATCH = round(cfg.SOLVER.REFERENCE_BATCH / factor)
     if frozen:
         scaled.freeze()
     return scaled

@@ -14,8 +14,10 @@ from d2kd.arguments import check_no_flags, command_line_options
 from d2kd.config_reader import read_config, tell
 from d2kd.data.datasets import register_datasets
 from d2kd.errors import ConfigError
-from d2kd.files import find_config, near_configs, replacing
+from d2kd.files import near_configs, replacing
+from d2kd.model_zoo import find_config_or_zoo
 from d2kd.modeling import is_distillation, read_teacher_config
+from d2kd.modeling.library_weights import fetch_start
 from d2kd.runtime import RUNTIME
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -24,7 +26,7 @@ from detectron2.utils.logger import setup_logger
 
 from .epochs import resolve_epochs, uses_epochs
 from .run_folder import claim_folder, prepare_folder
-from .scaling import drop_late_steps
+from .scaling import drop_late_steps, needs_scaling, scale_to_batch
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +39,24 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FolderError: OUTPUT_DIR cannot be this run's.
     """
     notices: list[str] = []  # for the log, which is not there yet
-    cfg, epochs = read_arguments(args, notices)
+    cfg, lengths = read_arguments(args, notices)
     only_evaluates = _only_evaluates(args)
     if comm.is_main_process():
         prepare_folder(cfg.OUTPUT_DIR)
         if not only_evaluates:
+            if not args.resume:
+                fetch_start(cfg)
             claim_folder(cfg, args.resume, getattr(args, "overwrite", False))
     comm.synchronize()
-    start_log(cfg, epochs, notices, cfg.OUTPUT_DIR)
+    start_log(cfg, lengths, notices, cfg.OUTPUT_DIR)
     starts_anew = not (only_evaluates or getattr(args, "resume", False))
     with contextlib.nullcontext() if starts_anew else _keeping_config(cfg):
         default_setup(cfg, args)
     return cfg
 
 
-def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNode, str]:
-    """Returns the configuration from the arguments, and what an epoch is ("" where that does not matter).
+def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNode, list[str]]:
+    """Returns the configuration from the arguments, and lines that say what rate and lengths in iterations it came to.
 
     Registers the datasets of `DATASETS.REGISTER`; writes nothing.
 
@@ -63,7 +67,7 @@ def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNod
     Raises:
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
-    args.config_file = find_config(args.config_file)
+    args.config_file, _ = find_config_or_zoo(args.config_file, "--config-file")
     cfg = load_config(args.config_file, command_line_options(args), args.imports, notices)
     if args.method is not None and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
@@ -72,30 +76,27 @@ def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNod
         )
     if not (args.config_file or cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
         raise ConfigError("--config-file is missing: give the YAML of the model and its datasets.")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        notices.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no CUDA device here: this runs on the CPU.")
-        cfg.MODEL.DEVICE = "cpu"
     if is_distillation(cfg):
         read_teacher_config(cfg, [])  # what is wrong there must be known now; it is read again where it is used
     _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
-    epochs = "" if _only_evaluates(args) else resolve_epochs(cfg)
-    if epochs:
-        _tell_late_steps(cfg.SOLVER, notices)
+    lengths = [] if _only_evaluates(args) else [line for line in (scale_to_batch(cfg), resolve_epochs(cfg)) if line]
+    if lengths:
+        _tell_of_schedule(cfg.SOLVER, notices)
     cfg.freeze()
-    return cfg, epochs
+    return cfg, lengths
 
 
 def _only_evaluates(args: argparse.Namespace) -> bool:
     return getattr(args, "eval_only", False) or getattr(args, "eval_teacher", False)
 
 
-def start_log(cfg: CfgNode, epochs: str, notices: Sequence[str], folder: str | None = None) -> None:
+def start_log(cfg: CfgNode, lengths: Sequence[str], notices: Sequence[str], folder: str | None = None) -> None:
     """Sets up the log, in a folder too where one is given, and writes what `read_arguments` has found."""
     setup_logger(folder, distributed_rank=comm.get_rank(), name="d2kd")
     log_runtime(cfg.MODEL.DEVICE, str(cfg.SEED) if cfg.SEED >= 0 else "random")
-    if epochs:
-        logger.info("%s", epochs)
+    for line in lengths:
+        logger.info("%s", line)
     for notice in notices if comm.is_main_process() else ():
         logger.warning("%s", notice)
     if RUNTIME.name == "detectron2" and hasattr(torch._C, "_jit_set_profiling_executor"):
@@ -135,6 +136,8 @@ def load_config(
 ) -> CfgNode:
     """Returns Detectron2's defaults and d2kd's, changed by a YAML file and a list of ["KEY", "value", ...].
 
+    The datasets of `DATASETS.REGISTER` are registered. Where there is no CUDA the device is the CPU, with a warning.
+
     Args:
         config_file: "" for none.
         options: changes on top of it.
@@ -144,23 +147,37 @@ def load_config(
     Raises:
         ConfigError: see `setup`.
     """
-    config_file = find_config(config_file)
+    config_file, _ = find_config_or_zoo(config_file, "--config-file")
     if config_file and not os.path.isfile(config_file):
         raise ConfigError(f"--config-file is {config_file!r}: there is no such file.{near_configs(config_file)}")
     check_no_flags(options or ())
     cfg = read_config(config_file, options or (), imports, notices=notices)
-    cfg.DISTILL.TEACHER.CONFIG_FILE = find_config(cfg.DISTILL.TEACHER.CONFIG_FILE)
+    teacher = cfg.DISTILL.TEACHER
+    teacher.CONFIG_FILE, weights = find_config_or_zoo(
+        teacher.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE (--teacher-config)"
+    )
+    teacher.WEIGHTS = teacher.WEIGHTS or weights
     if cfg.DISTILL.TEACHER.WEIGHTS and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"DISTILL.TEACHER.WEIGHTS (--teacher-weights) is {cfg.DISTILL.TEACHER.WEIGHTS}, and no "
             "DISTILL.TEACHER.CONFIG_FILE (--teacher-config) says which network these are."
         )
-    if not uses_epochs(cfg):  # else the iterations are not known yet
-        _tell_late_steps(cfg.SOLVER, notices)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        tell(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no CUDA device here: this runs on the CPU.", notices)
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
+    if not (uses_epochs(cfg) or needs_scaling(cfg)):  # else the iterations are not known yet
+        _tell_of_schedule(cfg.SOLVER, notices)
     return cfg
 
 
-def _tell_late_steps(solver: CfgNode, notices: list[str] | None) -> None:
+def _tell_of_schedule(solver: CfgNode, notices: list[str] | None) -> None:
+    if solver.WARMUP_ITERS >= solver.MAX_ITER > 0:
+        tell(
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is not below MAX_ITER, {solver.MAX_ITER}: the learning rate "
+            "never comes to BASE_LR. Set WARMUP_ITERS, or WARMUP_EPOCHS, lower.",
+            notices,
+        )
     steps = tuple(solver.STEPS)
     if drop_late_steps(solver):
         tell(f"SOLVER.STEPS {steps}: those not below MAX_ITER, {solver.MAX_ITER}, have no effect.", notices)

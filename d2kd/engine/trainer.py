@@ -20,10 +20,8 @@ from d2kd.modeling import (
     TeacherError,
     build_distilled_model,
     build_network,
-    initialize_student,
     is_distillation,
 )
-from d2kd.modeling.backbone import load_pretrained_network
 from d2kd.rng import preserve_rng_state
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
@@ -32,7 +30,7 @@ from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from .checkpoint import DistillCheckpointer, write_weights
+from .checkpoint import DistillCheckpointer, load_start, write_weights
 from .ema import EMAHook, build_ema
 from .evaluation import StudentEvaluation, check_test_augmentation, evaluate, evaluate_teacher, evaluate_with_tta
 from .hooks import (
@@ -172,11 +170,7 @@ class DistillTrainer(ResumableTrainer):
         """
         if resume and self.resume():
             return
-        pretrained = load_pretrained_network(self.cfg, self.student)
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
-        self.checkpointer.advise(self.cfg, pretrained)
-        if self.distilled is not None:
-            initialize_student(self.cfg, self.distilled)
+        load_start(self.cfg, self.network, self.checkpointer)
         if self.ema is not None:
             self.ema.reset()
 

@@ -1,6 +1,6 @@
 """Architectures, taps, the teacher and its passes, and the distilled model."""
 
-from . import backbone, meta_arch, sem_seg  # registers them
+from . import backbone, library_weights, meta_arch, sem_seg  # registers them
 from .architectures import ArchitectureError, build_network, num_classes
 from .balance import BalanceError, GradientBalance
 from .build import MethodError, build_distilled_model, initialize_student, is_distillation, plan_student
@@ -29,6 +29,7 @@ __all__ = [
     "init_from_teacher",
     "initialize_student",
     "is_distillation",
+    "library_weights",
     "load_strictly",
     "load_teacher",
     "meta_arch",

@@ -16,7 +16,7 @@ from d2kd.runtime import RUNTIME
 from d2lite.checkpoint.safe_load import InvalidCheckpointError, load_pickle_file, load_torch_file
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .pretrained_names import source_of, unpacked
+from .pretrained_names import is_detector_of_torchvision, source_of, unpacked
 
 _CHECKSUM = "checksum"
 #: Entries that are not of what was written: Detectron2's checkpointer adds the second when it reads.
@@ -35,6 +35,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer; files that would run code, that are no checkpoints or were damaged are an error."""
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".safetensors"):
+            return {"model": read_checkpoint(filename)}
         if RUNTIME.name == "detectron2":  # whose own reading runs what a pickle asks for: nothing, after this
             read_checkpoint(filename)
         try:
@@ -44,6 +46,12 @@ class SafeCheckpointer(DetectionCheckpointer):
             if not isinstance(found, dict) or source_of(found) is None:
                 raise
             content = {"model": unpacked(found)}
+        if is_detector_of_torchvision(content["model"]):
+            raise InvalidCheckpointError(
+                f"Cannot load {filename}: it is a whole detector of torchvision's, whose neck and heads differ from "
+                "Detectron2's. Give weights of its backbone alone, e.g. torchvision://resnet50, or of a detector of "
+                "Detectron2's."
+            )
         return without_checksum(filename, content)
 
 
@@ -53,6 +61,13 @@ def read_checkpoint(path: str) -> Any:
     Raises:
         InvalidCheckpointError: it is damaged, no checkpoint, or asks for anything but data.
     """
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise InvalidCheckpointError(f"Cannot load {path}: {error}. Download or copy the file again.") from error
     return load_pickle_file(path) if path.endswith(".pkl") else load_torch_file(path)
 
 

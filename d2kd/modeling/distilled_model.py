@@ -1,5 +1,6 @@
 """DistilledModel: a student that learns from its task and a teacher's features; at inference, the student alone."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2kd.distillers import Distiller, FeatureMaps
+from detectron2.utils.events import EventStorage, has_event_storage
 
 from .architectures import architecture_of
 from .balance import GradientBalance
@@ -44,6 +46,7 @@ class DistilledModel(nn.Module):
         self.passes = passes
         self.distillers = nn.ModuleDict(distillers)
         self.task_weight = task_weight
+        self._calls = 0
         self.set_balance(balance)
 
     def set_balance(self, balance: GradientBalance | None, also: Sequence[str] = ()) -> None:
@@ -79,8 +82,21 @@ class DistilledModel(nn.Module):
         Raises:
             TapError: a tap did not fire, or a method gave no loss.
         """
-        if not self.training or not self.distillers:
+        if not self.training:
             return self.student(batched_inputs)
+        with self._storage():
+            return self._losses(batched_inputs)
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        """Detectron2's models write numbers into the storage of a training loop, which one's own may not have."""
+        with contextlib.nullcontext() if has_event_storage() else EventStorage(self._calls):
+            yield
+        self._calls += 1
+
+    def _losses(self, batched_inputs: BatchedInputs) -> dict[str, Tensor]:
+        if not self.distillers:
+            return dict(self.student(batched_inputs))
         batched_inputs = self._to_device(batched_inputs)
         with self.passes.around_student(batched_inputs) as teacher, self._taps.recording() as student:
             losses = dict(self.student(batched_inputs))

@@ -181,11 +181,58 @@ def input_advice(source: str, cfg: Any) -> str | None:
         wanted |= {"MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53], "MODEL.PIXEL_STD": [58.395, 57.12, 57.375]}
     if "ResNet" in source and cfg.MODEL.RESNETS.DEPTH >= 50:  # below, blocks have no 1x1 convolution
         wanted["MODEL.RESNETS.STRIDE_IN_1X1"] = False
+    changes = describe_changes(cfg, wanted)
+    return f"Weights of a {source} need what they were trained with: set {changes}." if changes else None
+
+
+def describe_changes(cfg: Any, wanted: Mapping[str, Any]) -> str:
+    """Returns which keys of a configuration are to be set to what, in words; "" where all are so already."""
     found = {key: reduce(getattr, key.split("."), cfg) for key in wanted}
     changes = [f"{key} to {wanted[key]} (it is {found[key]})" for key in wanted if not _same(found[key], wanted[key])]
-    if not changes:
-        return None
-    return f"Weights of a {source} need what they were trained with: set {', '.join(changes)}."
+    return ", ".join(changes)
+
+
+def misfit(source: str, weights: Mapping[str, Any], model: Mapping[str, Tensor]) -> str | None:
+    """Returns why the weights of a network are not those of a model's bottom-up network, or None where they are.
+
+    They may have stages that the model leaves out, and the model may have parts that no such network has (offsets of
+    deformable convolutions, relative positions); heads, and tables of positions, may have other sizes.
+
+    Args:
+        source: what `source_of` returned.
+        weights: as for `source_of`.
+        model: its `state_dict`.
+    """
+    weights = unpacked(weights)
+    _, names = _recognize(weights)
+    prefix = _bottom_up_prefix(source, model)
+    assert prefix is not None, "there is nothing to compare with"
+    theirs = {new: weights[old] for old, new in names.items()}
+    ours: dict[str, Tensor] = {}
+    for name, tensor in model.items():
+        short = name.removeprefix(prefix if name.startswith(prefix) else "roi_heads.")
+        if re.fullmatch(_NAMINGS[source].renamed, short):
+            ours[short] = tensor
+    for name, tensor in ours.items():
+        if name.endswith(".num_batches_tracked") or re.match(r"linear\.|pos_embed", name):
+            continue
+        if name not in theirs:
+            return f"the model has {name}, and the file nothing like it"
+        if tuple(theirs[name].shape) != tuple(tensor.shape):
+            return f"{name} is {tuple(tensor.shape)} in the model, and {tuple(theirs[name].shape)} in the file"
+    stages = {name.partition(".")[0] for name in ours}
+    for name in theirs:
+        if name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
+            continue  # norms may be others in the model
+        if name not in ours and name.partition(".")[0] in stages - {"linear", "pos_embed"}:
+            return f"the file has {name}, and the model nothing like it"
+    return None
+
+
+def is_detector_of_torchvision(weights: Mapping[str, Any]) -> bool:
+    """Returns whether weights, by name, are those of a whole detector of torchvision's, with neck and heads."""
+    starts = ("backbone.body.", "head.classification_head.", "rpn.head.")
+    return any(name.startswith(starts) for name in unpacked(weights))
 
 
 def unpacked(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from d2kd.errors import UserError
 
+from .backbone import load_bare_network
 from .checkpoint_files import SafeCheckpointer
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,14 @@ class StrictLoadingError(UserError):
     """A checkpoint that cannot be read, or does not fit its model."""
 
 
+class _Problems(NamedTuple):
+    """What did not fit, as fvcore's checkpointer tells it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
 class _StrictCheckpointer(SafeCheckpointer):
     """Keeps what did not fit, for `load_strictly` to judge."""
 
@@ -25,7 +34,12 @@ class _StrictCheckpointer(SafeCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         require_finite(checkpoint["model"])
-        self.problems = super()._load_model(checkpoint)
+        filled = load_bare_network(self.model, checkpoint["model"])
+        if filled:  # a library's classifier, of which these are all weights, or the backbone alone
+            left = [name for name in self.model.state_dict() if name not in filled]
+            self.problems = _Problems(left, [], [])
+        else:
+            self.problems = super()._load_model(checkpoint)
         return self.problems
 
 

@@ -29,7 +29,7 @@ def learning_config(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     solver = cfg.SOLVER
     solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY = learn.OPTIMIZER, learn.BASE_LR, learn.WEIGHT_DECAY
-    solver.MAX_ITER, solver.CHECKPOINT_PERIOD = learn.ITERATIONS, learn.PERIOD
+    solver.MAX_ITER, solver.CHECKPOINT_PERIOD, solver.REFERENCE_BATCH = learn.ITERATIONS, learn.PERIOD, 0
     if learn.SCHEDULE == "poly":
         solver.LR_SCHEDULER_NAME, solver.BASE_LR_END = "WarmupPolyLR", 0.0
     else:

@@ -11,6 +11,7 @@ from d2kd.modeling.pretrained_names import (
     TIMM_VIT,
     TORCHVISION_VIT,
     input_advice,
+    misfit,
     source_of,
     to_detectron2,
 )
@@ -333,3 +334,52 @@ def test_advice_for_transformers_is_about_the_channel_order_alone(source):
     assert input_advice(source, config()) == (
         f"Weights of a {source} need what they were trained with: set INPUT.FORMAT to RGB (it is BGR)."
     )
+
+
+# ---- weights of another network ----
+
+
+@pytest.mark.parametrize(
+    "network, changes, words",
+    [
+        ("resnet50", {}, None),
+        ("resnet50", {"MODEL__RESNETS__DEFORM_ON_PER_STAGE": [False, True, True, True]}, None),  # offsets of its own
+        ("resnet50", {"MODEL__RESNETS__NORM": "GN"}, None),
+        (
+            "resnet50",
+            {"MODEL__RESNETS__NORM": ""},
+            "the file has stem.conv1.norm.weight, and the model nothing like it",
+        ),
+        ("resnet101", {}, "the file has res4.6.conv1.weight, and the model nothing like it"),
+        ("resnet101", {"MODEL__RESNETS__OUT_FEATURES": ["res3"], "MODEL__FPN__IN_FEATURES": ["res3"]}, None),
+        (
+            "resnet50",
+            {"MODEL__RESNETS__DEPTH": 101},
+            "the model has res4.6.conv1.weight, and the file nothing like it",
+        ),
+        (
+            "wide_resnet50_2",
+            {},
+            "res2.0.conv1.weight is (64, 64, 1, 1) in the model, and (128, 64, 1, 1) in the file",
+        ),
+    ],
+)
+def test_weights_of_another_depth_or_width_are_told(network, changes, words):
+    cfg = config(**{**FULL_WIDTH, **BOTTLENECKS, "MODEL__DEVICE": "meta", **changes})
+    if "MODEL__FPN__IN_FEATURES" in changes:
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    with torch.device("meta"):
+        ours = build_backbone(cfg).state_dict()
+        theirs = getattr(torchvision.models, network)(weights=None).state_dict()
+    assert misfit(RESNET, theirs, ours) == words
+
+
+def test_transformers_of_another_size_are_told():
+    ours = model(config(VIT_RCNN)).state_dict()
+    longer = timm_vit() | {"pos_embed": torch.zeros(1, 50, 32)}  # which is told elsewhere
+    assert misfit(TIMM_VIT, longer, ours) is None
+    assert (
+        misfit(TIMM_VIT, timm_vit(blocks=3), ours)
+        == "the file has blocks.2.norm1.weight, and the model nothing like it"
+    )
+    assert misfit(TIMM_VIT, timm_vit(dim=64), ours).endswith("in the file")

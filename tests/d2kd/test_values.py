@@ -224,7 +224,8 @@ def test_nodes_that_are_not_used_may_be_of_another_form():
 
 def test_steps_behind_the_end_have_no_effect_on_any_runtime():
     notices: list[str] = []
-    cfg = load_config("", ["SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4, 6, 8)], notices=notices)
+    options = ["MODEL.DEVICE", "cpu", "SOLVER.WARMUP_ITERS", 2, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4, 6, 8)]
+    cfg = load_config("", options, notices=notices)
     assert cfg.SOLVER.STEPS == (4,)
     assert notices == ["SOLVER.STEPS (4, 6, 8): those not below MAX_ITER, 6, have no effect."]
     assert load_config("", ["SOLVER.MAX_ITER", 9, "SOLVER.STEPS", (4, 6, 8)]).SOLVER.STEPS == (4, 6, 8)

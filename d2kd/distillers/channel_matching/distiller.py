@@ -209,7 +209,8 @@ class ChannelMatching(FeatureDistiller):
         elif not self.assigned:
             raise AssignmentError(
                 "ChannelMatching has no assignment yet. With DISTILL.CHANNEL_MATCHING.TRACKING 'pass' the trainer's "
-                "hook makes one before the first step; outside the trainer use 'online', or call `calibrate`."
+                "hook makes one before the first step; in a loop of your own call `d2kd.calibrate(model, loader)` "
+                "before each step, or use 'online'."
             )
         losses = super().forward(student, teacher, valid)
         self.batches += 1

@@ -1,7 +1,7 @@
 """Hooks: what happens between the steps of a training. One of your own: `DistillTrainer.extra_hooks` returns it."""
 
 from .best import BestCheckpoint, EarlyStop
-from .calibration import CalibrationHook
+from .calibration import CalibrationHook, calibrate
 from .evaluation import EvaluationHook
 from .masking import MaskingPictures, build_masking_pictures
 from .progress import ProgressWriter
@@ -20,4 +20,5 @@ __all__ = [
     "Terminated",
     "WallTime",
     "build_masking_pictures",
+    "calibrate",
 ]

@@ -1,6 +1,7 @@
 """Calibration: methods that look at training images between two steps."""
 
 import itertools
+from typing import Any
 
 from d2kd.data.loader import side_stream
 from d2kd.distillers import Distiller
@@ -26,12 +27,22 @@ class CalibrationHook(HookBase):
 
     def before_step(self) -> None:
         """Runs the pass of every method that asks for one."""
-        for method, distiller in self.model.distillers.items():
-            assert isinstance(distiller, Distiller)
-            request = distiller.calibration_request()
-            if request is None:
-                continue
-            # or a resumed run, whose processes all have the main one's, would see others
-            broadcast_buffers(self.model.student)
-            batches = itertools.islice(side_stream(self.trainer.data_loader, request.step), request.batches)
-            distiller.calibrate(self.model.extract_features(method, batches))
+        calibrate(self.model, self.trainer.data_loader)
+
+
+def calibrate(model: DistilledModel, loader: Any) -> None:
+    """Shows the methods that ask for it features of training images; to be called before each step.
+
+    Args:
+        model: student, teacher and methods, not wrapped for data parallelism.
+        loader: of the training; its images stay those that they would have been.
+    """
+    for method, distiller in model.distillers.items():
+        assert isinstance(distiller, Distiller)
+        request = distiller.calibration_request()
+        if request is None:
+            continue
+        # or a resumed run, whose processes all have the main one's, would see others
+        broadcast_buffers(model.student)
+        batches = itertools.islice(side_stream(loader, request.step), request.batches)
+        distiller.calibrate(model.extract_features(method, batches))

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,9 @@ class InterruptHook(HookBase):
         self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
-        """Installs the signal handlers."""
+        """Installs the signal handlers; Python lets the main thread do that only."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
 

@@ -6,7 +6,7 @@ from .last_norm import build_retinanet_resnet_fpn_last_norm_backbone
 from .layer_decay import layer_decay_factors
 from .mobilenet_v2 import MobileNetV2, build_mobilenetv2_backbone
 from .pixels import with_data_config
-from .pretrained import load_pretrained_network
+from .pretrained import find_network, load_bare_network, load_pretrained_network
 from .reppoints_fpn import build_reppoints_resnet_fpn_backbone
 from .timm_backbone import (
     TimmBackbone,
@@ -36,7 +36,9 @@ __all__ = [
     "build_timm_fpn_backbone",
     "build_vit_backbone",
     "build_vit_sfp_backbone",
+    "find_network",
     "layer_decay_factors",
+    "load_bare_network",
     "load_pretrained_network",
     "with_data_config",
 ]

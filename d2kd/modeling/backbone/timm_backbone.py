@@ -126,8 +126,11 @@ class TimmBackbone(Backbone):
         names = [name for name, _ in self.net.named_parameters()]
         return {f"net.{n}": i + 1 for n, i in layers_to_the_end(self.name, self.arguments, names).items()}
 
-    def load_pretrained(self, weights: str) -> list[str]:
-        """Loads what `MODEL.TIMM.WEIGHTS` names; returns the names of parameters that it does not fill.
+    def load_pretrained(self, weights: str | Mapping[str, Tensor]) -> list[str]:
+        """Loads what `MODEL.TIMM.WEIGHTS` names, or weights that were read already.
+
+        Returns:
+            The names of parameters that they do not fill.
 
         Raises:
             ConfigError: it cannot be loaded.

@@ -170,6 +170,14 @@ def pretrained_config(name: str) -> Mapping[str, Any]:
         return dict(getattr(create(name), "pretrained_cfg", {}))
 
 
+def download_url(known: Mapping[str, Any]) -> str:
+    """Returns where the pretrained weights of a network are, by its `pretrained_config`; "" where there are none."""
+    if known.get("hf_hub_id"):
+        file = known.get("hf_hub_filename") or "model.safetensors"
+        return f"https://huggingface.co/{known['hf_hub_id']}/resolve/main/{file}"
+    return str(known.get("url") or "")
+
+
 def _strides_of(network: nn.Module, name: str) -> list[int] | None:
     """The strides that a network of features has on images of another size than its own; None where nothing tells."""
     nhwc = gives_nhwc(network)

@@ -89,16 +89,17 @@ class TorchvisionNetwork(WholeNetwork):
             module, nn.Conv2d | nn.AdaptiveAvgPool2d | type(self.net.permute)
         )
 
-    def load_pretrained(self, weights: str) -> list[str]:
+    def load_pretrained(self, weights: str | Mapping[str, Tensor]) -> list[str]:
         """As in the base class, from `MODEL.TORCHVISION.WEIGHTS`."""
-        state = _torchvision_weights(self.name, weights)
+        state = _torchvision_weights(self.name, weights) if isinstance(weights, str) else weights
         ours = self.net.state_dict()
         fitting = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
         left = [key for key in ours if key not in fitting and not key.endswith("num_batches_tracked")]
         if len(left) > len(ours) // 2 or any(self._is_trunk(key) for key in left):
+            what = f"MODEL.TORCHVISION.WEIGHTS is {weights!r}, which" if isinstance(weights, str) else "it"
             raise ConfigError(
-                f"MODEL.TORCHVISION.WEIGHTS is {weights!r}, which does not fit {self.name}: {left[0]} and "
-                f"{len(left) - 1} more are not there, or of another shape."
+                f"{what} does not fit {self.name} of torchvision: {left[0]} and {len(left) - 1} more are not there, "
+                "or of another shape."
             )
         self.net.load_state_dict(fitting, strict=False)
         return left

@@ -143,8 +143,11 @@ class WholeNetwork(Backbone):
         return gives_nhwc(self.net) and not isinstance(module, nn.Conv2d)
 
     @abstractmethod
-    def load_pretrained(self, weights: str) -> list[str]:
-        """Loads pretrained weights, a file or `DOWNLOAD`; returns the names of parameters that they do not fill.
+    def load_pretrained(self, weights: str | Mapping[str, Tensor]) -> list[str]:
+        """Loads pretrained weights, a file, `DOWNLOAD`, or what was read already.
+
+        Returns:
+            The names of parameters that they do not fill.
 
         Raises:
             ConfigError: they cannot be loaded.
@@ -193,7 +196,7 @@ class TimmNetwork(WholeNetwork):
         names = [name for name, _ in self.net.named_parameters()]
         return {f"net.{n}": i for n, i in layers_to_the_end(self.name, self.arguments, names).items()}
 
-    def load_pretrained(self, weights: str) -> list[str]:
+    def load_pretrained(self, weights: str | Mapping[str, Tensor]) -> list[str]:
         """As in the base class, from `MODEL.TIMM.WEIGHTS`."""
         pretrained = read_pretrained(create, self.name, weights, self.arguments)
         for key, tensor in self.net.state_dict().items():
