@@ -41,11 +41,10 @@ STATEMENT = """\
 This shows **faster learning**, at a length where no student has converged: all students have seen the same {images:,}
 images, and the baseline is far from what it reaches with more time. It does not show how much better a converged
 student gets; for that, train the students, and a teacher that beats the converged baseline, for much longer
-(`SOLVER.MAX_ITER`). One seed: other seeds and machines differ by a few AP, "inherit only" by
-10 and more. "Inherit only" starts from the teacher's
-neck and head and is then trained without distillation, so the distance between it and the distilled student is what the
-distillation loss itself adds. A gap closure of about 100 % means that the student has caught up with its teacher, which
-has seen more images ({teacher_images:,}) but is not converged either."""
+(`SOLVER.MAX_ITER`). One seed: other seeds and machines differ by a few AP, "inherit only" by more. "Inherit only"
+starts from the teacher's neck and head and is then trained without distillation, so the distance between it and the
+distilled student is what the distillation loss itself adds. A gap closure above 100 % means that the student has
+overtaken its teacher, which has seen more images ({teacher_images:,}) but is far from converged as well."""
 
 
 class Run(NamedTuple):
