@@ -25,9 +25,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def forget_datasets() -> Iterator[None]:
-    """Forgets the datasets that a test registers."""
+    """Forgets the datasets that a test registers; reading a configuration does."""
     before = set(DatasetCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:
