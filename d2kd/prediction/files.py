@@ -269,9 +269,16 @@ def _told(folder: Path) -> Iterator[None]:
 def require_free(folder: str, overwrite: bool) -> None:
     """
     Raises:
-        OutputError: it is no folder; or there are files in it, and they are not to be overwritten.
+        OutputError: it is no folder, or none can be made there; or there are files in it, and they are not to be
+            overwritten.
     """
     path = Path(folder)
+    nearest = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), path)
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        if nearest != path:
+            raise OutputError(f"--output {folder} cannot be written: {nearest} is no folder that one may write into.")
+        if path.is_dir():
+            raise OutputError(f"--output {folder} cannot be written: change its permissions, or name another folder.")
     if path.exists() and not path.is_dir():
         raise OutputError(f"--output {folder} is a file: name a folder.")
     if not overwrite and path.is_dir() and any(path.iterdir()):
