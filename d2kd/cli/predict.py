@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from d2kd.arguments import add_import_argument
-from d2kd.errors import ConfigError
+from d2kd.errors import ConfigError, UserError
 
 from .mistakes import stop_at_mistakes
 
@@ -131,6 +131,11 @@ def tell(summary: "Summary", output: str) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     args = argument_parser().parse_intermixed_args(arguments)
+    try:
+        check_arguments(args)
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     stop_at_mistakes(args)
     from d2kd.engine import run_tool
 
