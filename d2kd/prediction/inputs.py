@@ -73,12 +73,12 @@ class Video:
 
     def _open(self) -> cv2.VideoCapture:
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said here, in one line
-        before = cv2.getLogLevel()
-        cv2.setLogLevel(0)
+        before = cv2.utils.logging.getLogLevel()
+        cv2.utils.logging.setLogLevel(0)
         try:
             capture = cv2.VideoCapture(self.path)
         finally:
-            cv2.setLogLevel(before)
+            cv2.utils.logging.setLogLevel(before)
         if not capture.isOpened():
             raise InputError(f"{self._what} cannot be opened. {self._advice}")
         return capture
