@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from d2kd.config import add_distill_config
     from d2kd.distillers import DISTILLERS, Distiller
     from d2kd.modeling import DistilledModel
+    from d2kd.prediction import Predictor
     from d2kd.runtime import RUNTIME
 
 __version__ = "0.2.0.dev0"
@@ -37,6 +38,7 @@ _LAZY = {
     "DISTILLERS": "d2kd.distillers",
     "DistilledModel": "d2kd.modeling",
     "Distiller": "d2kd.distillers",
+    "Predictor": "d2kd.prediction",
     "RUNTIME": "d2kd.runtime",
     "TrainingResult": "d2kd.api",
     "add_distill_config": "d2kd.config",
@@ -55,6 +57,7 @@ __all__ = [
     "RUNTIME",
     "DistilledModel",
     "Distiller",
+    "Predictor",
     "Runtime",
     "TrainingResult",
     "__version__",

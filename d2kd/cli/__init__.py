@@ -26,6 +26,7 @@ COMMANDS = {
     "data": Command("data", "check the datasets of a configuration, or show them as they are trained on"),
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
     "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
+    "predict": Command("predict", "predict on images, folders, videos or a camera: pictures, a table, COCO's results"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
     "list": Command("listing", "list methods, recipes, architectures, backbones, heads or passes, with a line of help"),
     "report": Command("report", "compare finished runs: tables, curves and pictures"),

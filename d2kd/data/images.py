@@ -93,6 +93,11 @@ def read_rgb(path: str) -> Image.Image:
         return upright if upright.mode == "RGB" else upright.convert("RGB")  # which would copy
 
 
+def frame_image(frame: np.ndarray) -> Image.Image:
+    """Returns a frame of a video, uint8 (H, W, 3) BGR, as Pillow's image in mode RGB."""
+    return Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1]))
+
+
 def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = None) -> np.ndarray:
     """Reads a label map: grey values, or the indices of a palette, are classes.
 

@@ -16,7 +16,16 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
-from .images import LabelMapError, LabelRange, image_problem, image_size, label_map_problem, read_image, read_label_map
+from .images import (
+    LabelMapError,
+    LabelRange,
+    frame_image,
+    image_problem,
+    image_size,
+    label_map_problem,
+    read_image,
+    read_label_map,
+)
 
 __all__ = ["ON_BAD_IMAGE", "build_mapper", "handing_over_failures", "raise_failures", "wrap_mapper"]
 
@@ -56,13 +65,15 @@ class ImageMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
         Args:
-            dataset_dict: one image in Detectron2's standard format. It is not changed.
+            dataset_dict: one image in Detectron2's standard format, or with `frame`, uint8 (H, W, 3) BGR, in place of
+                a file. It is not changed.
 
         Returns:
             What the model takes; in evaluation without ground truth.
         """
         record = dict(dataset_dict)
-        image = read_image(record["file_name"], self.image_format)
+        frame = record.pop("frame", None)
+        image = read_image(record["file_name"], self.image_format) if frame is None else self._decoded(frame)
         detection_utils.check_image_size(record, image)
         labels, label_file = None, record.pop("sem_seg_file_name", None)
         if self.is_train and label_file is not None:
@@ -84,6 +95,9 @@ class ImageMapper(DatasetMapper):
             self._transform_annotations(record, transforms, inputs.image.shape[:2])
         return record
 
+    def _decoded(self, frame: np.ndarray) -> np.ndarray:
+        return detection_utils.convert_PIL_to_numpy(frame_image(frame), self.image_format)
+
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
     """Returns the mapper of a configuration: in training that of the architecture, if it has one of its own."""
@@ -95,7 +109,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
     return usual(cfg, is_train)
 
 
-def wrap_mapper(mapper: Mapper, on_bad_image: str, *, evaluates: bool = False) -> Mapper:
+def wrap_mapper(mapper: Mapper, on_bad_image: str, *, evaluates: bool = False, advice: str | None = None) -> Mapper:
     """A mapper that explains, or skips, images that cannot be decoded, that have not their listed size, or whose pixels
     are no 8-bit numbers.
 
@@ -105,13 +119,16 @@ def wrap_mapper(mapper: Mapper, on_bad_image: str, *, evaluates: bool = False) -
             upon which the loader takes another image. Evaluation must use "error": a replaced image would go unnoticed
             in its results.
         evaluates: whether it is for evaluation, for the advice.
+        advice: what the message of an error ends with; None tells how to mend the dataset.
 
     Raises:
         ConfigError: if `on_bad_image` is something else.
     """
     require_choice("DATASETS.ON_BAD_IMAGE", on_bad_image, ON_BAD_IMAGE)
     other = "" if evaluates else ", or set DATASETS.ON_BAD_IMAGE to skip to train without it"
-    return _GuardedMapper(mapper, on_bad_image == "skip", f"Repair it or remove it from the dataset{other}.")
+    if advice is None:
+        advice = f"Repair it or remove it from the dataset{other}."
+    return _GuardedMapper(mapper, on_bad_image == "skip", advice)
 
 
 class _GuardedMapper:
@@ -143,7 +160,7 @@ class _GuardedMapper:
                 if problem is None:
                     raise
         if not self.skip:
-            raise DatasetError(f"{problem} {self.advice}") from cause
+            raise DatasetError(f"{problem} {self.advice}".strip()) from cause
         if problem not in self._reported:
             self._reported.add(problem)
             logger.warning("%s It is skipped (DATASETS.ON_BAD_IMAGE).", problem)

@@ -7,6 +7,7 @@ from d2kd.visualization.inputs import input_sheet
 from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
 from d2kd.visualization.points import draw_points
+from d2kd.visualization.predictions import prediction_picture
 
 __all__ = [
     "NO_LABEL",
@@ -19,6 +20,7 @@ __all__ = [
     "kept_picture",
     "label_map_grid",
     "masking_plot",
+    "prediction_picture",
     "read_classifications",
     "read_label_predictions",
     "read_predictions",

@@ -148,19 +148,35 @@ def bitmap(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def draw_boxes(
-    image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colors: Sequence[tuple[int, int, int]]
+    image: np.ndarray,
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+    size: float = 1.0,
 ) -> np.ndarray:
-    """A copy of `image` with boxes in its own pixels; the best, which come first, are drawn on top."""
+    """A copy of `image` with boxes in its own pixels; the best, which come first, are drawn on top.
+
+    `size` is that of lines and letters: 1 is for images of some hundred pixels.
+    """
     image = image.copy()
+    line, space = max(1, round(2 * size)), max(1, round(3 * size))
     for (x0, y0, x1, y1), text, color in reversed(list(zip(np.rint(boxes).astype(int), texts, colors))):
-        cv2.rectangle(image, (x0, y0), (x1, y1), (0, 0, 0), 4)
-        cv2.rectangle(image, (x0, y0), (x1, y1), color, 2)
-        (width, height), _ = cv2.getTextSize(text, FONT, 0.5, 1)
-        left = int(np.clip(x0, 0, max(image.shape[1] - width - 6, 0)))
-        bottom = int(np.clip(y0, height + 8, image.shape[0]))
-        cv2.rectangle(image, (left, bottom - height - 8), (left + width + 6, bottom), color, -1)
-        cv2.putText(image, text, (left + 3, bottom - 4), FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.rectangle(image, (x0, y0), (x1, y1), (0, 0, 0), 2 * line)
+        cv2.rectangle(image, (x0, y0), (x1, y1), color, line)
+        (width, height), _ = cv2.getTextSize(text, FONT, 0.5 * size, max(1, round(size)))
+        left = int(np.clip(x0, 0, max(image.shape[1] - width - 2 * space, 0)))
+        bottom = int(np.clip(y0, height + 8 * size, image.shape[0]))
+        top = bottom - height - round(8 * size)
+        cv2.rectangle(image, (left, top), (left + width + 2 * space, bottom), color, -1)
+        place = left + space, bottom - round(4 * size)
+        cv2.putText(image, text, place, FONT, 0.5 * size, ink(color), max(1, round(size)), cv2.LINE_AA)
     return image
+
+
+def ink(color: Sequence[float]) -> tuple[int, int, int]:
+    """Black or white (BGR): what can be read on a color."""
+    blue, green, red = color
+    return (0, 0, 0) if 0.114 * blue + 0.587 * green + 0.299 * red > 100 else (255, 255, 255)
 
 
 def resize(image: np.ndarray, scale: float) -> np.ndarray:

@@ -57,6 +57,7 @@ ALLOWED = {
         "settings",
         "visualization",
     },
+    "prediction": {"data", "errors", "evaluation", "files", "modeling", "visualization"},
     "token_learning": {
         "config",
         "data",
@@ -79,6 +80,7 @@ ALLOWED = {
         "files",
         "modeling",
         "plugins",
+        "prediction",
         "runtime",
         "token_learning",
         "visualization",

@@ -10,7 +10,7 @@ from d2kd.errors import ConfigError
 from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode, configurable
 
-from ..images import read_rgb
+from ..images import frame_image, read_rgb
 from .policies import allow_no_bits, check_policy
 
 #: Values of INPUT.FORMAT for classifiers.
@@ -51,7 +51,9 @@ class ClassificationMapper:
         Returns:
             The record with `image`, (3, S, S) uint8 in the order of INPUT.FORMAT, and `height` and `width` of the file.
         """
-        image = read_rgb(dataset_dict["file_name"])
+        dataset_dict = dict(dataset_dict)
+        frame = dataset_dict.pop("frame", None)
+        image = read_rgb(dataset_dict["file_name"]) if frame is None else frame_image(frame)
         width, height = image.size
         pixels: Tensor = self.transform(image)
         return {**dataset_dict, "image": pixels.flip(0) if self.bgr else pixels, "height": height, "width": width}

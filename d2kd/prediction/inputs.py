@@ -1,0 +1,177 @@
+"""What is to be predicted on: image files, folders and globs of them, videos, a camera."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from d2kd.data.folders import IMAGE_SUFFIXES
+from d2kd.data.images import image_problem
+from d2kd.errors import UserError
+
+#: Endings of files that are taken for videos; others are if they are no images.
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
+_GLOB = frozenset("*?[")
+#: Frames a second where a video does not tell, or tells what cannot be.
+_USUAL_RATE, _LARGEST_RATE = 25.0, 1000.0
+
+
+class InputError(UserError):
+    """An input that is not there, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image, and its place in the folders of results: a relative path, which no other input has."""
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, or the number of a camera; `name` as that of an `ImageFile`."""
+
+    path: str | int
+    name: str
+
+    @property
+    def title(self) -> str:
+        """What messages and tables call it."""
+        return self.path if isinstance(self.path, str) else self.name
+
+    def count(self) -> int | None:
+        """Returns how many frames the file says it has; None where it does not, and of a camera."""
+        if isinstance(self.path, int):
+            return None
+        number = int(self._open().get(cv2.CAP_PROP_FRAME_COUNT))
+        return number if number > 0 else None
+
+    def rate(self) -> float:
+        """Returns frames a second."""
+        rate = float(self._open().get(cv2.CAP_PROP_FPS)) if isinstance(self.path, str) else 0.0
+        return rate if 0 < rate <= _LARGEST_RATE else _USUAL_RATE
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Yields the frames, uint8 (H, W, 3) BGR.
+
+        Raises:
+            InputError: there is none, or it cannot be opened.
+        """
+        capture = self._open()
+        found, frame = capture.read()
+        if not found:
+            raise InputError(f"{self._what} gives no frame that can be decoded. {self._advice}")
+        while found:
+            yield frame
+            found, frame = capture.read()
+        capture.release()
+
+    def _open(self) -> cv2.VideoCapture:
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said here, in one line
+        before = cv2.utils.logging.getLogLevel()
+        cv2.utils.logging.setLogLevel(0)
+        try:
+            capture = cv2.VideoCapture(self.path)
+        finally:
+            cv2.utils.logging.setLogLevel(before)
+        if not capture.isOpened():
+            raise InputError(f"{self._what} cannot be opened. {self._advice}")
+        return capture
+
+    @property
+    def _what(self) -> str:
+        return f"Video {self.path}" if isinstance(self.path, str) else f"Camera {self.path} (--camera)"
+
+    @property
+    def _advice(self) -> str:
+        if isinstance(self.path, int):
+            return "Cameras are numbered from 0; is it in use by another program?"
+        return "It is damaged, or of a kind that OpenCV does not decode; convert it, e.g. to MP4."
+
+
+def find_inputs(
+    paths: Sequence[str], camera: int | None = None, without: str | None = None
+) -> tuple[list[ImageFile], list[Video]]:
+    """Returns images and videos, each once, in the order that they were given in, and sorted within a folder or glob.
+
+    Args:
+        paths: of images, videos, folders of images (with all folders below them), and patterns such as
+            "photos/**/*.jpg". Hidden files are left out of folders.
+        camera: number of a camera.
+        without: a folder whose files are left out, that of the results.
+
+    Raises:
+        InputError: a path is not there, a folder holds no images, or a pattern matches no file.
+    """
+    images: list[ImageFile] = []
+    videos = [] if camera is None else [Video(camera, f"camera{camera}")]
+    seen, names = set[str](), {video.name for video in videos}
+    for given in paths:
+        for path, name in _matches(given):
+            real = os.path.realpath(path)
+            if real in seen or (without and Path(os.path.realpath(without)) in Path(real).parents):
+                continue
+            seen.add(real)
+            name = _unused(name, names)
+            if _is_video(path):
+                videos.append(Video(path, name))
+            else:
+                images.append(ImageFile(path, name))
+    if not (images or videos):
+        raise InputError("There is nothing to predict on: give images, folders, globs or videos, or --camera 0.")
+    return images, videos
+
+
+def _matches(given: str) -> Iterator[tuple[str, str]]:
+    """The files of a path, folder or pattern, and the names of their results."""
+    if os.path.isdir(given):
+        files = [path for path in _below(given) if path.lower().endswith(IMAGE_SUFFIXES)]
+        if not files:
+            raise InputError(f"Folder {given} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        yield from ((path, os.path.relpath(path, given)) for path in files)
+    elif os.path.exists(given):
+        yield given, os.path.basename(given)
+    elif _GLOB & set(given):
+        files = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+        if not files:
+            raise InputError(f"Nothing matches {given}: no such file.")
+        yield from ((path, os.path.basename(path)) for path in files)
+    else:
+        raise InputError(f"There is no {given}: give an image, a folder, a glob or a video.")
+
+
+def _below(folder: str) -> Iterator[str]:
+    for where, below, names in os.walk(folder, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _unused(name: str, names: set[str]) -> str:
+    """The name, with a number where another input has it."""
+    stem, ending = os.path.splitext(name)
+    number = 1
+    while name in names:
+        number += 1
+        name = f"{stem}_{number}{ending}"
+    names.add(name)
+    return name
+
+
+def _is_video(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:
+        return suffix in VIDEO_SUFFIXES
+    return os.path.isfile(path) and image_problem(path) is not None and _opens(path)
+
+
+def _opens(path: str) -> bool:
+    try:
+        Video(path, "").count()
+    except InputError:
+        return False
+    return True

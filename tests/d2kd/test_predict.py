@@ -1,0 +1,404 @@
+"""`d2kd predict`: results are those of an evaluation, for every task; files, pictures, videos, and what goes wrong."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from models import FASTER_RCNN
+from runs import ROOT
+from segmentors import PSP
+from test_cli import program
+from test_solo import SOLO
+
+import d2kd  # noqa: F401  (makes `detectron2` importable)
+from d2kd.cli import predict
+from d2kd.data.datasets import register_datasets
+from d2kd.engine import DistillTrainer, load_config
+from d2kd.engine.evaluation import evaluate_student
+from d2kd.errors import UserError
+from d2kd.modeling.checkpoint_files import write_checkpoint
+from d2kd.prediction import Prediction, Predictor, find_inputs, predict_files, run
+from d2kd.prediction.inputs import InputError, Video
+from d2kd.visualization import prediction_picture
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+
+PLUGIN = str(Path(__file__).parent / "plugins/digit_labels.py")
+DIGITS = [str(i) for i in range(10)]
+KINDS: dict[str, dict[str, Any]] = {
+    "boxes": {},
+    "masks": {
+        **SOLO,
+        "MODEL.SOLO.NUM_CLASSES": 10,
+        "MODEL.SOLO.SCORE_THRESH_TEST": -1.0,
+        "MODEL.SOLO.FINAL_SCORE_THRESH_TEST": 0.0,
+        "MODEL.SOLO.MASK_THRESH_TEST": 1e-5,
+        "TEST.DETECTIONS_PER_IMAGE": 20,
+    },
+    "rcnn": {**FASTER_RCNN, "MODEL.ROI_HEADS.NUM_CLASSES": 10, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0},
+    "labels": {
+        **PSP,
+        "DISTILL.IMPORTS": [PLUGIN],
+        "DATASETS.TRAIN": ["digit_labels_train"],
+        "DATASETS.TEST": ["digit_labels_val"],
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 11,
+    },
+    "classes": {
+        "MODEL.META_ARCHITECTURE": "ImageClassifier",
+        "MODEL.BACKBONE.NAME": "build_timm_network",
+        "MODEL.TIMM.NAME": "mobilenetv2_035",
+        "MODEL.CLASSIFIER.NUM_CLASSES": 10,
+        "INPUT.CLASSIFICATION.SIZE": 32,
+        "DATASETS.TRAIN": ["crops_train"],
+        "DATASETS.TEST": ["crops_val"],
+    },
+}
+
+
+@pytest.fixture
+def student(write_config, digits, tmp_path, monkeypatch, forget_datasets):
+    """Writes YAML and checkpoint of an untrained student of a kind; returns both paths."""
+    monkeypatch.setenv("D2KD_TEST_DIGITS", str(digits))
+
+    def write(kind: str = "boxes", names: Any = None, **changes: Any) -> tuple[Path, Path]:
+        keys = {**KINDS[kind], **changes}
+        if kind == "classes":
+            folders = digits / "classification"
+            keys["DATASETS.REGISTER"] = [
+                {"NAME": f"crops_{s}", "FORMAT": "folders", "IMAGES": str(folders / s)} for s in ("train", "val")
+            ]
+        path = write_config("student", **{key.replace(".", "__"): value for key, value in keys.items()})
+        torch.manual_seed(3)
+        weights = tmp_path / "student.pth"
+        kept = {} if names is None else {"class_names": {"thing_classes": names}}
+        write_checkpoint(weights, {"model": build_model(load_config(str(path))).state_dict(), **kept})
+        return path, weights
+
+    return write
+
+
+def call(*arguments: Any) -> Any:
+    """Runs the command in this process."""
+    args = predict.argument_parser().parse_intermixed_args(list(map(str, arguments)))
+    return predict.main(args)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def by_file(results: list[dict[str, Any]], files: dict[Any, str]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in results:
+        kept = {k: v for k, v in entry.items() if k not in ("image_id", "file_name", "label", "names")}
+        found.setdefault(Path(files[entry["image_id"]]).name, []).append(kept)
+    return found
+
+
+FILES = {
+    "boxes": "coco_instances_results.json",
+    "masks": "coco_instances_results.json",
+    "rcnn": "coco_instances_results.json",
+    "labels": "sem_seg_predictions.json",
+    "classes": "classification_predictions.json",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_those_of_an_evaluation(kind, student, tmp_path):
+    path, weights = student(kind)
+    cfg = load_config(str(path), ["MODEL.WEIGHTS", str(weights)])
+    register_datasets(cfg)
+    DistillTrainer.check_config(cfg, ("TEST",))
+    evaluate_student(DistillTrainer, cfg, resume=False)
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:6]
+    files = [record["file_name"] for record in records]
+    call(*files, "--config-file", path, "--weights", weights, "--output", tmp_path / "out", "--threshold", 0)
+
+    theirs = read(Path(cfg.OUTPUT_DIR, "inference", FILES[kind]))
+    ours = read(tmp_path / "out" / FILES[kind])
+    images = read(tmp_path / "out/images.json")
+    if kind == "labels":  # which evaluators list by file
+        theirs = [{**entry, "image_id": entry["file_name"]} for entry in theirs if entry["file_name"] in files]
+        expected = by_file(theirs, {name: name for name in files})
+    else:
+        ids = {record["image_id"]: record["file_name"] for record in records}
+        expected = by_file([entry for entry in theirs if entry["image_id"] in ids], ids)
+    assert ours and by_file(ours, {i["id"]: i["file_name"] for i in images["images"]}) == expected
+
+    assert [image["file_name"] for image in images["images"]] == files
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open(encoding="utf-8", newline="")))
+    names = {category["name"] for category in images["categories"]}
+    assert rows and {row["class"] for row in rows} <= names
+    if kind in ("boxes", "masks", "rcnn", "classes"):
+        assert names == set(DIGITS) and len(rows) == (len(files) * 5 if kind == "classes" else len(ours))
+    for record in records:  # every image has its picture, and is enlarged
+        picture = cv2.imread(str(tmp_path / "out/pictures" / Path(record["file_name"]).name))
+        assert picture is not None and max(picture.shape) >= 480
+    if kind == "labels":
+        stem = Path(files[0]).stem
+        labels = cv2.imread(str(tmp_path / f"out/label_maps/{stem}.png"), cv2.IMREAD_UNCHANGED)
+        counts = {row["class_id"]: int(row["pixels"]) for row in rows if row["file"] == files[0]}
+        assert counts == {str(i): int(n) for i, n in zip(*np.unique(labels, return_counts=True))}
+
+
+def test_names_come_from_the_checkpoint_then_the_data_then_numbers(student, digits, tmp_path, caplog):
+    names = [f"Ziffer {i}" for i in range(9)] + ["neun, \u4e5d"]
+    path, weights = student(names=names)
+    images, _ = find_inputs([str(digits / "val")])
+    cfg = load_config(str(path))
+
+    def classes(**entries: Any) -> tuple[list[str], list[int]]:
+        model = torch.load(weights, weights_only=True)["model"]
+        write_checkpoint(weights, {"model": model, **entries})
+        found = Predictor.from_config(cfg, weights).classes["thing_classes"]
+        return list(found.names), list(found.ids)
+
+    assert classes(class_names={"thing_classes": names}) == (names, list(range(1, 11)))
+    predictor = Predictor.from_config(cfg, weights)
+    predict_files(predictor, images[:1], [], tmp_path / "out", threshold=0)
+    text = (tmp_path / "out/predictions.csv").read_text(encoding="utf-8")
+    assert '"neun, \u4e5d"' in text and "neun, \u4e5d" in (tmp_path / "out/images.json").read_text(encoding="utf-8")
+
+    data_ids = [category["id"] for category in read(digits / "annotations/instances_val.json")["categories"]]
+    assert classes() == (DIGITS, data_ids) and "numbered" not in caplog.text
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    assert classes()[0] == DIGITS and sum("classes are numbered from 0" in m for m in caplog.messages) == 1
+
+
+def test_files_can_be_read_by_pycocotools_and_low_scores_are_in_coco_results_only(student, digits, tmp_path):
+    from pycocotools.coco import COCO
+
+    path, weights = student()
+    images, _ = find_inputs([str(digits / "val")])
+    predictor = Predictor.from_config(load_config(str(path)), weights)
+    found = predictor(images[0].path).detections
+    threshold = sorted(d["score"] for d in found)[-3]
+    predict_files(predictor, images, [], tmp_path / "out", threshold=threshold, pictures=False)
+    coco = COCO(str(tmp_path / "out/images.json"))
+    results = coco.loadRes(str(tmp_path / "out/coco_instances_results.json"))
+    assert len(results.getAnnIds(imgIds=[1])) == len(found)
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open(encoding="utf-8", newline="")))
+    assert sum(row["file"] == images[0].path for row in rows) == 3
+    assert not (tmp_path / "out/pictures").exists()
+
+
+def test_a_broken_image_is_skipped_named_and_counted(student, digits, tmp_path, caplog):
+    path, weights = student()
+    folder = tmp_path / "photos"
+    shutil.copytree(digits / "val", folder / "below")
+    (folder / "a.jpg").write_text("no image")
+    whole = next((folder / "below").glob("*.*")).read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    images, _ = find_inputs([str(folder)])
+    predictor = Predictor.from_config(load_config(str(path)), weights)
+    summary = predict_files(predictor, images, [], tmp_path / "out", batch_size=3)
+    predict.tell(summary, "out")
+    count = len(list((digits / "val").iterdir()))
+    assert (summary.images, len(summary.skipped)) == (count, 2)
+    assert "a.jpg cannot be read (its content is that of no known image format)" in caplog.text
+    assert "cut.png cannot be read" in caplog.text and "2 images could not be read and were skipped" in caplog.text
+    assert len(list((tmp_path / "out/pictures/below").iterdir())) == count
+    assert len(read(tmp_path / "out/images.json")["images"]) == count
+
+
+@pytest.fixture
+def clip(digits, tmp_path):
+    """A video of the images of the validation set, without losses."""
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"FFV1"), 12.0, (64, 64))
+    for file in sorted((digits / "val").iterdir()):
+        writer.write(cv2.imread(str(file)))
+    writer.release()
+    return path
+
+
+def test_frames_of_a_video_and_of_a_camera_are_predicted_as_images(student, digits, clip, tmp_path, monkeypatch):
+    path, weights = student()
+    predictor = Predictor.from_config(load_config(str(path)), weights)
+    frames = list(Video(str(clip), "clip.avi").frames())
+    summary = call(
+        clip, "--config-file", path, "--weights", weights, "--output", tmp_path / "out", "--threshold", 0, "--batch", 3
+    )
+    assert (summary.images, summary.frames) == (0, len(frames)) == (0, len(list((digits / "val").iterdir())))
+    results = read(tmp_path / "out/coco_instances_results.json")
+    second = [r for r in results if r["image_id"] == 2]
+    image = tmp_path / "frame.png"
+    cv2.imwrite(str(image), frames[1])
+    for found in (predictor(frames[1]).detections, predictor(image).detections):
+        assert [(d["bbox"], d["score"]) for d in found] == [(d["bbox"], d["score"]) for d in second]
+    made = cv2.VideoCapture(str(tmp_path / "out/pictures/clip.avi.mp4"))
+    assert (made.get(cv2.CAP_PROP_FRAME_COUNT), made.get(cv2.CAP_PROP_FPS)) == (len(frames), 12)
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open(encoding="utf-8", newline="")))
+    assert {(row["file"], row["frame"]) for row in rows} == {(str(clip), str(i)) for i in range(len(frames))}
+
+    opened = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda which: opened(str(clip) if which == 1 else which))
+    arguments = ["--camera", 1, "--config-file", path, "--weights", weights, "--output", tmp_path / "seen"]
+    assert call(*arguments, "--max-frames", 2).frames == 2
+    assert [i["file_name"] for i in read(tmp_path / "seen/images.json")["images"]] == ["camera1"] * 2
+    assert (tmp_path / "seen/pictures/camera1.mp4").is_file()
+
+
+def test_what_cannot_be_predicted_on_is_one_line_and_leaves_nothing(student, clip, tmp_path, monkeypatch):
+    path, weights = student()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:300])
+    (tmp_path / "none.jpg").write_text("")
+    image = tmp_path / "image.png"
+    cv2.imwrite(str(image), np.zeros((64, 64, 3), np.uint8))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/kept.txt").write_text("kept")
+    other = tmp_path / "other.pth"
+    write_checkpoint(other, {"model": {"a.weight": torch.zeros(2)}})
+    usual = ["--config-file", path, "--weights", weights]
+    for words, message in [
+        (["empty", *usual], "Folder empty holds no images (.jpg"),
+        (["none/*.jpg", *usual], "Nothing matches none/*.jpg: no such file."),
+        (["absent.jpg", *usual], "There is no absent.jpg: give an image, a folder, a glob or a video."),
+        (["none.jpg", *usual], "Image none.jpg cannot be read (the file is empty)."),
+        (["none.jpg", "notes.txt", *usual], "None of the 2 images can be read. The first one: Image none.jpg"),
+        (["cut.mp4", *usual], "Video cut.mp4 "),
+        ([image, "cut.mp4", *usual], "Video cut.mp4 "),
+        (["--camera", 99, *usual], "Camera 99 (--camera) cannot be opened."),
+        ([image, "--config-file", path, "--weights", other], "The student's checkpoint"),
+        ([image, "--config-file", path, "--weights", "absent.pth"], "--weights is 'absent.pth': there is no such file"),
+        ([image, "--config-file", path], "There are no weights to predict with"),
+        ([image, "--weights", weights], "--config-file is missing"),
+        ([*usual], "There is nothing to predict on"),
+        ([image, *usual, "--batch", 0], "--batch is 0; it must be at least 1."),
+        ([image, *usual, "--threshold", 2], "--threshold is 2.0; scores go from 0 to 1."),
+        ([image, *usual, "--output", "full"], "--output full is not empty"),
+        ([image, *usual, "--output", image], "is a file: name a folder."),
+        ([image, *usual, "--output", f"{image}/below"], "cannot be written"),
+    ]:
+        with pytest.raises(UserError) as error:
+            call(*words)
+        assert message in str(error.value), words
+        assert "\n" not in str(error.value) or "checkpoint" in message  # which lists what does not fit
+        assert not (tmp_path / "predictions").exists(), words
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["kept.txt"]
+
+
+def test_an_input_is_never_overwritten(student, digits, tmp_path):
+    path, weights = student()
+    shutil.copytree(digits / "val", tmp_path / "out/pictures")
+    before = {p: p.read_bytes() for p in (tmp_path / "out/pictures").iterdir()}
+    images, _ = find_inputs([str(tmp_path / "out/pictures")])
+    predictor = Predictor.from_config(load_config(str(path)), weights)
+    with pytest.raises(UserError, match="would take the place of an input"):
+        predict_files(predictor, images, [], tmp_path / "out", overwrite=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "out/pictures").iterdir()} == before
+    with pytest.raises(InputError, match="nothing to predict on"):  # what lies in the output is no input
+        find_inputs([str(tmp_path / "out")], without=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("wrong", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_keeps_what_is_whole_and_an_error_leaves_no_results(
+    wrong, student, digits, tmp_path, monkeypatch
+):
+    path, weights = student()
+    images, _ = find_inputs([str(digits / "val")])
+    predictor = Predictor.from_config(load_config(str(path)), weights)
+    usual, calls = predictor.predict, []
+
+    def stopping(inputs: Any) -> list[Prediction]:
+        calls.append(inputs)
+        if len(calls) > 2:
+            raise wrong
+        return usual(inputs)
+
+    monkeypatch.setattr(predictor, "predict", stopping)
+    if wrong is KeyboardInterrupt:
+        summary = predict_files(predictor, images, [], tmp_path / "out")
+        assert summary.interrupted and summary.images == 2
+        assert len(read(tmp_path / "out/images.json")["images"]) == 2
+    else:
+        with pytest.raises(RuntimeError):
+            predict_files(predictor, images, [], tmp_path / "out")
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["pictures"]
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 2
+    assert not [p for p in (tmp_path / "out").rglob(".*")]
+
+
+def test_inputs_are_found_once_in_order_and_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/2.PNG", "a/1.jpg", "a/b/1.jpg", "a/.hidden.jpg", "a/notes.txt", "1.jpg", "clip.MP4"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("")
+    images, videos = find_inputs(["1.jpg", "a", "a/*.jpg", "clip.MP4"], camera=0)
+    assert [(i.path, i.name) for i in images] == [
+        ("1.jpg", "1.jpg"), ("a/1.jpg", "1_2.jpg"), ("a/2.PNG", "2.PNG"), ("a/b/1.jpg", "b/1.jpg"),
+    ]  # fmt: skip
+    assert videos == [Video(0, "camera0"), Video("clip.MP4", "clip.MP4")]
+
+
+def test_pictures_show_what_is_given():
+    image = np.full((100, 200, 3), 90, np.uint8)
+    names = {"thing_classes": ["cat", "\u732b"], "stuff_classes": ["ground", "sky"]}
+    box = {"bbox": [20.0, 30.0, 100.0, 40.0], "category_id": 1, "score": 0.9}
+    low = {"bbox": [150.0, 80.0, 30.0, 10.0], "category_id": 0, "score": 0.1}
+    enlarged = prediction_picture(image, names)
+    assert enlarged.shape == (300, 600, 3) and (enlarged == 90).all()
+    drawn = prediction_picture(image, names, detections=[low, box], threshold=0.5)
+    changed = np.argwhere((drawn != 90).any(2))
+    top, left = changed.min(0)
+    bottom, right = changed.max(0)
+    # scaled by 3, with a line around it, and the name above its upper edge
+    assert abs(left - 60) <= 3 and abs(right - 360) <= 3 and abs(bottom - 210) <= 3 and 60 <= top <= 90
+    labels = np.zeros((100, 200), np.int64)
+    labels[:50] = 1
+    mapped = prediction_picture(image, names, labels=labels)
+    assert mapped.shape[0] > 300 and mapped.shape[1] == 600 and (mapped[100] == mapped[100, 0]).all()
+    assert (mapped[100, 0] != mapped[200, 0]).any()
+    one = prediction_picture(image, names, labels=labels * 0)
+    assert one.shape == prediction_picture(image, names, labels=labels, whole_legend=True).shape
+    best = prediction_picture(image, names, classes=[(0, 0.75), (1, 0.25)])
+    strip = best[300:]
+    assert (strip[3, :440] != 255).any(1).all() and (strip[3, 460:] == 255).all()  # a bar of 75 %
+
+
+def test_progress_has_lines_where_there_is_no_terminal(monkeypatch, caplog):
+    monkeypatch.setattr(run, "_EVERY", -1.0)
+    with run.Progress(3, "image") as progress:
+        progress.bar.disable = True
+        progress.add(2)
+    assert "2 of 3 images" in caplog.text
+
+
+def test_the_command_ends_in_one_line_with_status_2(tmp_path):
+    run_ = program("predict", "absent.jpg", "--weights", "absent.pth", cwd=tmp_path)
+    assert run_.returncode == 2 and "--config-file is missing" in run_.stderr + run_.stdout
+    assert "Traceback" not in run_.stderr
+
+
+def test_the_examples_of_the_documentation_run_as_printed(student, digits, clip, tmp_path, monkeypatch, capsys):
+    path, weights = student(**{"MODEL.RETINANET.SCORE_THRESH_TEST": 0.0})
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(digits / "val", "photographs/below")
+    shutil.copy(next((digits / "val").glob("*.png")), "photographs/1.png")
+    Path("output/distilled").mkdir(parents=True)
+    shutil.copy(weights, "output/distilled/model_final.pth")
+    shutil.copy(path, "output/distilled/config.yaml")
+    text = (ROOT / "docs/use.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(c.replace("\\\n", "")) for c in re.findall(r"```bash\n(d2kd predict.*?)```", text, re.DOTALL)
+    ]
+    assert len(commands) == 2
+    for words in commands:
+        assert call(*words[2:]).images == len(list((digits / "val").iterdir())) + 1
+    assert Path("predictions/pictures/below").is_dir() and Path("found/pictures/clip.avi.mp4").is_file()
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith(tuple(DIGITS))
+    flags = set(re.findall(r"--[a-z-]+", predict.argument_parser().format_help())) - {"--help"}
+    assert flags <= set(re.findall(r"--[a-z-]+", text))
