@@ -37,7 +37,8 @@ def known_classes(cfg: CfgNode, saved: Mapping[str, Sequence[str]] | None, weigh
     found = {}
     for count, number in architecture_class(cfg).class_counts(cfg):
         kind = count.metadata
-        names = next((list(map(str, n)) for n in ((saved or {}).get(kind), data.get(kind)) if _fits(n, number)), None)
+        given = ((saved or {}).get(kind), data.get(kind))
+        names = next((list(map(str, n)) for n in given if n is not None and len(n) == number), None)
         if names is None:
             logger.warning(
                 "No names of the %d classes are known, neither by %s nor by the datasets of the configuration: classes "
@@ -52,10 +53,6 @@ def known_classes(cfg: CfgNode, saved: Mapping[str, Sequence[str]] | None, weigh
 def numbered(count: int, first_id: int = 0) -> ClassList:
     """Classes of which nothing but their number is known."""
     return ClassList([str(i) for i in range(count)], range(first_id, first_id + count))
-
-
-def _fits(names: Sequence[str] | None, number: int) -> bool:
-    return names is not None and len(names) == number
 
 
 def _names_of_data(cfg: CfgNode) -> dict[str, list[str]]:
@@ -75,7 +72,7 @@ def _with_ids(cfg: CfgNode, kind: str, names: list[str] | None, number: int) -> 
             continue
         meta = MetadataCatalog.get(dataset)
         colors = meta.get(f"{prefix}_colors")
-        colors = colors if _fits(colors, number) else None
+        colors = colors if colors is not None and len(colors) == number else None
         if list(meta.get(kind) or names) != names:
             continue
         places = meta.get(f"{prefix}_dataset_id_to_contiguous_id")

@@ -102,16 +102,15 @@ def predict_files(
         overwrite: whether files in `output` may be replaced.
 
     Raises:
-        UserError: nothing can be read, a video does not decode, or `output` cannot be written; no files of results are
-            left then.
+        UserError: nothing can be read, a video or camera gives no frame, or `output` cannot be written; no files of
+            results are left then.
     """
     started = time.monotonic()
     output = os.fspath(output)
     require_free(output, overwrite)
     _keep_inputs(output, predictor, images, videos)
     for video in videos:
-        if isinstance(video.path, str):  # before any time is spent
-            next(video.frames())
+        next(video.frames())  # before any time is spent
     run = _Run(predictor, batch_size, pictures, threshold)
     interrupted = False
     with ResultFiles(output, predictor.classes, threshold) as files:

@@ -76,7 +76,7 @@ def _with_detections(
 ) -> np.ndarray:
     detections = sorted(detections, key=lambda d: -d["score"])
     palette = class_colors(len(names) + 1)[1:]
-    colors = [tuple(map(int, palette[d["category_id"] % len(palette)])) for d in detections]
+    colors = [_color(palette, d["category_id"]) for d in detections]
     boxes = np.array([d["bbox"] for d in detections], dtype=float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = [d.get("segmentation") for d in detections]
@@ -98,13 +98,18 @@ def _best(classes: Sequence[tuple[int, float]], names: Sequence[str], width: int
     image = np.full((_LINE * max(len(classes), 1), width, 3), 255, np.uint8)
     palette = class_colors(len(names) + 1)[1:]
     for place, (label, score) in enumerate(classes):
-        color = tuple(map(int, palette[label % len(palette)]))
+        color = _color(palette, label)
         base, end = place * _LINE, round(min(max(score, 0.0), 1.0) * width)
         cv2.rectangle(image, (0, base + 2), (end, base + _LINE - 2), color, -1)
         text = f"{names[label]} {score:.2f}"
         length = cv2.getTextSize(text, FONT, 0.5, 1)[0][0] + 10
         cv2.putText(image, text, (5, base + 17), FONT, 0.5, ink(color) if length < end else (0, 0, 0), 1, cv2.LINE_AA)
     return image
+
+
+def _color(palette: np.ndarray, number: int) -> tuple[int, int, int]:
+    blue, green, red = map(int, palette[number % len(palette)])
+    return blue, green, red
 
 
 def _width(picture: np.ndarray, size: float) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -234,7 +235,9 @@ def test_frames_of_a_video_and_of_a_camera_are_predicted_as_images(student, digi
     image = tmp_path / "frame.png"
     cv2.imwrite(str(image), frames[1])
     for found in (predictor(frames[1]).detections, predictor(image).detections):
-        assert [(d["bbox"], d["score"]) for d in found] == [(d["bbox"], d["score"]) for d in second]
+        assert len(found) == len(second)  # which came in a batch, and these alone
+        for ours, theirs in zip(found, second):
+            assert [*ours["bbox"], ours["score"]] == pytest.approx([*theirs["bbox"], theirs["score"]], abs=1e-4)
     made = cv2.VideoCapture(str(tmp_path / "out/pictures/clip.avi.mp4"))
     assert (made.get(cv2.CAP_PROP_FRAME_COUNT), made.get(cv2.CAP_PROP_FPS)) == (len(frames), 12)
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open(encoding="utf-8", newline="")))
@@ -370,7 +373,8 @@ def test_pictures_show_what_is_given():
 
 def test_progress_has_lines_where_there_is_no_terminal(monkeypatch, caplog):
     monkeypatch.setattr(run, "_EVERY", -1.0)
-    with run.Progress(3, "image") as progress:
+    monkeypatch.setattr(logging.getLogger("d2kd"), "propagate", True)
+    with caplog.at_level(logging.INFO), run.Progress(3, "image") as progress:
         progress.bar.disable = True
         progress.add(2)
     assert "2 of 3 images" in caplog.text
