@@ -121,7 +121,7 @@ class Progress:
         found: dict[str, float] = {}
         for line in file.read_text().splitlines() if file.is_file() else ():
             try:
-                found.update(json.loads(line))
+                found |= {k: v for k, v in json.loads(line).items() if isinstance(v, int | float)}  # not the text "NaN"
             except ValueError:  # is being written
                 break
         return found
