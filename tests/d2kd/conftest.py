@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from models import config, model
-from runs import ROOT, TINY
+from runs import ROOT, TINY, forget
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from d2kd.data.datasets import _registered
+from detectron2.data import DatasetCatalog
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +26,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def forget_datasets() -> Iterator[None]:
-    """Forgets the datasets that a test registers; reading a configuration does."""
+    """Forgets the datasets that a test registers."""
     before = set(DatasetCatalog.list())
     yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
+    forget(set(DatasetCatalog.list()) - before)
+
+
+@pytest.fixture(autouse=True)
+def forget_registered() -> Iterator[None]:
+    """Forgets what `DATASETS.REGISTER` has registered, as reading a configuration does."""
+    before = set(DatasetCatalog.list())
+    yield
+    forget((set(DatasetCatalog.list()) - before) & set(_registered))
 
 
 @pytest.fixture

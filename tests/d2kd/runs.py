@@ -13,6 +13,7 @@ import torch
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, load_config
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import launch
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,13 @@ TINY = {
     "SOLVER.WARMUP_ITERS": 2,
     "SOLVER.CHECKPOINT_PERIOD": 3,
 }
+
+
+def forget(names: set[str]) -> None:
+    """Takes datasets out of the catalogs."""
+    for name in names & set(DatasetCatalog.list()):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 def make_trainer(path: Path, trainer_class: type = DistillTrainer, **changes: Any) -> Any:

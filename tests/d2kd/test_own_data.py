@@ -9,7 +9,7 @@ import pytest
 import yaml
 from models import config
 from photographs import CLASSES, write_photographs, write_voc, write_yolo
-from runs import ROOT
+from runs import ROOT, forget
 
 from d2kd import cli
 from d2kd.data.datasets import register_datasets
@@ -44,6 +44,7 @@ def desk(tmp_path, monkeypatch, forget_datasets):
     """A working directory with photographs/ and the YAMLs of the page, whose recipes are made quick."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["d2kd"])
+    forget({"photographs_train", "photographs_val"})  # of recipes that were read when tests were collected
     folder = tmp_path / "photographs"
     for split, count, seed in (("train", 5, 1), ("val", 3, 2)):
         content = write_photographs(folder, split, count, seed)
