@@ -8,14 +8,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2kd.data.loader import side_stream
 from d2kd.distillers import Distiller
 from d2kd.errors import ConfigError
 from d2kd.modeling import BalanceError, DistilledModel, GradientBalance
@@ -25,6 +23,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from .check_report import report
+from .hooks import calibrate
 from .run_folder import FolderError, check_folder
 from .setup import read_arguments, start_log
 
@@ -121,7 +120,8 @@ def run_steps(trainer: Any) -> Step:
     seen = Step()
     with EventStorage(trainer.start_iter) as trainer.storage:
         if distilled is not None:
-            _calibrate(trainer, distilled)
+            for method, batches in calibrate(distilled, trainer.data_loader, at_most=1).items():
+                logger.info("%s has looked at 1 batch; a training shows it %d.", method, batches)
         with _watching(trainer.network, distilled, seen):
             trainer.run_step()
         trained = [(n, p) for n, p in trainer.network.named_parameters() if p.requires_grad]
@@ -157,17 +157,6 @@ def _peak_memory(device: torch.device) -> tuple[int, str]:
         return 0, "unknown on this system"
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, whose
-
-
-def _calibrate(trainer: Any, model: DistilledModel) -> None:
-    """As `CalibrationHook`, on a single batch."""
-    for method, distiller in model.distillers.items():
-        assert isinstance(distiller, Distiller)
-        request = distiller.calibration_request()
-        if request is not None:
-            batches = islice(side_stream(trainer.data_loader, request.step), 1)
-            distiller.calibrate(model.extract_features(method, batches))
-            logger.info("%s has looked at 1 batch; a training shows it %d.", method, request.batches)
 
 
 @contextlib.contextmanager

@@ -30,19 +30,26 @@ class CalibrationHook(HookBase):
         calibrate(self.model, self.trainer.data_loader)
 
 
-def calibrate(model: DistilledModel, loader: Any) -> None:
+def calibrate(model: DistilledModel, loader: Any, at_most: int | None = None) -> dict[str, int]:
     """Shows the methods that ask for it features of training images; to be called before each step.
 
     Args:
         model: student, teacher and methods, not wrapped for data parallelism.
         loader: of the training; its images stay those that they would have been.
+        at_most: batches that a method is shown; None shows all that it asks for.
+
+    Returns:
+        By method, how many batches it asks for.
     """
+    asked = {}
     for method, distiller in model.distillers.items():
         assert isinstance(distiller, Distiller)
         request = distiller.calibration_request()
         if request is None:
             continue
+        asked[method] = request.batches
         # or a resumed run, whose processes all have the main one's, would see others
         broadcast_buffers(model.student)
-        batches = itertools.islice(side_stream(loader, request.step), request.batches)
-        distiller.calibrate(model.extract_features(method, batches))
+        count = request.batches if at_most is None else min(request.batches, at_most)
+        distiller.calibrate(model.extract_features(method, itertools.islice(side_stream(loader, request.step), count)))
+    return asked
