@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -39,20 +40,6 @@ Data = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 #: Whose lines a run shows, and writes into its log.txt.
 _LOGGERS = ("d2kd", "detectron2", "d2lite", "fvcore")
-
-
-_ARGUMENTS = (
-    "data",
-    "imports",
-    "methods",
-    "output",
-    "overrides",
-    "overwrite",
-    "resume",
-    "student",
-    "teacher",
-    "teacher_weights",
-)
 
 
 @dataclass(frozen=True)
@@ -291,7 +278,8 @@ def _key(function: str, word: str) -> str:
     if word == word.upper():
         return word.replace("__", ".")
     keys = {key.rpartition(".")[2].lower(): key.replace(".", "__") for key in list_settings()}
-    hint = f" There is {keys[word]}." if word in keys else did_you_mean(word, _ARGUMENTS)
+    arguments = list(inspect.signature(distill).parameters)
+    hint = f" There is {keys[word]}." if word in keys else did_you_mean(word, arguments)
     raise ConfigError(
         f"{function}() has no argument {word!r}.{hint} Keys of the configuration have capitals, and '__' for '.': "
         "SOLVER__MAX_ITER=1000."
