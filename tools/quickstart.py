@@ -217,8 +217,8 @@ def _give_up(run: Run, status: int, console: Path) -> NoReturn:
 
 def first_picture(output: Path) -> None:
     """Draws what the baseline finds as soon as it is trained, while the others go on."""
-    file = output / "first_look.png"
-    if (output / "baseline/result.json").is_file() and not file.exists():
+    file, result = output / "first_look.png", output / "baseline/result.json"
+    if result.is_file() and not (file.is_file() and file.stat().st_mtime >= result.stat().st_mtime):
         baseline = load_result("baseline", str(output / "baseline"), "Baseline student")
         content = draw_detections({"baseline": baseline}, DATASET, metric_named("AP"), 6, 0.3)
         if content is not None:
