@@ -2,7 +2,8 @@
 """Overfits four images of PhotoDigits: a model that is built and trained rightly finds all that it has seen.
 
     python benchmarks/overfit.py --config configs/PhotoDigits/reppoints_student.yaml
-    python benchmarks/overfit.py --config configs/PhotoDigits/solo_student.yaml --size 512
+    python benchmarks/overfit.py --config configs/PhotoDigits/solo_student.yaml --size 512 \\
+        MODEL.SOLO.SCALE_RANGES "[[1, 128], [96, 192], [144, 256], [192, 1024]]"
     python benchmarks/overfit.py --config configs/PhotoDigits/pspnet_teacher.yaml --size 256 --iterations 400 \\
         --at-least 95 SOLVER.BASE_LR 0.003
     python benchmarks/overfit.py --config configs/COCO/mask_rcnn_R50_1x.yaml --iterations 300 SOLVER.BASE_LR 0.0005
