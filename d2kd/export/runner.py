@@ -1,0 +1,60 @@
+"""Runs an exported file where neither d2kd nor Detectron2 is: `python runner.py FILE IMAGES.npz RESULTS.npz`.
+
+IMAGES.npz has arrays "0", "1", ...: images (N, 3, H, W), float32. RESULTS.npz has "0.boxes", ...: the outputs for each
+of them, by name, and "seconds", how long each took. With a fourth argument each is run so many times more, and the
+median is what counts.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+
+def open_file(path: str) -> tuple[dict, Callable[[np.ndarray], list]]:  # type: ignore[type-arg]
+    """Returns what an exported file says of itself, and a function from images (N, 3, H, W) to its outputs."""
+    if path.endswith(".onnx"):
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        about = session.get_modelmeta().custom_metadata_map
+        return json.loads(about["d2kd.json"]), lambda images: session.run(None, {"images": images})
+    import torch
+    import torchvision  # noqa: F401  (its operators are in the file)
+
+    files = {"d2kd.json": ""}
+    network = torch.jit.load(path, map_location="cpu", _extra_files=files)
+
+    def run(images: np.ndarray) -> list:  # type: ignore[type-arg]
+        with torch.no_grad():
+            found = network(torch.from_numpy(images))
+        return [x.numpy() for x in ([found] if isinstance(found, torch.Tensor) else found)]
+
+    return json.loads(files["d2kd.json"]), run
+
+
+def main(path: str, images: str, results: str, repeats: str = "0") -> None:
+    """Runs the file on all images."""
+    about, run = open_file(path)
+    found: dict[str, np.ndarray] = {}
+    seconds = []
+    with np.load(images) as file:
+        for key in file.files:
+            taken = []
+            for _ in range(1 + int(repeats)):
+                start = time.perf_counter()
+                outputs = run(file[key])
+                taken.append(time.perf_counter() - start)
+            seconds.append(statistics.median(taken[1:] or taken))
+            found.update({f"{key}.{name}": value for name, value in zip(about["outputs"], outputs)})
+    here = sorted(name for name in sys.modules if name.partition(".")[0] in ("d2kd", "d2lite", "detectron2"))
+    assert not here, f"it was to run without {here}"
+    np.savez(results, seconds=np.array(seconds), **found)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
