@@ -1,6 +1,9 @@
 """Writes the student of a training checkpoint as a plain Detectron2 checkpoint, without optimizer and distillers.
 
+With --format it is a file that runs without d2kd, verified on images of other sizes.
+
 %(prog)s output/model_0004999.pth student.pth [--config-file student.yaml]
+%(prog)s output/model_final.pth student.onnx --format onnx --config-file student.yaml
 """
 
 import argparse
@@ -58,12 +61,65 @@ def main(args: argparse.Namespace) -> None:
     log_runtime()
     if not os.path.isfile(args.source):
         raise CheckpointError(f"There is no checkpoint {args.source}.")
+    if args.format:
+        _export_format(args)
+        return
     if args.config_file:  # before anything is written: an earlier export must not give way to one that does not fit
         cfg = load_config(args.config_file, args.opts, args.imports)
         cfg.MODEL.DEVICE = "cpu"
         load_strictly(build_network(cfg, "--config-file"), args.source, "student", "--config-file")
     count = export(args.source, args.target, args.ema)
     logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
+
+
+def _export_format(args: argparse.Namespace) -> None:
+    """Exports to a file of another format than a checkpoint alone."""
+    import tempfile
+
+    from d2kd.engine import load_config
+    from d2kd.errors import ConfigError
+    from d2kd.export import ExportError, export_model, export_plain, read_folder, require_packages
+    from d2kd.modeling import build_network, load_strictly
+
+    if not args.config_file:
+        raise ConfigError("--format needs --config-file: the YAML of the student.")
+    require_packages(args.format)
+    _require_writable(args.target, args.format)
+    cfg = load_config(args.config_file, args.opts, args.imports)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_network(cfg, "--config-file")
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "student.pth")
+        export(args.source, weights, args.ema)
+        saved = load_strictly(model, weights, "student", "--config-file")
+    names = saved.get("class_names") or {}
+    if not names:
+        logger.warning("%s holds no class names, so that the export has none.", args.source)
+    try:
+        if args.format == "torch":
+            files = export_plain(cfg, model, args.target, names)
+            logger.info("Wrote %s: plain Detectron2 builds the same model.", ", ".join(map(str, files)))
+            return
+        images = read_folder(args.images, cfg.INPUT.FORMAT) if args.images else ()
+        options = {"precision": args.precision, "opset": args.opset, "class_names": names, "images": images}
+        found = export_model(cfg, model, args.target, args.format, **options)
+    except OSError as error:
+        raise ExportError(f"{args.target} cannot be written: {error.strerror or error}") from error
+    logger.info("Verified in a process without d2kd: %s", found)
+    logger.info("Wrote %.1f MB to %s", os.path.getsize(args.target) / 1e6, args.target)
+
+
+def _require_writable(target: str, file_format: str) -> None:
+    from d2kd.export import SUFFIXES, ExportError
+
+    suffixes = SUFFIXES[file_format]
+    if not target.endswith(suffixes):
+        raise ExportError(f"{target}: the name of a file of --format {file_format} ends in {' or '.join(suffixes)}.")
+    folder = os.path.dirname(os.path.abspath(target))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if os.path.isdir(target) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ExportError(f"{target} cannot be written: {folder} takes no files, or there is a folder of that name.")
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -73,6 +129,14 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument("target", help="file to write")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (SOLVER.EMA)")
     parser.add_argument("--config-file", default="", help="student's YAML: check that every key fits it")
+    parser.add_argument(
+        "--format",
+        choices=("torch", "torchscript", "onnx"),
+        help="torch: weights, YAML of plain Detectron2, class names | torchscript, onnx: one file with post-processing",
+    )
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of a TorchScript or ONNX file")
+    parser.add_argument("--opset", type=int, choices=range(16, 21), default=17, help="of ONNX")
+    parser.add_argument("--images", metavar="FOLDER", help="images to verify with, the first five; else drawn ones")
     parser.add_argument("opts", nargs="*", help="changes to the YAML: KEY VALUE ...")
     add_import_argument(parser)
     args = parser.parse_intermixed_args(arguments)

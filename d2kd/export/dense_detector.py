@@ -1,6 +1,5 @@
 """RetinaNet and FCOS as a graph: anchors from the shapes of features, candidates of fixed number, suppression."""
 
-
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -183,5 +182,3 @@ def clipped(boxes: Tensor, images: Tensor) -> Tensor:
 def shape_number(tensor: Tensor, side: int) -> Tensor:
     """Returns a side of a tensor as a number in float32, which a trace keeps as a computation."""
     return torch._shape_as_tensor(tensor)[side].to(device=tensor.device, dtype=torch.float32)
-
-

@@ -57,6 +57,7 @@ ALLOWED = {
         "settings",
         "visualization",
     },
+    "export": {"errors", "files", "modeling"},
     "prediction": {"data", "errors", "evaluation", "files", "modeling", "visualization"},
     "token_learning": {
         "config",
@@ -77,6 +78,7 @@ ALLOWED = {
         "engine",
         "errors",
         "evaluation",
+        "export",
         "files",
         "modeling",
         "plugins",
