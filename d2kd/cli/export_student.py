@@ -89,8 +89,9 @@ def _export_format(args: argparse.Namespace) -> None:
     cfg.MODEL.DEVICE = "cpu"
     model = build_network(cfg, "--config-file")
     with tempfile.TemporaryDirectory() as folder:
-        weights = os.path.join(folder, "student.pth")
-        export(args.source, weights, args.ema)
+        weights = os.path.join(folder, "average.pth") if args.ema else args.source
+        if args.ema:
+            export(args.source, weights, args.ema)
         saved = load_strictly(model, weights, "student", "--config-file")
     names = saved.get("class_names") or {}
     if not names:

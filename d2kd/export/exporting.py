@@ -65,9 +65,11 @@ def export_model(
         lowered = reference.lower_threshold(inputs)
         if lowered is not None:
             logger.info("There are hardly any detections on these images: a copy with a lower threshold is compared.")
-            _write(reference, inputs, temporary, about)
-            logger.info("The copy: %s", verify(reference, temporary, inputs, TOLERANCES[precision], str(target)))
-            reference.restore_threshold(lowered)
+            try:
+                _write(reference, inputs, temporary, about)
+                logger.info("The copy: %s", verify(reference, temporary, inputs, TOLERANCES[precision], str(target)))
+            finally:
+                reference.restore_threshold(lowered)
         _write(reference, inputs, temporary, about)
         return verify(reference, temporary, inputs, TOLERANCES[precision], str(target), repeats)
 

@@ -1,12 +1,12 @@
 """--format torch: a student for plain Detectron2, that is weights, a YAML without keys of d2kd, and class names."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from d2kd.files import replacing
@@ -46,11 +46,12 @@ def export_plain(
     plain.MODEL.WEIGHTS = target.name
     listed = next((list(value) for value in names.values() if value), [])
     files = [target, target.with_suffix(".yaml"), *([target.with_suffix(".txt")] if listed else [])]
-    with replacing(files[0]) as weights, replacing(files[1]) as text, replacing(files[-1]) as lines:
+    with contextlib.ExitStack() as stack:
+        weights, text, *lines = (stack.enter_context(replacing(file)) for file in files)
         write_checkpoint(weights, {"model": model.state_dict(), "class_names": names})
-        text.write_text(yaml.safe_dump(yaml.safe_load(plain.dump()), sort_keys=False), encoding="utf-8")
+        text.write_text(plain.dump(), encoding="utf-8")
         if listed:
-            lines.write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
+            lines[0].write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
         _verify(model, text, weights)
     return files
 
@@ -116,4 +117,6 @@ def _same(first: Any, second: Any) -> bool:
         return set(first) == set(second) and all(_same(first[key], second[key]) for key in first)
     if hasattr(first, "get_fields"):
         return _same(first.get_fields(), second.get_fields())
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_same, first, second))
     return _same(first.tensor, second.tensor) if hasattr(first, "tensor") else bool(first == second)

@@ -57,4 +57,5 @@ def main(path: str, images: str, results: str, repeats: str = "0") -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # the folder of this file, whose modules have names that others may have
     main(*sys.argv[1:])

@@ -32,7 +32,8 @@ class SegmentorExport(Exported):
     @property
     def num_classes(self) -> int:
         """See the base class."""
-        return int(self.model.sem_seg_head.num_classes)
+        head = self.model.sem_seg_head
+        return int(getattr(head, "num_classes", None) or head.predictor.out_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, K, H, W) logits in float32; the class of a pixel is that of the greatest."""

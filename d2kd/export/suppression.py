@@ -95,5 +95,5 @@ class _NonMaxSuppression(torch.autograd.Function):
         numbers = (torch.tensor([limit]), torch.tensor([overlap]), torch.tensor([threshold]))
         constants = [g.op("Constant", value_t=number) for number in numbers]
         found = g.op("NonMaxSuppression", boxes, scores, *constants)
-        found.setType(found.type().with_sizes([None, 3])) if hasattr(found.type(), "with_sizes") else None
+        found.setType(found.type().with_sizes([None, 3]))
         return found

@@ -11,6 +11,7 @@ from runs import tool
 from d2kd.export import Exported, ExportError, export_model, export_plain, exported, register_export
 from d2kd.export.base import EXPORTS
 from d2kd.export.dense_detector import RetinaNetExport, top_candidates
+from d2kd.export.exporting import in_half
 from d2kd.export.runner import open_file
 from d2kd.export.verification import TOLERANCES, _compare_detections, run_file
 from detectron2.config import get_cfg
@@ -24,6 +25,22 @@ FORMATS = [
 SUFFIX = {"torchscript": ".pt", "onnx": ".onnx"}
 SMALL = {"INPUT__MIN_SIZE_TEST": 64, "INPUT__MAX_SIZE_TEST": 120}
 FCOS = {"MODEL__META_ARCHITECTURE": "FCOS", "MODEL__FCOS__NUM_CLASSES": 3, "MODEL__FCOS__NUM_CONVS": 1}
+CLASSIFIER = {
+    "MODEL.META_ARCHITECTURE": "ImageClassifier",
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+    "MODEL.CLASSIFIER.NUM_CLASSES": 3,
+}
+PIXELS = {
+    "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 8,
+    "MODEL.SEM_SEG_HEAD.NAME": "SemSegFPNHead",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+}
 NAMES = {"thing_classes": ["a", "b", "c"]}
 
 
@@ -45,6 +62,14 @@ def test_a_detector_is_exported_right_on_other_sizes(name, file_format, tmp_path
     assert about["input"]["channels"] == "BGR" and about["input"]["resize"]["shortest"] == 64 and about["d2kd"]
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("base", [CLASSIFIER, PIXELS], ids=["classifier", "segmentor"])
+def test_classifiers_and_segmentors_are_exported_right_on_other_sizes(base, file_format, tmp_path):
+    cfg = config(base, **SMALL, INPUT__CLASSIFICATION__SIZE=64)
+    found = export_model(cfg, model(cfg), tmp_path / f"x{SUFFIX[file_format]}", file_format)
+    assert len(set(found.sizes)) == 5 and found.compared > 3 and found.scores <= 1e-4
+
+
 def test_detections_that_a_threshold_hides_are_compared_in_a_copy(tmp_path, caplog):
     cfg = detector(threshold=0.9)
     net = model(cfg)
@@ -57,7 +82,7 @@ def test_detections_that_a_threshold_hides_are_compared_in_a_copy(tmp_path, capl
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_image_of_a_batch_is_found_alone_as_in_the_batch(file_format, tmp_path):
-    cfg, target = detector(threshold=0.0105), tmp_path / f"x{SUFFIX[file_format]}"
+    cfg, target = detector(threshold=0.0102), tmp_path / f"x{SUFFIX[file_format]}"
     cfg.TEST.DETECTIONS_PER_IMAGE = 7
     export_model(cfg, model(cfg), target, file_format)
     images = torch.rand(3, 3, 70, 101, generator=torch.Generator().manual_seed(1)) * 255
@@ -70,12 +95,14 @@ def test_an_image_of_a_batch_is_found_alone_as_in_the_batch(file_format, tmp_pat
 
 
 def test_half_precision_keeps_images_and_boxes_in_float32(tmp_path):
-    cfg = detector()
+    kept = in_half(model(detector()))
+    assert {x.dtype for x in kept.anchor_generator.buffers()} == {kept.pixel_mean.dtype} == {torch.float32}
+    cfg = config(CLASSIFIER, **SMALL, INPUT__CLASSIFICATION__SIZE=64)
     found = export_model(cfg, model(cfg), tmp_path / "x.pt", "torchscript", precision="fp16")
     assert 0 < found.scores <= TOLERANCES["fp16"].scores
     half = torch.jit.load(str(tmp_path / "x.pt"))
     assert {p.dtype for p in half.parameters()} == {torch.float16}
-    assert half(torch.rand(1, 3, 64, 64) * 255)[0].dtype == torch.float32
+    assert half(torch.rand(1, 3, 64, 64) * 255).dtype == torch.float32
 
 
 class OnOneSizeOnly(RetinaNetExport):
