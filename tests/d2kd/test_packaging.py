@@ -60,14 +60,15 @@ def test_dependencies_are_imported() -> None:
     assert [r for r in PROJECT["dependencies"] if module_of(r) not in roots] == []
 
 
-@pytest.mark.parametrize("extra", ["cityscapes", "digits", "formats", "wandb"])
+@pytest.mark.parametrize("extra", ["cityscapes", "digits", "formats", "onnx", "wandb"])
 def test_extras_are_imported(extra: str) -> None:
     roots = {name.partition(".")[0] for name in imported("d2kd", "d2lite", "datasets")}
+    roots |= {"onnxscript"}  # which PyTorch's exporter imports
     assert [r for r in EXTRAS[extra] if module_of(r) not in roots] == []
 
 
 def test_imports_are_declared() -> None:
-    optional = [r for extra in ("cityscapes", "digits", "formats", "wandb") for r in EXTRAS[extra]]
+    optional = [r for extra in ("cityscapes", "digits", "formats", "onnx", "wandb") for r in EXTRAS[extra]]
     declared = {module_of(r) for r in [*PROJECT["dependencies"], *optional]} | {"d2kd", "d2lite", "detectron2"}
     used = {name.partition(".")[0] for name in imported("d2kd", "d2lite", "tools", "datasets")} - {""}
     assert used - declared - sys.stdlib_module_names == set()
@@ -76,7 +77,7 @@ def test_imports_are_declared() -> None:
 def test_tests_need_what_the_extra_test_declares() -> None:
     needed = [r for r in EXTRAS["test"] if distribution(r) != "d2kd"]
     assert {distribution(r) for r in needed} <= PROGRAMS
-    assert EXTRAS["test"][0] == "d2kd[cityscapes,digits,formats]" and EXTRAS["dev"][0] == "d2kd[test]"
+    assert EXTRAS["test"][0] == "d2kd[cityscapes,digits,formats,onnx]" and EXTRAS["dev"][0] == "d2kd[test]"
 
 
 def test_requirements_are_ranges() -> None:
