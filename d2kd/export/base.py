@@ -35,7 +35,7 @@ class Exported(nn.Module):
     """
 
     TASK: ClassVar[str] = ""
-    OUTPUTS: ClassVar[tuple[str, ...]] = ()
+    OUTPUTS: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         """
@@ -55,18 +55,23 @@ class Exported(nn.Module):
         """Classes that the network tells apart."""
         return int(self.model.num_classes)
 
+    @property
+    def divisor(self) -> int:
+        """Sides of images are padded to multiples of it, in pixels."""
+        constraints = getattr(self.model.backbone, "padding_constraints", None) or {}
+        return int(constraints.get("size_divisibility", self.model.backbone.size_divisibility))
+
     def normalized(self, images: Tensor) -> Tensor:
         """Returns images (N, 3, H, W) normalized, and padded as Detectron2's `ImageList` pads them."""
         images = (images - self.model.pixel_mean.float()) / self.model.pixel_std.float()
         constraints = getattr(self.model.backbone, "padding_constraints", None) or {}
         square = int(constraints.get("square_size", 0))
-        divisor = int(constraints.get("size_divisibility", self.model.backbone.size_divisibility))
-        if square > 0 or divisor > 1:
-            height, width = (_missing(images.shape[side], square, divisor) for side in (2, 3))
+        if square > 0 or self.divisor > 1:
+            height, width = (_missing(images.shape[side], square, self.divisor) for side in (2, 3))
             images = F.pad(images, [0, width, 0, height])
         return images.to(next(self.model.backbone.parameters()).dtype)
 
-    def lower_threshold(self, images: Sequence[Tensor]) -> float | None:
+    def lower_threshold(self, images: Sequence[Tensor]) -> Any:
         """Lowers the least score of a detection so far that there are some on these images, for a verification.
 
         Returns:
@@ -74,7 +79,7 @@ class Exported(nn.Module):
         """
         return None
 
-    def restore_threshold(self, threshold: float) -> None:
+    def restore_threshold(self, threshold: Any) -> None:
         """Sets the least score of a detection."""
         raise NotImplementedError
 

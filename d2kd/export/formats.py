@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Exported, ExportError
+from .layers import graph_layers
 
 #: What is in every file: JSON under this name, in the metadata of ONNX or the extra files of TorchScript.
 ABOUT = "d2kd.json"
@@ -35,7 +37,7 @@ def require_packages(file_format: str) -> None:
 def write_torchscript(network: Exported, example: Tensor, path: Path, about: Mapping[str, Any], opset: int) -> None:
     """Writes a TorchScript file; see `WRITERS`."""
     network.for_onnx = False
-    with quiet(), torch.no_grad():
+    with graph_layers(network), quiet(), torch.no_grad():
         traced: Any = torch.jit.trace(network, (example,), check_trace=False)
         traced.save(str(path), _extra_files={ABOUT: json.dumps(about)})
 
@@ -56,7 +58,7 @@ def write_onnx(network: Exported, example: Tensor, path: Path, about: Mapping[st
         free[name] = {0: "detections" if network.TASK == "detection" else "batch"}
     if network.TASK == "segmentation":
         free["logits"].update({2: "height", 3: "width"})
-    with quiet(), torch.no_grad():
+    with graph_layers(network), quiet(), torch.no_grad():
         torch.onnx.export(
             network,
             (example,),
@@ -83,12 +85,14 @@ SUFFIXES = {"torch": (".pth",), "torchscript": (".pt", ".ts"), "onnx": (".onnx",
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out the tracer's warnings: that a file is right on other sizes is verified."""
+    """Leaves out the tracer's warnings, since that a file is right on other sizes is verified, and printed graphs."""
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
-        yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

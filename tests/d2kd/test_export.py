@@ -7,14 +7,25 @@ import pytest
 import torch
 from models import FASTER_RCNN, config, model
 from runs import tool
+from segmentors import PSP
+from test_reppoints import REPPOINTS
+from test_solo import DECOUPLED, SOLO
+from torch import nn
+from torchvision.ops import deform_conv2d
 
 from d2kd.export import Exported, ExportError, export_model, export_plain, exported, register_export
 from d2kd.export.base import EXPORTS
 from d2kd.export.dense_detector import RetinaNetExport, top_candidates
 from d2kd.export.exporting import in_half
+from d2kd.export.layers import averaged, deformed
+from d2kd.export.masks import pasted
 from d2kd.export.runner import open_file
+from d2kd.export.solo import decay
+from d2kd.export.suppression import NOTHING, best_of_images
 from d2kd.export.verification import TOLERANCES, _compare_detections, run_file
+from d2kd.modeling.meta_arch.solo.matrix_nms import duplicate_overlaps, mask_overlaps, matrix_decay
 from detectron2.config import get_cfg
+from detectron2.layers import DeformConv, ModulatedDeformConv, paste_masks_in_image
 from detectron2.modeling import build_model
 
 has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
@@ -40,6 +51,41 @@ PIXELS = {
     "MODEL.SEM_SEG_HEAD.NAME": "SemSegFPNHead",
     "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3,
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+}
+MASKS = {
+    "MODEL.MASK_ON": True,
+    "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 7,
+}
+MASK_RCNN = {**FASTER_RCNN, **MASKS}
+CASCADE = {
+    **MASK_RCNN,
+    "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
+}
+C4 = {
+    **MASK_RCNN,
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+    "MODEL.RPN.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[16, 32, 64]],
+    "MODEL.ROI_BOX_HEAD.NAME": "",
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 6,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 0,
+}
+OTHERS = {
+    "Mask R-CNN": MASK_RCNN,
+    "Cascade R-CNN": CASCADE,
+    "R-CNN of C4": C4,
+    "RepPoints": REPPOINTS,
+    "SOLO": SOLO,
+    "decoupled SOLO": {**DECOUPLED, "MODEL.SOLO.NMS": "linear"},
+    "PSPNet": PSP,
 }
 NAMES = {"thing_classes": ["a", "b", "c"]}
 
@@ -68,6 +114,94 @@ def test_classifiers_and_segmentors_are_exported_right_on_other_sizes(base, file
     cfg = config(base, **SMALL, INPUT__CLASSIFICATION__SIZE=64)
     found = export_model(cfg, model(cfg), tmp_path / f"x{SUFFIX[file_format]}", file_format)
     assert len(set(found.sizes)) == 5 and found.compared > 3 and found.scores <= 1e-4
+
+
+def sure(net):
+    """Spreads the predictions of random weights, which are all about the same."""
+    names = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas", "mask_pred", "mask_head.predictor")
+    for name, parameter in net.named_parameters():
+        if any(part in name for part in (*names, "initial_points", "refined_points")) and name.endswith("weight"):
+            parameter.data *= 20 if "points" not in name else 5
+        if "mask_pred" in name and name.endswith("bias"):
+            parameter.data.zero_()
+    return net
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_exported_right_on_other_sizes(name, file_format, tmp_path):
+    cfg, target = config(OTHERS[name], **SMALL), tmp_path / f"x{SUFFIX[file_format]}"
+    net = sure(model(cfg))
+    found = export_model(cfg, net, target, file_format)
+    assert len(set(found.sizes)) == 5 and found.scores <= 1e-4
+    if name == "PSPNet":
+        return
+    outputs = open_file(str(target))[0]["outputs"]
+    assert ("masks" in outputs) == bool(cfg.MODEL.MASK_ON)
+    # in none of these images there is anything, and still all outputs are there
+    nothing = run_file(target, [torch.zeros(2, 3, 50, 70)], outputs)[0][0]
+    assert nothing[0].shape[1:] == (4,) and (len(outputs) < 5 or nothing[4].shape[1:] == (50, 70))
+
+
+def test_graphs_of_layers_are_what_the_layers_are():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 7, 10)
+    for size in (1, 2, 3, 6, (2, 5), (None, 3)):
+        torch.testing.assert_close(averaged(x, size), nn.functional.adaptive_avg_pool2d(x, size), atol=1e-5, rtol=1e-5)
+    for options in ({}, {"stride": 2, "dilation": 2}, {"groups": 2, "deformable_groups": 4}):
+        for kind in (DeformConv, ModulatedDeformConv):
+            layer = kind(8, 4, kernel_size=3, padding=1, **options)
+            side = (3, 4) if "stride" in options else (7, 10)
+            offset = 3 * torch.randn(2, 18 * layer.deformable_groups, *side)
+            mask = torch.rand(2, 9 * layer.deformable_groups, *side) if kind is ModulatedDeformConv else None
+            places = (layer.stride, layer.padding, layer.dilation)
+            expected = deform_conv2d(x, offset, layer.weight, getattr(layer, "bias", None), *places, mask)
+            torch.testing.assert_close(deformed(layer, x, offset, mask), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_masks_are_pasted_as_detectron2_pastes_them():
+    torch.manual_seed(0)
+    masks = torch.rand(6, 7, 7)
+    corner = torch.rand(6, 2) * 60 - 10
+    boxes = torch.cat([corner, corner + 1 + 40 * torch.rand(6, 2)], dim=1)
+    expected = paste_masks_in_image(masks, boxes, (53, 71), threshold=0.5)
+    found = pasted(masks, boxes, torch.zeros(1, 3, 53, 71), 0.5)
+    assert expected.any() and (found != expected).float().mean() < 1e-4
+    assert pasted(masks[:0], boxes[:0], torch.zeros(1, 3, 53, 71), 0.5).shape == (0, 53, 71)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
+def test_matrix_nms_of_a_batch_is_that_of_its_images(kernel):
+    random = torch.Generator().manual_seed(0)
+    inside = (torch.rand(9, 4, 5, generator=random) > 0.3).float()
+    inside[1] = inside[0]
+    image, classes = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1]), torch.tensor([1, 1, 2, 1, 1, 1, 1, 2, 2])
+    found = decay(inside, image, classes, kernel, 2.0)
+    for number in (0, 1):
+        mine = image == number
+        duplicates = duplicate_overlaps(mask_overlaps(inside[mine].bool()), classes[mine])
+        torch.testing.assert_close(found[mine], matrix_decay(duplicates, kernel))
+    assert decay(inside[:0], image[:0], classes[:0], kernel, 2.0).shape == (0,)
+
+
+def test_the_best_of_each_image_stand_by_image():
+    images, scores = torch.tensor([1, 0, 1, 0, 1]), torch.tensor([0.1, 0.5, 0.9, 0.7, 0.3])
+    assert best_of_images(images, scores, 3, 2).tolist() == [3, 1, 2, 4]
+    assert best_of_images(images[:0], scores[:0], 3, 2).tolist() == []
+
+
+def test_parts_without_export_are_told(tmp_path):
+    for changes, words in (
+        (
+            {"MODEL__PROPOSAL_GENERATOR__NAME": "PrecomputedProposals"},
+            "PROPOSAL_GENERATOR.NAME is PrecomputedProposals",
+        ),
+        ({"MODEL__META_ARCHITECTURE": "ProposalNetwork"}, "ProposalNetwork has no export.*GeneralizedRCNN, "),
+    ):
+        with pytest.raises(ExportError, match=words):
+            exported(model(config(FASTER_RCNN, **changes)))
+    with pytest.raises(ExportError, match="MODEL.SOLO.NMS is mask, which has no export: set it to gaussian"):
+        exported(model(config(SOLO, MODEL__SOLO__NMS="mask")))
 
 
 def test_detections_that_a_threshold_hides_are_compared_in_a_copy(tmp_path, caplog):
@@ -122,31 +256,31 @@ def test_a_file_that_is_wrong_on_another_size_is_an_error_and_not_kept(tmp_path,
     assert target.read_text() == "an earlier export" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("wrong", ["score", "box", "class", "missing"])
+@pytest.mark.parametrize("wrong", ["score", "box", "class", "missing", "mask"])
 def test_a_detection_that_differs_is_found(wrong):
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 20]])
     ours = [boxes.clone(), torch.tensor([0.9, 0.5]), torch.tensor([1, 2]), torch.tensor([0, 0])]
     theirs = [x.clone() for x in ours]
-    assert _compare_detections(theirs, ours, TOLERANCES["fp32"], "x") == (2, 0.0, 0.0)
+    assert _compare_detections(theirs, ours, TOLERANCES["fp32"], "x")[:4] == (2, 2, 0.0, 0.0)
     if wrong == "missing":
         ours = [x[:1] for x in ours]
+    elif wrong == "mask":
+        masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+        theirs.append(masks.clone())
+        masks[1, 2:4] = True
+        ours.append(masks)
     else:
         place, change = {"score": (1, 2e-4), "box": (0, 0.1), "class": (2, 1)}[wrong]
         ours[place][1] += change
-    with pytest.raises(ExportError, match="1 agree"):
-        _compare_detections(theirs, ours, TOLERANCES["fp32"], "x")
+    found = _compare_detections(theirs, ours, TOLERANCES["fp32"], "x")
+    assert found[:2] == (2, 1) and "and 1 agree" in found.words
 
 
 def test_rows_with_few_candidates_are_filled_up_with_what_no_threshold_admits():
     scores = torch.tensor([[0.2, 0.7, 0.1]])
     best, index = top_candidates(scores, 5)
-    assert index.tolist() == [[1, 0, 2, 0, 0]] and best[0, 3:].tolist() == [-2, -2]
+    assert index.tolist() == [[1, 0, 2, 0, 0]] and best[0, 3:].tolist() == [NOTHING, NOTHING]
     assert top_candidates(scores, 2)[1].tolist() == [[1, 0]]
-
-
-def test_an_architecture_without_export_is_told():
-    with pytest.raises(ExportError, match="GeneralizedRCNN has no export.*RetinaNet.*--format torch"):
-        exported(model(config(FASTER_RCNN)))
 
 
 def test_an_export_of_ones_own_is_registered_once():
