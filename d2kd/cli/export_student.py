@@ -80,6 +80,7 @@ def _export_format(args: argparse.Namespace) -> None:
     from d2kd.errors import ConfigError
     from d2kd.export import ExportError, export_model, export_plain, read_folder, require_packages
     from d2kd.modeling import build_network, load_strictly
+    from d2kd.prediction.classes import known_classes
 
     if not args.config_file:
         raise ConfigError("--format needs --config-file: the YAML of the student.")
@@ -96,14 +97,24 @@ def _export_format(args: argparse.Namespace) -> None:
     names = saved.get("class_names") or {}
     if not names:
         logger.warning("%s holds no class names, so that the export has none.", args.source)
+    classes = known_classes(cfg, names, args.source) if names else {}
     try:
         if args.format == "torch":
             files = export_plain(cfg, model, args.target, names)
             logger.info("Wrote %s: plain Detectron2 builds the same model.", ", ".join(map(str, files)))
             return
         images = read_folder(args.images, cfg.INPUT.FORMAT) if args.images else ()
-        options = {"precision": args.precision, "opset": args.opset, "class_names": names, "images": images}
-        found = export_model(cfg, model, args.target, args.format, **options)
+        found = export_model(
+            cfg,
+            model,
+            args.target,
+            args.format,
+            class_names=names,
+            class_ids={kind: known.ids for kind, known in classes.items()},
+            precision=args.precision,
+            opset=args.opset,
+            images=images,
+        )
     except OSError as error:
         raise ExportError(f"{args.target} cannot be written: {error.strerror or error}") from error
     logger.info("Verified in a process without d2kd: %s", found)

@@ -2,6 +2,7 @@
 
 %(prog)s photographs --weights output/distilled/model_final.pth
 %(prog)s 'photographs/*.jpg' clip.mp4 --config-file student.yaml --weights student.pth --output found
+%(prog)s photographs --weights student.onnx
 %(prog)s --camera 0 --config-file student.yaml --weights student.pth --max-frames 500
 """
 
@@ -33,7 +34,12 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-file", default="", metavar="FILE", help="student's YAML (default: config.yaml beside the weights)"
     )
-    parser.add_argument("--weights", default="", metavar="FILE", help="its checkpoint (MODEL.WEIGHTS)")
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="FILE",
+        help="its checkpoint (MODEL.WEIGHTS), or a file that d2kd export has written, which needs no YAML",
+    )
     parser.add_argument("--output", default="predictions", metavar="DIR", help="where to write (default: predictions)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are in --output")
     parser.add_argument(
@@ -53,13 +59,21 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def is_exported(weights: str) -> bool:
+    """Whether weights are a file that `d2kd export` has written."""
+    return weights.endswith((".onnx", ".pt", ".ts"))
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Checks what needs no imports, and finds the configuration beside the weights.
 
     Raises:
         ConfigError: an argument cannot be used.
     """
-    if not args.config_file:
+    if is_exported(args.weights):
+        if args.config_file or args.opts:
+            raise ConfigError(f"--weights {args.weights} is an exported file, which has its configuration inside.")
+    elif not args.config_file:
         beside = os.path.join(os.path.dirname(args.weights), "config.yaml")
         if not (args.weights and os.path.isfile(beside)):
             raise ConfigError("--config-file is missing: give the student's YAML (there is no config.yaml beside it).")
@@ -92,11 +106,15 @@ def main(args: argparse.Namespace) -> "Summary":
     setup_logger(name="d2kd")
     images, videos = find_inputs(args.inputs, args.camera, args.output)
     require_free(args.output, args.overwrite)
-    device = ["MODEL.DEVICE", args.device] if args.device else []
-    cfg = load_config(args.config_file, [*args.opts, *device], args.imports)
-    log_runtime(cfg.MODEL.DEVICE)
+    if is_exported(args.weights):
+        predictor = Predictor.from_file(args.weights, args.device or "cpu")
+    else:
+        device = ["MODEL.DEVICE", args.device] if args.device else []
+        cfg = load_config(args.config_file, [*args.opts, *device], args.imports)
+        log_runtime(cfg.MODEL.DEVICE)
+        predictor = Predictor.from_config(cfg, args.weights)
     summary = predict_files(
-        Predictor.from_config(cfg, args.weights),
+        predictor,
         images,
         videos,
         args.output,

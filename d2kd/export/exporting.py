@@ -33,6 +33,7 @@ def export_model(
     file_format: str,
     *,
     class_names: Mapping[str, Sequence[str]] | None = None,
+    class_ids: Mapping[str, Sequence[int]] | None = None,
     precision: str = "fp32",
     opset: int = 17,
     images: Sequence[Any] = (),
@@ -46,6 +47,7 @@ def export_model(
         target: file to write; it is there only if everything has succeeded.
         file_format: "onnx" or "torchscript".
         class_names: by kind, as in a checkpoint.
+        class_ids: what files of results call the classes, by kind.
         precision: of weights and layers, "fp32" or "fp16"; images and results are float32 anyway.
         opset: of ONNX.
         images: to verify with, (H, W, 3) uint8 in the order of INPUT.FORMAT, at least one; without any they are drawn.
@@ -61,6 +63,7 @@ def export_model(
     reference = exported(model)
     inputs = example_images(cfg, reference, images)
     about = describe(cfg, reference, file_format, class_names or {}, precision, opset)
+    about["class_ids"] = {kind: list(ids) for kind, ids in (class_ids or {}).items()}
     with replacing(target) as temporary, torch.no_grad():
         lowered = reference.lower_threshold(inputs)
         if lowered is not None:
@@ -129,6 +132,7 @@ def describe(
         "opset": opset if file_format == "onnx" else None,
         "class_names": {kind: list(names) for kind, names in class_names.items()},
         "num_classes": network.num_classes,
+        "parameters": sum(x.numel() for x in network.model.parameters()),
         "input": {
             "name": "images",
             "layout": "N, 3, height, width; float32",

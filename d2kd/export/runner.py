@@ -14,27 +14,42 @@ from collections.abc import Callable
 import numpy as np
 
 
-def open_file(path: str) -> tuple[dict, Callable[[np.ndarray], list]]:  # type: ignore[type-arg]
-    """Returns what an exported file says of itself, and a function from images (N, 3, H, W) to its outputs."""
+def open_file(path: str, device: str = "cpu") -> tuple[dict, Callable[[np.ndarray], list]]:  # type: ignore[type-arg]
+    """Returns what an exported file says of itself, and a function from images (N, 3, H, W) to its outputs.
+
+    Raises:
+        ValueError: d2kd has not written it, or the runtime lacks the device ("cpu" or "cuda").
+    """
     if path.endswith(".onnx"):
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(3)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        about = session.get_modelmeta().custom_metadata_map
-        return json.loads(about["d2kd.json"]), lambda images: session.run(None, {"images": images})
+        provider = "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
+        if provider not in onnxruntime.get_available_providers():
+            raise ValueError(
+                f"does not run on {device}: this ONNX Runtime has no {provider} (pip install onnxruntime-gpu)"
+            )
+        session = onnxruntime.InferenceSession(path, providers=[provider])
+        about = session.get_modelmeta().custom_metadata_map.get("d2kd.json", "")
+        return _read(about), lambda images: session.run(None, {"images": images})
     import torch
     import torchvision  # noqa: F401  (its operators are in the file)
 
     files = {"d2kd.json": ""}
-    network = torch.jit.load(path, map_location="cpu", _extra_files=files)
+    network = torch.jit.load(path, map_location=device, _extra_files=files)
 
     def run(images: np.ndarray) -> list:  # type: ignore[type-arg]
         with torch.no_grad():
             found = network(torch.from_numpy(images))
         return [x.numpy() for x in ([found] if isinstance(found, torch.Tensor) else found)]
 
-    return json.loads(files["d2kd.json"]), run
+    return _read(files["d2kd.json"]), run
+
+
+def _read(about: str | bytes) -> dict:  # type: ignore[type-arg]
+    if not about:
+        raise ValueError("was not written by d2kd export: it does not say what it takes and gives")
+    return dict(json.loads(about))
 
 
 def main(path: str, images: str, results: str, repeats: str = "0") -> None:

@@ -91,6 +91,22 @@ class Predictor:
         mapper = wrap_mapper(build_mapper(cfg, is_train=False), "error", evaluates=True, advice="")
         return cls(model, mapper, known_classes(cfg, saved.get("class_names"), path))
 
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], device: str = "cpu") -> "Predictor":
+        """Opens what `d2kd export` has written: an ONNX or TorchScript file, which needs no configuration.
+
+        Args:
+            path: .onnx, .pt or .ts.
+            device: "cpu", or "cuda" for ONNX.
+
+        Raises:
+            ExportError: it cannot be read, was not written by d2kd, or does not run on the device.
+        """
+        from .exported_file import ExportedModel, classes_of, mapper_of
+
+        model = ExportedModel(path, device)
+        return cls(model, mapper_of(model.about), classes_of(model.about))
+
     def prepare(self, image: Image) -> dict[str, Any]:
         """Returns the model's input, with `height` and `width` of the image.
 

@@ -58,7 +58,7 @@ ALLOWED = {
         "visualization",
     },
     "export": {"errors", "files", "modeling"},
-    "prediction": {"data", "errors", "evaluation", "files", "modeling", "visualization"},
+    "prediction": {"config", "data", "errors", "evaluation", "export", "files", "modeling", "visualization"},
     "token_learning": {
         "config",
         "data",

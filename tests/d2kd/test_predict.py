@@ -1,6 +1,7 @@
 """`d2kd predict`: results are those of an evaluation, for every task; files, pictures, videos, and what goes wrong."""
 
 import csv
+import importlib.util
 import json
 import logging
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from models import FASTER_RCNN
@@ -25,6 +27,7 @@ from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.evaluation import evaluate_student
 from d2kd.errors import UserError
+from d2kd.export import export_model
 from d2kd.modeling.checkpoint_files import write_checkpoint
 from d2kd.prediction import Prediction, Predictor, find_inputs, predict_files, run
 from d2kd.prediction.inputs import InputError, Video
@@ -149,6 +152,74 @@ def test_results_are_those_of_an_evaluation(kind, student, tmp_path):
         labels = cv2.imread(str(tmp_path / f"out/label_maps/{stem}.png"), cv2.IMREAD_UNCHANGED)
         counts = {row["class_id"]: int(row["pixels"]) for row in rows if row["file"] == files[0]}
         assert counts == {str(i): int(n) for i, n in zip(*np.unique(labels, return_counts=True))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("boxes", ".pt"), ("masks", ".onnx"), ("labels", ".onnx"), ("classes", ".onnx")]
+)
+def test_an_exported_file_predicts_what_its_student_predicts(kind, ending, student, digits, tmp_path):
+    if ending == ".onnx":
+        pytest.importorskip("onnxruntime", reason="pip install 'd2kd[onnx]'")
+    names = [f"digit {i}" for i in range(10)]
+    path, weights = student(kind, names=names)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for side, file in zip(((64, 80), (128, 96), (50, 90)), files):
+        image = np.random.default_rng(side[0]).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+        cv2.imwrite(str(file), cv2.resize(image, side, interpolation=cv2.INTER_CUBIC))
+    exported = tmp_path / f"student{ending}"
+    export_format = "onnx" if ending == ".onnx" else "torchscript"
+    cfg = load_config(str(path))
+    model = build_model(cfg)
+    model.load_state_dict(torch.load(weights, weights_only=True)["model"], strict=False)
+    class_names = {"thing_classes": names}
+    export_model(
+        cfg, model, exported, export_format, class_names=class_names, class_ids={"thing_classes": range(3, 13)}
+    )
+
+    call(*files, "--config-file", path, "--weights", weights, "--output", tmp_path / "a", "--batch", 1)
+    call(*files, "--weights", exported, "--output", tmp_path / "b", "--batch", 3)
+    results = [read(tmp_path / folder / FILES[kind]) for folder in "ab"]
+    if kind == "labels":
+        labels = [cv2.imread(str(tmp_path / x / "label_maps/1.png"), cv2.IMREAD_UNCHANGED) for x in "ab"]
+        assert labels[0].shape == (96, 128) and (labels[0] == labels[1]).mean() > 0.999
+        return
+    if kind == "classes":
+        for theirs, ours in zip(*results):
+            assert theirs["classes"] == ours["classes"] and theirs["names"] == ours["names"]
+            np.testing.assert_allclose(theirs["scores"], ours["scores"], atol=1e-4)
+        return
+    theirs, ours = ([(r["image_id"], round(r["score"], 2)) for r in results[i]] for i in (0, 1))
+    assert len(theirs) == len(ours) > 30 and sorted(theirs) == sorted(ours)
+    assert {r["category_id"] for r in results[1]} <= set(range(3, 13))
+    assert [c["name"] for c in read(tmp_path / "b/images.json")["categories"]] == names
+    best = [max(result, key=lambda r: r["score"]) for result in results]
+    np.testing.assert_allclose(best[0]["bbox"], best[1]["bbox"], atol=1.5 if kind == "masks" else 0.1)
+    if kind == "masks":  # made in the size that the network sees, and resized
+        assert mask_util.iou([best[0]["segmentation"]], [best[1]["segmentation"]], [0])[0, 0] > 0.95
+
+
+def test_files_that_are_no_exports_are_one_line(student, tmp_path):
+    weights = student()[1]
+    image = tmp_path / "a.png"
+    cv2.imwrite(str(image), np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "broken.pt").write_bytes(b"PK no network")
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "other.pt")
+    (tmp_path / "broken.onnx").write_bytes(b"no network")
+    cases = [
+        (["--weights", tmp_path / "broken.pt"], "broken.pt cannot be read as torchscript: "),
+        (["--weights", tmp_path / "other.pt"], "other.pt was not written by d2kd export"),
+        (["--weights", tmp_path / "other.pt", "--config-file", "x.yaml"], "has its configuration inside"),
+        (["--weights", tmp_path / "other.pt", "--device", "cuda"], "traced on the CPU and runs there only"),
+        (["--weights", tmp_path / "none.onnx"], "there is no such file"),
+    ]
+    if importlib.util.find_spec("onnxruntime"):
+        cases.append((["--weights", tmp_path / "broken.onnx"], "broken.onnx cannot be read as onnx: "))
+        cases.append((["--weights", tmp_path / "broken.onnx", "--device", "cuda"], "has no CUDAExecutionProvider"))
+    for arguments, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            call(image, *arguments, "--output", tmp_path / "out")
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert weights.exists()
 
 
 def test_names_come_from_the_checkpoint_then_the_data_then_numbers(student, digits, tmp_path, caplog):
