@@ -28,6 +28,7 @@ COMMANDS = {
     "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
     "predict": Command("predict", "predict on images, folders, videos or a camera: pictures, a table, COCO's results"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
+    "benchmark": Command("benchmark", "measure what models and exported files cost: time, memory, parameters"),
     "list": Command("listing", "list methods, recipes, architectures, backbones, heads or passes, with a line of help"),
     "report": Command("report", "compare finished runs: tables, curves and pictures"),
 }

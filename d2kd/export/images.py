@@ -29,7 +29,7 @@ def example_images(cfg: CfgNode, network: Exported, images: Sequence[Any] = ()) 
         images: (H, W, 3) uint8 pictures to take, in turn; drawn ones without any.
     """
     sizes = _sizes(cfg) if not network.fixed_side else [(network.fixed_side, network.fixed_side)] * len(_SHAPES)
-    pictures = list(images) or [_drawn(seed) for seed in range(len(sizes))]
+    pictures = list(images) or drawn_pictures(len(sizes))
     inputs = [_resized(pictures[i % len(pictures)], size) for i, size in enumerate(sizes)]
     return [*inputs, torch.cat([inputs[2], inputs[2].flip(3)])]
 
@@ -64,6 +64,11 @@ def _sizes(cfg: CfgNode) -> list[tuple[int, int]]:
         scale = min(share * shortest, longest / max(height, width))
         sizes.append((round(height * scale), round(width * scale)))
     return sizes
+
+
+def drawn_pictures(number: int) -> list[Any]:
+    """Returns pictures (96, 96, 3) uint8 that look a little like photographs."""
+    return [_drawn(seed) for seed in range(number)]
 
 
 def _drawn(seed: int) -> Any:

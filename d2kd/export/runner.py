@@ -10,11 +10,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 
-def open_file(path: str, device: str = "cpu") -> tuple[dict, Callable[[np.ndarray], list]]:  # type: ignore[type-arg]
+def open_file(
+    path: str, device: str = "cpu", threads: int = 0
+) -> tuple[dict[str, Any], Callable[[np.ndarray], list[np.ndarray]]]:
     """Returns what an exported file says of itself, and a function from images (N, 3, H, W) to its outputs.
 
     Raises:
@@ -29,7 +32,9 @@ def open_file(path: str, device: str = "cpu") -> tuple[dict, Callable[[np.ndarra
             raise ValueError(
                 f"does not run on {device}: this ONNX Runtime has no {provider} (pip install onnxruntime-gpu)"
             )
-        session = onnxruntime.InferenceSession(path, providers=[provider])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0: as many as there are cores
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
         about = session.get_modelmeta().custom_metadata_map.get("d2kd.json", "")
         return _read(about), lambda images: session.run(None, {"images": images})
     import torch
@@ -38,7 +43,7 @@ def open_file(path: str, device: str = "cpu") -> tuple[dict, Callable[[np.ndarra
     files = {"d2kd.json": ""}
     network = torch.jit.load(path, map_location=device, _extra_files=files)
 
-    def run(images: np.ndarray) -> list:  # type: ignore[type-arg]
+    def run(images: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
             found = network(torch.from_numpy(images))
         return [x.numpy() for x in ([found] if isinstance(found, torch.Tensor) else found)]
@@ -46,7 +51,7 @@ def open_file(path: str, device: str = "cpu") -> tuple[dict, Callable[[np.ndarra
     return _read(files["d2kd.json"]), run
 
 
-def _read(about: str | bytes) -> dict:  # type: ignore[type-arg]
+def _read(about: str | bytes) -> dict[str, Any]:
     if not about:
         raise ValueError("was not written by d2kd export: it does not say what it takes and gives")
     return dict(json.loads(about))

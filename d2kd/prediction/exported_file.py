@@ -27,18 +27,19 @@ EXPORTED = (*SUFFIXES["onnx"], *SUFFIXES["torchscript"])
 class ExportedModel(nn.Module):
     """Runs an exported file with the input and output of Detectron2's models."""
 
-    def __init__(self, path: str | os.PathLike[str], device: str = "cpu") -> None:
+    def __init__(self, path: str | os.PathLike[str], device: str = "cpu", threads: int = 0) -> None:
         """
         Args:
             path: .onnx, .pt or .ts, as `d2kd export` writes it.
             device: "cpu", or "cuda" for ONNX.
+            threads: of ONNX Runtime; 0 for as many as there are cores.
 
         Raises:
             ExportError: it cannot be read, was not written by d2kd, or does not run on the device.
         """
         super().__init__()
         self.path = os.fspath(path)
-        self.about, self.run = open_exported(self.path, device)
+        self.about, self.run = open_exported(self.path, device, threads)
         self.task = str(self.about["task"])
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -92,7 +93,9 @@ def _resized_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([x[0, 0] >= 0.5 for x in resized])
 
 
-def open_exported(path: str, device: str = "cpu") -> tuple[dict[str, Any], Callable[[np.ndarray], list[np.ndarray]]]:
+def open_exported(
+    path: str, device: str = "cpu", threads: int = 0
+) -> tuple[dict[str, Any], Callable[[np.ndarray], list[np.ndarray]]]:
     """Returns what an exported file says of itself, and a function from images (N, 3, H, W) to its outputs.
 
     Raises:
@@ -106,7 +109,7 @@ def open_exported(path: str, device: str = "cpu") -> tuple[dict[str, Any], Calla
         raise ExportError(f"{path} was traced on the CPU and runs there only: take --device cpu, or export to ONNX.")
     with contextlib.redirect_stderr(None):
         try:
-            about, run = open_file(path, device)
+            about, run = open_file(path, device, threads)
         except ValueError as error:  # by open_file itself
             raise ExportError(f"{path} {error}") from error
         except Exception as error:  # of the runtime, which has no type of its own

@@ -92,19 +92,20 @@ class Predictor:
         return cls(model, mapper, known_classes(cfg, saved.get("class_names"), path))
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], device: str = "cpu") -> "Predictor":
+    def from_file(cls, path: str | os.PathLike[str], device: str = "cpu", threads: int = 0) -> "Predictor":
         """Opens what `d2kd export` has written: an ONNX or TorchScript file, which needs no configuration.
 
         Args:
             path: .onnx, .pt or .ts.
             device: "cpu", or "cuda" for ONNX.
+            threads: of ONNX Runtime; 0 for as many as there are cores.
 
         Raises:
             ExportError: it cannot be read, was not written by d2kd, or does not run on the device.
         """
         from .exported_file import ExportedModel, classes_of, mapper_of
 
-        model = ExportedModel(path, device)
+        model = ExportedModel(path, device, threads)
         return cls(model, mapper_of(model.about), classes_of(model.about))
 
     def prepare(self, image: Image) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_p
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
 from d2kd.visualization.points import draw_points
 from d2kd.visualization.predictions import prediction_picture
+from d2kd.visualization.trade_off import Trade, trade_off
 
 __all__ = [
     "NO_LABEL",
+    "Trade",
     "TrainingLog",
     "classification_sheet",
     "detection_grid",
@@ -26,5 +28,6 @@ __all__ = [
     "read_predictions",
     "read_training_log",
     "sheet",
+    "trade_off",
     "training_curves",
 ]

@@ -57,6 +57,7 @@ ALLOWED = {
         "settings",
         "visualization",
     },
+    "benchmarking": {"engine", "errors", "evaluation", "files", "prediction", "visualization"},
     "export": {"errors", "files", "modeling"},
     "prediction": {"config", "data", "errors", "evaluation", "export", "files", "modeling", "visualization"},
     "token_learning": {
@@ -72,6 +73,7 @@ ALLOWED = {
     },
     "cli": {
         "arguments",
+        "benchmarking",
         "config",
         "data",
         "distillers",
