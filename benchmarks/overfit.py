@@ -99,8 +99,8 @@ def changes(cfg: CfgNode, classes: dict[str, int], args: argparse.Namespace) -> 
     yield from ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 10.0, "TEST.EVAL_PERIOD", 0, "SEED", 1)
 
 
-def overfit(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Trains and evaluates; returns the first metric of every task, and the time."""
+def train(args: argparse.Namespace, directory: Path) -> tuple[DistillTrainer, dict[str, Any]]:
+    """Trains and evaluates; returns the trainer, which has the model, and the metrics of each task."""
     if args.data is None:
         args.data = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "photo_digits"
         subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True, stdout=subprocess.DEVNULL)
@@ -108,10 +108,15 @@ def overfit(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     cfg = load_config(args.config, args.opts)
     options = [*changes(cfg, classes, args), "OUTPUT_DIR", str(directory / "run"), *args.opts]
     torch.manual_seed(1)
-    start = time.perf_counter()
     trainer = DistillTrainer(load_config(args.config, options))
     trainer.resume_or_load(resume=False)
-    results = trainer.train()
+    return trainer, trainer.train()
+
+
+def overfit(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Trains and evaluates; returns the first metric of every task, and the time."""
+    start = time.perf_counter()
+    results = train(args, directory)[1]
     found = {
         f"{task}/{name}": 0.0 if math.isnan(metrics[name]) else metrics[name]  # of a model that finds nothing
         for task, metrics in results.items()

@@ -28,7 +28,7 @@ def benchmark_table(measurements: Sequence[Measurement], style: str = "github") 
     named = next((metric for metric in metrics if metric), None)
     header = ["model", "runtime"]
     header += [metric_named(named[1]).heading] if named else []
-    header += ["ms", "ms p95", "of the first", "images/s", "memory, MiB", "parameters", "multiply-adds", "file, MB"]
+    header += ["ms", "ms p95", "of the first", "images/s", "memory, MiB", "parameters", "multiply-adds", "size, MB"]
     first, rows = measurements[0].median, []
     for x, metric in zip(measurements, metrics):
         row: list[Any] = [x.subject.name, x.subject.runtime]

@@ -25,7 +25,7 @@ class Facts:
     Attributes:
         parameters: numbers that it has learned; None where a file does not tell.
         multiply_adds: of all images that are measured, on average; None of an exported file.
-        file_bytes: of the checkpoint or exported file.
+        file_bytes: of an exported file, or of the weights of a checkpoint without optimizer and distillers.
         sizes: (height, width) of the images as the network sees them.
     """
 
@@ -82,15 +82,17 @@ class _Model:
         model: Any = self.predictor.model
         if self.exported:
             parameters, work = model.about.get("parameters"), None
+            size = os.path.getsize(self.file)
         else:
             parameters = sum(x.numel() for x in model.parameters())
             work = self.multiply_adds()
+            size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
         sizes = [(int(x["image"].shape[-2]), int(x["image"].shape[-1])) for x in self.inputs]
         if self.cuda:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
-        return Facts(parameters, work, os.path.getsize(self.file), sizes)
+        return Facts(parameters, work, size, sizes)
 
     def multiply_adds(self) -> int:
         """Returns those of convolutions and products of matrices, of an image, on average."""

@@ -105,8 +105,7 @@ class RCNNExport(DetectionExport):
             anchors = grid_anchors(feature, cell, stride, generator.offset)
             best, place = top_candidates(by_anchor(logits, 1).flatten(1).float(), int(rpn.pre_nms_topk[False]))
             chosen = by_anchor(deltas, 4).float().gather(1, place[..., None].expand(-1, -1, 4))
-            decoded = rpn.box2box_transform.apply_deltas(chosen.reshape(-1, 4), anchors[place].reshape(-1, 4))
-            boxes.append(decoded.reshape(chosen.shape))
+            boxes.append(moved_boxes(rpn.box2box_transform, chosen, anchors[place]))
             scores.append(best)
             levels.append(torch.full_like(place, level))
         candidates, groups = clipped(torch.cat(boxes, dim=1), images), torch.cat(levels, dim=1)
@@ -134,8 +133,8 @@ class RCNNExport(DetectionExport):
             logits, deltas = (x.float() for x in predictor(vectors))
             sigmoid = getattr(predictor, "use_sigmoid_ce", False)
             stages.append((logits.sigmoid() if sigmoid else logits.softmax(1))[:, :-1])
-            moved = predictor.box2box_transform.apply_deltas(deltas, boxes)
-            boxes = moved.reshape(-1, 1 if deltas.shape[1] == 4 else self.num_classes, 4)
+            number = 1 if deltas.shape[1] == 4 else self.num_classes
+            boxes = moved_boxes(predictor.box2box_transform, deltas.reshape(-1, number, 4), boxes[:, None])
         return torch.stack(stages).mean(0), clipped(boxes, images)
 
     def pooled(
@@ -165,3 +164,19 @@ class RCNNExport(DetectionExport):
         logits = heads.mask_head.layers(inputs).float()
         index = classes if logits.shape[1] > 1 else torch.zeros_like(classes)
         return logits[torch.arange(logits.shape[0], device=logits.device), index].sigmoid()
+
+
+def moved_boxes(transform: Any, deltas: Tensor, boxes: Tensor) -> Tensor:
+    """What Detectron2's `Box2BoxTransform` makes of boxes (arXiv 1311.2524, appendix C), also of none at all.
+
+    Args:
+        transform: for its weights and largest logarithm of a size.
+        deltas: (..., 4).
+        boxes: (..., 4), which are broadcast.
+    """
+    weights = torch.tensor(tuple(transform.weights), device=deltas.device)
+    size = boxes[..., 2:] - boxes[..., :2]
+    shift, growth = (deltas / weights).split(2, dim=-1)
+    center = boxes[..., :2] + 0.5 * size + shift * size
+    half = 0.5 * growth.clamp(max=transform.scale_clamp).exp() * size
+    return torch.cat([center - half, center + half], dim=-1)

@@ -19,6 +19,7 @@ from d2kd.export.dense_detector import RetinaNetExport, top_candidates
 from d2kd.export.exporting import in_half
 from d2kd.export.layers import averaged, deformed
 from d2kd.export.masks import pasted
+from d2kd.export.rcnn import moved_boxes
 from d2kd.export.runner import open_file
 from d2kd.export.solo import decay
 from d2kd.export.suppression import NOTHING, best_of_images
@@ -27,6 +28,7 @@ from d2kd.modeling.meta_arch.solo.matrix_nms import duplicate_overlaps, mask_ove
 from detectron2.config import get_cfg
 from detectron2.layers import DeformConv, ModulatedDeformConv, paste_masks_in_image
 from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
 
 has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 FORMATS = [
@@ -141,6 +143,25 @@ def test_other_architectures_are_exported_right_on_other_sizes(name, file_format
     # in none of these images there is anything, and still all outputs are there
     nothing = run_file(target, [torch.zeros(2, 3, 50, 70)], outputs)[0][0]
     assert nothing[0].shape[1:] == (4,) and (len(outputs) < 5 or nothing[4].shape[1:] == (50, 70))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_images_without_a_proposal_have_no_detections(file_format, tmp_path):
+    cfg = config(CASCADE, **SMALL, MODEL__PROPOSAL_GENERATOR__MIN_SIZE=10_000)
+    target = tmp_path / f"x{SUFFIX[file_format]}"
+    assert export_model(cfg, model(cfg), target, file_format).compared == 0
+    outputs = open_file(str(target))[0]["outputs"]
+    shapes = [tuple(x.shape) for x in run_file(target, [torch.rand(2, 3, 40, 50)], outputs)[0][0]]
+    assert shapes == [(0, 4), (0,), (0,), (0,), (0, 40, 50)]
+
+
+def test_boxes_are_moved_as_detectron2_moves_them():
+    transform, random = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)), torch.Generator().manual_seed(0)
+    boxes = torch.rand(5, 4, generator=random) * 50
+    boxes[:, 2:] += boxes[:, :2]
+    deltas = torch.randn(5, 12, generator=random) * 10
+    found = moved_boxes(transform, deltas.reshape(5, 3, 4), boxes[:, None])
+    torch.testing.assert_close(found.reshape(5, 12), transform.apply_deltas(deltas, boxes))
 
 
 def test_graphs_of_layers_are_what_the_layers_are():
