@@ -40,6 +40,7 @@ def page(
         images: what `browser_images` gives; None for a page without images.
     """
     titles = {name: model.title for name, model in models.items()}
+    latencies = {name: median_latency(model) for name, model in models.items()}
     dataset = f" on {report['dataset']}" if report["dataset"] else ""
     parts = {
         "title": _text(report["title"]),
@@ -47,12 +48,12 @@ def page(
         "cards": "".join(_cards(models, report)),
         "findings": "".join(f"<li>{_text(sentence)}</li>" for sentence in findings(models, report)),
         "statement": f"<p>{_text(report['statement'])}</p>" if report["statement"] else "",
-        "models": _model_table(models, metrics),
+        "models": _model_table(models, metrics, latencies),
         "legend": "".join(
             f'<li class="m{number % STYLES}">{swatch(number)}{_text(title)}</li>'
             for number, title in enumerate(titles.values())
         ),
-        "plots": "".join(_plots(models, report, logs)),
+        "plots": "".join(_plots(models, report, logs, latencies)),
         "images": _images(report, images),
         "classes": _class_table(models, task_named(report["task"], metrics).of_classes),
         "files": "".join(_files(models, report)),
@@ -104,17 +105,18 @@ def _figure(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "–"
 
 
-def _model_table(models: Mapping[str, ModelResult], metrics: Sequence[str]) -> str:
+def _model_table(
+    models: Mapping[str, ModelResult], metrics: Sequence[str], latencies: Mapping[str, float | None]
+) -> str:
     header, *rows = main_table(models.values(), metrics)
-    latencies = [median_latency(model) for model in models.values()]
-    if any(latencies):
-        header.append("latency (median)")
-        for row, latency in zip(rows, latencies):
+    if any(latencies.values()):
+        header.append("latency")
+        for row, latency in zip(rows, latencies.values()):
             row.append(f"{latency:.3g} ms" if latency else "-")
     values = [
         [None, *(model.metrics.get(name) for name in metrics), model.params, model.iterations, model.images_seen]
         + [model.wall_time_s, model.seed, latency]
-        for model, latency in zip(models.values(), latencies)
+        for model, latency in zip(models.values(), latencies.values())
     ]
     body = "".join(
         f'<tr class="m{number % STYLES}"><th scope="row">{swatch(number)}{_text(row[0])}</th>'
@@ -140,17 +142,20 @@ def _table(header: Sequence[str], body: str, name: str) -> str:
 
 def _cell(text: str, value: float | None, bar: str = "") -> str:
     known = value is not None and math.isfinite(value)
-    return f"<td{f' data-value={value:.10g}' if known else ''}>{bar}{_text(text if known else '–')}</td>"
+    number = f' data-value="{value:.10g}"' if known else ""
+    return f"<td{number}>{bar}{_text(text if known else '–')}</td>"
 
 
 def _plots(
-    models: Mapping[str, ModelResult], report: Mapping[str, Any], logs: Mapping[str, TrainingLog]
+    models: Mapping[str, ModelResult],
+    report: Mapping[str, Any],
+    logs: Mapping[str, TrainingLog],
+    latencies: Mapping[str, float | None],
 ) -> Iterable[str]:
     metric = metric_named(report["metric"])
     titles = {name: model.title for name, model in models.items()}
     arrow = (titles["baseline"], titles["distilled"]) if {"baseline", "distilled"} <= titles.keys() else None
     scores = {name: model.metrics.get(metric.name, math.nan) for name, model in models.items()}
-    latencies = {name: median_latency(model) for name, model in models.items()}
     costs = {
         f"{metric.title} against latency": ("milliseconds an image", latencies),
         f"{metric.title} against parameters": (

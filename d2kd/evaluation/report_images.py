@@ -17,13 +17,15 @@ from d2kd.evaluation.report_selection import Ranked, has_truth, rank
 from d2kd.evaluation.results import ModelResult
 from d2kd.visualization import NO_LABEL
 from d2kd.visualization.label_maps import class_colors
-from d2kd.visualization.matching import bitmap, detected, match, objects_of
+from d2kd.visualization.matching import bitmap, judge, objects_of
 from detectron2.data import detection_utils
 
 #: At most so many images, of at most so many pixels in width and height, and so many bytes in all.
 MAX_IMAGES = 24
-MAX_SIDE = 640
+MAX_SIDES = {"detections": 640, "label_maps": 640, "classes": 320}
 MAX_BYTES = 9_000_000
+#: Smaller images are compressed less.
+SMALL = 320
 #: Detections with a lower score, and more than so many of a model on an image, are left out.
 LOWEST_SCORE = 0.05
 MAX_DETECTIONS = 50
@@ -38,7 +40,7 @@ Json = dict[str, Any]
 
 
 class Picture(NamedTuple):
-    """An image as the page has it: at most `MAX_SIDE` pixels, in JPEG."""
+    """An image as the page has it: at most `MAX_SIDES` pixels, in JPEG."""
 
     source: str  # a data URI
     height: int
@@ -118,7 +120,7 @@ def _notes(
     if inputs.kind == "detections":
         yield (
             f"Detections with a score below {lowest:g}, and of each model and image all but the "
-            f"{MAX_DETECTIONS} best, are left out; so are crowds."
+            f"{MAX_DETECTIONS} best, are left out; so are crowds, and what lies within them."
         )
         compared = "masks" if inputs.by_masks else "boxes"
         if has_truth(inputs):
@@ -128,7 +130,7 @@ def _notes(
             )
         else:
             yield "There is no ground truth: what is found is neither right nor wrong."
-    yield f"Images are at most {MAX_SIDE} pixels wide and high, compressed as JPEG."
+    yield f"Images are at most {MAX_SIDES[inputs.kind]} pixels wide and high, compressed as JPEG."
     missing = [model.title for name, model in models.items() if name not in inputs.predictions]
     if missing:
         yield f"No predictions were kept of: {', '.join(missing)}."
@@ -138,16 +140,16 @@ def _notes(
 
 
 def _with_detections(inputs: ReportInputs, record: dict[str, Any], lowest: float) -> Json:
-    picture = _picture(record)
+    picture = _picture(inputs, record)
     size = round(picture.height / picture.scale), round(picture.width / picture.scale)
     truth = objects_of(record)
     models = {}
     draws_masks = False
     for name, by_image in inputs.predictions.items():
-        found = [p for p in by_image.get(record["image_id"], []) if p["score"] >= lowest]
-        found = sorted(found, key=lambda p: -p["score"])[:MAX_DETECTIONS]
+        said = by_image.get(record["image_id"], [])
+        found, finds = judge(said, record, lowest, size if inputs.by_masks else None)
+        found = found[:MAX_DETECTIONS]
         draws_masks |= any(p.get("mask") for p in found)
-        finds = match(detected(found), truth, size if inputs.by_masks else None)
         models[name] = [
             {
                 **_object(p["box"], p["label"], p.get("mask"), size, picture.scale),
@@ -194,7 +196,7 @@ def outline(mask: Any, size: tuple[int, int], scale: float) -> str:
 
 
 def _with_label_maps(inputs: ReportInputs, record: dict[str, Any], _: float) -> Json:
-    picture = _picture(record)
+    picture = _picture(inputs, record)
     size = picture.width, picture.height
     palette = _palette(inputs)
     truth = true_labels(record, inputs.metadata) if "sem_seg_file_name" in record else None
@@ -209,8 +211,8 @@ def _with_label_maps(inputs: ReportInputs, record: dict[str, Any], _: float) -> 
         if name and truth is not None and truth.shape == labels.shape:
             counted, same = truth != NO_LABEL, labels == truth
             drawn["right"] = round(float((counted & same).sum() / max(counted.sum(), 1)), 4)
-            states = np.where(counted, np.where(same, 0, 1), 2).astype(np.int32)
-            states = cv2.resize(states, size, interpolation=cv2.INTER_NEAREST)
+            judged = np.where(counted, np.where(same, 0, 1), 2).astype(np.int32)
+            states = cv2.resize(judged, size, interpolation=cv2.INTER_NEAREST)
             drawn["errors"] = _label_picture(states, ERROR_COLORS, states == 0)
         if name:
             shown["found"][name] = drawn
@@ -241,18 +243,19 @@ def _with_classes(inputs: ReportInputs, record: dict[str, Any], _: float) -> Jso
         if answer is not None:
             best = list(zip(answer.classes, answer.scores))[:5]
             said[name] = {"classes": [int(c) for c, _ in best], "scores": [round(float(s), 4) for _, s in best]}
-    return {**_shown(_picture(record, MAX_SIDE // 2)), "truth": int(record["label"]), "found": said}
+    return {**_shown(_picture(inputs, record)), "truth": int(record["label"]), "found": said}
 
 
-def _picture(record: Mapping[str, Any], side: int = MAX_SIDE) -> Picture:
+def _picture(inputs: ReportInputs, record: Mapping[str, Any]) -> Picture:
+    side = MAX_SIDES[inputs.kind]
     image = detection_utils.read_image(record["file_name"], format="BGR")
     scale = min(1.0, side / max(image.shape[:2]))
     if scale < 1:
         size = tuple(max(1, round(length * scale)) for length in image.shape[1::-1])
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    quality = 92 if max(image.shape) < MAX_SIDE // 2 else 82
+    quality = 92 if max(image.shape) < SMALL else 82
     encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-    return Picture(_data_uri("jpeg", encoded), *image.shape[:2], scale)
+    return Picture(_data_uri("jpeg", encoded), image.shape[0], image.shape[1], scale)
 
 
 def _shown(picture: Picture) -> Json:

@@ -84,7 +84,7 @@ def trade_off(points: Sequence[Cost], metric: str = "AP", arrow: tuple[str, str]
         return ""
     costs, metrics = [p.cost for _, p in numbered], [p.metric for _, p in numbered]
     across = axis(costs, logarithmic=max(costs) / min(costs) >= LOG_FROM, zero=True)
-    up = axis(metrics, zero=True)
+    up = axis(metrics, zero=min(metrics) < 0.5 * max(metrics))
     unit = numbered[0][1].unit
     places = {p.name: _at(across, up, p.cost, p.metric) for _, p in numbered}
     parts = list(_frame(across, up, unit, metric))
@@ -182,7 +182,7 @@ def _marker(number: int, x: float, y: float, size: float) -> str:
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
     """A line that leaves the marks at both ends free."""
     length = math.dist(start, end)
-    if length < 30:
+    if length < 36:
         return ""
     across, along = (end[0] - start[0]) / length, (end[1] - start[1]) / length
     x0, y0, x1, y1 = start[0] + 11 * across, start[1] + 11 * along, end[0] - 12 * across, end[1] - 12 * along
@@ -190,7 +190,7 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
         f"M{x1 - 7 * across + s * 4 * along:.1f} {y1 - 7 * along - s * 4 * across:.1f}L{x1:.1f} {y1:.1f}"
         for s in (1, -1)
     )
-    return f'<path class="arrow" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}{head}"/>'
+    return f'<path class="arrow" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/><path class="head" d="{head}"/>'
 
 
 def _label(point: Cost) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from d2kd.evaluation.report_inputs import ReportInputs, evenly_spread
-from d2kd.visualization.matching import detected, match, objects_of
+from d2kd.visualization.matching import judge, objects_of
 
 #: So many label maps of a single model.
 SPREAD = 24
@@ -41,17 +41,13 @@ def _detections(inputs: ReportInputs, threshold: float) -> tuple[list[Ranked], s
     known = has_truth(inputs)
     ranked = []
     for record in inputs.records:
-        truth = objects_of(record)
         size = (record["height"], record["width"]) if inputs.by_masks and "height" in record else None
-        finds = []
-        for name in compared:
-            shown = [p for p in inputs.predictions[name].get(record["image_id"], []) if p["score"] >= threshold]
-            shown.sort(key=lambda p: -p["score"])
-            finds.append(match(detected(shown), truth, size))
+        said = [inputs.predictions[name].get(record["image_id"], []) for name in compared]
+        finds = [judge(predictions, record, threshold, size)[1] for predictions in said]
         found = [set(f[f >= 0].tolist()) for f in finds]
         wrong = [int((f < 0).sum()) for f in finds]
         if pair is None:
-            difference = float(len(truth.boxes) - len(found[0]) + wrong[0]) if known else float(wrong[0])
+            difference = float(len(objects_of(record).boxes) - len(found[0]) + wrong[0]) if known else float(wrong[0])
         else:
             apart = abs(wrong[0] - wrong[1])
             difference = len(found[0] ^ found[1]) + apart / (1 + apart)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from d2kd.visualization.classifications import printable
-from d2kd.visualization.matching import Objects, bitmap, detected, match, objects_of
+from d2kd.visualization.matching import Objects, bitmap, detected, judge, match, objects_of
 from d2kd.visualization.points import draw_points
 from detectron2.data import detection_utils
 
@@ -60,18 +60,19 @@ def detection_grid(
         tinted = tint(enlarged, size, truth.masks if draws_masks else [], [TRUTH] * len(texts))
         tiles = [draw_boxes(tinted, truth.boxes * scale, texts, [TRUTH] * len(texts))]
         for by_image in predictions.values():
-            found = [p for p in by_image.get(record["image_id"], []) if p["score"] >= score_threshold]
-            found.sort(key=lambda p: -p["score"])
+            found, finds = judge(
+                by_image.get(record["image_id"], []), record, score_threshold, size if by_masks else None
+            )
             objects = detected(found)
-            finds = match(objects, truth, size if by_masks else None)
             texts = [f"{class_names[p['label']]} {p['score']:.2f}" for p in found]
             colors = [RIGHT if place >= 0 else WRONG for place in finds]
             tinted = tint(enlarged, size, objects.masks, colors)
             for detection, color in reversed(list(zip(found, colors))):  # the best on top
                 draw_points(tinted, np.reshape(detection.get("points", []), (-1, 2)) * scale, color)
-            tile = draw_boxes(tinted, objects.boxes * scale, texts, colors)
+            tile = draw_boxes(tinted, objects.boxes * scale, [], colors)
             missed = np.setdiff1d(np.arange(len(truth.boxes)), finds)
-            tiles.append(draw_dashed(tile, truth.boxes[missed] * scale, TRUTH))
+            tile = draw_dashed(tile, truth.boxes[missed] * scale, TRUTH)
+            tiles.append(draw_texts(tile, objects.boxes * scale, texts, colors))
         rows.append(np.hstack([pad_tile(tile, len(enlarged)) for tile in tiles]))
     return np.vstack([*rows, _legend(rows[0].shape[1])])
 
@@ -134,13 +135,26 @@ def draw_boxes(
     without room it is left out. `size` is that of lines and letters: 1 is for images of some hundred pixels.
     """
     image = image.copy()
-    line, space = max(1, round(2 * size)), max(1, round(3 * size))
+    line = max(1, round(2 * size))
     corners = np.rint(boxes).astype(int)
     for (x0, y0, x1, y1), color in reversed(list(zip(corners, colors))):
         cv2.rectangle(image, (x0, y0), (x1, y1), (0, 0, 0), 2 * line)
         cv2.rectangle(image, (x0, y0), (x1, y1), color, line)
+    return draw_texts(image, boxes, texts, colors, size)
+
+
+def draw_texts(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+    size: float = 1.0,
+) -> np.ndarray:
+    """A copy of `image` with the texts of `draw_boxes`, without the boxes."""
+    image = image.copy()
+    space = max(1, round(3 * size))
     taken: list[tuple[int, int, int, int]] = []
-    for box, text, color in zip(corners, texts, colors):
+    for box, text, color in zip(np.rint(boxes).astype(int), texts, colors):
         (width, height), _ = cv2.getTextSize(text, FONT, 0.5 * size, max(1, round(size)))
         place = _free_place(box, width + 2 * space, height + round(8 * size), image.shape[1::-1], taken)
         if place is None:

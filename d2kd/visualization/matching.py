@@ -61,12 +61,44 @@ def match(found: Objects, truth: Objects, size: tuple[int, int] | None = None) -
     return finds
 
 
+def judge(
+    predictions: Sequence[dict[str, Any]], record: dict[str, Any], lowest: float, size: tuple[int, int] | None = None
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """The detections of an image from a score on, best first, and what `match` says of each.
+
+    As in COCO's evaluation, those that find nothing but lie half or more within a crowd of their class do not count,
+    and are left out.
+
+    Args:
+        predictions: what `read_predictions` gives for the image.
+        record: the image in Detectron2's format.
+        lowest: score.
+        size: as for `match`.
+    """
+    found = sorted((p for p in predictions if p["score"] >= lowest), key=lambda p: -p["score"])
+    objects = detected(found)
+    finds = match(objects, objects_of(record), size)
+    crowds = objects_of(
+        {"annotations": [{**a, "iscrowd": 0} for a in record.get("annotations", []) if a.get("iscrowd")]}
+    )
+    within = _shared(objects.boxes, crowds.boxes) >= 0.5 * _areas(objects.boxes)[:, None]
+    counts = (finds >= 0) | ~(within & (objects.labels[:, None] == crowds.labels[None])).any(1)
+    return [p for p, counted in zip(found, counts) if counted], finds[counts]
+
+
 def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Intersection over union of boxes (N, 4) and (M, 4), XYXY: (N, M)."""
+    shared = _shared(boxes, others)
+    return shared / np.maximum(_areas(boxes)[:, None] + _areas(others)[None] - shared, 1e-9)
+
+
+def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     corner = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    shared = np.clip(corner - np.maximum(boxes[:, None, :2], others[None, :, :2]), 0, None).prod(2)
-    areas, other_areas = (np.clip(b[:, 2:] - b[:, :2], 0, None).prod(1) for b in (boxes, others))
-    return shared / np.maximum(areas[:, None] + other_areas[None] - shared, 1e-9)
+    return np.clip(corner - np.maximum(boxes[:, None, :2], others[None, :, :2]), 0, None).prod(2)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(1)
 
 
 def run_lengths(segmentation: Any, height: int, width: int) -> Any:

@@ -193,7 +193,7 @@ function fillStrip() {
   strip.replaceChildren(...state.images.map((image, place) => {
     const badge = data.pair && data.has_truth ? [make("span", {}, leadText(image))] : [];
     const label = `image ${place + 1}: ${image.name}`;
-    const picture = make("img", { src: image.source, alt: "", decoding: "async" });
+    const picture = make("img", { src: image.source, alt: "" });
     return make("button", { type: "button", "aria-label": label, onclick: () => show(place) }, picture, ...badge);
   }));
 }
@@ -251,6 +251,7 @@ function picture(image) {
 
 // Draws over the pictures that are there what the switches and sliders ask for.
 function drawOverlays() {
+  if (data.kind === "classes") return; // nothing is drawn over them
   const image = state.images[state.index];
   for (const figure of document.querySelectorAll("#panels .panel")) {
     const stage = figure.querySelector(".stage");
@@ -316,22 +317,24 @@ function describe(object) {
   return `${nameOf(object.label)}${score}${MARKS[object.state] ? `, ${object.state}` : ""}`;
 }
 
-// Labels above, in or below their boxes, where they cover no other one; without room, none.
+// Labels above, in or below their boxes, where they cover no other one, and a fifth of the image in all.
 function labels(image, objects, unit) {
   const taken = [];
   const made = [];
+  let room = (image.width * image.height) / 5;
   for (const object of objects) {
     const score = object.score === undefined ? "" : ` ${object.score.toFixed(2)}`;
     const text = `${MARKS[object.state]}${nameOf(object.label)}${score}`;
     const [width, height] = [(pen.measureText(text).width + 9) * unit, 16 * unit];
     const [x, y, , tall] = object.box;
-    if (width > image.width) continue;
+    if (width > image.width || width * height > room) continue;
     const left = Math.max(0, Math.min(x, image.width - width));
     const top = [y - height, y, y + tall].find((t) => t >= 0 && t + height <= image.height && !taken.some(
       (o) => left < o.left + o.width && o.left < left + width && t < o.top + height && o.top < t + height,
     ));
     if (top === undefined) continue;
     taken.push({ left, top, width });
+    room -= width * height;
     const place = { x: left + 4.5 * unit, y: top + 12 * unit, "font-size": 11 * unit };
     made.push(draw("g", { class: `label ${object.state}` },
       draw("rect", { x: left, y: top, width, height, rx: 2 * unit }), draw("text", place, text)));
