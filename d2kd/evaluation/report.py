@@ -22,7 +22,7 @@ from d2kd.evaluation.report_pictures import (
     read_logs,
 )
 from d2kd.evaluation.report_text import markdown
-from d2kd.evaluation.results import ModelResult, compare, load_result
+from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
 from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
@@ -106,9 +106,10 @@ def write_report(
     write_json(directory / "report.json", report)
     with replacing(directory / "report.md") as temporary:
         temporary.write_text(markdown(models, report, metrics), encoding="utf-8")
-    images = None if inputs is None else browser_images(models, inputs, score_threshold)
+    apart = told_apart(models)
+    images = None if inputs is None else browser_images(apart, inputs, score_threshold)
     with replacing(directory / "report.html") as temporary:
-        temporary.write_bytes(page(models, report, metrics, logs, images).encode("utf-8", "replace"))
+        temporary.write_bytes(page(apart, report, metrics, logs, images).encode("utf-8", "replace"))
     logger.info("wrote %s, and report.html beside it, to look at", directory / "report.md")
     return report
 

@@ -17,7 +17,7 @@ import numpy as np
 from d2kd.evaluation.report_plots import STYLES, Cost, curves, swatch, trade_off
 from d2kd.evaluation.report_text import class_values, findings, main_table
 from d2kd.evaluation.results import ModelResult, median_latency
-from d2kd.evaluation.tasks import metric_named, task_named
+from d2kd.evaluation.tasks import metric_named, split_variant, task_named
 from d2kd.visualization import TrainingLog
 
 _PAGE = Path(__file__).parent / "report_page"
@@ -40,11 +40,13 @@ def page(
         images: what `browser_images` gives; None for a page without images.
     """
     titles = {name: model.title for name, model in models.items()}
+    base, variant = split_variant(report["task"])
+    task = f"{_TASKS.get(base, base)}{f' ({variant[1:]})' if variant else ''}"
     latencies = {name: median_latency(model) for name, model in models.items()}
     dataset = f" on {report['dataset']}" if report["dataset"] else ""
     parts = {
         "title": _text(report["title"]),
-        "subtitle": _text(f"{_TASKS.get(report['task'], report['task'])}{dataset}"),
+        "subtitle": _text(f"{task}{dataset}"),
         "cards": "".join(_cards(models, report)),
         "findings": "".join(f"<li>{_text(sentence)}</li>" for sentence in findings(models, report)),
         "statement": f"<p>{_text(report['statement'])}</p>" if report["statement"] else "",

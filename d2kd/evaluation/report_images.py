@@ -15,6 +15,7 @@ from d2kd.evaluation.report_inputs import ReportInputs, problem_of
 from d2kd.evaluation.report_pictures import classes_said, true_labels
 from d2kd.evaluation.report_selection import Ranked, has_truth, rank
 from d2kd.evaluation.results import ModelResult
+from d2kd.files import finite
 from d2kd.visualization import NO_LABEL
 from d2kd.visualization.label_maps import class_colors
 from d2kd.visualization.matching import bitmap, judge, objects_of
@@ -81,7 +82,7 @@ def browser_images(models: Mapping[str, ModelResult], inputs: ReportInputs, thre
     if inputs.kind == "label_maps":
         content["colors"] = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in _palette(inputs)]
     content["notes"] = list(_notes(models, inputs, len(images), how, problems, lowest))
-    return content
+    return finite(content)
 
 
 def _collect(ranked: Iterable[Ranked], encode: Callable[[dict[str, Any]], Json]) -> tuple[list[Json], list[str]]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from d2kd.evaluation.report_inputs import ReportInputs, evenly_spread
 from d2kd.visualization.matching import judge, objects_of
 
@@ -81,7 +83,7 @@ def _classes(inputs: ReportInputs, _: float) -> tuple[list[Ranked], str]:
         said = [answers[record["image_id"]] for answers in compared if record["image_id"] in answers]
         if len(said) < len(compared):
             continue
-        scores = [s.true_score or 0.0 for s in said]
+        scores = [float(np.nan_to_num(s.true_score or 0.0)) for s in said]
         # what is said comes before how surely
         differs = len({s.classes[0] for s in said if s.classes}) > 1
         ranked.append((record, differs + abs(scores[0] - scores[1]) if pair else 1 - scores[0]))

@@ -3,8 +3,9 @@
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,15 @@ def _require_dataset(name: str, path: Path, datasets: Sequence[str] | None, data
             f"Run {name!r}: {path} is an evaluation on {', '.join(datasets)}: say on which of them the runs are "
             "compared (--dataset)."
         )
+
+
+def told_apart(models: Mapping[str, ModelResult]) -> dict[str, ModelResult]:
+    """The models, those that share a title with another one by their name too."""
+    count = Counter(model.title for model in models.values())
+    return {
+        name: replace(model, label=f"{model.title} ({name})") if count[model.title] > 1 else model
+        for name, model in models.items()
+    }
 
 
 def median_latency(model: ModelResult) -> float | None:

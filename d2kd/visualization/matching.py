@@ -75,7 +75,8 @@ def judge(
         lowest: score.
         size: as for `match`.
     """
-    found = sorted((p for p in predictions if p["score"] >= lowest), key=lambda p: -p["score"])
+    usable = [p for p in predictions if p["score"] >= lowest and np.isfinite(p["box"]).all()]  # as of diverged models
+    found = sorted(usable, key=lambda p: -p["score"])
     objects = detected(found)
     finds = match(objects, objects_of(record), size)
     crowds = objects_of(

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 import d2kd  # noqa: F401
 from d2kd.evaluation import report_html, report_images
-from d2kd.evaluation.report import load_result, write_report
+from d2kd.evaluation.report import ModelResult, load_result, write_report
 from d2kd.evaluation.report_plots import Cost, axis, curves, trade_off
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -262,6 +263,27 @@ def test_latencies_of_a_benchmark_are_drawn(tmp_path, caplog):
         '<td data-value="9.25">9.25 ms</td>' in text and "broken/benchmark.json tells no median latency" in caplog.text
     )
     assert "benchmark_file" not in (tmp_path / "out/report.json").read_text()
+
+
+def test_models_of_one_label_are_told_apart(tmp_path):
+    models = {name: ModelResult(name, {"AP": 5.0}, label="mine", params=3) for name in ("one", "other")}
+    write_report(str(tmp_path), models, task="bbox_EMA")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "mine (one) 5.0" in text and "mine (other) 5.0" in text and "Object detection (EMA)" in text
+    assert "| mine | 5.0 |" in (tmp_path / "report.md").read_text()
+
+
+def test_numbers_of_a_diverged_model_break_nothing(tmp_path, register):
+    register(images(tmp_path / "images", 1), thing_classes=NAMES)
+    said = {"teacher": {0: [(0, math.nan), (1, 0.9)]}, "baseline": {0: [(2, 0.9)]}}
+    run = write_run(tmp_path / "x", {"bbox": {"AP": 1.0}})
+    broken = [{"image_id": 0, "category_id": 1, "bbox": [math.nan, 0, math.inf, 9], "score": 0.8}]
+    text = detection_report(tmp_path, said)
+    assert len(content_of(text)["images"][0]["found"]["teacher"]) == 1
+    (run / "inference" / FILE).write_text(json.dumps(broken))
+    write_report(str(tmp_path / "out"), {"x": load_result("x", str(run))}, dataset_name=DATASET)
+    (image,) = content_of((tmp_path / "out/report.html").read_text(encoding="utf-8"))["images"]
+    assert image["found"] == {"x": []}
 
 
 def test_plots_show_what_is_known():

@@ -353,9 +353,10 @@ function answers(image, source) {
   const verdict = !said ? "no prediction" : !data.has_truth ? "" : right ? "✓ right" : "✕ wrong";
   const rows = (said ? said.classes : []).map((label, place) => {
     const score = said.scores[place];
-    const bar = make("i", { style: `--part:${Math.max(0, Math.min(1, score))}` });
+    const bar = make("i"); // without a number, nothing
+    bar.style.setProperty("--part", Math.max(0, Math.min(1, score)));
     const mine = data.has_truth && label === image.truth ? "found" : place === 0 ? "wrong" : "other";
-    return make("li", { class: mine }, make("span", {}, nameOf(label)), bar, make("b", {}, score.toFixed(2)));
+    return make("li", { class: mine }, make("span", {}, nameOf(label)), bar, make("b", {}, score === null ? "–" : score.toFixed(2)));
   });
   const title = make("figcaption", {}, make("strong", {}, source.title), make("span", {}, verdict));
   return make("figure", { class: `panel ${source.style}` }, title, make("ol", { class: "answers" }, ...rows));
