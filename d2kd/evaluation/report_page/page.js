@@ -232,6 +232,7 @@ function panel(image, source) {
   figure.source = source;
   const stage = make("button", { type: "button", class: "stage", "aria-label": `${source.title}: larger or smaller` });
   stage.style.aspectRatio = `${image.width} / ${image.height}`;
+  stage.style.setProperty("--ratio", image.width / image.height);
   stage.append(picture(image));
   const enlarge = () => {
     const large = figure.classList.toggle("large");
