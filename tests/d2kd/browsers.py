@@ -29,6 +29,13 @@ window.addEventListener("load", async () => {
   document.body.dataset.seen = JSON.stringify({ ...seen, problems: window.problems, width: innerWidth });
 });
 </script>"""
+#: Windows are never as narrow as a phone, but a frame in them is.
+FRAME = """<!DOCTYPE html><meta charset="utf-8"><body><iframe width="%d" height="%d" srcdoc="%s"></iframe><script>
+setInterval(() => {
+  const seen = document.querySelector("iframe").contentDocument.body.dataset.seen;
+  if (seen) document.body.dataset.seen = seen;
+}, 20);
+</script></body>"""
 
 
 def chromium() -> str | None:
@@ -47,12 +54,13 @@ def visit(page: Path, script: str, size: tuple[int, int] = (1280, 900)) -> dict[
     if program is None:
         pytest.skip(f"No Chromium found (none of {', '.join(NAMES)}; D2KD_CHROMIUM may name one)")
     text = page.read_text(encoding="utf-8").replace("<style>", COLLECT + "<style>", 1)
-    copy = page.with_name("driven.html")
-    copy.write_text(text.replace("</body>", DRIVE % script + "</body>"), encoding="utf-8")
+    text = text.replace("</body>", DRIVE % script + "</body>")
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME % (*size, html.escape(text)), encoding="utf-8")
     # as root, as in containers, there is no sandbox
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=8000"]
     profile = f"--user-data-dir={page.with_name('profile')}"
-    command = [program, *flags, profile, f"--window-size={size[0]},{size[1]}", "--dump-dom", copy.as_uri()]
+    command = [program, *flags, profile, "--window-size=1600,1200", "--dump-dom", frame.as_uri()]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     found = re.search(r'<body[^>]* data-seen="([^"]*)"', ended.stdout)
     assert found, f"the page did not get so far: {ended.stderr[-500:]}"

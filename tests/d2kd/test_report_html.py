@@ -359,6 +359,7 @@ def test_a_browser_shows_switches_and_sorts(tmp_path, register):
         document.getElementById("order").dispatchEvent(new Event("change")); seen.ahead = caption();
         seen.strip = all("#strip button").map((button) => button.textContent);
         document.querySelector(".stage").click(); seen.large = all(".panel.large").length;
+        all(".stage")[1].focus(); press("ArrowRight"); seen.focused = all(".stage").indexOf(document.activeElement);
         head(3).click(); seen.down = [column(), sorted()];
         head(3).focus(); head(3).click(); seen.up = [column(), sorted()];
         head(0).click(); seen.byName = sorted();
@@ -375,13 +376,16 @@ def test_a_browser_shows_switches_and_sorts(tmp_path, register):
     assert seen["boxes"] == [7, 8, 0] and seen["missed"] == 9
     assert seen["labels"] > 6 and seen["overlapping"] == 0
     assert seen["masks"][0] > 0 and seen["masks"][1] == 0
-    assert seen["shown"] == [3, 3] and seen["large"] == 1
+    assert seen["shown"] == [3, 3] and seen["large"] == 1 and seen["focused"] == 1
     assert [caption[:6] for caption in seen["captions"]] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4", "1 of 4"]
     assert seen["ahead"].startswith("1 of 4 images/3<b>&\"'ü") and seen["strip"] == ["−1", "0", "+1", "+1"]
     assert seen["down"] == [NAMES[::-1], ["none", "none", "none", "descending", "none"]]
     assert seen["up"] == [NAMES, ["none", "none", "none", "ascending", "none"]]
     assert seen["byName"][0] == "ascending" and seen["byName"][3] == "none"
-    assert f"{NAMES[1]}, score 0.90, found" in seen["titles"]
+    assert f"{NAMES[1]}, score 0.80, found" in seen["titles"]
+    wide = "seen.across = document.documentElement.scrollWidth"
+    phone = visit(tmp_path / "out/report.html", wide, (375, 800))
+    assert phone["problems"] == [] and phone["across"] <= phone["width"] == 375
 
 
 def test_a_browser_shows_label_maps(tmp_path, register):
@@ -468,7 +472,7 @@ def test_a_browser_shows_what_classifiers_say_on_a_phone(tmp_path, register):
         """,
         (375, 800),
     )
-    assert seen["problems"] == [] and seen["across"] <= seen["width"]
+    assert seen["problems"] == [] and seen["across"] <= seen["width"] == 375
     assert seen["strip"] == ["+0.49", "−0.48", "0.00"]
     assert seen["true"] == f"true: {NAMES[1]}" and seen["fewer"] == 2
     assert seen["answers"][1].startswith("baseline student✕ wrongplain0.70")

@@ -218,10 +218,14 @@ function drawPanels() {
   const image = state.images[state.index];
   const shown = sources.filter((source) => state.on.has(source.name));
   const panels = document.getElementById("panels");
+  const focused = [...panels.children].indexOf(document.activeElement.closest(".panel"));
   if (data.kind === "classes") {
     panels.replaceChildren(classPicture(image), ...shown.filter((s) => s.name !== TRUTH).map((s) => answers(image, s)));
   } else {
     panels.replaceChildren(...shown.map((source) => panel(image, source)));
+  }
+  if (focused >= 0 && focused < panels.children.length) {
+    panels.children[focused].querySelector(".stage").focus({ preventScroll: true });
   }
   drawOverlays();
   drawKey(image);
