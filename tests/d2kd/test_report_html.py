@@ -152,6 +152,7 @@ def test_the_page_needs_nothing_else_and_escapes_all_names(tmp_path, register):
     ):
         assert escaped in text
     content = content_of(text)
+    assert "<" not in re.search(r'id="data">(.*)', text)[1].partition("</script>")[0]
     assert content["classes"] == NAMES and content["images"][0]["name"].startswith("images/0<b>&\"'ü")
 
 
