@@ -255,7 +255,7 @@ def report(all_runs: list[Run], output: Path) -> None:
     logger.info("AP: %s", ", ".join(f"{m.label} {m.metrics['AP']:.1f}" for m in models.values()))
     if summary["gap_closure"] is not None:
         logger.info("Gap closure: %.0f %%", 100 * summary["gap_closure"])
-    logger.info("Report: %s", output / "report.md")
+    logger.info("Report: %s, and to look at: report.html beside it", output / "report.md")
 
 
 def main() -> None:

@@ -169,6 +169,8 @@ def _plots(
         points = [Cost(titles[name], scores[name], cost[name] or math.nan, unit) for name in models]
         missing = [titles[name] for name in models if not cost[name]]
         note = f"Not known of: {', '.join(missing)}." if missing else ""
+        if len(models) - len(missing) < min(len(models), 2):
+            continue  # one of several models shows no trade-off
         yield _plot(heading, trade_off(points, metric.axis, arrow), note)
     nothing = np.zeros((0, 2))
     losses = {titles[name]: logs[name].loss if name in logs else nothing for name in models}

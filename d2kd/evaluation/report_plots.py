@@ -66,8 +66,9 @@ def axis(values: Sequence[float], *, logarithmic: bool = False, zero: bool = Fal
     if logarithmic:
         low, high = low / 1.35, high * 1.35
         return Axis(low, high, True)
-    low = min(low, 0.0) if zero else low - 0.1 * (high - low)
-    step = _round_step(max(high - low, 1e-6 * max(abs(high), 1e-6)) * 1.1)
+    span = max(high - low, 0.1 * abs(high), 1e-6)
+    low = min(low, 0.0) if zero else low - 0.1 * span
+    step = _round_step(max(high - low, span) * 1.1)
     return Axis(math.floor(low / step + 1e-9) * step, math.ceil(high / step + 0.15) * step, False)
 
 
