@@ -24,6 +24,7 @@ import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import load_config, log_runtime
 from d2kd.evaluation.report import load_result, write_report
+from d2kd.evaluation.report_inputs import read_inputs
 from d2kd.evaluation.report_pictures import draw_detections
 from d2kd.evaluation.tasks import metric_named
 from d2kd.files import replacing, write_json
@@ -220,8 +221,9 @@ def first_picture(output: Path) -> None:
     file, result = output / "first_look.png", output / "baseline/result.json"
     if result.is_file() and not (file.is_file() and file.stat().st_mtime >= result.stat().st_mtime):
         baseline = load_result("baseline", str(output / "baseline"), "Baseline student")
-        content = draw_detections({"baseline": baseline}, DATASET, metric_named("AP"), 6, 0.3)
-        if content is not None:
+        inputs = read_inputs({"baseline": baseline}, DATASET, "bbox")
+        content = inputs and draw_detections({"baseline": baseline}, inputs, metric_named("AP"), 6, 0.3)
+        if content:
             with replacing(file) as temporary:
                 temporary.write_bytes(content)
             logger.info("A first look, at what the baseline finds: %s", file)
@@ -253,7 +255,7 @@ def report(all_runs: list[Run], output: Path) -> None:
     logger.info("AP: %s", ", ".join(f"{m.label} {m.metrics['AP']:.1f}" for m in models.values()))
     if summary["gap_closure"] is not None:
         logger.info("Gap closure: %.0f %%", 100 * summary["gap_closure"])
-    logger.info("Report: %s", output / "report.md")
+    logger.info("Report: %s, and to look at: report.html beside it", output / "report.md")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Compares finished runs: writes report.md, report.json, curves and pictures of what the models find.
+"""Compares finished runs: writes report.html to look at, report.md, report.json, and pictures of what models find.
 
 %(prog)s --dataset photo_digits_val --output output/report --run teacher=output/teacher \\
     --run baseline=output/baseline --run distilled=output/distilled

@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 
+from d2kd.evaluation.report_html import page
+from d2kd.evaluation.report_images import browser_images
+from d2kd.evaluation.report_inputs import read_inputs
 from d2kd.evaluation.report_pictures import (
     compare_images,
     draw_classifications,
     draw_curves,
     draw_detections,
     draw_label_maps,
+    read_logs,
 )
 from d2kd.evaluation.report_text import markdown
-from d2kd.evaluation.results import ModelResult, compare, load_result
+from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
 from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
@@ -45,7 +49,7 @@ def write_report(
     num_images: int | None = None,
     score_threshold: float = 0.3,
 ) -> dict[str, Any]:
-    """Writes `report.md`, `report.json`, `curves.png`, and `detections.png`, `label_maps.png` or `predictions.png`.
+    """Writes report.md, report.json, report.html, curves.png, and detections.png, label_maps.png or predictions.png.
 
     Args:
         output_dir: created if need be. The files of an earlier report are replaced.
@@ -76,13 +80,15 @@ def write_report(
     count = about.num_images if num_images is None else num_images
     classifies = split_variant(task)[0] == "classification"
     pictures: dict[str, bytes | None] = dict.fromkeys(PICTURES)
-    pictures["curves.png"] = draw_curves(models, task, first)
-    if dataset_name is not None and classifies:
-        pictures["predictions.png"] = draw_classifications(models, dataset_name, first, count)
-    elif dataset_name is not None and split_variant(task)[0] == "sem_seg":
-        pictures["label_maps.png"] = draw_label_maps(models, dataset_name, first, count)
-    elif dataset_name is not None and about.predictions is not None:
-        pictures["detections.png"] = draw_detections(models, dataset_name, first, count, score_threshold)
+    logs = read_logs(models, task, first)
+    pictures["curves.png"] = draw_curves(models, logs, first)
+    inputs = None if dataset_name is None else read_inputs(models, dataset_name, task)
+    if inputs is not None and inputs.kind == "classes":
+        pictures["predictions.png"] = draw_classifications(models, inputs, first, count)
+    elif inputs is not None and inputs.kind == "label_maps":
+        pictures["label_maps.png"] = draw_label_maps(models, inputs, first, count)
+    elif inputs is not None:
+        pictures["detections.png"] = draw_detections(models, inputs, first, count, score_threshold)
     content = {
         "title": title,
         "dataset": dataset_name,
@@ -100,7 +106,11 @@ def write_report(
     write_json(directory / "report.json", report)
     with replacing(directory / "report.md") as temporary:
         temporary.write_text(markdown(models, report, metrics), encoding="utf-8")
-    logger.info("wrote %s", directory / "report.md")
+    apart = told_apart(models)
+    images = None if inputs is None else browser_images(apart, inputs, score_threshold)
+    with replacing(directory / "report.html") as temporary:
+        temporary.write_bytes(page(apart, report, metrics, logs, images).encode("utf-8", "replace"))
+    logger.info("wrote %s, and report.html beside it, to look at", directory / "report.md")
     return report
 
 
@@ -132,5 +142,5 @@ def _write_pictures(directory: Path, pictures: Mapping[str, bytes | None]) -> li
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
-    described = {k: v for k, v in asdict(model).items() if k != "metrics"}
+    described = {k: v for k, v in asdict(model).items() if k not in ("metrics", "benchmark_file")}
     return {**model.metrics, **described, "label": model.title, "images_seen": model.images_seen}

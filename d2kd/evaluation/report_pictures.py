@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import cv2
@@ -10,68 +10,68 @@ import numpy as np
 
 from d2kd.data.classes import class_names_of
 from d2kd.data.images import read_label_map
+from d2kd.evaluation.report_inputs import ReportInputs, evenly_spread, readable
 from d2kd.evaluation.results import ModelResult
 from d2kd.evaluation.tasks import Metric
 from d2kd.visualization import (
     NO_LABEL,
+    TrainingLog,
     classification_sheet,
     detection_grid,
     differing,
     label_map_grid,
     read_classifications,
-    read_label_predictions,
-    read_predictions,
     read_training_log,
     training_curves,
 )
 from d2kd.visualization.classifications import Answers
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
-def draw_curves(models: Mapping[str, ModelResult], task: str, metric: Metric) -> bytes | None:
-    """Loss and a metric over iterations, as PNG; None where no model has a log."""
-    logs = {
-        m.title: read_training_log(m.metrics_file, f"{m.metrics_scope or task}/{metric.name}")
-        for m in models.values()
+def read_logs(models: Mapping[str, ModelResult], task: str, metric: Metric) -> dict[str, TrainingLog]:
+    """Loss and a metric over iterations of the models that have a log, by name."""
+    return {
+        name: read_training_log(m.metrics_file, f"{m.metrics_scope or task}/{metric.name}")
+        for name, m in models.items()
         if m.metrics_file
     }
+
+
+def draw_curves(models: Mapping[str, ModelResult], logs: Mapping[str, TrainingLog], metric: Metric) -> bytes | None:
+    """The curves of `read_logs` as PNG; None where no model has any."""
     if not any(len(log.loss) or len(log.metric) for log in logs.values()):
         return None
     buffer = io.BytesIO()
-    training_curves(logs, metric.axis).savefig(buffer, format="png")
+    training_curves({models[name].title: log for name, log in logs.items()}, metric.axis).savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def draw_detections(
-    models: Mapping[str, ModelResult], dataset_name: str, metric: Metric, count: int, threshold: float
+    models: Mapping[str, ModelResult], inputs: ReportInputs, metric: Metric, count: int, threshold: float
 ) -> bytes | None:
-    """Images with the ground truth and each model's detections, as PNG; None where no model has any."""
-    shown = [(model, model.predictions_file) for model in models.values() if model.predictions_file]
-    if not shown or count < 1:
+    """Images with the ground truth and each model's detections, as PNG; None without an image."""
+    records = readable(evenly_spread(inputs.records, count))
+    if not records:
         return None
-    records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: str(record["image_id"]))
-    metadata = MetadataCatalog.get(dataset_name)
-    predictions = {_heading(model, metric): read_predictions(file, metadata) for model, file in shown}
-    grid = detection_grid(evenly_spread(records, count), metadata.thing_classes, predictions, threshold)
-    return _png(grid)
+    found = {_heading(models[name], metric): of_model for name, of_model in inputs.predictions.items()}
+    classes = inputs.metadata.thing_classes
+    return _png(detection_grid(records, classes, found, threshold, by_masks=inputs.by_masks))
 
 
 def draw_classifications(
-    models: Mapping[str, ModelResult], dataset_name: str, metric: Metric, count: int
+    models: Mapping[str, ModelResult], inputs: ReportInputs, metric: Metric, count: int
 ) -> bytes | None:
     """What each model says about images, as PNG: `count` that are not selected, and as many where they differ.
 
-    None where no model has predictions.
+    None without an image.
     """
-    said = {name: read_classifications(m.predictions_file) for name, m in models.items() if m.predictions_file}
-    if not said or count < 1:
+    said, records = inputs.predictions, inputs.records
+    spread = readable(evenly_spread(records, count))
+    if not spread:
         return None
-    records = list(DatasetCatalog.get(dataset_name))
-    spread = evenly_spread(records, count)
     pair = (said["distilled"], said["baseline"]) if {"distilled", "baseline"} <= said.keys() else None
     apart = differing(records, list(said.values()), pair)
     shown = {record["image_id"] for record in spread}
-    rest = [record for record in apart if record["image_id"] not in shown][:count]
+    rest = readable([record for record in apart if record["image_id"] not in shown][:count])
     compared = (
         f"{models['distilled'].title} and {models['baseline'].title} give the true class the most different scores"
         if pair
@@ -84,24 +84,32 @@ def draw_classifications(
         )
     answers = {models[name].title: of_model for name, of_model in said.items()}
     heading = "; ".join(_heading(models[name], metric) for name in said)
-    names = class_names_of(dataset_name) or _numbered(records, answers.values())
-    return _png(classification_sheet(sections, names, answers, heading))
+    return _png(classification_sheet(sections, classes_said(inputs), answers, heading))
 
 
-def draw_label_maps(models: Mapping[str, ModelResult], dataset_name: str, metric: Metric, count: int) -> bytes | None:
-    """Images with the true and the models' label maps, and where these are wrong, as PNG; None where there are none."""
-    shown = [(model, model.predictions_file) for model in models.values() if model.predictions_file]
-    if not shown or count < 1:
+def draw_label_maps(
+    models: Mapping[str, ModelResult], inputs: ReportInputs, metric: Metric, count: int
+) -> bytes | None:
+    """Images with the true and the models' label maps, and where these are wrong, as PNG; None without an image."""
+    known = [record for record in inputs.records if "sem_seg_file_name" in record]
+    records = readable(evenly_spread(known, count))
+    if not records:
         return None
-    metadata = MetadataCatalog.get(dataset_name)
-    records = evenly_spread(sorted(DatasetCatalog.get(dataset_name), key=lambda r: str(r["file_name"])), count)
-    truths = []
-    for record in records:
-        truth = read_label_map(record["sem_seg_file_name"], dtype=np.int32)
-        truths.append(np.where(truth == metadata.get("ignore_label"), NO_LABEL, truth))
-    predictions = {_heading(model, metric): read_label_predictions(file, metadata) for model, file in shown}
-    colors = metadata.get("stuff_colors")
-    return _png(label_map_grid(records, truths, metadata.stuff_classes, predictions, colors))
+    truths = [true_labels(record, inputs.metadata) for record in records]
+    maps = {_heading(models[name], metric): of_model for name, of_model in inputs.predictions.items()}
+    colors = inputs.metadata.get("stuff_colors")
+    return _png(label_map_grid(records, truths, inputs.metadata.stuff_classes, maps, colors))
+
+
+def true_labels(record: Mapping[str, Any], metadata: Any) -> np.ndarray:
+    """The true label map of an image, int (H, W), with `NO_LABEL` for pixels that do not count."""
+    labels = read_label_map(record["sem_seg_file_name"], dtype=np.int32)
+    return np.where(labels == metadata.get("ignore_label"), NO_LABEL, labels)
+
+
+def classes_said(inputs: ReportInputs) -> list[str]:
+    """The names of all classes that images have or models say; numbered ones where the dataset has no names."""
+    return class_names_of(inputs.dataset_name) or _numbered(inputs.records, inputs.predictions.values())
 
 
 def compare_images(models: Mapping[str, ModelResult]) -> dict[str, int] | None:
@@ -121,12 +129,6 @@ def compare_images(models: Mapping[str, ModelResult]) -> dict[str, int] | None:
         "distilled": sum(ours.is_right and not theirs.is_right for ours, theirs in both),
         "baseline": sum(theirs.is_right and not ours.is_right for ours, theirs in both),
     }
-
-
-def evenly_spread(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` of the records, at equal distances."""
-    count = min(count, len(records))
-    return [records[i * len(records) // count] for i in range(count)]
 
 
 def _numbered(records: Iterable[dict[str, Any]], answers: Iterable[Answers]) -> list[str]:

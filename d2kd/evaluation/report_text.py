@@ -14,8 +14,8 @@ SHOWN_CLASSES = 20
 
 def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """The text of `report.md`, from the content of `report.json`."""
-    parts = [f"# {report['title']}", _table(models.values(), metrics), "## What it shows"]
-    parts.append("\n".join(f"- {sentence}" for sentence in _findings(models, report)))
+    parts = [f"# {report['title']}", _markdown_table(main_table(models.values(), metrics)), "## What it shows"]
+    parts.append("\n".join(f"- {sentence}" for sentence in findings(models, report)))
     parts.append(report["statement"])
     classes = class_table(models, task_named(report["task"], metrics).of_classes)
     parts += ["## Classes", classes] if classes else []
@@ -53,7 +53,8 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(models: Iterable[ModelResult], metrics: Sequence[str]) -> str:
+def main_table(models: Iterable[ModelResult], metrics: Sequence[str]) -> list[list[str]]:
+    """The cells of the table of models; the first row is the header."""
     header = [
         "model",
         *(metric_named(name).heading for name in metrics),
@@ -63,7 +64,7 @@ def _table(models: Iterable[ModelResult], metrics: Sequence[str]) -> str:
         "training time",
         "seed",
     ]
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    rows = [header]
     for model in models:
         rows.append(
             [
@@ -76,17 +77,18 @@ def _table(models: Iterable[ModelResult], metrics: Sequence[str]) -> str:
                 _number(model.seed, "d"),
             ]
         )
-    return _markdown_table(rows)
+    return rows
 
 
-def _findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> list[str]:
+def findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> list[str]:
+    """What the numbers of `report.json` say, in sentences."""
     metric, unit = report["metric"], metric_named(report["metric"]).unit
     inherited = task_named(report["task"]).inherited
 
     def value(name: str) -> str:
         return f"{models[name].metrics[metric]:.1f}"
 
-    findings = []
+    found = []
     if report["gain"] is not None:
         lead = {True: "At equal iterations", False: "At different numbers of images seen", None: "In this run"}
         gain = f"{report['gain']:+.1f}"
@@ -94,25 +96,25 @@ def _findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> l
         change = f"{verb} the student from {value('baseline')} to {value('distilled')} {unit} ({gain})"
         if float(gain) == 0:
             change = f"leaves the student at {value('distilled')} {unit}"
-        findings.append(f"{lead[report['equal_iterations']]}, distillation {change}.")
+        found.append(f"{lead[report['equal_iterations']]}, distillation {change}.")
     if report["inherit_gain"] is not None:
-        findings.append(
+        found.append(
             f"Starting from the teacher's {inherited}, without distillation, gives {value('inherit')} {unit} "
             f"({report['inherit_gain']:+.1f})."
         )
     if report["gap_closure"] is not None:
-        findings.append(
+        found.append(
             f"Gap closure, (distilled - baseline) / (teacher - baseline): {100 * report['gap_closure']:.0f} %."
         )
     else:
-        findings.append(report["gap_closure_note"])
+        found.append(report["gap_closure_note"])
     alone = report["right_alone"]
     if alone is not None:
-        findings.append(
+        found.append(
             f"Of {alone['images']:,} images, the distilled student is right and the baseline wrong on "
             f"{alone['distilled']:,}, and the other way round on {alone['baseline']:,}."
         )
-    return findings
+    return found
 
 
 def class_table(models: Mapping[str, ModelResult], name: str) -> str:
@@ -121,11 +123,7 @@ def class_table(models: Mapping[str, ModelResult], name: str) -> str:
     Of more than 30 classes, the 20 with the largest difference, or without both students those about which all models
     differ most, or of a single model its worst.
     """
-    rows = {
-        key.removeprefix(f"{name}-"): [model.metrics.get(key, math.nan) for model in models.values()]
-        for key in dict.fromkeys(key for model in models.values() for key in model.metrics)
-        if key.startswith(f"{name}-")
-    }
+    rows = class_values(models, name)
     pair = [list(models).index(key) for key in ("distilled", "baseline")] if _has_both(models) else None
     shown, which = list(rows), "Every class"
     if len(rows) > MANY_CLASSES:
@@ -135,7 +133,6 @@ def class_table(models: Mapping[str, ModelResult], name: str) -> str:
         if len(models) == 1:
             which = f"The {len(shown)} of {len(rows):,} classes with the lowest values (report.json has all)"
     table = [["class", *(model.title for model in models.values()), *(["difference"] if pair else [])]]
-    table.append(["---"] + ["---:"] * (len(table[0]) - 1))
     for key in shown:
         values = [_number(value, ".1f") for value in rows[key]]
         difference = [_number(rows[key][pair[0]] - rows[key][pair[1]], "+.1f")] if pair else []
@@ -143,6 +140,15 @@ def class_table(models: Mapping[str, ModelResult], name: str) -> str:
     note = f" Difference: {models['distilled'].title} - {models['baseline'].title}." if pair else ""
     words = metric_named(name)
     return f"{which}, {words.axis}.{note}\n\n{_markdown_table(table)}" if rows else ""
+
+
+def class_values(models: Mapping[str, ModelResult], name: str) -> dict[str, list[float]]:
+    """A metric of every class, of every model in their order, by the name of the class; NaN where it is not known."""
+    return {
+        key.removeprefix(f"{name}-"): [model.metrics.get(key, math.nan) for model in models.values()]
+        for key in dict.fromkeys(key for model in models.values() for key in model.metrics)
+        if key.startswith(f"{name}-")
+    }
 
 
 def _has_both(models: Mapping[str, ModelResult]) -> bool:
@@ -157,7 +163,8 @@ def _rank(values: Sequence[float], pair: Sequence[int] | None) -> float:
     return min(chosen) - max(chosen) if chosen and all(map(math.isfinite, chosen)) else math.inf
 
 
-def _markdown_table(rows: Iterable[Sequence[str]]) -> str:
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    rows = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 

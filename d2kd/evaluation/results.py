@@ -1,14 +1,18 @@
 """What is known about trained models: read from their output directories, and compared."""
 
 import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from d2kd.errors import UserError
 from d2kd.evaluation.tasks import first_task, metric_named, split_variant, task_named
+
+logger = logging.getLogger(__name__)
 
 
 class ResultError(UserError):
@@ -40,6 +44,7 @@ class ModelResult:
     seed: int | None = None
     config_file: str | None = None
     checkpoint: str | None = None
+    benchmark_file: str | None = None  # what `d2kd benchmark` has measured
 
     @property
     def title(self) -> str:
@@ -62,7 +67,7 @@ def load_result(
     Args:
         name: "teacher", "baseline", "inherit", "distilled" or another.
         output_dir: holds `result.json` and, if they exist, `metrics.json`, `config.yaml`, the evaluator's predictions
-            in `inference/` and `model_final.pth`.
+            in `inference/`, `model_final.pth` and `benchmark.json`.
         label: what the report calls the model.
         dataset_name: which results to take of a run that was evaluated on several datasets.
         task: which metrics to take.
@@ -93,6 +98,7 @@ def load_result(
         predictions_file=file and (existing(f"{folder}/{dataset_name}/{file}") or existing(f"{folder}/{file}")),
         config_file=existing("config.yaml"),
         checkpoint=existing("model_final.pth"),
+        benchmark_file=existing("benchmark.json"),
         **{k: content.get(k) for k in ("wall_time_s", "iterations", "images_per_batch", "params", "seed")},
     )
 
@@ -156,6 +162,27 @@ def _require_dataset(name: str, path: Path, datasets: Sequence[str] | None, data
             f"Run {name!r}: {path} is an evaluation on {', '.join(datasets)}: say on which of them the runs are "
             "compared (--dataset)."
         )
+
+
+def told_apart(models: Mapping[str, ModelResult]) -> dict[str, ModelResult]:
+    """The models, those that share a title with another one by their name too."""
+    count = Counter(model.title for model in models.values())
+    return {
+        name: replace(model, label=f"{model.title} ({name})") if count[model.title] > 1 else model
+        for name, model in models.items()
+    }
+
+
+def median_latency(model: ModelResult) -> float | None:
+    """Milliseconds an image, from the model's benchmark.json, {"latency_ms": {"median": ...}, ...}; None if unknown."""
+    if model.benchmark_file is None:
+        return None
+    try:
+        value = float(json.loads(Path(model.benchmark_file).read_text())["latency_ms"]["median"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s tells no median latency (%s: %s).", model.benchmark_file, type(error).__name__, error)
+        return None
+    return value if 0 < value < math.inf else None
 
 
 def compare(models: Mapping[str, ModelResult], metric: str = "AP") -> dict[str, Any]:

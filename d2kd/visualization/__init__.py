@@ -4,7 +4,7 @@ from d2kd.visualization.classifications import classification_sheet, differing, 
 from d2kd.visualization.curves import TrainingLog, read_training_log, training_curves
 from d2kd.visualization.detections import detection_grid, read_predictions
 from d2kd.visualization.inputs import input_sheet
-from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
+from d2kd.visualization.label_maps import NO_LABEL, LabelPredictions, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
 from d2kd.visualization.points import draw_points
 from d2kd.visualization.predictions import prediction_picture
@@ -13,6 +13,7 @@ from d2kd.visualization.trade_off import Trade, trade_off
 __all__ = [
     "NO_LABEL",
     "Trade",
+    "LabelPredictions",
     "TrainingLog",
     "classification_sheet",
     "detection_grid",

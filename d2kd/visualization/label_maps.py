@@ -10,7 +10,7 @@ from pycocotools import mask as mask_util
 
 from detectron2.data import detection_utils
 
-from .detections import FONT, GAP, TILE, header, pad_tile
+from .detections import FONT, GAP, header, pad_tile, resize, tile_scale
 
 #: BGR
 WRONG, RIGHT, IGNORED = (60, 60, 235), (80, 200, 60), (128, 128, 128)
@@ -23,7 +23,7 @@ def label_map_grid(
     records: Sequence[dict[str, Any]],
     truths: Sequence[np.ndarray],
     class_names: Sequence[str],
-    predictions: Mapping[str, Mapping[str, np.ndarray]],
+    predictions: Mapping[str, "Mapping[str, np.ndarray] | LabelPredictions"],
     colors: Sequence[Sequence[int]] | None = None,
 ) -> np.ndarray:
     """Draws two rows per image: the true label map and each model's over the image; below, where each model is wrong.
@@ -34,7 +34,7 @@ def label_map_grid(
         records: the images, in Detectron2's format.
         truths: their label maps, int (H, W), with `NO_LABEL` for pixels that do not count.
         class_names: by label.
-        predictions: the result of `read_label_predictions` by the heading of the model's column.
+        predictions: label maps by the path of the image, by the heading of the model's column.
         colors: RGB of each class; by default well apart.
 
     Returns:
@@ -47,29 +47,63 @@ def label_map_grid(
         found = [by_file.get(record["file_name"]) for by_file in predictions.values()]
         upper = [colored(image, truth, palette), *(colored(image, labels, palette) for labels in found)]
         lower = [image, *(_differences(image, truth, labels) for labels in found)]
-        rows += [np.hstack([pad_tile(_enlarged(tile)) for tile in tiles]) for tiles in (upper, lower)]
+        scale = tile_scale(*image.shape[:2])
+        for tiles in (upper, lower):
+            enlarged = [resize(tile, scale) for tile in tiles]
+            rows.append(np.hstack([pad_tile(tile, len(tile)) for tile in enlarged]))
     return np.vstack([*rows, legend(class_names, palette, rows[0].shape[1])])
 
 
-def read_label_predictions(path: str, metadata: Any) -> dict[str, np.ndarray]:
-    """Reads what Detectron2's `SemSegEvaluator` writes (sem_seg_predictions.json).
+class LabelPredictions:
+    """The label maps of a model by the path of the image, as `SemSegEvaluator` writes them (sem_seg_predictions.json).
 
-    Args:
-        path: the file.
-        metadata: of the dataset; maps category ids to labels.
-
-    Returns:
-        By the path of the image, its label map, int (H, W).
+    They stay compressed until one is asked for.
     """
-    to_label = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
-    maps: dict[str, np.ndarray] = {}
-    with open(path) as file:
-        results = json.load(file)
-    for result in results:
-        mask = mask_util.decode(result["segmentation"]).astype(bool)
-        labels = maps.setdefault(result["file_name"], np.full(mask.shape, NO_LABEL, np.int32))
-        labels[mask] = to_label.get(result["category_id"], result["category_id"])
-    return maps
+
+    def __init__(self, path: str, metadata: Any) -> None:
+        """
+        Args:
+            path: the file.
+            metadata: of the dataset; maps category ids to labels.
+        """
+        to_label = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
+        self._maps: dict[str, dict[int, Any]] = {}
+        with open(path) as file:
+            results = json.load(file)
+        for result in results:
+            label = to_label.get(result["category_id"], result["category_id"])
+            self._maps.setdefault(result["file_name"], {})[label] = result["segmentation"]
+
+    def __contains__(self, file_name: str) -> bool:
+        return file_name in self._maps
+
+    def get(self, file_name: str) -> np.ndarray | None:
+        """The label map of an image, int (H, W), `NO_LABEL` where there is none; None for an unknown image."""
+        if file_name not in self._maps:
+            return None
+        masks = self._maps[file_name]
+        labels = np.full(next(iter(masks.values()))["size"], NO_LABEL, np.int32)
+        for label, mask in masks.items():
+            labels[mask_util.decode(mask).astype(bool)] = label
+        return labels
+
+    def difference(self, other: "LabelPredictions", file_name: str) -> float:
+        """The part of an image's pixels that both do not give the same label; of an unknown image 0."""
+        ours, theirs = (maps._maps.get(file_name, {}) for maps in (self, other))
+        if not ours or not theirs:
+            return 0.0
+        height, width = next(iter(ours.values()))["size"]
+        same = sum(
+            float(mask_util.area(mask_util.merge([ours[label], theirs[label]], intersect=True)))
+            for label in ours.keys() & theirs.keys()
+        )
+        return 1 - same / (height * width)
+
+
+def read_label_predictions(path: str, metadata: Any) -> dict[str, np.ndarray]:
+    """All label maps of `LabelPredictions` at once, int (H, W) by the path of the image."""
+    predictions = LabelPredictions(path, metadata)
+    return {file_name: labels for file_name in predictions._maps if (labels := predictions.get(file_name)) is not None}
 
 
 def class_colors(count: int) -> np.ndarray:
@@ -102,13 +136,6 @@ def _differences(image: np.ndarray, truth: np.ndarray, labels: np.ndarray | None
     for where, color in ((counted & ~same, WRONG), (counted & same & (truth > 0), RIGHT), (~counted, IGNORED)):
         faint = np.where(where[..., None], np.array(color, np.uint8), faint)
     return faint
-
-
-def _enlarged(tile: np.ndarray) -> np.ndarray:
-    """Each tile fits its place; labels stay sharp."""
-    scale = TILE / max(tile.shape[:2])
-    size = (max(1, round(tile.shape[1] * scale)), max(1, round(tile.shape[0] * scale)))
-    return cv2.resize(tile, size, interpolation=cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA)
 
 
 def legend(names: Sequence[str], palette: np.ndarray, width: int) -> np.ndarray:

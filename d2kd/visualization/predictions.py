@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 
 from .classifications import printable
-from .detections import FONT, bitmap, draw_boxes, ink, resize, tint
+from .detections import FONT, draw_boxes, ink, resize, tint
 from .label_maps import class_colors, colored, legend
+from .matching import bitmap
 from .points import draw_points
 
 #: Images with a smaller largest side are enlarged, by a whole factor, so that letters find room.

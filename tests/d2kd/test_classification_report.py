@@ -92,7 +92,12 @@ def test_a_report_on_classifiers_finds_its_task_and_speaks_of_accuracy(runs, dat
     ):
         assert part in text, part
     assert "AP" not in text.split("## Commands")[0] and "detections" not in text
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {*content["pictures"], "report.md", "report.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *content["pictures"],
+        "report.md",
+        "report.json",
+        "report.html",
+    }
 
 
 def test_curves_are_of_top1(runs, tmp_path, monkeypatch):

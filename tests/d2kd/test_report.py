@@ -17,7 +17,19 @@ from d2kd.evaluation.report import ModelResult, compare, load_result, write_repo
 from d2kd.evaluation.results import ResultError
 from d2kd.visualization import detection_grid, read_predictions, read_training_log
 from d2kd.visualization.curves import smooth
-from d2kd.visualization.detections import GAP, HEADER, MASK_OPACITY, RIGHT, TILE, TRUTH, WRONG, is_right
+from d2kd.visualization.detections import (
+    GAP,
+    HEADER,
+    LEGEND,
+    MASK_OPACITY,
+    RIGHT,
+    TILE,
+    TRUTH,
+    WRONG,
+    draw_boxes,
+    is_right,
+)
+from d2kd.visualization.matching import judge
 
 DATASET = "test_report_digits"
 SIDE = 128
@@ -132,7 +144,13 @@ def test_report_from_run_directories(tmp_path, dataset):
         environment={"device": "CPU"},
         num_images=3,
     )
-    assert sorted(p.name for p in output.iterdir()) == ["curves.png", "detections.png", "report.json", "report.md"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "curves.png",
+        "detections.png",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     content = json.loads((output / "report.json").read_text())
     assert {name: m["AP"] for name, m in content["models"].items()} == runs
     assert content["models"]["teacher"]["APl"] is None and content["models"]["teacher"]["images_seen"] == 800
@@ -152,7 +170,7 @@ def test_report_from_run_directories(tmp_path, dataset):
     ):
         assert part in text
     grid = cv2.imread(str(output / "detections.png"))
-    assert grid.shape == (HEADER + 3 * (TILE + GAP), 5 * (TILE + GAP), 3)
+    assert grid.shape == (HEADER + 3 * (TILE + GAP) + LEGEND, 5 * (TILE + GAP), 3)
 
 
 def test_report_without_optional_material_drops_old_pictures(tmp_path):
@@ -220,6 +238,16 @@ def test_each_object_is_found_once_by_the_best_detection():
     assert is_right(*none, truth, labels).shape == (0,)
 
 
+def test_detections_within_a_crowd_of_their_class_do_not_count():
+    from detectron2.structures import BoxMode
+
+    box = {"bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"annotations": [{**box, "bbox": [0, 0, 10, 10]}, {**box, "bbox": [0, 0, 50, 50], "iscrowd": 1}]}
+    boxes = [([0, 0, 10, 9], 0, 0.2), ([20, 20, 40, 40], 0, 0.9), ([20, 20, 40, 40], 1, 0.8), ([45, 0, 90, 9], 0, 0.7)]
+    found, finds = judge([{"box": b, "label": label, "score": score} for b, label, score in boxes], record, 0.1)
+    assert [p["score"] for p in found] == [0.8, 0.7, 0.2] and finds.tolist() == [-1, -1, 0]
+
+
 def test_grid_colors_right_and_wrong_and_hides_low_scores(tmp_path, dataset):
     from detectron2.data import MetadataCatalog
 
@@ -258,6 +286,37 @@ def test_grid_shows_masks_where_a_model_predicts_some(dataset, form):
         for column, color in enumerate((TRUTH, WRONG)):
             pixel = grid[HEADER + 85 * TILE // SIDE, column * (TILE + GAP) + 25 * TILE // SIDE]
             assert pixel.tolist() == ([0, 0, 0] if predicted is None else [int(MASK_OPACITY * c) for c in color])
+
+
+def test_grid_dashes_what_is_missed_and_keeps_the_proportion_of_images(tmp_path, dataset):
+    from detectron2.data import MetadataCatalog
+
+    names = MetadataCatalog.get(DATASET).thing_classes
+    found = {"m": {0: [{"box": [10, 10, 50, 70], "label": 0, "score": 0.9}]}}
+    tile = detection_grid(dataset[:1], names, found)[HEADER : HEADER + TILE, TILE + GAP : 2 * TILE + GAP]
+    left, right = tile[:, : 60 * 3], tile[:, 65 * 3 :]
+    line = right[30 * 3, 6 * 3 : 44 * 3 : 4]  # the upper side of the object that is missed
+    white = (line == 255).all(1)
+    assert white.any() and not white.all() and not (left == 255).all(2).any()
+    for width, height in ((128, 64), (64, 128)):
+        name = str(tmp_path / "other.png")
+        cv2.imwrite(name, np.full((height, width, 3), 9, np.uint8))
+        grid = detection_grid([{"file_name": name, "image_id": 7}], names, {"m": {}})
+        rows = min(TILE * height // width, TILE * 3 // 2)
+        assert grid.shape == (HEADER + rows + GAP + LEGEND, 2 * (TILE + GAP), 3)
+
+
+def test_labels_cover_no_better_ones_and_are_left_out_without_room():
+    image = np.zeros((60, 120, 3), np.uint8)
+    colors = [(0, 0, 250), (0, 250, 0), (250, 0, 0), (250, 0, 250)]
+    boxes = np.array([[10, 25, 110, 30]] * 4, float)
+    drawn = draw_boxes(image, boxes, ["a long one"] * 4, colors)
+
+    def area(color):
+        return int((drawn == np.array(color, np.uint8)).all(2).sum())
+
+    assert area(colors[0]) > 900 and area(colors[1]) > 900  # above and within its box
+    assert area(colors[3]) == 0  # neither line nor label of the worst one is to be seen
 
 
 @pytest.mark.parametrize(
