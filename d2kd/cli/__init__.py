@@ -27,6 +27,7 @@ COMMANDS = {
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
     "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
     "predict": Command("predict", "predict on images, folders, videos or a camera: pictures, a table, COCO's results"),
+    "features": Command("features", "draw features of teacher and student, before and after the training, over images"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
     "list": Command("listing", "list methods, recipes, architectures, backbones, heads or passes, with a line of help"),
     "report": Command("report", "compare finished runs: tables, curves and pictures"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from d2kd.evaluation.feature_links import feature_links
 from d2kd.evaluation.report_pictures import (
     compare_images,
     draw_classifications,
@@ -95,6 +96,7 @@ def write_report(
         "environment": dict(describe_environment() if environment is None else environment),
         "score_threshold": score_threshold,
         "pictures": _write_pictures(directory, pictures),
+        "features": feature_links(models, directory),
     }
     report = finite(content)
     write_json(directory / "report.json", report)

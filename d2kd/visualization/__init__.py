@@ -1,9 +1,10 @@
-"""Pictures: training curves, inputs of a training, what models find or say side by side, what a masked teacher sees."""
+"""Pictures: training curves, inputs, features, what models find or say side by side, what a masked teacher sees."""
 
 from d2kd.visualization.classifications import classification_sheet, differing, read_classifications
 from d2kd.visualization.curves import TrainingLog, read_training_log, training_curves
 from d2kd.visualization.detections import detection_grid, read_predictions
-from d2kd.visualization.inputs import input_sheet
+from d2kd.visualization.features import FeatureRow, Scales, feature_picture
+from d2kd.visualization.inputs import input_sheet, network_image
 from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
 from d2kd.visualization.points import draw_points
@@ -11,15 +12,19 @@ from d2kd.visualization.predictions import prediction_picture
 
 __all__ = [
     "NO_LABEL",
+    "FeatureRow",
+    "Scales",
     "TrainingLog",
     "classification_sheet",
     "detection_grid",
     "differing",
     "draw_points",
+    "feature_picture",
     "input_sheet",
     "kept_picture",
     "label_map_grid",
     "masking_plot",
+    "network_image",
     "prediction_picture",
     "read_classifications",
     "read_label_predictions",
