@@ -19,7 +19,9 @@ from d2kd.errors import ConfigError, UserError
 from .mistakes import stop_at_mistakes
 
 if TYPE_CHECKING:
+    from d2kd.prediction import ImageFile
     from d2kd.prediction.features import FeatureSummary
+    from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +51,13 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="INPUT",
-        help="images, folders or globs (default: the first dataset of DATASETS.TEST)",
+        help="images, folders or globs (default: some of the first dataset of DATASETS.TEST, evenly spread)",
     )
     parser.add_argument(
         "--number",
         type=int,
         default=USUAL,
-        help=f"of the images, the first are shown (default: {USUAL}; {MOST} at most)",
+        help=f"of images to show (default: {USUAL}; {MOST} at most)",
     )
     parser.add_argument(
         "--taps",
@@ -112,9 +114,8 @@ def main(args: argparse.Namespace) -> "FeatureSummary":
     """
     check_arguments(args)
     from d2kd.engine import load_config, log_runtime
-    from d2kd.engine.compared_models import load_compared_models, require_teacher
-    from d2kd.modeling.feature_recording import TEACHER, FeatureRecorder, named_pairs, pairs_of_distillers
-    from d2kd.prediction.features import choose_images, compare_features
+    from d2kd.engine.compared_models import require_teacher
+    from d2kd.prediction.features import choose_images, claimed
     from d2kd.prediction.files import require_free
     from detectron2.utils.logger import setup_logger
 
@@ -126,11 +127,23 @@ def main(args: argparse.Namespace) -> "FeatureSummary":
     require_teacher(cfg)
     images = choose_images(cfg, args.images, args.number, args.output)
     log_runtime(cfg.MODEL.DEVICE)
+    with claimed(args.output):
+        summary = _compare(args, cfg, images)
+    tell(summary, args.output)
+    return summary
+
+
+def _compare(args: argparse.Namespace, cfg: "CfgNode", images: "list[ImageFile]") -> "FeatureSummary":
+    from d2kd.engine.compared_models import load_compared_models
+    from d2kd.modeling.feature_recording import TEACHER, FeatureRecorder, named_pairs, pairs_of_distillers
+    from d2kd.modeling.taps import image_side
+    from d2kd.prediction.features import compare_features
+
     models = load_compared_models(cfg, args.weights, args.before, not args.no_before)
     student = models.students["after"]
     pairs, left_out = pairs_of_distillers(models.distillers)
     if args.taps or not (pairs or left_out):
-        pairs, left_out = named_pairs(student, models.teacher.model, args.taps, pairs)
+        pairs, left_out = named_pairs(student, models.teacher.model, args.taps, pairs, image_side(cfg))
     recorder = FeatureRecorder(models.teacher, models.students, pairs)
     recorder.left_out.update(left_out)
     columns = {TEACHER: "teacher", **{role: f"student {role}" for role in models.students}}
@@ -142,9 +155,7 @@ def main(args: argparse.Namespace) -> "FeatureSummary":
         "config_file": args.config_file,
     }
     notes = [f"Student after: {args.weights}; before: {models.before}." if models.before else f"{args.weights}."]
-    summary = compare_features(cfg, recorder, images, args.output, columns=columns, about=about, notes=notes)
-    tell(summary, args.output)
-    return summary
+    return compare_features(cfg, recorder, images, args.output, columns=columns, about=about, notes=notes)
 
 
 def tell(summary: "FeatureSummary", output: str) -> None:
@@ -161,7 +172,7 @@ def tell(summary: "FeatureSummary", output: str) -> None:
             )
     logger.info("%d pictures of %d taps and features.json: %s", len(summary.pictures), len(summary.taps), output)
     if summary.skipped:
-        logger.warning("%d images could not be read and were skipped; they are named above.", len(summary.skipped))
+        logger.warning("%d image(s) could not be read and were skipped; named above.", len(summary.skipped))
 
 
 def run(arguments: list[str] | None = None) -> None:

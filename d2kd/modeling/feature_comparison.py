@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 #: Colors span what lies between these quantiles of a component.
 _SPAN = 0.02, 0.98
-FITTED = "the student's channels fitted to the teacher's, linearly, on {where}"
+FITTED = "each student's channels were fitted to the teacher's (ridge regression) on {where}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from d2kd.distillers import AlignmentError, Distiller, TapPair
 from d2kd.distillers.taps import check_alignable
 from d2kd.layers import align_resolution
 
-from .architectures import is_region_tap
+from .architectures import architecture_of, is_region_tap
 from .taps import FeatureTaps, TapError, describe_taps, shared_levels
 from .teacher import Teacher
 
@@ -84,7 +84,9 @@ def _as_compared(method: str, distiller: Distiller, level: int) -> MapPair:
     if probe is None:
         return MapPair(pair)
     layer = distiller.describe_alignment(level).partition(",")[0]
-    words = f"as {method} compares them" + (f", through its {layer}" if "->" in layer else ", channel by channel")
+    words = f"as {method} compares them" + (
+        f", through its trained {layer}" if "->" in layer else ", channel by channel"
+    )
     return MapPair(pair, lambda x: _to_channels(distiller, level, x), words)
 
 
@@ -100,7 +102,12 @@ def _to_channels(distiller: Distiller, level: int, x: Tensor) -> Tensor:
 
 
 def named_pairs(
-    student: nn.Module, teacher: nn.Module, names: Sequence[str], known: Sequence[MapPair] = (), key: str = "--taps"
+    student: nn.Module,
+    teacher: nn.Module,
+    names: Sequence[str],
+    known: Sequence[MapPair] = (),
+    image_side: int = 0,
+    key: str = "--taps",
 ) -> tuple[list[MapPair], dict[str, str]]:
     """Returns the pairs that somebody names, "p3" or "STUDENT=TEACHER", and why some are left out, by their name.
 
@@ -108,13 +115,15 @@ def named_pairs(
         student, teacher: the models.
         names: [] stands for all that the outputs of the backbones have in common, by name or else by stride.
         known: of methods; a pair among them keeps what aligns it.
+        image_side: shorter side of the images in pixels; of outputs that both have, those with fewer than four cells
+            across are left out. 0 takes all.
         key: what the names come from, for messages.
 
     Raises:
         TapError: a tap is not there, or nothing is shared and nothing named.
         AlignmentError: strides are too far apart.
     """
-    wanted = [_split(key, name) for name in names] or _shared(student, teacher, key)
+    wanted = [_split(key, name) for name in names] or _shared(student, teacher, image_side, key)
     of_methods = {(m.pair.student.name, m.pair.teacher.name): m for m in known}
     left_out = {ours: _REGIONS for ours, theirs in wanted if _is_region(ours) or _is_region(theirs)}
     wanted = [(ours, theirs) for ours, theirs in wanted if ours not in left_out]
@@ -148,11 +157,9 @@ def _split(key: str, name: str) -> tuple[str, str]:
     return ours, theirs or ours
 
 
-def _shared(student: nn.Module, teacher: nn.Module, key: str) -> list[tuple[str, str]]:
+def _shared(student: nn.Module, teacher: nn.Module, image_side: int, key: str) -> list[tuple[str, str]]:
     """Outputs of the backbones with the same name, or else with the same stride."""
-    from .architectures import architecture_of
-
-    same = [(name, name) for name in shared_levels(student, teacher)]
+    same = [(name, name) for name in shared_levels(student, teacher, image_side)]
     if same:
         return same
     ours, theirs = (architecture_of(model).feature_shapes() for model in (student, teacher))
@@ -205,7 +212,7 @@ class FeatureRecorder:
                 self._leave_out(inputs)
         return {}
 
-    def _leave_out(self, inputs: Mapping[str, Any]) -> None:
+    def _leave_out(self, inputs: dict[str, Any]) -> None:
         """Finds the pairs that fail on their own."""
         kept = []
         for pair in self.pairs:

@@ -4,7 +4,8 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,15 @@ import cv2
 import numpy as np
 
 from d2kd.data.coco import DatasetError
+from d2kd.data.images import image_problem
 from d2kd.data.mapper import build_mapper, wrap_mapper
 from d2kd.errors import ConfigError
 from d2kd.evaluation.feature_links import NUMBERS, pictures_in
+from d2kd.evaluation.report_pictures import evenly_spread
 from d2kd.files import replacing, write_json
 from d2kd.modeling.feature_comparison import TapComparison, compare
 from d2kd.modeling.feature_recording import TEACHER, FeatureRecorder, RecordedMap
-from d2kd.visualization import FeatureRow, Scales, feature_picture, network_image
+from d2kd.visualization import FeatureRow, feature_picture, network_image
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 #: Of all values, this share lies within the ends of a color scale.
 _WITHIN = 0.99
+_NUMBERS = "Cosine and CKA: 1 is alike, 0 unrelated; CKA compares whatever the channels are, cosine as the colors do."
 
 
 class FeatureSummary(NamedTuple):
@@ -57,7 +61,7 @@ class _Seen(NamedTuple):
 
 
 def choose_images(cfg: CfgNode, given: Sequence[str], number: int, without: str | None = None) -> list[ImageFile]:
-    """Returns the first images of what is given, or else of the first dataset of `DATASETS.TEST`.
+    """Returns the first images of what is given, or else some of the first dataset of `DATASETS.TEST`, evenly spread.
 
     Args:
         cfg: of the student.
@@ -66,7 +70,7 @@ def choose_images(cfg: CfgNode, given: Sequence[str], number: int, without: str 
         without: a folder whose files are left out, that of the pictures.
 
     Raises:
-        InputError: there are none, or there is a video among them.
+        InputError: there are none, none can be read, or there is a video among them.
         DatasetError: the dataset cannot be read.
     """
     if given:
@@ -75,7 +79,13 @@ def choose_images(cfg: CfgNode, given: Sequence[str], number: int, without: str 
             raise InputError(f"--images: {videos[0].title} is a video or cannot be read; features are of images.")
         if len(images) > number:
             logger.info("The first %d of %d images are shown (--number).", number, len(images))
-        return images[:number]
+        images = images[:number]
+        problems = [image_problem(image.path) for image in images]
+        if None not in problems:
+            raise InputError(
+                problems[0] if len(problems) == 1 else f"No image can be read. The first one: {problems[0]}"
+            )
+        return images
     name = next(iter(cfg.DATASETS.TEST), None)
     if name is None:
         raise InputError("There are no images: give --images, or a dataset in DATASETS.TEST.")
@@ -87,7 +97,7 @@ def choose_images(cfg: CfgNode, given: Sequence[str], number: int, without: str 
         raise InputError(f"DATASETS.TEST {name!r} cannot be read ({error}): give --images.") from error
     if not records:
         raise InputError(f"DATASETS.TEST {name!r} holds no images: give --images.")
-    paths = list(dict.fromkeys(str(record["file_name"]) for record in records))[:number]
+    paths = [str(record["file_name"]) for record in evenly_spread(records, number)]
     return [ImageFile(path, os.path.basename(path)) for path in paths]
 
 
@@ -127,20 +137,23 @@ def compare_features(
         reasons = "; ".join(f"{name}: {why}" for name, why in recorder.left_out.items())
         raise ConfigError(f"There is no tap with maps to compare (--taps). {reasons}".strip())
     taps = [compare(pair, [s.maps[pair.name] for s in seen]) for pair in recorder.pairs]
-    scales = _scales(taps)
+    end = _end([x for tap in taps for m in tap.maps for x in m.differences.values()])
+    ends = {tap.pair.name: _mean_end(tap) for tap in taps}
     files = _file_names([s.file.name for s in seen])
     pictures = {}
     for number, (file, s) in enumerate(zip(files, seen)):
-        rows = [_row(tap, number, columns) for tap in taps]
-        drawn = feature_picture(s.image, rows, scales, f"Features over {s.file.name}", [*_alignments(taps), *notes])
+        rows = [_row(tap, number, columns, ends[tap.pair.name]) for tap in taps]
+        drawn = feature_picture(
+            s.image, rows, end, f"Features over {s.file.name}", [*_alignments(taps), _NUMBERS, *notes]
+        )
         pictures[file] = cv2.imencode(".png", drawn, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
     content = {
         **(about or {}),
         "images": [{"file": s.file.path, "picture": file} for file, s in zip(files, seen)],
         "skipped": skipped,
-        "taps": [_numbers(tap) for tap in taps],
+        "taps": [{**_numbers(tap), "scale_of_means": ends[tap.pair.name]} for tap in taps],
         "left_out": recorder.left_out,
-        "scales": {"mean": [-scales.mean, scales.mean], "difference": [0.0, scales.difference]},
+        "scale_of_differences": end,
     }
     folder = Path(output)
     _write(folder, pictures, content)
@@ -167,11 +180,13 @@ def _look(cfg: CfgNode, recorder: FeatureRecorder, images: Sequence[ImageFile]) 
     return seen, skipped
 
 
-def _scales(taps: Sequence[TapComparison]) -> Scales:
-    maps = [m for tap in taps for m in tap.maps]
-    means = np.concatenate([np.abs(x).ravel() for m in maps for x in m.means.values()])
-    differences = np.concatenate([x.ravel() for m in maps for x in m.differences.values()])
-    return Scales(_rounded_up(np.quantile(means, _WITHIN)), _rounded_up(np.quantile(differences, _WITHIN)))
+def _mean_end(tap: TapComparison) -> float:
+    """The end of the color scale of a tap's means, over all images."""
+    return _end([np.abs(x) for m in tap.maps for x in m.means.values()])
+
+
+def _end(maps: Sequence[np.ndarray]) -> float:
+    return _rounded_up(float(np.quantile(np.concatenate([x.ravel() for x in maps]), _WITHIN)))
 
 
 def _rounded_up(value: float) -> float:
@@ -182,7 +197,7 @@ def _rounded_up(value: float) -> float:
     return float(math.ceil(value / unit - 1e-9) * unit)
 
 
-def _row(tap: TapComparison, number: int, columns: Mapping[str, str]) -> FeatureRow:
+def _row(tap: TapComparison, number: int, columns: Mapping[str, str], end: float) -> FeatureRow:
     student, teacher = tap.pair.pair
     ours, theirs = tap.channels
     title = f"{student.name}: {ours} channels, stride {student.stride:g}"
@@ -194,9 +209,10 @@ def _row(tap: TapComparison, number: int, columns: Mapping[str, str]) -> Feature
         _in_words(tap, columns),
         teacher.stride,
         {columns[role]: maps.means[role] for role in columns},
+        end,
         {columns[role]: maps.colors[role] for role in columns},
         {columns[role]: x for role, x in maps.differences.items()},
-        {columns[role]: f"{math.sqrt(np.square(x).mean()):.2f} here" for role, x in maps.differences.items()},
+        {columns[role]: f"{math.sqrt(np.square(x).mean()):.2f} in this image" for role, x in maps.differences.items()},
     )
 
 
@@ -248,10 +264,33 @@ def _file_names(names: Sequence[str]) -> list[str]:
     return files
 
 
+@contextlib.contextmanager
+def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes a folder and sees to it that it takes files; after an error it is removed again, if it is empty and new.
+
+    Raises:
+        OutputError: it takes none.
+    """
+    path = Path(folder)
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise OutputError(f"--output {folder} cannot be written: {error.strerror or error}.") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for p in made:
+                p.rmdir()
+        raise
+
+
 def _write(folder: Path, pictures: Mapping[str, bytes], content: Mapping[str, Any]) -> None:
     old = pictures_in(folder)
     new: list[Path] = []
-    made = not folder.exists()
     try:
         for file, data in pictures.items():
             if not (folder / file).exists():
@@ -262,9 +301,6 @@ def _write(folder: Path, pictures: Mapping[str, bytes], content: Mapping[str, An
     except OSError as error:
         for path in new:
             path.unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
         raise OutputError(f"--output {folder} cannot be written: {error.strerror or error}.") from error
     for path in old:
         if path.name not in pictures:

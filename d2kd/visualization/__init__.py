@@ -3,7 +3,7 @@
 from d2kd.visualization.classifications import classification_sheet, differing, read_classifications
 from d2kd.visualization.curves import TrainingLog, read_training_log, training_curves
 from d2kd.visualization.detections import detection_grid, read_predictions
-from d2kd.visualization.features import FeatureRow, Scales, feature_picture
+from d2kd.visualization.features import FeatureRow, feature_picture
 from d2kd.visualization.inputs import input_sheet, network_image
 from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
@@ -13,7 +13,6 @@ from d2kd.visualization.predictions import prediction_picture
 __all__ = [
     "NO_LABEL",
     "FeatureRow",
-    "Scales",
     "TrainingLog",
     "classification_sheet",
     "detection_grid",

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
@@ -16,6 +16,8 @@ from .detections import resize
 TILE, PLACE = 150, 104
 _GAP, _GROUP = 8, 24
 _MARGIN, _DPI = 16, 100
+#: Smallest width of a picture, for its texts.
+_WIDTH = 900
 _HEADER, _TITLE, _CAPTION, _LINE = 54, 40, 22, 19
 _BAR = (200, 14)
 #: Colors of the mean (below 0, 0, above 0) and of the difference (0 is black).
@@ -31,6 +33,7 @@ class FeatureRow(NamedTuple):
         about: a second line on it.
         stride: pixels of the image per cell; maps start at its upper left corner and may reach beyond it.
         means: (H, W), by column ("teacher", "student after", ...).
+        end: of the scale of means, which goes from -`end` to `end`.
         colors: (H, W, 3) RGB in [0, 1], of the same columns.
         differences: (H, W), of the students' columns.
         captions: below the differences, by column.
@@ -40,34 +43,28 @@ class FeatureRow(NamedTuple):
     about: str
     stride: float
     means: Mapping[str, np.ndarray]
+    end: float
     colors: Mapping[str, np.ndarray]
     differences: Mapping[str, np.ndarray]
     captions: Mapping[str, str]
 
 
-class Scales(NamedTuple):
-    """Ends of the color scales: means from -`mean` to `mean`, differences from 0 to `difference`."""
-
-    mean: float
-    difference: float
-
-
 def feature_picture(
-    image: np.ndarray, rows: Sequence[FeatureRow], scales: Scales, heading: str = "", notes: Sequence[str] = ()
+    image: np.ndarray, rows: Sequence[FeatureRow], end: float, heading: str = "", notes: Sequence[str] = ()
 ) -> np.ndarray:
     """Draws a row for each tap: the image, means, principal components and differences, with their scales below.
 
     Args:
         image: what the networks saw, uint8 (H, W, 3) BGR.
         rows: with the same columns each.
-        scales: of all rows.
+        end: of the scale of differences, which starts at 0.
         heading: above all.
         notes: sentences below.
 
     Returns:
         uint8 (H', W', 3) BGR.
     """
-    return _Picture(image, rows, scales, heading, notes).draw()
+    return _Picture(image, rows, end, heading, notes).draw()
 
 
 class _Text(NamedTuple):
@@ -84,9 +81,9 @@ class _Picture:
     """Tiles on a white sheet, pixel by pixel, and the texts that go with them."""
 
     def __init__(
-        self, image: np.ndarray, rows: Sequence[FeatureRow], scales: Scales, heading: str, notes: Sequence[str]
+        self, image: np.ndarray, rows: Sequence[FeatureRow], end: float, heading: str, notes: Sequence[str]
     ) -> None:
-        self.image, self.rows, self.scales = image, rows, scales
+        self.image, self.rows, self.end = image, rows, end
         self.zoom = TILE / max(image.shape[:2])
         self.size = max(1, round(image.shape[0] * self.zoom)), max(1, round(image.shape[1] * self.zoom))
         self.place = max(self.size[1], PLACE)
@@ -99,7 +96,7 @@ class _Picture:
                 self.slots.append((group, name, x))
                 x += self.place + _GAP
             x += _GROUP - _GAP
-        self.width = max(x - _GROUP + _MARGIN, 760)
+        self.width = max(x - _GROUP + _MARGIN, _WIDTH)
         self.texts: list[_Text] = []
         self.heading, self.notes = heading, notes
 
@@ -139,8 +136,10 @@ class _Picture:
             tile = self._tile(group, name, row)
             y = top + _TITLE
             sheet[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
-            if group == "difference":
-                self.texts.append(_Text(x, y + self.size[0] + 15, row.captions.get(name, ""), 8.5, _GREY))
+            caption = row.captions.get(name, "") if group == "difference" else ""
+            if group == "mean" and name == next(iter(row.means)):
+                caption = f"-{row.end:.2g} (blue) to +{row.end:.2g} (red)"
+            self.texts.append(_Text(x, y + self.size[0] + 15, caption, 8.5, _GREY))
 
     def _tile(self, group: str, name: str, row: FeatureRow) -> np.ndarray:
         """uint8 (h, w, 3) RGB."""
@@ -149,9 +148,9 @@ class _Picture:
         if group == "colors":
             values = np.rint(row.colors[name] * 255).astype(np.uint8)
         elif group == "mean":
-            values = tinted((row.means[name] / self.scales.mean + 1) / 2, MEAN_COLORS)
+            values = tinted((row.means[name] / row.end + 1) / 2, MEAN_COLORS)
         else:
-            values = tinted(row.differences[name] / self.scales.difference, DIFFERENCE_COLORS)
+            values = tinted(row.differences[name] / self.end, DIFFERENCE_COLORS)
         return self._spread(values, row.stride)
 
     def _spread(self, values: np.ndarray, stride: float) -> np.ndarray:
@@ -164,15 +163,14 @@ class _Picture:
 
     def _legend(self, top: int) -> tuple[list[tuple[int, int, np.ndarray]], int]:
         """Bars of the scales with their place, and the height of the sheet."""
-        mean, difference = self.scales
         ramp = np.broadcast_to(np.linspace(0, 1, _BAR[0]), (_BAR[1], _BAR[0]))
         bars, y = [], top + 8
         entries = [
             (
                 tinted(ramp, MEAN_COLORS),
-                (f"-{mean:.2g}", f"+{mean:.2g}"),
+                ("less", "more"),
                 "mean over the channels, each brought to mean 0 and deviation 1 over all images shown: red is more "
-                "active than usual, blue less; one scale for all maps and pictures",
+                "active than usual; ends of the scale, one for all maps of a tap, stand below the teacher's",
             ),
             (
                 None,
@@ -182,7 +180,7 @@ class _Picture:
             ),
             (
                 tinted(ramp, DIFFERENCE_COLORS),
-                ("0", f"{difference:.2g}"),
+                ("0", f"{self.end:.2g}"),
                 "difference: root mean square over the standardized channels; 0 (black) is equal, 1.4 unrelated; one "
                 "scale for all maps and pictures",
             ),
@@ -209,7 +207,7 @@ class _Picture:
     def _with_texts(self, sheet: np.ndarray) -> np.ndarray:
         height, width = sheet.shape[:2]
         figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = FigureCanvasAgg(figure)  # untyped
         figure.figimage(sheet, resize=False)
         for t in self.texts:
             figure.text(
