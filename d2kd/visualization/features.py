@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 
 from .detections import resize
 
-#: Largest side of a tile, and smallest width of its place, in pixels.
+#: Side of a tile of a square image (others have its area), and smallest width of the place for one, in pixels.
 TILE, PLACE = 150, 104
 _GAP, _GROUP = 8, 24
 _MARGIN, _DPI = 16, 100
 #: Smallest width of a picture, for its texts.
 _WIDTH = 900
+#: Width for the heading of the last columns.
+_LAST = 210
 _HEADER, _TITLE, _CAPTION, _LINE = 54, 40, 22, 19
 _BAR = (200, 14)
 #: Colors of the mean (below 0, 0, above 0) and of the difference (0 is black).
@@ -84,7 +86,8 @@ class _Picture:
         self, image: np.ndarray, rows: Sequence[FeatureRow], end: float, heading: str, notes: Sequence[str]
     ) -> None:
         self.image, self.rows, self.end = image, rows, end
-        self.zoom = TILE / max(image.shape[:2])
+        height, width = image.shape[:2]
+        self.zoom = min(TILE / (height * width) ** 0.5, 2 * TILE / max(height, width))
         self.size = max(1, round(image.shape[0] * self.zoom)), max(1, round(image.shape[1] * self.zoom))
         self.place = max(self.size[1], PLACE)
         columns, students = list(rows[0].means), list(rows[0].differences)
@@ -96,7 +99,7 @@ class _Picture:
                 self.slots.append((group, name, x))
                 x += self.place + _GAP
             x += _GROUP - _GAP
-        self.width = max(x - _GROUP + _MARGIN, _WIDTH)
+        self.width = max(x - _GROUP + _MARGIN, self.slots[-len(students)][2] + _LAST, _WIDTH)
         self.texts: list[_Text] = []
         self.heading, self.notes = heading, notes
 

@@ -231,11 +231,11 @@ def test_backbones_without_a_common_name_are_paired_by_stride():
 
 
 def test_a_cell_is_drawn_where_it_is_in_the_image_and_equal_maps_alike():
-    image = np.full((60, 100, 3), 50, np.uint8)
-    mean = np.zeros((8, 13), np.float64)  # stride 8: the last row and column reach beyond the image
-    mean[0, 0], mean[7, 12], mean[3, 6] = 1.0, -1.0, 0.5
+    image = np.full((60, 135, 3), 50, np.uint8)
+    mean = np.zeros((8, 17), np.float64)  # stride 8: the last row and column reach beyond the image
+    mean[0, 0], mean[7, 16], mean[3, 6] = 1.0, -1.0, 0.5
     difference = np.abs(mean)
-    colors = np.zeros((8, 13, 3))
+    colors = np.zeros((8, 17, 3))
     colors[3, 6] = (1, 0.5, 0)
     names = ("teacher", "student after")
     row = FeatureRow(
@@ -249,7 +249,8 @@ def test_a_cell_is_drawn_where_it_is_in_the_image_and_equal_maps_alike():
         {"student after": "0.1"},
     )
     drawn = feature_picture(image, [row, row], 1.0, "heading", ["note"])
-    height, width = 90, TILE  # of the tile, 1.5 pixels for one of the image
+    zoom = TILE / 90  # the tile has the area of a square one
+    height, width = 100, 225
     boxes = [
         (x, y)
         for y in range(drawn.shape[0] - height)
@@ -263,7 +264,7 @@ def test_a_cell_is_drawn_where_it_is_in_the_image_and_equal_maps_alike():
     assert (tiles[0] == tiles[1]).all() and (tiles[2] == tiles[3]).all()
     assert (tiles[0][2, 2] == tinted(np.array(0.75), MEAN_COLORS)).all()
     assert (tiles[0][-1, -1] == tinted(np.array(0.25), MEAN_COLORS)).all()
-    middle = int(3.5 * 8 * 1.5), int(6.5 * 8 * 1.5)
+    middle = int(3.5 * 8 * zoom), int(6.5 * 8 * zoom)
     assert tiles[2][middle].tolist() == [255, 128, 0] and tiles[2][2, 2].tolist() == [0, 0, 0]
     assert (tiles[4][middle] == tinted(np.array(0.5), DIFFERENCE_COLORS)).all()
 
