@@ -142,8 +142,10 @@ def _compare(args: argparse.Namespace, cfg: "CfgNode", images: "list[ImageFile]"
     models = load_compared_models(cfg, args.weights, args.before, not args.no_before)
     student = models.students["after"]
     pairs, left_out = pairs_of_distillers(models.distillers)
-    if args.taps or not (pairs or left_out):
+    if args.taps or not pairs:
+        vectors = {} if args.taps else left_out
         pairs, left_out = named_pairs(student, models.teacher.model, args.taps, pairs, image_side(cfg))
+        left_out = {**vectors, **left_out}
     recorder = FeatureRecorder(models.teacher, models.students, pairs)
     recorder.left_out.update(left_out)
     columns = {TEACHER: "teacher", **{role: f"student {role}" for role in models.students}}
@@ -154,7 +156,9 @@ def _compare(args: argparse.Namespace, cfg: "CfgNode", images: "list[ImageFile]"
         "teacher": cfg.DISTILL.TEACHER.WEIGHTS or cfg.DISTILL.TEACHER.CONFIG_FILE,
         "config_file": args.config_file,
     }
-    notes = [f"Student after: {args.weights}; before: {models.before}." if models.before else f"{args.weights}."]
+    notes = [
+        f"Student after: {args.weights}; before: {models.before}." if models.before else f"Student: {args.weights}."
+    ]
     return compare_features(cfg, recorder, images, args.output, columns=columns, about=about, notes=notes)
 
 
