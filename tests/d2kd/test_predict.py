@@ -151,6 +151,37 @@ def test_results_are_those_of_an_evaluation(kind, student, tmp_path):
         assert counts == {str(i): int(n) for i, n in zip(*np.unique(labels, return_counts=True))}
 
 
+@pytest.mark.parametrize("kind", ["rcnn", "labels"])
+def test_results_with_test_time_augmentation_are_those_of_an_evaluation(kind, student, tmp_path):
+    augmented = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": [48, 64], "TEST.AUG.MAX_SIZE": 96}
+    path, weights = student(kind, **augmented)
+    cfg = load_config(str(path), ["MODEL.WEIGHTS", str(weights)])
+    register_datasets(cfg)
+    DistillTrainer.check_config(cfg, ("TEST",))
+    evaluate_student(DistillTrainer, cfg, resume=False)
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:2]
+    names = {record.get("image_id", record["file_name"]): record["file_name"] for record in records}
+    arguments = (*names.values(), "--config-file", path, "--weights", weights, "--no-pictures")
+    call(*arguments, "--output", tmp_path / "out")
+    call(*arguments, "--output", tmp_path / "plain", "--opts", "TEST.AUG.ENABLED", "False")
+
+    files = {image["id"]: image["file_name"] for image in read(tmp_path / "out/images.json")["images"]}
+    ours, plain = (by_file(read(tmp_path / folder / FILES[kind]), files) for folder in ("out", "plain"))
+    theirs = read(Path(cfg.OUTPUT_DIR, "inference_TTA", FILES[kind]))
+    if kind == "labels":
+        theirs = [{**entry, "image_id": entry["file_name"]} for entry in theirs]
+    assert ours == by_file([entry for entry in theirs if entry["image_id"] in names], names) != plain
+
+
+def test_augmentation_that_an_architecture_lacks_is_an_error_before_weights_are_read(student, digits, tmp_path):
+    path, weights = student()
+    weights.write_bytes(b"")
+    arguments = (digits / "val", "--config-file", path, "--weights", weights, "--output", tmp_path / "out")
+    with pytest.raises(UserError, match="no test-time augmentation for MODEL.META_ARCHITECTURE RetinaNet"):
+        call(*arguments, "--opts", "TEST.AUG.ENABLED", "True")
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_come_from_the_checkpoint_then_the_data_then_numbers(student, digits, tmp_path, caplog):
     names = [f"Ziffer {i}" for i in range(9)] + ["neun, \u4e5d"]
     path, weights = student(names=names)
