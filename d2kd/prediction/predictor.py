@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from .classes import ClassList, known_classes
+from .panoptic import PanopticMap, read_panoptic
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,13 @@ class Prediction:
             of the image, `score`, perhaps `segmentation` (RLE) and `points`; `category_id` is the model's class.
         labels: class of every pixel, int (H, W).
         classes: the best classes of the whole image with their scores, best first.
+        panoptic: things and stuff in one map.
     """
 
     detections: list[dict[str, Any]] | None = None
     labels: np.ndarray | None = None
     classes: list[tuple[int, float]] | None = None
+    panoptic: PanopticMap | None = None
 
 
 class Predictor:
@@ -139,6 +142,7 @@ def read_output(output: Mapping[str, Any]) -> Prediction:
         detections=_detections(output["instances"]) if "instances" in output else None,
         labels=output["sem_seg"].argmax(dim=0).cpu().numpy().astype(np.int32) if "sem_seg" in output else None,
         classes=_best_classes(output["scores"]) if "scores" in output else None,
+        panoptic=read_panoptic(output),
     )
 
 

@@ -7,6 +7,7 @@ from d2kd.visualization.features import FeatureRow, feature_picture
 from d2kd.visualization.inputs import input_sheet, network_image
 from d2kd.visualization.label_maps import NO_LABEL, label_map_grid, read_label_predictions
 from d2kd.visualization.masking import kept_picture, masking_plot, sheet
+from d2kd.visualization.panoptic import panoptic_picture
 from d2kd.visualization.points import draw_points
 from d2kd.visualization.predictions import prediction_picture
 
@@ -24,6 +25,7 @@ __all__ = [
     "label_map_grid",
     "masking_plot",
     "network_image",
+    "panoptic_picture",
     "prediction_picture",
     "read_classifications",
     "read_label_predictions",
