@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -157,6 +158,7 @@ def test_results_are_those_of_an_evaluation(kind, student, tmp_path):
 def test_results_with_test_time_augmentation_are_those_of_an_evaluation(kind, student, tmp_path):
     augmented = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": [48, 64], "TEST.AUG.MAX_SIZE": 96}
     path, weights = student(kind, **augmented)
+    runpy.run_path(PLUGIN)  # an import registers its datasets once a process
     cfg = load_config(str(path), ["MODEL.WEIGHTS", str(weights)])
     register_datasets(cfg)
     DistillTrainer.check_config(cfg, ("TEST",))
