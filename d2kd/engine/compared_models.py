@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from d2kd.distillers import Distiller
-from d2kd.errors import ConfigError
+from d2kd.errors import ConfigError, UserError
 from d2kd.modeling import (
     DistilledModel,
     StrictLoadingError,
@@ -61,10 +62,15 @@ def load_compared_models(cfg: CfgNode, weights: str, before: str = "", with_befo
         with_before: whether there is to be such a student.
 
     Raises:
-        ConfigError: no teacher is configured.
+        ConfigError: no teacher is configured, or MODEL.WEIGHTS is the trained student.
         UserError: a model cannot be built, or a checkpoint does not fit.
     """
     require_teacher(cfg)
+    if with_before and not before and _same_file(cfg.MODEL.WEIGHTS, weights):
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights} is the trained student itself, and not what its training started with: give the "
+            "YAML of the training, or --before, or --no-before."
+        )
     saved = _entries(weights)
     methods = saved.get("methods")
     trained_with = methods is not None and list(methods) == list(cfg.DISTILL.METHODS) and "distillers" in saved
@@ -108,6 +114,10 @@ def require_teacher(cfg: CfgNode) -> None:
         )
 
 
+def _same_file(one: str, other: str) -> bool:
+    return bool(one) and os.path.realpath(one) == os.path.realpath(other)
+
+
 def _entries(path: str) -> dict[str, Any]:
     """What a checkpoint holds."""
     try:
@@ -131,9 +141,15 @@ def _trained_distillers(model: DistilledModel, state: Any, weights: str) -> dict
 
 def _start(cfg: CfgNode, model: nn.Module, student: nn.Module, teacher: Teacher, alone: bool) -> str:
     """Gives a student what its training started from."""
-    if isinstance(model, DistilledModel) or alone:
+    if not isinstance(model, DistilledModel) and not alone:
+        # an exported student, or one of other methods: it started as the configuration says
+        model = DistilledModel(student, build_passes(cfg, student, teacher, {}), {})
+    try:
         load_start(cfg, model)
-    else:  # an exported student, or one of other methods: it started as the configuration says
-        load_start(cfg, DistilledModel(student, build_passes(cfg, student, teacher, {}), {}))
+    except UserError as error:
+        raise ConfigError(
+            f"What the training started with cannot be loaded: {error} (--before names another checkpoint, "
+            "--no-before shows the trained student only)"
+        ) from error
     drawn = cfg.SEED < 0 and not cfg.MODEL.WEIGHTS
     return "new random weights, as SEED is -1" if drawn else "the weights that its training started with"

@@ -385,6 +385,8 @@ def test_the_examples_of_the_documentation_run_as_printed(student, teacher, digi
         (["{teacher}", "--taps", "p9"], "Tap 'p9' is not in the RetinaNet"),
         (["{teacher}", "--taps", "p3=p7"], "stride 8.*stride 128"),
         (["{teacher}", "--before", "{other}"], "does not fit its configuration .--config-file and --before"),
+        (["{teacher}", "--opts", "MODEL.WEIGHTS", "no.pth"], "started with cannot be loaded: .*no.pth.*--no-before"),
+        (["{teacher}", "--opts", "MODEL.WEIGHTS", "{weights}"], "is the trained student itself"),
         (["{teacher}", "--output", "{broken}/below"], "cannot be written|is a file"),
         (["{teacher}", "--output", "{full}"], "is not empty"),
         (["{teacher}", "--opts", "DATASETS.TEST", "()"], "give --images, or a dataset in DATASETS.TEST"),
