@@ -70,5 +70,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _unknown(name: str) -> str:
-    hint = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+    hint = did_you_mean(name, COMMANDS, cutoff=0.6) or f" There are {', '.join(COMMANDS)}."
     return f"d2kd: {name!r} is not a command.{hint}"
