@@ -27,6 +27,7 @@ COMMANDS = {
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
     "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
     "predict": Command("predict", "predict on images, folders, videos or a camera: pictures, a table, COCO's results"),
+    "features": Command("features", "draw features of teacher and student, before and after the training, over images"),
     "export": Command("export_student", "write the student of a training checkpoint as a plain checkpoint"),
     "benchmark": Command("benchmark", "measure what models and exported files cost: time, memory, parameters"),
     "list": Command("listing", "list methods, recipes, architectures, backbones, heads or passes, with a line of help"),
@@ -70,5 +71,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _unknown(name: str) -> str:
-    hint = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+    hint = did_you_mean(name, COMMANDS, cutoff=0.6) or f" There are {', '.join(COMMANDS)}."
     return f"d2kd: {name!r} is not a command.{hint}"

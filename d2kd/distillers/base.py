@@ -255,6 +255,18 @@ class Distiller(Configurable, nn.Module):
         """
         return align_validity(valid, self._stride_ratios[level] or 1.0, size)
 
+    def in_teacher_channels(self, level: int, student: Tensor) -> Tensor | None:
+        """Returns a student's map in the channels of the teacher's, as the method compares the two; without resampling.
+
+        None where it compares otherwise, so that a channel of one stands for none of the other.
+
+        Args:
+            level: number of the pair.
+            student: (N, C, H, W).
+        """
+        aligners = getattr(self, "align", None)
+        return aligners[level](student) if isinstance(aligners, nn.ModuleList) else None
+
     def teacher_feature(self, level: int, teacher: FeatureMaps) -> Tensor:
         """Returns the teacher's feature of a pair, with its classes in the student's order where it predicts them."""
         tap = self.pairs[level].teacher

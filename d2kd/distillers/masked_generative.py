@@ -56,6 +56,10 @@ class MaskedGenerative(FeatureDistiller):
         generated = self.generation[level](student * keep.to(student.dtype))
         return squared_error(generated, normalize(teacher, self.normalize, valid), self.reduction, valid)
 
+    def in_teacher_channels(self, level: int, student: Tensor) -> Tensor | None:
+        """Returns None: the teacher's map is generated from the student's, whose channels are its own."""
+        return None
+
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the position in the sequence of masks, for `state_dict`."""
         return self.masks.state()

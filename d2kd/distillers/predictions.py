@@ -1,5 +1,7 @@
 """Base class of methods that compare predictions (logits, box deltas) instead of features: nothing is aligned."""
 
+from torch import Tensor
+
 from .base import Distiller
 from .taps import AlignmentError, Prediction, TapPair
 
@@ -25,6 +27,10 @@ class PredictionDistiller(Distiller):
                 f"{key}, {pair}: the student predicts at stride {ours.stride:g}, the teacher at stride "
                 f"{theirs.stride:g}; they must be equal."
             )
+
+    def in_teacher_channels(self, level: int, student: Tensor) -> Tensor | None:
+        """Returns the map as it is: predictions of both networks mean the same."""
+        return student
 
     def may_resample(self, pair: TapPair) -> bool:
         """Returns whether predictions mean the same at any stride."""

@@ -19,7 +19,7 @@ from d2kd.evaluation.missing import explain_nan
 from d2kd.evaluation.side_by_side import side_by_side
 from d2kd.files import write_json
 from d2kd.modeling import Teacher, TeacherError, build_network, load_strictly, load_teacher, teacher_config
-from d2kd.modeling.architectures import architecture_class, architecture_of
+from d2kd.modeling.architectures import architecture_class, architecture_of, check_test_augmentation
 from d2kd.modeling.classes import Classes, classes_of, match_classes
 from d2kd.rng import preserve_rng_state
 from detectron2.checkpoint import DetectionCheckpointer
@@ -138,18 +138,6 @@ def evaluate_variant(trainer_class: Any, cfg: CfgNode, model: nn.Module, suffix:
         elsewhere.OUTPUT_DIR = folder
         evaluators = [trainer_class.build_evaluator(elsewhere, name) for name in cfg.DATASETS.TEST]
     return {f"{name}_{suffix}": value for name, value in trainer_class.test(cfg, model, evaluators).items()}
-
-
-def check_test_augmentation(cfg: CfgNode) -> None:
-    """
-    Raises:
-        ConfigError: `TEST.AUG.ENABLED` is set for an architecture that has no test-time augmentation.
-    """
-    if cfg.TEST.AUG.ENABLED and not architecture_class(cfg).SUPPORTS_TTA:
-        raise ConfigError(
-            f"TEST.AUG.ENABLED: there is no test-time augmentation for MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE}, as there is for GeneralizedRCNN: set it False."
-        )
 
 
 def evaluate_with_tta(trainer_class: Any, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _WRITTEN = (
     "teacher",
     "evaluation",
     "masks",
+    "features",
     "events.out.tfevents.*",
 )
 #: Left by writes that were killed: see `d2kd.files.replacing`, and Detectron2's runtime.

@@ -22,6 +22,7 @@ from d2kd.modeling import (
     build_network,
     is_distillation,
 )
+from d2kd.modeling.architectures import check_test_augmentation
 from d2kd.rng import preserve_rng_state
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
@@ -32,7 +33,7 @@ from detectron2.utils.events import EventWriter
 
 from .checkpoint import DistillCheckpointer, load_start, write_weights
 from .ema import EMAHook, build_ema
-from .evaluation import StudentEvaluation, check_test_augmentation, evaluate, evaluate_teacher, evaluate_with_tta
+from .evaluation import StudentEvaluation, evaluate, evaluate_teacher, evaluate_with_tta
 from .hooks import (
     BestCheckpoint,
     CalibrationHook,

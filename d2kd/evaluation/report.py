@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from d2kd.evaluation.feature_links import feature_links
 from d2kd.evaluation.report_html import page
 from d2kd.evaluation.report_images import browser_images
 from d2kd.evaluation.report_inputs import read_inputs
@@ -101,6 +102,7 @@ def write_report(
         "environment": dict(describe_environment() if environment is None else environment),
         "score_threshold": score_threshold,
         "pictures": _write_pictures(directory, pictures),
+        "features": feature_links(models, directory),
     }
     report = finite(content)
     write_json(directory / "report.json", report)

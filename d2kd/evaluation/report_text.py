@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from d2kd.evaluation.feature_links import features_text
 from d2kd.evaluation.results import ModelResult
 from d2kd.evaluation.tasks import metric_named, task_named
 
@@ -44,6 +45,7 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
             "or what it is at most where that class is not among the model's best.",
             "![Images with what each model says about them](predictions.png)",
         ]
+    parts += features_text(report)
     if report["commands"]:
         parts += ["## Commands", "```\n" + "\n".join(report["commands"]) + "\n```"]
     files = [(m.title, m.config_file, m.checkpoint) for m in models.values() if m.config_file or m.checkpoint]

@@ -4,6 +4,7 @@ from .align import align_resolution, align_validity
 from .focal import sigmoid_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
+from .similarity import linear_cka, principal_axes, ridge_weights, standardize_channels
 from .tokens import attention_saliency, gather_tokens, ranks_of, resample_saliency, scatter_tokens
 
 __all__ = [
@@ -16,12 +17,16 @@ __all__ = [
     "attention_saliency",
     "gather_tokens",
     "keep_mask",
+    "linear_cka",
     "normalize",
+    "principal_axes",
     "ranks_of",
     "resample_saliency",
+    "ridge_weights",
     "scatter_tokens",
     "sigmoid_focal_loss",
     "squared_error",
     "standardize",
+    "standardize_channels",
     "upcast_half",
 ]

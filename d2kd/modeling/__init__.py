@@ -3,7 +3,7 @@
 from . import backbone, library_weights, meta_arch, sem_seg  # registers them
 from .architectures import ArchitectureError, build_network, num_classes
 from .balance import BalanceError, GradientBalance
-from .build import MethodError, build_distilled_model, initialize_student, is_distillation, plan_student
+from .build import MethodError, build_distilled_model, build_teacher, initialize_student, is_distillation, plan_student
 from .distilled_model import DistilledModel
 from .init_from_teacher import InitializationReport, init_from_teacher
 from .strict_loading import StrictLoadingError, load_strictly
@@ -25,6 +25,7 @@ __all__ = [
     "backbone",
     "build_distilled_model",
     "build_network",
+    "build_teacher",
     "evaluation_mode",
     "init_from_teacher",
     "initialize_student",

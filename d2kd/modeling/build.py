@@ -48,13 +48,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     warn_if_unknown(cfg, "Student")
     student = build_network(cfg, "--config-file")
     with torch.random.fork_rng(devices=[]):
-        teacher_cfg = teacher_config(cfg)
-        teacher = Teacher(
-            *load_teacher(teacher_cfg),
-            precision=cfg.DISTILL.TEACHER.PRECISION,
-            swap_channels={cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT} == {"RGB", "BGR"},
-        )
-        _check_image_size(cfg, teacher.model)
+        teacher = build_teacher(cfg)
         matches = match_classes(classes_of(cfg), teacher.classes)
         if cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:  # what does not fit must be known before a run begins
             plan_initialization(student, teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
@@ -68,6 +62,22 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     return DistilledModel(
         student, passes, distillers, GradientBalance.from_config(cfg, methods), cfg.DISTILL.TASK_WEIGHT
     )
+
+
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """Returns the teacher of a student's configuration, with its weights, ready for the student's images.
+
+    Raises:
+        UserError: it cannot be built or loaded, or does not take these images.
+    """
+    teacher_cfg = teacher_config(cfg)
+    teacher = Teacher(
+        *load_teacher(teacher_cfg),
+        precision=cfg.DISTILL.TEACHER.PRECISION,
+        swap_channels={cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT} == {"RGB", "BGR"},
+    )
+    _check_image_size(cfg, teacher.model)
+    return teacher
 
 
 def initialize_student(cfg: CfgNode, model: DistilledModel) -> InitializationReport | None:

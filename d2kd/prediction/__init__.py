@@ -2,12 +2,14 @@
 
 from .files import ResultFiles
 from .inputs import ImageFile, InputError, Video, find_inputs
+from .panoptic import PanopticMap
 from .predictor import Prediction, Predictor
 from .run import Summary, predict_files
 
 __all__ = [
     "ImageFile",
     "InputError",
+    "PanopticMap",
     "Prediction",
     "Predictor",
     "ResultFiles",

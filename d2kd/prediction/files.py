@@ -16,6 +16,7 @@ from d2kd.errors import UserError
 from d2kd.files import replacing
 
 from .classes import ClassList, numbered
+from .panoptic import PanopticMap, annotation, id_picture, panoptic_file
 from .predictor import Prediction
 
 TABLE, IMAGES = "predictions.csv", "images.json"
@@ -25,7 +26,7 @@ DETECTIONS, LABELS, CLASSES = (
     "sem_seg_predictions.json",
     "classification_predictions.json",
 )
-PICTURES, LABEL_MAPS = "pictures", "label_maps"
+PICTURES, LABEL_MAPS, PANOPTIC = "pictures", "label_maps", "panoptic"
 COLUMNS = ("file", "frame", "class_id", "class", "score", "x0", "y0", "x1", "y1", "pixels")
 #: Endings of pictures that keep their name; those of other images get .png behind theirs.
 _KEPT = (".png", ".jpg", ".jpeg")
@@ -72,6 +73,8 @@ class ResultFiles:
         self._files: dict[str, TextIO] = {}
         self._lists: dict[str, _JsonList] = {}
         self._made: Path | None = None
+        self._panoptic: list[dict[str, Any]] = []
+        self._stems: dict[str, str] = {}
 
     def __enter__(self) -> "ResultFiles":
         made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
@@ -88,6 +91,9 @@ class ResultFiles:
                 for entries in self._lists.values():
                     entries.end()
                 json.dump(self._image_file(), self._files[IMAGES], ensure_ascii=False, indent=1)
+                if self._panoptic:
+                    content = panoptic_file(self.images, self._panoptic, self.classes)
+                    json.dump(content, self._open(f"{PANOPTIC}.json"), ensure_ascii=False, indent=1)
         else:
             self._stack.__exit__(kind, error, trace)
             if self._made is not None:  # by this run, unless there is a picture in it
@@ -212,7 +218,30 @@ class ResultFiles:
             OutputError: there is no room.
         """
         kind = np.uint8 if labels.max(initial=0) < 256 else np.uint16
-        write_image(self.folder / LABEL_MAPS / f"{os.path.splitext(name)[0]}.png", labels.astype(kind))
+        write_image(self.folder / LABEL_MAPS / self._png(name), labels.astype(kind))
+
+    def add_panoptic(self, name: str, panoptic: PanopticMap) -> None:
+        """Writes the ids of an image's segments as COCO's panoptic format does, a PNG, and adds what they are.
+
+        The image is the one that was added last.
+
+        Raises:
+            OutputError: there is no room.
+        """
+        for isthing, kind in ((True, "thing_classes"), (False, "stuff_classes")):
+            self._of(kind, (s["category_id"] for s in panoptic.segments if s["isthing"] == isthing))
+        file = self._png(name)
+        write_image(self.folder / PANOPTIC / file, id_picture(panoptic.ids))
+        self._panoptic.append(annotation(self.images[-1]["id"], Path(file).as_posix(), panoptic))
+
+    def _png(self, name: str) -> str:
+        """The PNG file for an input, which no other has."""
+        stem, number = os.path.splitext(name)[0], 1
+        file = f"{stem}.png"
+        while self._stems.setdefault(file, name) != name:
+            number += 1
+            file = f"{stem}_{number}.png"
+        return file
 
     @contextlib.contextmanager
     def video(self, name: str, rate: float) -> Iterator[Any]:

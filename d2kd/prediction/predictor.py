@@ -14,10 +14,12 @@ from d2kd.data.mapper import build_mapper, wrap_mapper
 from d2kd.errors import ConfigError
 from d2kd.evaluation.coco import POINTS_FROM
 from d2kd.modeling import build_network, load_strictly
+from d2kd.modeling.architectures import architecture_of, check_test_augmentation
 from detectron2.config import CfgNode
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from .classes import ClassList, known_classes
+from .panoptic import PanopticMap, read_panoptic
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +39,13 @@ class Prediction:
             of the image, `score`, perhaps `segmentation` (RLE) and `points`; `category_id` is the model's class.
         labels: class of every pixel, int (H, W).
         classes: the best classes of the whole image with their scores, best first.
+        panoptic: things and stuff in one map.
     """
 
     detections: list[dict[str, Any]] | None = None
     labels: np.ndarray | None = None
     classes: list[tuple[int, float]] | None = None
+    panoptic: PanopticMap | None = None
 
 
 class Predictor:
@@ -71,12 +75,15 @@ class Predictor:
     def from_config(cls, cfg: CfgNode, weights: str | os.PathLike[str] = "") -> "Predictor":
         """Builds the model of a configuration and loads its weights, of which every key must fit.
 
+        With `TEST.AUG.ENABLED` it predicts with test-time augmentation, as an evaluation does.
+
         Args:
             cfg: of the model.
             weights: its checkpoint; by default MODEL.WEIGHTS.
 
         Raises:
-            ConfigError: no weights are given, or the model needs more than an image.
+            ConfigError: no weights are given, the model needs more than an image, or TEST.AUG asks for augmentation
+                that there is none of for this architecture.
             StrictLoadingError: they do not fit.
         """
         path = os.fspath(weights) or cfg.MODEL.WEIGHTS
@@ -86,8 +93,14 @@ class Predictor:
             raise ConfigError("MODEL.LOAD_PROPOSALS is True: this model needs proposals that come with a dataset.")
         if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
             raise ConfigError("MODEL.META_ARCHITECTURE ProposalNetwork predicts regions without classes: train a head.")
+        check_test_augmentation(cfg)
         model = build_network(cfg, "--config-file")
         saved = load_strictly(model, path, "student", "--config-file and --weights")
+        if cfg.TEST.AUG.ENABLED:
+            sizes = ", ".join(map(str, cfg.TEST.AUG.MIN_SIZES))
+            flips = ", plain and flipped" if cfg.TEST.AUG.FLIP else ""
+            logger.info("Test-time augmentation (TEST.AUG): each image at the sizes %s%s", sizes, flips)
+            model = architecture_of(model).with_test_augmentation(cfg, model.eval())
         mapper = wrap_mapper(build_mapper(cfg, is_train=False), "error", evaluates=True, advice="")
         return cls(model, mapper, known_classes(cfg, saved.get("class_names"), path))
 
@@ -146,6 +159,7 @@ def read_output(output: Mapping[str, Any]) -> Prediction:
         detections=_detections(output["instances"]) if "instances" in output else None,
         labels=output["sem_seg"].argmax(dim=0).cpu().numpy().astype(np.int32) if "sem_seg" in output else None,
         classes=_best_classes(output["scores"]) if "scores" in output else None,
+        panoptic=read_panoptic(output),
     )
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from d2kd.data.coco import DatasetError
 from d2kd.data.images import read_image
-from d2kd.visualization import prediction_picture
+from d2kd.visualization import panoptic_picture, prediction_picture
 
 from .files import OutputError, ResultFiles, require_free
 from .inputs import ImageFile, InputError, Video
@@ -170,6 +170,8 @@ class _Run:
                         files.add_picture(image.name, self._draw(loaded.image, prediction, files))
                     if prediction.labels is not None:
                         files.add_label_map(image.name, prediction.labels)
+                    if prediction.panoptic is not None:
+                        files.add_panoptic(image.name, prediction.panoptic)
                     self.images += 1
                 progress.add(len(batch))
 
@@ -197,14 +199,19 @@ class _Run:
         self, image: np.ndarray, prediction: Prediction, files: ResultFiles, in_video: bool = False
     ) -> np.ndarray:
         stuff = files.classes.get("stuff_classes")
+        names = {kind: known.names for kind, known in files.classes.items()}
+        colors = None if stuff is None else stuff.colors
+        if prediction.panoptic is not None:
+            ids, segments = prediction.panoptic.ids, prediction.panoptic.segments
+            return panoptic_picture(image, ids, segments, names, colors=colors, whole_legend=in_video)
         return prediction_picture(
             image,
-            {kind: known.names for kind, known in files.classes.items()},
+            names,
             detections=prediction.detections,
             labels=prediction.labels,
             classes=prediction.classes,
             threshold=self.threshold,
-            colors=None if stuff is None else stuff.colors,
+            colors=colors,
             whole_legend=in_video,
         )
 

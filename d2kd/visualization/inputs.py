@@ -50,7 +50,7 @@ def input_sheet(
 
 
 def _tile(x: dict[str, Any], channels: str, names: Sequence[str], palette: np.ndarray) -> np.ndarray:
-    image = _bgr(x["image"].numpy(), channels)
+    image = network_image(x["image"].numpy(), channels)
     if len(palette) and "sem_seg" in x:
         image = colored(image, x["sem_seg"].numpy(), palette)
     scale = TILE / max(image.shape[:2])
@@ -66,7 +66,13 @@ def _tile(x: dict[str, Any], channels: str, names: Sequence[str], palette: np.nd
     return draw_boxes(tile, found.gt_boxes.tensor.numpy() * scale, [names[label] for label in labels], colors)
 
 
-def _bgr(image: np.ndarray, channels: str) -> np.ndarray:
+def network_image(image: np.ndarray, channels: str) -> np.ndarray:
+    """What a network sees as a picture, uint8 (H, W, 3) BGR.
+
+    Args:
+        image: (C, H, W) in 0..255.
+        channels: as INPUT.FORMAT says.
+    """
     pixels = np.clip(np.rint(image.transpose(1, 2, 0).astype(np.float32)), 0, 255).astype(np.uint8)
     if pixels.shape[2] == 1:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR)

@@ -61,10 +61,15 @@ def prediction_picture(
         picture = _with_detections(picture, image.shape[:2], shown, things, scale, size)
     if labels is not None:
         wanted = list(range(len(stuff))) if whole_legend else [i for i in np.unique(labels) if 0 <= i < len(stuff)]
-        picture = _above(picture, legend([stuff[i] for i in wanted], palette[wanted], _width(picture, size)), size)
+        picture = with_legend(picture, [stuff[i] for i in wanted], palette[wanted], size)
     if classes is not None:
         picture = _above(picture, _best(classes, things, _width(picture, size)), size)
     return picture
+
+
+def with_legend(picture: np.ndarray, names: Sequence[str], palette: np.ndarray, size: float) -> np.ndarray:
+    """The picture over names of classes with their colors (BGR), in letters of that size."""
+    return _above(picture, legend(names, palette, _width(picture, size)), size)
 
 
 def _with_detections(

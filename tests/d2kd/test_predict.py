@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -31,7 +32,9 @@ from d2kd.export import export_model
 from d2kd.modeling.checkpoint_files import write_checkpoint
 from d2kd.prediction import Prediction, Predictor, find_inputs, predict_files, run
 from d2kd.prediction.inputs import InputError, Video
-from d2kd.visualization import prediction_picture
+from d2kd.prediction.panoptic import id_picture
+from d2kd.prediction.predictor import read_output
+from d2kd.visualization import panoptic_picture, prediction_picture
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
@@ -220,6 +223,38 @@ def test_files_that_are_no_exports_are_one_line(student, tmp_path):
             call(image, *arguments, "--output", tmp_path / "out")
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     assert weights.exists()
+
+
+@pytest.mark.parametrize("kind", ["rcnn", "labels"])
+def test_results_with_test_time_augmentation_are_those_of_an_evaluation(kind, student, tmp_path):
+    augmented = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": [48, 64], "TEST.AUG.MAX_SIZE": 96}
+    path, weights = student(kind, **augmented)
+    runpy.run_path(PLUGIN)  # an import registers its datasets once a process
+    cfg = load_config(str(path), ["MODEL.WEIGHTS", str(weights)])
+    register_datasets(cfg)
+    DistillTrainer.check_config(cfg, ("TEST",))
+    evaluate_student(DistillTrainer, cfg, resume=False)
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:2]
+    names = {record.get("image_id", record["file_name"]): record["file_name"] for record in records}
+    arguments = (*names.values(), "--config-file", path, "--weights", weights, "--no-pictures")
+    call(*arguments, "--output", tmp_path / "out")
+    call(*arguments, "--output", tmp_path / "plain", "--opts", "TEST.AUG.ENABLED", "False")
+
+    files = {image["id"]: image["file_name"] for image in read(tmp_path / "out/images.json")["images"]}
+    ours, plain = (by_file(read(tmp_path / folder / FILES[kind]), files) for folder in ("out", "plain"))
+    theirs = read(Path(cfg.OUTPUT_DIR, "inference_TTA", FILES[kind]))
+    if kind == "labels":
+        theirs = [{**entry, "image_id": entry["file_name"]} for entry in theirs]
+    assert ours == by_file([entry for entry in theirs if entry["image_id"] in names], names) != plain
+
+
+def test_augmentation_that_an_architecture_lacks_is_an_error_before_weights_are_read(student, digits, tmp_path):
+    path, weights = student()
+    weights.write_bytes(b"")
+    arguments = (digits / "val", "--config-file", path, "--weights", weights, "--output", tmp_path / "out")
+    with pytest.raises(UserError, match="no test-time augmentation for MODEL.META_ARCHITECTURE RetinaNet"):
+        call(*arguments, "--opts", "TEST.AUG.ENABLED", "True")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_come_from_the_checkpoint_then_the_data_then_numbers(student, digits, tmp_path, caplog):
@@ -477,3 +512,84 @@ def test_the_examples_of_the_documentation_run_as_printed(student, digits, clip,
     assert capsys.readouterr().out.splitlines()[-1].startswith(tuple(DIGITS))
     flags = set(re.findall(r"--[a-z-]+", predict.argument_parser().format_help())) - {"--help"}
     assert flags <= set(re.findall(r"--[a-z-]+", text))
+
+
+PANOPTIC = {
+    "MODEL.META_ARCHITECTURE": "PanopticFPN",
+    "MODEL.MASK_ON": True,
+    "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 4,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 8,
+    "MODEL.SEM_SEG_HEAD.NORM": "",
+    "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": 0.0,
+    "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": 1,
+}
+
+
+def test_merged_maps_are_written_in_the_panoptic_format_of_coco(student, digits, clip, tmp_path):
+    path, weights = student("rcnn", **PANOPTIC)
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    files = sorted((digits / "val").glob("*.png"))[:2]
+    for file in files:
+        shutil.copy(file, photographs / file.name)
+    cv2.imwrite(str(photographs / f"{files[0].stem}.jpg"), cv2.imread(str(files[0])))  # the same stem
+    out = tmp_path / "out"
+    call(photographs, clip, "--config-file", path, "--weights", weights, "--output", out, "--max-frames", 1)
+
+    content = read(out / "panoptic.json")
+    assert [c["name"] for c in content["categories"]] == [*DIGITS, "0", "1", "2"]
+    assert [c["isthing"] for c in content["categories"]] == [1] * 10 + [0] * 3
+    numbers = [c["id"] for c in content["categories"]]
+    assert len(set(numbers)) == 13, "things and stuff have no id in common"
+    assert len(content["images"]) == len(content["annotations"]) == 3, "frames of videos have no map"
+    assert len({a["file_name"] for a in content["annotations"]}) == 3
+    predictor = Predictor.from_config(load_config(str(path)), weights)
+    kinds = set()
+    for image, entry in zip(content["images"], content["annotations"]):
+        assert entry["image_id"] == image["id"]
+        found = predictor(image["file_name"]).panoptic
+        blue, green, red = np.moveaxis(cv2.imread(str(out / "panoptic" / entry["file_name"])).astype(int), 2, 0)
+        ids = red + 256 * green + 256**2 * blue
+        assert (ids == found.ids).all() and ids.shape == (image["height"], image["width"])
+        segments = {s["id"]: s for s in entry["segments_info"]}
+        assert segments.keys() == set(ids.ravel().tolist()) - {0}
+        for mine in found.segments:
+            segment, inside = segments[mine["id"]], ids == mine["id"]
+            assert segment["area"] == inside.sum()
+            x, y, w, h = segment["bbox"]
+            assert inside[y : y + h, x : x + w].sum() == inside.sum() and inside[y].any() and inside[y + h - 1].any()
+            assert inside[:, x].any() and inside[:, x + w - 1].any()
+            kinds.add(mine["isthing"])
+            assert numbers.index(segment["category_id"]) == mine["category_id"] + (0 if mine["isthing"] else 10)
+    assert kinds == {True, False}
+
+
+def test_segments_have_the_color_of_their_class_and_things_an_outline():
+    ids = np.zeros((480, 480), np.int32)
+    ids[:240], ids[300:400, 100:200], ids[300:400, 200:300] = 70000, 2, 3
+    segments = [
+        {"id": 70000, "isthing": False, "category_id": 1},
+        {"id": 2, "isthing": True, "category_id": 0, "score": 0.9},
+        {"id": 3, "isthing": True, "category_id": 0, "score": 0.8},
+    ]
+    image = np.full((480, 480, 3), 100, np.uint8)
+    names = {"thing_classes": ["cat"], "stuff_classes": ["things", "sky"]}
+    drawn = panoptic_picture(image, ids, segments, names, colors=[(0, 0, 0), (200, 0, 0)])
+    assert drawn.shape[0] > 480, "sky is named below"
+    assert drawn[100, 50].tolist() == [40, 40, 160]  # 0.4 gray + 0.6 red
+    assert drawn[450, 400].tolist() == [100, 100, 100], "pixels of no segment stay"
+    assert (drawn[320, 110] == drawn[320, 290]).all() and (drawn[320, 110] != 100).any(), "two of a class"
+    assert drawn[350, 198:203].max(axis=1).max() > 230, "an outline between them"
+    assert (id_picture(ids)[0, 0] == [1, 17, 112]).all()  # 70000 = 112 + 256 * 17 + 65536
+    things_only = panoptic_picture(image, ids * (ids < 10), segments[1:], {"thing_classes": ["cat"]})
+    assert things_only.shape == image.shape
+
+
+def test_a_merged_map_without_a_list_of_segments_is_left_out():
+    seg = torch.zeros(4, 5, dtype=torch.int64)
+    output = {"sem_seg": torch.zeros(2, 4, 5), "panoptic_seg": (seg, None)}
+    assert read_output(output).panoptic is None and read_output({"sem_seg": torch.zeros(2, 4, 5)}).panoptic is None

@@ -8,6 +8,7 @@ from torch import nn
 
 from d2kd.config import get_key
 from d2kd.distillers import Prediction
+from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone.vit import ViT
@@ -259,6 +260,18 @@ def num_classes(cfg: CfgNode) -> tuple[str, int] | None:
     """Returns the configuration key and its number of classes; None for architectures without, or unknown to d2kd."""
     counts = architecture_class(cfg).class_counts(cfg)
     return (counts[0][0].key, counts[0][1]) if counts else None
+
+
+def check_test_augmentation(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: `TEST.AUG.ENABLED` is set for an architecture that has no test-time augmentation.
+    """
+    if cfg.TEST.AUG.ENABLED and not architecture_class(cfg).SUPPORTS_TTA:
+        raise ConfigError(
+            f"TEST.AUG.ENABLED: there is no test-time augmentation for MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE}, as there is for GeneralizedRCNN: set it False."
+        )
 
 
 def warn_if_unknown(cfg: CfgNode, whose: str) -> None:

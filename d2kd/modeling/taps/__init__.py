@@ -1,7 +1,7 @@
 """Taps: features of any Detectron2 model by address; how they are recorded, what is known of them, and their pairs."""
 
 from .address import Tap, TapError, is_in_backbone, last_norm, resolve_tap, tap_names
-from .pairing import pairs_of_methods, shared_levels, shared_predictions
+from .pairing import image_side, pairs_of_methods, shared_levels, shared_predictions
 from .recording import FeatureTaps, evaluation_mode
 from .shapes import describe_taps
 
@@ -11,6 +11,7 @@ __all__ = [
     "TapError",
     "describe_taps",
     "evaluation_mode",
+    "image_side",
     "is_in_backbone",
     "last_norm",
     "pairs_of_methods",

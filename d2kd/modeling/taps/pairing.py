@@ -56,9 +56,13 @@ def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module)
 def _shared(cfg: CfgNode, kind: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     if kind:
         return shared_predictions(student, teacher, kind)
+    return [(name, name) for name in shared_levels(student, teacher, image_side(cfg))]
+
+
+def image_side(cfg: CfgNode) -> int:
+    """Returns the shorter side of the smallest training images, in pixels; 0 where it is not known."""
     classifies = architecture_class(cfg).CLASSIFIES_IMAGES
-    side = cfg.INPUT.CLASSIFICATION.SIZE if classifies else min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
-    return [(name, name) for name in shared_levels(student, teacher, side)]
+    return int(cfg.INPUT.CLASSIFICATION.SIZE if classifies else min(cfg.INPUT.MIN_SIZE_TRAIN, default=0))
 
 
 def _nothing_shared(key: str, kind: str, student: nn.Module, teacher: nn.Module) -> str:
