@@ -7,6 +7,7 @@ is finished is not repeated, and what was interrupted is resumed, so this progra
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -241,8 +242,48 @@ def _digest(arguments: list[str]) -> str:
     return digest.hexdigest()
 
 
-def report(all_runs: list[Run], output: Path) -> None:
-    """Writes report.md, report.json and the pictures."""
+def use(all_runs: Sequence[Run], output: Path, environment: dict[str, str]) -> list[list[str]]:
+    """Exports the distilled student, verified, and measures what all models cost; returns the commands.
+
+    What is there already and as new as its checkpoint is not made again. Without the packages of a format there is no
+    such file.
+    """
+    checkpoint = output / "distilled/model_final.pth"
+    config = output / "distilled/config.yaml"
+    commands, files = [], []
+    for file_format, name in (("torchscript", "student.pt"), ("onnx", "student.onnx")):
+        if file_format == "onnx" and importlib.util.find_spec("onnxruntime") is None:
+            logger.info("Without ONNX: pip install 'd2kd[onnx]'")
+            continue
+        files.append(output / "distilled" / name)
+        command = ["export", str(checkpoint), str(files[-1]), "--format", file_format, "--config-file", str(config)]
+        commands.append(_call(command, files[-1], checkpoint, environment))
+    shown = [str(output / run.name) for run in all_runs]
+    command = ["benchmark", *shown, *map(str, files), "--output", str(output / "cost")]
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    commands.append(_call(command, output / "cost/benchmark.json", newest, environment))
+    return commands
+
+
+def _call(command: list[str], made: Path, source: Path, environment: dict[str, str]) -> list[str]:
+    """Runs a command of d2kd, unless what it makes is newer than what from; returns it.
+
+    Raises:
+        SystemExit: it has failed.
+    """
+    if not (made.is_file() and made.stat().st_mtime >= source.stat().st_mtime):
+        logger.info("d2kd %s", shlex.join(command))
+        done = subprocess.run(
+            [sys.executable, "-m", "d2kd.cli", *command], env=environment, text=True, capture_output=True
+        )
+        if done.returncode:
+            logger.error("%s", "\n".join((done.stdout + done.stderr).splitlines()[-5:]))
+            sys.exit(done.returncode)
+    return command
+
+
+def report(all_runs: list[Run], output: Path, used: Sequence[Sequence[str]]) -> None:
+    """Writes report.md, report.json, report.html and the pictures; `used` are the commands of `use`."""
     models = {run.name: load_result(run.name, str(output / run.name), run.label) for run in all_runs}
     summary = write_report(
         str(output),
@@ -250,7 +291,11 @@ def report(all_runs: list[Run], output: Path) -> None:
         dataset_name=DATASET,
         title="Quickstart: distilling a RetinaNet on PhotoDigits",
         statement=STATEMENT.format(images=models["baseline"].images_seen, teacher_images=models["teacher"].images_seen),
-        commands=["bash tools/quickstart.sh", *("python " + shlex.join(command_of(run, output)) for run in all_runs)],
+        commands=[
+            "bash tools/quickstart.sh",
+            *("python " + shlex.join(command_of(run, output)) for run in all_runs),
+            *("d2kd " + shlex.join(command) for command in used),
+        ],
     )
     logger.info("AP: %s", ", ".join(f"{m.label} {m.metrics['AP']:.1f}" for m in models.values()))
     if summary["gap_closure"] is not None:
@@ -259,7 +304,7 @@ def report(all_runs: list[Run], output: Path) -> None:
 
 
 def main() -> None:
-    """Dataset, four runs, report."""
+    """Dataset, four runs, export, measurement, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="where everything goes")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
@@ -280,7 +325,9 @@ def main() -> None:
         logger.info("Part %d of %d: %s", number, len(all_stages), " and ".join(run.label.lower() for run in stage))
         perform(stage, args.output, environment, progress)
         first_picture(args.output)
-    report([run for stage in all_stages for run in stage], args.output)
+    all_runs = [run for stage in all_stages for run in stage]
+    logger.info("Export of the distilled student, and what the models cost")
+    report(all_runs, args.output, use(all_runs, args.output, environment))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from d2kd.evaluation.report_pictures import (
     draw_curves,
     draw_detections,
     draw_label_maps,
+    draw_trade_off,
     read_logs,
 )
 from d2kd.evaluation.report_text import markdown
@@ -33,7 +34,7 @@ __all__ = ["ModelResult", "compare", "describe_environment", "load_result", "mar
 logger = logging.getLogger(__name__)
 
 #: What a report may have drawn; those that an earlier one left are removed.
-PICTURES = ("curves.png", "detections.png", "label_maps.png", "predictions.png")
+PICTURES = ("trade_off.png", "curves.png", "detections.png", "label_maps.png", "predictions.png")
 
 
 def write_report(
@@ -51,6 +52,8 @@ def write_report(
     score_threshold: float = 0.3,
 ) -> dict[str, Any]:
     """Writes report.md, report.json, report.html, curves.png, and detections.png, label_maps.png or predictions.png.
+
+    Where `d2kd benchmark` has measured a model, its cost stands beside its metrics, with trade_off.png.
 
     Args:
         output_dir: created if need be. The files of an earlier report are replaced.
@@ -82,6 +85,7 @@ def write_report(
     classifies = split_variant(task)[0] == "classification"
     pictures: dict[str, bytes | None] = dict.fromkeys(PICTURES)
     logs = read_logs(models, task, first)
+    pictures["trade_off.png"] = draw_trade_off(models, first)
     pictures["curves.png"] = draw_curves(models, logs, first)
     inputs = None if dataset_name is None else read_inputs(models, dataset_name, task)
     if inputs is not None and inputs.kind == "classes":
@@ -111,7 +115,7 @@ def write_report(
     apart = told_apart(models)
     images = None if inputs is None else browser_images(apart, inputs, score_threshold)
     with replacing(directory / "report.html") as temporary:
-        temporary.write_bytes(page(apart, report, metrics, logs, images).encode("utf-8", "replace"))
+        temporary.write_bytes(page(apart, report, metrics, logs, images, directory).encode("utf-8", "replace"))
     logger.info("wrote %s, and report.html beside it, to look at", directory / "report.md")
     return report
 
@@ -144,5 +148,5 @@ def _write_pictures(directory: Path, pictures: Mapping[str, bytes | None]) -> li
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
-    described = {k: v for k, v in asdict(model).items() if k not in ("metrics", "benchmark_file")}
+    described = {k: v for k, v in asdict(model).items() if k != "metrics"}
     return {**model.metrics, **described, "label": model.title, "images_seen": model.images_seen}

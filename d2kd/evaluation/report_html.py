@@ -4,6 +4,7 @@ Tables and plots are written here; `report_page/` has the page around them, its 
 and draws the image browser from the JSON in the page.
 """
 
+import base64
 import html
 import json
 import math
@@ -16,7 +17,7 @@ import numpy as np
 
 from d2kd.evaluation.report_plots import STYLES, Cost, curves, swatch, trade_off
 from d2kd.evaluation.report_text import class_values, findings, main_table
-from d2kd.evaluation.results import ModelResult, median_latency
+from d2kd.evaluation.results import ModelResult
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
 from d2kd.visualization import TrainingLog
 
@@ -29,6 +30,7 @@ def page(
     metrics: Sequence[str],
     logs: Mapping[str, TrainingLog],
     images: Mapping[str, Any] | None,
+    directory: Path = Path(),
 ) -> str:
     """The text of report.html.
 
@@ -38,25 +40,27 @@ def page(
         metrics: the columns of the table of models.
         logs: curves of the models that have some, by name.
         images: what `browser_images` gives; None for a page without images.
+        directory: of the report, from which its pictures of features are found.
     """
     titles = {name: model.title for name, model in models.items()}
     base, variant = split_variant(report["task"])
     task = f"{_TASKS.get(base, base)}{f' ({variant[1:]})' if variant else ''}"
-    latencies = {name: median_latency(model) for name, model in models.items()}
+    latencies = {name: model.benchmark.milliseconds if model.benchmark else None for name, model in models.items()}
     dataset = f" on {report['dataset']}" if report["dataset"] else ""
     parts = {
         "title": _text(report["title"]),
         "subtitle": _text(f"{task}{dataset}"),
         "cards": "".join(_cards(models, report)),
         "findings": "".join(f"<li>{_text(sentence)}</li>" for sentence in findings(models, report)),
-        "statement": f"<p>{_text(report['statement'])}</p>" if report["statement"] else "",
-        "models": _model_table(models, metrics, latencies),
+        "statement": _paragraphs(report["statement"]),
+        "models": _model_table(models, metrics),
         "legend": "".join(
             f'<li class="m{number % STYLES}">{swatch(number)}{_text(title)}</li>'
             for number, title in enumerate(titles.values())
         ),
         "plots": "".join(_plots(models, report, logs, latencies)),
         "images": _images(report, images),
+        "features": _features([directory / name for name in report.get("features", ())]),
         "classes": _class_table(models, task_named(report["task"], metrics).of_classes),
         "files": "".join(_files(models, report)),
         "data": json_for_html(images),
@@ -71,6 +75,14 @@ def json_for_html(content: Any) -> str:
     """JSON that may stand in a script element: whatever names it holds, the element does not end in it."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _paragraphs(text: str) -> str:
+    """Text of report.md, of whose Markdown bold words, code and paragraphs are known."""
+    escaped = [_text(part.strip()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+    bold = [re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", part, flags=re.DOTALL) for part in escaped]
+    code = [re.sub(r"`([^`]+)`", r"<code>\1</code>", part) for part in bold]
+    return "".join(f"<p>{part}</p>" for part in code)
 
 
 _TASKS = {
@@ -107,24 +119,13 @@ def _figure(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "–"
 
 
-def _model_table(
-    models: Mapping[str, ModelResult], metrics: Sequence[str], latencies: Mapping[str, float | None]
-) -> str:
-    header, *rows = main_table(models.values(), metrics)
-    if any(latencies.values()):
-        header.append("latency")
-        for row, latency in zip(rows, latencies.values()):
-            row.append(f"{latency:.3g} ms" if latency else "-")
-    values = [
-        [None, *(model.metrics.get(name) for name in metrics), model.params, model.iterations, model.images_seen]
-        + [model.wall_time_s, model.seed, latency]
-        for model, latency in zip(models.values(), latencies.values())
-    ]
+def _model_table(models: Mapping[str, ModelResult], metrics: Sequence[str]) -> str:
+    header, rows = main_table(models.values(), metrics)
     body = "".join(
-        f'<tr class="m{number % STYLES}"><th scope="row">{swatch(number)}{_text(row[0])}</th>'
-        + "".join(_cell(text, value) for text, value in zip(row[1:], known[1:]))
+        f'<tr class="m{number % STYLES}"><th scope="row">{swatch(number)}{_text(row[0][0])}</th>'
+        + "".join(_cell(text, value) for text, value in row[1:])
         + "</tr>"
-        for number, (row, known) in enumerate(zip(rows, values))
+        for number, row in enumerate(rows)
     )
     return _table(header, body, "models")
 
@@ -183,6 +184,18 @@ def _plots(
 def _plot(heading: str, drawn: str, note: str) -> str:
     below = f"<figcaption>{_text(note)}</figcaption>" if note else ""
     return f'<figure class="chart"><h3>{_text(heading)}</h3>{drawn}{below}</figure>' if drawn else ""
+
+
+def _features(pictures: Sequence[Path]) -> str:
+    """The pictures that `d2kd features` has drawn, inside the page."""
+    if not pictures:
+        return ""
+    shown = "".join(
+        f'<img class="wide" alt="Maps of teacher and student over an image" '
+        f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
+        for picture in pictures
+    )
+    return f'<section id="features"><h2>Features</h2>{shown}</section>'
 
 
 def _class_table(models: Mapping[str, ModelResult], metric: str) -> str:

@@ -15,6 +15,7 @@ from d2kd.evaluation.results import ModelResult
 from d2kd.evaluation.tasks import Metric
 from d2kd.visualization import (
     NO_LABEL,
+    Trade,
     TrainingLog,
     classification_sheet,
     detection_grid,
@@ -22,6 +23,7 @@ from d2kd.visualization import (
     label_map_grid,
     read_classifications,
     read_training_log,
+    trade_off,
     training_curves,
 )
 from d2kd.visualization.classifications import Answers
@@ -42,6 +44,25 @@ def draw_curves(models: Mapping[str, ModelResult], logs: Mapping[str, TrainingLo
         return None
     buffer = io.BytesIO()
     training_curves({models[name].title: log for name, log in logs.items()}, metric.axis).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def draw_trade_off(models: Mapping[str, ModelResult], metric: Metric) -> bytes | None:
+    """The metric against milliseconds of the models that were measured, and of their exported files, as PNG.
+
+    None where none was.
+    """
+    points = []
+    for model in models.values():
+        value = model.metrics.get(metric.name, math.nan)
+        if model.benchmark is not None and math.isfinite(value):
+            points.append(Trade(model.title, model.benchmark.milliseconds, value, model.name))
+            for file, milliseconds in model.benchmark.exported.items():
+                points.append(Trade(file, milliseconds, value, model.name, hollow=True))
+    if not points:
+        return None
+    buffer = io.BytesIO()
+    trade_off(points, metric.axis).savefig(buffer, format="png")
     return buffer.getvalue()
 
 

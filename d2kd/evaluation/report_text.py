@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from d2kd.evaluation.feature_links import features_text
-from d2kd.evaluation.results import ModelResult
+from d2kd.evaluation.results import Benchmark, ModelResult
 from d2kd.evaluation.tasks import metric_named, task_named
 
 #: So many classes are all listed; of more, those that tell most.
@@ -15,11 +15,15 @@ SHOWN_CLASSES = 20
 
 def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """The text of `report.md`, from the content of `report.json`."""
-    parts = [f"# {report['title']}", _markdown_table(main_table(models.values(), metrics)), "## What it shows"]
+    header, rows = main_table(models.values(), metrics)
+    table = _markdown_table([header, *([text for text, _ in row] for row in rows)])
+    parts = [f"# {report['title']}", table, "## What it shows"]
     parts.append("\n".join(f"- {sentence}" for sentence in findings(models, report)))
     parts.append(report["statement"])
     classes = class_table(models, task_named(report["task"], metrics).of_classes)
     parts += ["## Classes", classes] if classes else []
+    if "trade_off.png" in report["pictures"]:
+        parts += ["## Cost", "![Metric against milliseconds an image](trade_off.png)"]
     if "curves.png" in report["pictures"]:
         parts += ["## Training", "![Loss and validation metric over iterations](curves.png)"]
     if "detections.png" in report["pictures"]:
@@ -55,31 +59,40 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def main_table(models: Iterable[ModelResult], metrics: Sequence[str]) -> list[list[str]]:
-    """The cells of the table of models; the first row is the header."""
-    header = [
-        "model",
-        *(metric_named(name).heading for name in metrics),
-        "parameters",
-        "iterations",
-        "images seen",
-        "training time",
-        "seed",
-    ]
-    rows = [header]
+#: A cell: its text, and the number that it is sorted by.
+Cell = tuple[str, float | None]
+
+
+def main_table(models: Iterable[ModelResult], metrics: Sequence[str]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows of the table of models; the first cell of a row is its name."""
+    models = list(models)
+    measured = any(model.benchmark for model in models)
+    header = ["model", *(metric_named(name).heading for name in metrics), "parameters"]
+    header += ["ms an image", "images/s", "memory", "multiply-adds"] if measured else []
+    header += ["iterations", "images seen", "training time", "seed"]
+    rows = []
     for model in models:
-        rows.append(
-            [
-                model.title,
-                *(_number(model.metrics.get(name), ".1f") for name in metrics),
-                _number(model.params and model.params / 1e6, ".2f", " M"),
-                _number(model.iterations, ","),
-                _number(model.images_seen, ","),
-                _duration(model.wall_time_s),
-                _number(model.seed, "d"),
-            ]
-        )
-    return rows
+        values = [model.metrics.get(name) for name in metrics]
+        row: list[Cell] = [(model.title, None), *((_number(value, ".1f"), value) for value in values)]
+        row.append((_number(model.params and model.params / 1e6, ".2f", " M"), model.params))
+        row += _costs(model.benchmark) if measured else []
+        row.append((_number(model.iterations, ","), model.iterations))
+        row.append((_number(model.images_seen, ","), model.images_seen))
+        row.append((_duration(model.wall_time_s), model.wall_time_s))
+        rows.append([*row, (_number(model.seed, "d"), model.seed)])
+    return header, rows
+
+
+def _costs(benchmark: Benchmark | None) -> list[Cell]:
+    if benchmark is None:
+        return [("-", None)] * 4
+    memory, work = benchmark.memory_bytes, benchmark.multiply_adds
+    return [
+        (_number(benchmark.milliseconds, ".1f"), benchmark.milliseconds),
+        (_number(benchmark.images_per_second, ".1f"), benchmark.images_per_second),
+        (_number(memory and memory / 2**20, ",.0f", " MiB"), memory),
+        (_number(work and work / 1e9, ".2f", " G"), work),
+    ]
 
 
 def findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> list[str]:

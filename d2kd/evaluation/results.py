@@ -5,7 +5,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ LABELS = {
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """What `d2kd benchmark` has measured of a model."""
+
+    milliseconds: float  # median of an image alone
+    images_per_second: float | None = None  # in batches
+    memory_bytes: int | None = None
+    multiply_adds: int | None = None
+    exported: Mapping[str, float] = field(default_factory=dict)  # milliseconds of its exported files, by name
+
+
+@dataclass(frozen=True)
 class ModelResult:
     """What a report says about one model. All but the name and the metrics may be unknown (None)."""
 
@@ -44,7 +55,7 @@ class ModelResult:
     seed: int | None = None
     config_file: str | None = None
     checkpoint: str | None = None
-    benchmark_file: str | None = None  # what `d2kd benchmark` has measured
+    benchmark: Benchmark | None = None
 
     @property
     def title(self) -> str:
@@ -98,7 +109,7 @@ def load_result(
         predictions_file=file and (existing(f"{folder}/{dataset_name}/{file}") or existing(f"{folder}/{file}")),
         config_file=existing("config.yaml"),
         checkpoint=existing("model_final.pth"),
-        benchmark_file=existing("benchmark.json"),
+        benchmark=read_benchmark(existing("benchmark.json")),
         **{k: content.get(k) for k in ("wall_time_s", "iterations", "images_per_batch", "params", "seed")},
     )
 
@@ -173,16 +184,22 @@ def told_apart(models: Mapping[str, ModelResult]) -> dict[str, ModelResult]:
     }
 
 
-def median_latency(model: ModelResult) -> float | None:
-    """Milliseconds an image, from the model's benchmark.json, {"latency_ms": {"median": ...}, ...}; None if unknown."""
-    if model.benchmark_file is None:
+def read_benchmark(path: str | None) -> Benchmark | None:
+    """Reads a run's benchmark.json, as `d2kd benchmark` writes it; None, with a warning, where it tells nothing."""
+    if path is None:
         return None
     try:
-        value = float(json.loads(Path(model.benchmark_file).read_text())["latency_ms"]["median"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s tells no median latency (%s: %s).", model.benchmark_file, type(error).__name__, error)
+        content = json.loads(Path(path).read_text())
+        milliseconds = float(content["latency_ms"]["median"])
+        exported = {name: float(x["latency_ms"]["median"]) for name, x in content.get("exported", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s tells no median latency (%s: %s).", path, type(error).__name__, error)
         return None
-    return value if 0 < value < math.inf else None
+    if not 0 < milliseconds < math.inf:
+        logger.warning("%s tells no median latency (it is %s).", path, milliseconds)
+        return None
+    known = {key: content.get(key) for key in ("images_per_second", "memory_bytes", "multiply_adds")}
+    return Benchmark(milliseconds, **known, exported=exported)
 
 
 def compare(models: Mapping[str, ModelResult], metric: str = "AP") -> dict[str, Any]:

@@ -7,8 +7,8 @@ from d2kd.modeling.meta_arch.reppoints.points import as_points, flatten_levels
 from d2kd.modeling.meta_arch.reppoints.points import place as place_boxes
 
 from .base import register_export
-from .detection import DetectionExport, by_anchor, detections, grid_anchors, top_candidates
-from .suppression import suppressed
+from .detection import DetectionExport, by_anchor, clipped, detections, grid_anchors, has_area, top_candidates
+from .suppression import NOTHING, suppressed
 
 
 class DenseDetectorExport(DetectionExport):
@@ -27,6 +27,7 @@ class DenseDetectorExport(DetectionExport):
         features = model.backbone(self.normalized(images))
         levels = self.levels([features[name] for name in model.head_in_features])
         boxes, scores, classes = (torch.cat(parts, dim=1) for parts in zip(*levels))
+        boxes, scores = self.admitted(boxes, scores, images)
         return detections(
             images,
             boxes,
@@ -59,6 +60,10 @@ class DenseDetectorExport(DetectionExport):
     def scores_and_deltas(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Returns of each level (N, R, K) scores and (N, R, 4) deltas of its R anchors, in float32."""
         raise NotImplementedError
+
+    def admitted(self, boxes: Tensor, scores: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns boxes (N, C, 4) and scores (N, C) as they enter suppression: Detectron2 clips boxes after it."""
+        return boxes, scores
 
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the best of scores (N, R, K), their places in R and their classes, (N, C) each."""
@@ -106,3 +111,8 @@ class RepPointsExport(DenseDetectorExport):
             boxes = place_boxes(boxes, xy, xy.new_full((1,), float(stride)))
             found.append((boxes.gather(1, place[..., None].expand(-1, -1, 4)), best, classes))
         return found
+
+    def admitted(self, boxes: Tensor, scores: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class; these are clipped before it, and left out where nothing is left of them."""
+        boxes = clipped(boxes, images)
+        return boxes, torch.where(has_area(boxes), scores, torch.full_like(scores, NOTHING))

@@ -145,6 +145,18 @@ def test_other_architectures_are_exported_right_on_other_sizes(name, file_format
     assert nothing[0].shape[1:] == (4,) and (len(outputs) < 5 or nothing[4].shape[1:] == (50, 70))
 
 
+def test_boxes_that_leave_the_image_suppress_each_other_as_in_the_model():
+    """Which of two suppresses the other depends on whether boxes are clipped before."""
+    cfg = config(REPPOINTS, **SMALL, MODEL__REPPOINTS__SCORE_THRESH_TEST=0.0)
+    net = sure(model(cfg)).eval()
+    net.point_transform.log_scale.data += 2
+    images = torch.rand(2, 3, 60, 90, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.no_grad():
+        found, expected = exported(net)(images), exported(net).eager(images)
+    assert (expected[0][:, 0] == 0).float().mean() > 0.1 and len(expected[0]) == len(found[0]) > 50
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_images_without_a_proposal_have_no_detections(file_format, tmp_path):
     cfg = config(CASCADE, **SMALL, MODEL__PROPOSAL_GENERATOR__MIN_SIZE=10_000)

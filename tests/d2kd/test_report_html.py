@@ -251,19 +251,49 @@ def test_masks_are_compared_and_drawn_as_outlines(tmp_path, register):
     assert corners.min(0) == pytest.approx([15, 10], abs=0.1) and corners.max(0) == pytest.approx([20, 15], abs=0.1)
 
 
-def test_latencies_of_a_benchmark_are_drawn(tmp_path, caplog):
+def test_costs_of_a_benchmark_are_in_table_and_plots(tmp_path, caplog):
     for name, latency in (("teacher", 41.5), ("distilled", 9.25)):
         run = write_run(tmp_path / name, {"bbox": {"AP": 30.0}})
-        (run / "benchmark.json").write_text(json.dumps({"latency_ms": {"median": latency}, "parameters": 1, "macs": 2}))
+        cost = {"latency_ms": {"median": latency}, "images_per_second": 200.0, "multiply_adds": 2_500_000_000}
+        exported = {"student.onnx": {"latency_ms": {"median": 4.0}}}
+        (run / "benchmark.json").write_text(json.dumps({**cost, "memory_bytes": 2**21, "exported": exported}))
     (write_run(tmp_path / "broken", {"bbox": {"AP": 20.0}}) / "benchmark.json").write_text('{"latency_ms": 3}')
     models = {name: load_result(name, str(tmp_path / name)) for name in ("teacher", "distilled", "broken")}
-    write_report(str(tmp_path / "out"), models)
-    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    assert "AP against latency" in text and "41.5 milliseconds an image" in text and "Not known of: broken." in text
+    assert models["broken"].benchmark is None and "broken/benchmark.json tells no median latency" in caplog.text
+    content = write_report(str(tmp_path / "out"), models)
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "AP against latency" in page and "41.5 milliseconds an image" in page and "Not known of: broken." in page
+    assert '<td data-value="9.25">9.2</td>' in page and '<td data-value="2500000000">2.50 G</td>' in page
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| distilled student"))
+    assert "| 9.2 | 200.0 | 2 MiB | 2.50 G |" in row and "](trade_off.png)" in text
+    assert content["models"]["distilled"]["benchmark"]["exported"] == {"student.onnx": 4.0}
+    assert (tmp_path / "out/trade_off.png").stat().st_size > 1000
+    write_report(str(tmp_path / "out"), {"broken": models["broken"]})
     assert (
-        '<td data-value="9.25">9.25 ms</td>' in text and "broken/benchmark.json tells no median latency" in caplog.text
+        "multiply-adds" not in (tmp_path / "out/report.md").read_text()
+        and not (tmp_path / "out/trade_off.png").exists()
     )
-    assert "benchmark_file" not in (tmp_path / "out/report.json").read_text()
+
+
+def test_the_statement_keeps_its_emphasis_and_nothing_else(tmp_path):
+    models = {"one": ModelResult("one", {"AP": 5.0})}
+    write_report(str(tmp_path), models, statement="It is **much\nfaster** (`KEY <1>`).\n\nAnd <b>** more.")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (
+        "<p>It is <strong>much\nfaster</strong> (<code>KEY &lt;1&gt;</code>).</p><p>And &lt;b&gt;** more.</p>" in page
+    )
+
+
+def test_feature_pictures_are_in_the_page(tmp_path):
+    run = write_run(tmp_path / "distilled", {"bbox": {"AP": 30.0}})
+    (run / "model_final.pth").write_bytes(b"")
+    (run / "features").mkdir()
+    (run / "features/a.png").write_bytes(b"picture")
+    (run / "features/features.json").write_text(json.dumps({"images": [{"picture": "a.png"}]}))
+    write_report(str(tmp_path / "out"), {"distilled": load_result("distilled", str(run))})
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert f'src="data:image/png;base64,{base64.b64encode(b"picture").decode()}"' in page and "Features" in page
 
 
 def test_models_of_one_label_are_told_apart(tmp_path):
