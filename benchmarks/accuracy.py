@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -115,7 +116,8 @@ class Bench:
     def score(self, directory: Path) -> float:
         """The suite's metric of a finished run, in percent."""
         task, _, name = self.suite.metric.partition("/")
-        return json.loads((directory / "result.json").read_text())["metrics"][task][name]
+        value = json.loads((directory / "result.json").read_text())["metrics"][task][name]
+        return math.nan if value is None else value  # as JSON has it
 
     def finished(self, name: str) -> list[float]:
         """The scores of every finished seed of a row."""
@@ -203,6 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of all suites")
     parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
+    parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
     suite = SUITES[args.suite]
@@ -215,7 +218,9 @@ def main() -> None:
         parser.error("--tune is for --length short")
     setup_logger(name="d2kd")
     log_runtime()
-    subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
+    data = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "photo_digits")
+    if "DETECTRON2_DATASETS" not in os.environ or not data.is_dir():
+        subprocess.run([sys.executable, "datasets/prepare_photo_digits.py", "--output", str(data)], check=True)
     bench = Bench(suite, args.length, args.output, args.threads, args.opts)
     names = [n for n in args.only or suite.entries if not (args.no_ablations and suite.entries[n].ablation)]
     if args.tune:
@@ -235,7 +240,7 @@ def main() -> None:
         sys.exit(1)
     text = tuning_table(bench) if args.tune else table(bench)
     logger.info("\n%s", text)
-    if DOCUMENT.is_file():
+    if DOCUMENT.is_file() and not args.no_document:
         insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}")
     sys.exit(1 if failed else 0)
 

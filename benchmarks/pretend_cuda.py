@@ -1,4 +1,4 @@
-"""A GPU that is not there: tensors that say `cuda` and compute on the CPU, to find what would break or wait on a real one.
+"""A GPU that is not there: tensors that say `cuda` and compute on the CPU, to find what would break on a real one.
 
     with PretendCuda() as gpu:
         model = build_model(cfg)  # MODEL.DEVICE cuda
@@ -34,7 +34,8 @@ CROSS_DEVICE = {aten.copy_, aten._foreach_copy_, aten._to_copy}
 #: Operators with indices, which may be on the CPU while what they index is on the device.
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 #: Operators whose result is a number, or has a size, that the host waits for.
-WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.equal}
+WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2}
+WAITING |= {aten.unique_dim, aten.unique_consecutive, aten.equal}
 
 
 class OnDevice(torch.Tensor):
@@ -99,7 +100,9 @@ class PretendCuda:
     def __enter__(self) -> "PretendCuda":
         if torch.cuda.is_available():
             raise RuntimeError("There is a GPU: use that.")
-        importlib.import_module("torch._dynamo")  # which PyTorch does where it first needs it, and it looks at torch.cuda
+        importlib.import_module(
+            "torch._dynamo"
+        )  # which PyTorch does where it first needs it, and it looks at torch.cuda
         for owner, replaced in _replacements(self):
             for name, value in replaced.items():
                 self._stack.enter_context(mock.patch.object(owner, name, value))
@@ -157,7 +160,17 @@ def _replacements(gpu: PretendCuda) -> list[tuple[Any, dict[str, Any]]]:
     }
     fork = torch.random.fork_rng
     without_devices = {"fork_rng": lambda devices=None, *args, **kwargs: fork([], *args, **kwargs)}
+    checks = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    capture = {name: nothing for name in checks if hasattr(torch.optim.Optimizer, name)}
+    grouped = torch._C._group_tensors_by_device_and_dtype
+
+    def group(lists: Any, with_indices: bool = False) -> Any:  # by the device that C++ sees
+        found = grouped(lists, with_indices)
+        return {(value[0][0][0].device, key[1]): value for key, value in found.items()}
+
     return [
+        (torch._C, {"_group_tensors_by_device_and_dtype": group}),
+        (torch.optim.Optimizer, capture),
         (torch.cuda, cuda),
         (torch, general),
         (torch.amp, {"autocast": Autocast}),
@@ -184,6 +197,8 @@ class _Functions(TorchFunctionMode):
         if special is not None:
             return special(self.gpu, *args, **kwargs)
         asked = kwargs.get("device")
+        if asked is None and func is torch.Tensor.new_tensor:
+            asked = args[0].device
         if asked is not None and torch.device(asked).type == "cuda":
             return self._made(func, args, kwargs)
         _check_generator(func, kwargs.get("generator"), args)

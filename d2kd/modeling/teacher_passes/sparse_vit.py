@@ -24,6 +24,8 @@ class Windows(NamedTuple):
     places: Tensor
     #: (W, L) whether there is a patch.
     filled: Tensor
+    #: (T,) indices into W * L of those that there are: a mask as index would make the host wait in every block.
+    tokens: Tensor
     #: (W, L + P, 2) row and column within the window, of the patches and of the cells of padding.
     positions: Tensor
     #: (W, L + P) whether there is a key.
@@ -175,7 +177,8 @@ def _group(
     outside = (y >= grid[0]) | (x >= grid[1])
     (used,) = outside.any(0).nonzero(as_tuple=True)  # the same cells of many windows, mostly
     padded = inside[used].expand(len(members), -1, -1)
-    return Windows(found, filled, torch.cat([positions, padded], dim=1), torch.cat([filled, outside[:, used]], dim=1))
+    keys = torch.cat([filled, outside[:, used]], dim=1)
+    return Windows(found, filled, filled.flatten().nonzero().squeeze(1), torch.cat([positions, padded], dim=1), keys)
 
 
 def _heads(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +213,7 @@ def _attend_windows(attention: Any, x: Tensor, groups: Sequence[Windows], size: 
             bias = position_bias(attention, query, mine, group.positions, (size, size))
         bias = bias.masked_fill(~group.keys[:, None, None], float("-inf"))
         found = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias.to(query.dtype))
-        out[group.places[group.filled]] = found.transpose(1, 2)[group.filled].to(out.dtype)
+        out[group.places.flatten()[group.tokens]] = found.transpose(1, 2).flatten(0, 1)[group.tokens].to(out.dtype)
     return attention.proj(out.flatten(1)).view(x.shape)
 
 
