@@ -15,10 +15,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from gpu_stages import STAGES, Recorder, chosen, write_table
+from gpu_stages import STAGES, Recorder, chosen, forked, started, write_table
 
-ROOT = Path(__file__).resolve().parents[1]
 #: Seconds a stage has after its own limit, to write what it has.
 GRACE = 15
 
@@ -36,6 +36,8 @@ def main() -> int:
     if args.in_this_process:
         return STAGES[args.in_this_process].work(output, args.dry, args.limit)
     names = chosen(args.stages)
+    if args.dry:
+        import d2kd.engine  # noqa: F401  (once, for all stages)
     for name in names:
         sys.stderr.write(f"{name}: {STAGES[name].what}\n")
         run_stage(name, output, args.dry, args.limit)
@@ -67,16 +69,11 @@ def arguments() -> argparse.Namespace:
 
 def run_stage(name: str, output: Path, dry: bool, limit: int) -> None:
     """Runs one stage in processes of its own, and ends them all at its limit."""
-    command = [sys.executable, __file__, "--in-this-process", name, "--output", str(output), "--limit", str(limit)]
+    command = [__file__, "--in-this-process", name, "--output", str(output), "--limit", str(limit)]
     Recorder(output, name, dry).start()  # a file of an earlier run must not stand for this one
     with open(output / f"{name}.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [*command, *(["--dry"] if dry else [])],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        start = forked if dry else started
+        process = start([*command, *(["--dry"] if dry else [])], os.environ, log, log)
         try:
             code = process.wait(limit + GRACE)
             why = "" if code == 0 else f"ended with status {code}: see {name}.log"
@@ -87,13 +84,16 @@ def run_stage(name: str, output: Path, dry: bool, limit: int) -> None:
     Recorder(output, name, dry).finish(why)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: Any) -> None:
     """Ends what is left of a stage's processes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
 
 
 if __name__ == "__main__":

@@ -202,11 +202,17 @@ def _play(command: list[str], environment: Mapping[str, str], out: IO[str], err:
     import torch
 
     torch.set_num_threads(1)
+    code: Any = 0
     try:
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 @dataclass(frozen=True)
