@@ -63,6 +63,9 @@ class OnDevice(torch.Tensor):
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_: Any) -> "OnDevice":
         return OnDevice(inner["values"])
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values.__reduce_ex__(protocol)  # files have the values
+
     def __repr__(self) -> str:
         return f"OnDevice({self.values})"
 
@@ -135,9 +138,9 @@ def _replacements(gpu: PretendCuda) -> list[tuple[Any, dict[str, Any]]]:
         def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
             super().__init__(_host(device_type), *args, **kwargs)
 
-    def run_backward(*args: Any, **kwargs: Any) -> Any:
-        with gpu.working():
-            return backward(*args, **kwargs)
+    def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with gpu.working() if isinstance(_first(outputs), OnDevice) else contextlib.nullcontext():
+            return backward(outputs, *args, **kwargs)
 
     def nothing(*_: Any, **__: Any) -> None:
         return None

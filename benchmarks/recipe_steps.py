@@ -27,10 +27,10 @@ def recipe_step(recipe: Path, folder: Path, device: str, precision: str = "float
         device: of the model.
         precision: "float32", "bfloat16" or "float16".
     """
-    torch.manual_seed(0)
     cfg = recipe_config(recipe, folder, device)
     if precision != "float32":
         cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, precision
+    torch.manual_seed(0)  # the same student whether its teacher had to be made or not
     model = (build_distilled_model(cfg) if is_distillation(cfg) else build_model(cfg)).train()
     batch = batch_for(cfg)
     step = TrainStep(model, _forever(batch), build_optimizer(cfg, model), precision=mixed_precision(cfg))
@@ -55,10 +55,12 @@ def recipe_config(recipe: Path, folder: Path, device: str) -> CfgNode:
         weights = folder / f"{Path(cfg.DISTILL.TEACHER.CONFIG_FILE).stem}.pth"
         cfg.DISTILL.TEACHER.WEIGHTS = str(weights)
         if not weights.is_file():
+            torch.manual_seed(1)
             torch.save({"model": build_model(teacher_config(cfg)).state_dict()}, weights)
         if "ReceptiveTokens" in cfg.DISTILL.METHODS:
             cfg.DISTILL.RECEPTIVE_TOKENS.FILE = str(folder / "tokens.pth")
             cfg.DISTILL.RECEPTIVE_TOKENS.WARMUP_ITERS = 0  # with the student's masks, too
+            torch.manual_seed(1)
             learner = TokenLearner(load_teacher(teacher_config(cfg))[0])
             tokens = learner.export_tokens(dict.fromkeys(learner.taps, 0.0), 0)
             tokens.save(cfg.DISTILL.RECEPTIVE_TOKENS.FILE)

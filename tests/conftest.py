@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,30 @@ torch.set_num_threads(1)
 collect_ignore = ["d2lite"] if os.environ.get("D2KD_RUNTIME", "").lower() == "detectron2" else []
 
 DATA = Path(__file__).parent / "data"
+
+#: Tests of a GPU run on tensors that pretend to be on one: benchmarks/pretend_cuda.py.
+PRETEND = os.environ.get("D2KD_PRETEND_CUDA") == "1" and not torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `cuda` where there is no GPU."""
+    if not torch.cuda.is_available() and not PRETEND:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def pretended_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A GPU that is not there, for the tests that are about one."""
+    if not PRETEND or not request.node.get_closest_marker("cuda"):
+        yield
+        return
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    from pretend_cuda import PretendCuda
+
+    with PretendCuda():
+        yield
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def section(record: dict[str, Any]) -> list[str]:
     """The table of one stage."""
     stage = STAGES[record["stage"]]
     columns = stage.columns
-    numbers = {c for c in columns if any(isinstance(row.get(c), (int, float)) for row in record["rows"])}
+    numbers = {c for c in columns if any(type(row.get(c)) in (int, float) for row in record["rows"])}
     lines = [f"## {stage.name}: {stage.what}", "", f"| {' | '.join(columns)} |"]
     lines.append("|" + "|".join(" ---: " if c in numbers else " --- " for c in columns) + "|")
     for row in record["rows"]:

@@ -12,8 +12,6 @@ from d2kd.engine.train_step import NonFiniteLossError, TrainStep
 from d2kd.modeling import build_distilled_model
 from detectron2.utils.events import EventStorage
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
 
 class Regression(nn.Module):
     """A model without batch statistics whose loss is a mean over images."""
@@ -86,8 +84,8 @@ def detector_step(base: dict[str, Any], device: str, precision: torch.dtype | No
     "device, precision",
     [
         ("cpu", torch.bfloat16),
-        pytest.param("cuda", torch.bfloat16, marks=CUDA),
-        pytest.param("cuda", torch.float16, marks=CUDA),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.cuda),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.cuda),
     ],
     ids=["cpu-bfloat16", "cuda-bfloat16", "cuda-float16"],
 )
@@ -109,7 +107,7 @@ def test_mixed_precision_follows_float32_and_keeps_float32_weights(tmp_path, bas
         assert len(net(batch())) == 2
 
 
-@CUDA
+@pytest.mark.cuda
 def test_loss_scale_is_part_of_the_state():
     net = Regression().cuda()
     data = [[{"image": x["image"].cuda()} for x in images(2)]]

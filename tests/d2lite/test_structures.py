@@ -279,7 +279,7 @@ def test_roi_masks_fill_their_boxes():
         ROIMasks(torch.ones(7, 7))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_devices_follow():
     x = Instances((8, 9), b=Boxes([[1, 1, 4, 4]]), m=BitMasks(torch.ones(1, 8, 9)), p=PolygonMasks([[SQUARE]]))
     y = x.to("cuda")
