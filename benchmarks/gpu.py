@@ -10,6 +10,7 @@ stays when it is stopped. DIR/gpu.md, a table of all files there, is written aft
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpu_stages import STAGES, Recorder, chosen, forked, started, write_table
+from gpu_stages import STAGES, Recorder, chosen, end_programs_when_terminated, forked, started, write_table
 
 #: Seconds a stage has after its own limit, to write what it has.
 GRACE = 15
@@ -34,6 +35,7 @@ def main() -> int:
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     if args.in_this_process:
+        end_programs_when_terminated()
         return STAGES[args.in_this_process].work(output, args.dry, args.limit)
     names = chosen(args.stages)
     if args.dry:
@@ -76,7 +78,7 @@ def run_stage(name: str, output: Path, dry: bool, limit: int) -> None:
         process = start([*command, *(["--dry"] if dry else [])], os.environ, log, log)
         try:
             code = process.wait(limit + GRACE)
-            why = "" if code == 0 else f"ended with status {code}: see {name}.log"
+            why = "" if code == 0 else f"ended with status {code}: {_last_line(output / f'{name}.log')}"
         except subprocess.TimeoutExpired:
             why = f"stopped after {limit + GRACE} s"
         finally:
@@ -84,16 +86,19 @@ def run_stage(name: str, output: Path, dry: bool, limit: int) -> None:
     Recorder(output, name, dry).finish(why)
 
 
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"see {path.name}"
+
+
 def _end(process: Any) -> None:
-    """Ends what is left of a stage's processes."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        pass
+    """Ends what is left of a stage's processes: asked to, it ends its programs first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+            return
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A stage, what it may use, and the file that it writes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -110,12 +111,15 @@ class Context:
         with open(out, "w", encoding="utf-8") as output, open(err, "w", encoding="utf-8") as errors:
             start = forked if self.dry and str(command[0]).endswith(".py") else started
             process = start([str(x) for x in command], variables, output, errors)
+            _running.add(process.pid)
             try:
                 code = process.wait(max(1.0, min(limit or self.left, self.left)))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 code = -1
+            finally:
+                _running.discard(process.pid)
         return code, out.read_text(encoding="utf-8", errors="replace")
 
     def lines(self, command: Sequence[Any], name: str, **run: Any) -> tuple[list[dict[str, Any]], str]:
@@ -162,6 +166,22 @@ class Context:
         code, _ = self.run(["datasets/prepare_photo_digits.py", "--output", target, *small], "data")
         if code:
             raise RuntimeError(f"PhotoDigits: {self.failure(code, 'data')}")
+
+
+#: The programs of now, each with a session of its own.
+_running: set[int] = set()
+
+
+def end_programs_when_terminated() -> None:
+    """Has SIGTERM end the programs of a stage before this process."""
+    signal.signal(signal.SIGTERM, _end_all)
+
+
+def _end_all(*_: Any) -> None:
+    for pid in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    os._exit(128 + signal.SIGTERM)
 
 
 def started(command: list[str], environment: Mapping[str, str], out: IO[str], err: IO[str]) -> Any:

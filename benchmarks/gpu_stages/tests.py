@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ElementTree
 
 from .base import ROOT, Context, Stage
 
-#: A dry run takes one test a kind.
-FEW = "device or generator or operator"
+#: What a dry run takes of them.
+FEW = "generator or operator"
 
 
 def run(context: Context) -> None:
