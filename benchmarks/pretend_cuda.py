@@ -284,13 +284,18 @@ def _to_numpy(gpu: PretendCuda, x: torch.Tensor, *args: Any, **kwargs: Any) -> A
     return torch.Tensor.numpy(x, *args, **kwargs)
 
 
+def _to_array(gpu: PretendCuda, x: torch.Tensor, dtype: Any = None) -> Any:
+    array = _to_numpy(gpu, x)
+    return array if dtype is None else array.astype(dtype)
+
+
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cpu: lambda gpu, x, *_, **__: _to(gpu, x, "cpu"),
     torch.Tensor.cuda: lambda gpu, x, device=None, non_blocking=False: _to(gpu, x, DEVICE, non_blocking=non_blocking),
     torch.Tensor.tolist: _to_list,
     torch.Tensor.numpy: _to_numpy,
-    torch.Tensor.__array__: _to_numpy,
+    torch.Tensor.__array__: _to_array,
 }
 
 

@@ -97,8 +97,11 @@ def test_a_stage_that_is_stopped_ends_its_programs(gpu, tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(
         f"import sys; from pathlib import Path; sys.path.append({str(BENCHMARKS)!r})\n"
-        "from gpu_stages import Context, Stage\nfrom gpu_stages import base\nbase.environment = lambda dry: {}\nbase.end_programs_when_terminated()\n"
-        f"out = Path({str(tmp_path)!r})\nbase.Recorder(out, 'one', False).start()\n"
+        "from gpu_stages import Context, Stage, base\n"
+        "base.environment = lambda dry: {}\n"
+        "base.end_programs_when_terminated()\n"
+        f"out = Path({str(tmp_path)!r})\n"
+        "base.Recorder(out, 'one', False).start()\n"
         f"Stage('one', '', lambda context: context.run([{str(program)!r}]), ()).work(out, False, 50)"
     )
     with open(tmp_path / "log", "w") as log:
