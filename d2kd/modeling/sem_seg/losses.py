@@ -37,8 +37,9 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_value: int, avera
         A scalar; 0, with gradient 0, where no pixel has a class.
     """
     total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=ignore_value)
-    count = (labels != ignore_value).sum() if average == "valid" else labels.new_tensor(labels.numel())
-    return total / count.clamp(min=1)
+    if average == "all":
+        return total / max(labels.numel(), 1)
+    return total / (labels != ignore_value).sum().clamp(min=1)
 
 
 def pixel_accuracy(logits: Tensor, labels: Tensor, ignore_value: int) -> Tensor:

@@ -154,8 +154,8 @@ class RepPoints(DenseDetector):
         initial, refined = self.label_locations(locations, flat[1], images.image_sizes, gt_instances)
         totals = torch.stack([initial.num_foreground(), refined.num_foreground()]).to(flat[0].dtype)
         storage = get_event_storage()
-        storage.put_scalar("num_pos_initial", totals[0].item() / len(gt_instances))
-        storage.put_scalar("num_pos_refined", totals[1].item() / len(gt_instances))
+        for name, total in zip(("num_pos_initial", "num_pos_refined"), totals.tolist()):
+            storage.put_scalar(name, total / len(gt_instances))
         return self.losses(flat, locations, initial, refined, mean_over_processes(totals))
 
     @torch.no_grad()

@@ -36,8 +36,9 @@ def locations_of(maps: Sequence[Tensor], strides: Sequence[int]) -> Locations:
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         xy.append(torch.stack([x, y], dim=-1).flatten(0, 1))
     per_level = [len(level) for level in xy]
-    of_level = torch.tensor(strides, dtype=dtype, device=device)
-    return Locations(torch.cat(xy), of_level.repeat_interleave(torch.tensor(per_level, device=device)), per_level)
+    # filled there: numbers that are made here would have to be copied, and the host would wait
+    of_level = [level.new_full((len(level),), stride) for level, stride in zip(xy, strides)]
+    return Locations(torch.cat(xy), torch.cat(of_level), per_level)
 
 
 def flatten_levels(maps: Sequence[Tensor]) -> Tensor:

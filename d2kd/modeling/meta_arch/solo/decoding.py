@@ -157,8 +157,7 @@ def _candidates(
     values = table[cells, classes]
     shown, place = cells.unique(return_inverse=True)  # several classes may want the same cell, and share its mask
     measured = masks.measure(shown, thresholds.mask)
-    stride = torch.tensor(strides, device=cells.device)
-    stride = stride.repeat_interleave(torch.tensor(masks.counts, device=cells.device))
+    stride = torch.cat([cells.new_full((count,), stride) for count, stride in zip(masks.counts, strides)])
     values = values * measured.quality[place]
     large = (measured.area > stride[shown])[place].nonzero().squeeze(1)
     best = large[values[large].argsort(descending=True, stable=True)[: thresholds.candidates]]
