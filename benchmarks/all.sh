@@ -40,6 +40,7 @@ measure step_cost_quickstart "$step" python benchmarks/step_cost.py --pair quick
 measure step_cost_r50_r18 "$step" python benchmarks/step_cost.py --pair r50-r18 --methods ChannelMatching
 measure step_cost_r101_r50 "$step" python benchmarks/step_cost.py --pair r101-r50 --repeats 5
 tokens="benchmarks/receptive_tokens.py d2kd/distillers/receptive_tokens d2kd/layers"
+measure imitation "benchmarks/imitation.py d2kd/layers" python benchmarks/imitation.py
 measure receptive_tokens "$tokens" python benchmarks/receptive_tokens.py
 matching="benchmarks/channel_matching.py d2kd/distillers/channel_matching d2kd/layers"
 measure channel_matching "$matching" python benchmarks/channel_matching.py

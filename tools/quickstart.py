@@ -259,7 +259,7 @@ def use(all_runs: Sequence[Run], output: Path, environment: dict[str, str]) -> l
         command = ["export", str(checkpoint), str(files[-1]), "--format", file_format, "--config-file", str(config)]
         commands.append(_call(command, files[-1], checkpoint, environment))
     shown = [str(output / run.name) for run in all_runs]
-    command = ["benchmark", *shown, *map(str, files), "--output", str(output / "cost")]
+    command = ["benchmark", *shown, *map(str, files), "--output", str(output / "cost"), "--threads", "1"]
     newest = max(files, key=lambda file: file.stat().st_mtime)
     commands.append(_call(command, output / "cost/benchmark.json", newest, environment))
     return commands

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2kd.layers import normalize, squared_error
+from d2kd.layers import normalize, squared_error, standardized_error
 
 from .base import DISTILLERS, FeatureDistiller
 from .taps import TapPair
@@ -31,5 +31,8 @@ class FeatureMimic(FeatureDistiller):
         self.align = self.build_aligners()
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-        student = normalize(self.align[level](student), self.normalize, valid)
+        student = self.align[level](student)
+        if self.normalize == "standardize" and valid is None:
+            return standardized_error(student, teacher, self.reduction)
+        student = normalize(student, self.normalize, valid)
         return squared_error(student, normalize(teacher, self.normalize, valid), self.reduction, valid)

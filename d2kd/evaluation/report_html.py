@@ -168,6 +168,8 @@ def _plots(
     }
     for heading, (unit, cost) in costs.items():
         points = [Cost(titles[name], scores[name], cost[name] or math.nan, unit) for name in models]
+        if cost is latencies:
+            points += _exported(models, scores, unit)
         missing = [titles[name] for name in models if not cost[name]]
         note = f"Not known of: {', '.join(missing)}." if missing else ""
         if len(models) - len(missing) < min(len(models), 2):
@@ -179,6 +181,16 @@ def _plots(
     note = "Task loss, without distillation terms."
     yield _plot("Loss while training", curves(losses, "loss", logarithmic=True), note)
     yield _plot(f"{metric.title} while training", curves(values, metric.axis, marked=True), "")
+
+
+def _exported(models: Mapping[str, ModelResult], scores: Mapping[str, float], unit: str) -> list[Cost]:
+    """The exported files that were measured; those of one name by their model too."""
+    found = [(name, file, ms) for name, m in models.items() if m.benchmark for file, ms in m.benchmark.exported.items()]
+    names = [file for _, file, _ in found]
+    return [
+        Cost(file if names.count(file) == 1 else f"{models[name].title}: {file}", scores[name], milliseconds, unit)
+        for name, file, milliseconds in found
+    ]
 
 
 def _plot(heading: str, drawn: str, note: str) -> str:

@@ -2,7 +2,7 @@
 
 from .align import align_resolution, align_validity
 from .focal import sigmoid_focal_loss
-from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, upcast_half
+from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, standardized_error, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
 from .similarity import linear_cka, principal_axes, ridge_weights, standardize_channels
 from .tokens import attention_saliency, gather_tokens, ranks_of, resample_saliency, scatter_tokens
@@ -28,5 +28,6 @@ __all__ = [
     "squared_error",
     "standardize",
     "standardize_channels",
+    "standardized_error",
     "upcast_half",
 ]

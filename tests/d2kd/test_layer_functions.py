@@ -14,6 +14,7 @@ from d2kd.layers import (
     normalize,
     squared_error,
     standardize,
+    standardized_error,
 )
 
 
@@ -24,6 +25,45 @@ def test_standardize_does_not_see_scale_and_offset():
     assert torch.allclose(y, standardize(scaled), atol=1e-5)
     assert torch.allclose(y.mean((0, 2, 3)), torch.zeros(5).double(), atol=1e-9)
     assert torch.allclose(y.pow(2).mean((0, 2, 3)), torch.ones(5).double(), atol=1e-5)
+
+
+def literal_error(student, teacher, reduction):
+    return squared_error(standardize(student), standardize(teacher), reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 6), (1, 3, 1, 1), (4, 2, 1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fused_error_is_that_of_standardized_maps(shape, reduction, dtype):
+    torch.manual_seed(0)
+    teacher = torch.randn(shape, dtype=torch.float64) * 3 + 100
+    student = 0.5 * teacher + torch.randn(shape, dtype=torch.float64)
+    student[:, 1] = 7  # a channel that is constant
+    teacher[:, 0] = 1e-4 * torch.randn(shape[0], *shape[2:])  # and one whose variance is about EPS
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    # what they are in this precision, compared in that of float64
+    exact = student.detach().double().requires_grad_()
+    expected = literal_error(exact, teacher.double(), reduction)
+    expected.backward()
+    found = standardized_error(student, teacher, reduction)
+    (3 * found).backward()
+    digits = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert student.grad.dtype == dtype and student.grad.isfinite().all()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5 if dtype != torch.float64 else 1e-12, rtol=digits)
+    largest = exact.grad.abs().amax((0, 2, 3), keepdim=True) + 1e-12
+    assert ((student.grad.double() / 3 - exact.grad).abs() / largest).max() < digits
+
+
+def test_the_fused_error_is_differentiated_as_often_as_one_likes_but_once_deep():
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    error = standardized_error(student, teacher, "mean")
+    first, second = (torch.autograd.grad(error, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(torch.autograd.grad(error, student, create_graph=True)[0].sum(), student)
+    with pytest.raises(ValueError, match="reduction is 'sum'; it must be one of"):
+        standardized_error(student, teacher, "sum")
 
 
 def test_standardized_error_is_two_minus_twice_the_correlation():

@@ -263,6 +263,7 @@ def test_costs_of_a_benchmark_are_in_table_and_plots(tmp_path, caplog):
     content = write_report(str(tmp_path / "out"), models)
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "AP against latency" in page and "41.5 milliseconds an image" in page and "Not known of: broken." in page
+    assert "<title>teacher: student.onnx: 30.0 AP, 4 milliseconds an image</title>" in page
     assert '<td data-value="9.25">9.2</td>' in page and '<td data-value="2500000000">2.50 G</td>' in page
     text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| distilled student"))
