@@ -15,6 +15,7 @@ import collections
 import contextlib
 import importlib
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class OnDevice(torch.Tensor):
         return f"OnDevice({self.values})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})  # outside of the mode
 
 
@@ -145,12 +146,15 @@ def _replacements(gpu: PretendCuda) -> list[tuple[Any, dict[str, Any]]]:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
+    properties = types.SimpleNamespace(name="none", total_memory=2**36, major=9, minor=0, multi_processor_count=1)
     cuda = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_name": lambda *_: "a GPU that is not there",
+        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: (9, 0),
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "max_memory_allocated": lambda *_: 0,
         **dict.fromkeys(("synchronize", "set_device", "set_rng_state", "reset_peak_memory_stats"), nothing),
@@ -194,7 +198,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.gpu = gpu
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         special = _SPECIAL.get(func)
         if special is not None:
@@ -306,7 +310,7 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _waits(func, args, kwargs):
             self.gpu.wait(_name(func))
