@@ -88,7 +88,7 @@ class _Model:
             work = self.multiply_adds()
             size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
         sizes = [(int(x["image"].shape[-2]), int(x["image"].shape[-1])) for x in self.inputs]
-        if self.cuda:
+        if self.cuda and not self.exported:  # with ONNX Runtime, PyTorch has not started on the GPU: there is none yet
             import torch
 
             torch.cuda.reset_peak_memory_stats()

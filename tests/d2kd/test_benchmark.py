@@ -1,6 +1,7 @@
 """`d2kd benchmark`: what runs and exported files cost, each measured in a process of its own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from models import config, model
@@ -9,7 +10,7 @@ from test_cli import program
 from d2kd.benchmarking import Measurement, Subject, SubjectError, benchmark_table, find_subjects, write_results
 from d2kd.benchmarking.measuring import Settings
 from d2kd.benchmarking.results import trades
-from d2kd.benchmarking.worker import Facts
+from d2kd.benchmarking.worker import Facts, _Model
 from d2kd.cli import benchmark
 from d2kd.errors import UserError
 from d2kd.export import export_model
@@ -67,6 +68,17 @@ def call(*arguments):
 def measurement(name, seconds, run=None, runtime=".pt"):
     facts = Facts(2_000_000, None, 4_000_000, [(64, 64)])
     return Measurement(Subject(name, f"x{runtime}", run=run), facts, seconds, [0.5], 4, 2**20)
+
+
+def test_an_exported_file_starts_on_a_gpu_that_only_onnx_runtime_uses(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"12345")
+    measured = object.__new__(_Model)  # as it is behind its constructor, which needs that GPU
+    about = SimpleNamespace(model=SimpleNamespace(about={"parameters": 7}))
+    measured.__dict__.update(cuda=True, exported=True, file=str(tmp_path / "model.onnx"), predictor=about, inputs=[])
+    measured.settings = SimpleNamespace(warmup=0)
+    # CUDA's counters are not there before PyTorch has started on it, and asking them raises, here as on a GPU
+    facts = measured.start()
+    assert (facts.parameters, facts.file_bytes) == (7, 5) and measured.memory() is None
 
 
 def test_numbers_of_the_table_are_medians_percentiles_and_ratios():
