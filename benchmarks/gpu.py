@@ -32,6 +32,8 @@ def main() -> int:
             sys.stdout.write(f"{stage.name:18} {stage.what}\n")
         sys.stdout.write(f"{'table':18} gpu.md from the JSON files of the stages\n")
         return 0
+    if args.dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch asks for it
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     if args.in_this_process:

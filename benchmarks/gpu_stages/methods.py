@@ -98,19 +98,21 @@ def outcome(folder: Path) -> dict[str, Any]:
     """Losses, speed, memory and metric of a finished run."""
     text = (folder / "metrics.json").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    losses = [line["total_loss"] for line in lines if "total_loss" in line]
+    logged = [line for line in lines if "total_loss" in line]
+    # the student's own: those of a method may grow, where its weight does
+    losses = [sum(value for name, value in line.items() if name.startswith("loss")) for line in logged]
     times = [line["time"] for line in lines if "time" in line]
     memory = re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text(encoding="utf-8"))
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    task, metrics = next(iter(result["metrics"].items()))
-    name = next(iter(metrics))
+    metrics = {f"{task}/{name}": x for task, values in result["metrics"].items() for name, x in values.items()}
+    name = next((name for name, value in metrics.items() if value is not None), next(iter(metrics)))
     scales = [line["grad_scale"] for line in lines if "grad_scale" in line]
     return {
         "first loss": round(losses[0], 4),
         "last loss": round(losses[-1], 4),
         "loss falls": losses[-1] < losses[0],
-        "finite": all(math.isfinite(x) for x in losses),
-        "metric": f"{task}/{name}",
+        "finite": all(math.isfinite(float(line["total_loss"])) for line in logged),
+        "metric": name,
         "value": metrics[name],
         "iterations/s": round(1 / times[-1], 2) if times else None,
         "peak MiB": int(memory[-1]) if memory else None,
