@@ -57,7 +57,7 @@ FORMS: dict[str, Form] = {
 
 
 def measure(body: torch.nn.Module, images: Tensor, gradient: bool, repeats: int) -> dict[str, float]:
-    """Median seconds by form, after one round that does not count; every other round goes backward through the forms."""
+    """Median seconds by form, after a round that does not count; every other round takes the forms in reverse."""
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for number in range(repeats + 1):
         for form in list(FORMS)[:: 1 if number % 2 else -1]:

@@ -72,6 +72,7 @@ class FrozenBatchNorm2d(nn.Module):
             return torch.addcmul(shift, x, scale)
         return (x.mul_(scale) if inplace and not self._is_watched() else x * scale).add_(shift)
 
+    @torch.jit.unused
     def _is_watched(self) -> bool:
         return bool(self._forward_pre_hooks or self._forward_hooks)
 

@@ -35,11 +35,16 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'); N may be 0."""
         out = self._conv_forward(x, self.weight, self.bias)
-        if type(self.norm) is FrozenBatchNorm2d:
-            out = self.norm(out, inplace=True)  # nobody else has it, and no convolution needs it to go backward
+        if not torch.jit.is_scripting():
+            out = self._normalize(out)
         elif self.norm is not None:
             out = self.norm(out)
         return out if self.activation is None else self.activation(out)
+
+    def _normalize(self, out: Tensor) -> Tensor:
+        if type(self.norm) is FrozenBatchNorm2d:
+            return self.norm(out, inplace=True)  # nobody else has it, and no convolution needs it to go backward
+        return out if self.norm is None else self.norm(out)
 
 
 def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
