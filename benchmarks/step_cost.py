@@ -6,7 +6,7 @@
     python benchmarks/step_cost.py --pair x101-r50 --height 800 --width 1333 --methods ChannelMatching
 
 All are timed in turn in one process, and each round begins with another, so the ratio holds when the machine's speed
-drifts. The teacher runs as far as the method's deepest tap ("teacher_runs"): body only for ChannelMatching, with its head
+drifts. The teacher runs to the method's deepest tap ("teacher_runs"): body only for ChannelMatching, with its head
 for methods that compare predictions. Beside the bare step (forward, backward, optimizer) stands that of the trainer
 (`TrainStep.run_step`), which also copies what a failed step must give back, checks and logs; its student is run the
 same way. Weights are random, norms have statistics of the batch, and subnormal numbers are flushed, so that losses are
