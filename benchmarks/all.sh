@@ -44,6 +44,7 @@ measure imitation "benchmarks/imitation.py d2kd/layers" python benchmarks/imitat
 measure receptive_tokens "$tokens" python benchmarks/receptive_tokens.py
 matching="benchmarks/channel_matching.py d2kd/distillers/channel_matching d2kd/layers"
 measure channel_matching "$matching" python benchmarks/channel_matching.py
+measure frozen_norm "benchmarks/frozen_norm.py $models" python benchmarks/frozen_norm.py
 measure models "benchmarks/models.py d2kd/modeling/backbone d2kd/modeling/sem_seg $models" python benchmarks/models.py
 timm="benchmarks/timm_networks.py d2kd/modeling/backbone d2kd/modeling/meta_arch d2kd/engine/train_step.py $models"
 measure timm_networks "$timm" python benchmarks/timm_networks.py

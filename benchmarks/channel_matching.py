@@ -9,8 +9,15 @@ For every batch it runs each whole detector, post-processing included, and then 
 of one such batch, measured here, times 1,001; its assignment adds arcs in a Python loop.
 
 Ours looks at 125 batches of 16 images (2 a process): with TRACKING "online" at training batches, whose features are
-there anyway; with "pass", as the recipe has it, at batches that both networks run for. Assignments are timed in seconds
-of the processor.
+there anyway; with "pass", as the recipe has it, at batches that both networks run for.
+
+Assignments are timed in seconds of the processor, all ways in turn, for all four levels of a pair together:
+
+    python benchmarks/channel_matching.py --only-assignments
+
+The distances are those between features of networks with random weights ("networks": all channels want the same few),
+between features that share patterns ("correlated"), and random numbers. "ortools" is what a refresh does; "before" is
+OR-Tools on the costs as they are, which a refresh did for equal channels until rows and columns were reduced first.
 """
 
 import argparse
@@ -19,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,9 +40,21 @@ from d2kd.distillers.channel_matching.assignment import assign_channels, quantiz
 from d2kd.distillers.channel_matching.similarity import channel_distances
 from d2kd.engine import load_config
 from d2kd.modeling import DistilledModel, build_distilled_model, teacher_config
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 
+#: Channels of res2 to res5 of a student and a teacher; X101 has those of R101.
+CHANNELS = {
+    "R101 -> R50": ((256, 512, 1024, 2048), (256, 512, 1024, 2048)),
+    "R50 -> R18": ((64, 128, 256, 512), (256, 512, 1024, 2048)),
+    "R50 -> MobileNetV1": ((128, 256, 512, 1024), (256, 512, 1024, 2048)),
+}
+BODIES = {
+    "R18": ("configs/COCO/retinanet_R18_1x.yaml", []),
+    "R50": ("configs/COCO/retinanet_R50_1x.yaml", []),
+    "R101": ("configs/COCO/retinanet_R101.yaml", []),
+    "X101": ("configs/COCO/retinanet_R101.yaml", ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]),
+}
 RECIPE = "configs/COCO/retinanet_R18_R50_ChannelMatching_1x.yaml"
 PUBLISHED_BATCHES, OUR_BATCHES, REFRESHES, ITERATIONS = 1001, 125, 6, 90000
 
@@ -77,22 +96,68 @@ def replicated_loop(cost: Tensor, per_student: int) -> int:
     return solver.optimal_cost()
 
 
+def unreduced(cost: Tensor) -> int:
+    """Equal channels by OR-Tools, with what rows and columns have in common. Returns the cost."""
+    from ortools.graph.python import linear_sum_assignment
+
+    rows, number = quantize(cost), torch.arange(len(cost), dtype=torch.int32)
+    solver = linear_sum_assignment.SimpleLinearSumAssignment()
+    left, right = number.repeat(len(cost)), number.repeat_interleave(len(cost))
+    solver.add_arcs_with_cost(left.numpy(), right.numpy(), (rows - rows.min()).t().flatten().numpy())
+    assert solver.solve() == solver.OPTIMAL
+    return int(solver.optimal_cost() + rows.min() * len(rows))
+
+
+@torch.no_grad()
+def features(body: str) -> dict[str, Tensor]:
+    """Maps of a network with random weights, of four images of 256 x 256 of blurred noise."""
+    path, options = BODIES[body]
+    names = ["res2", "res3", "res4", "res5"]
+    cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.OUT_FEATURES", names, *options])
+    torch.manual_seed(0)
+    images = 60 * torch.nn.functional.interpolate(torch.randn(4, 3, 32, 32), scale_factor=8, mode="bilinear")
+    return build_backbone(cfg).bottom_up.eval()(images)
+
+
+def costs_of_pairs() -> Iterator[tuple[str, list[Tensor]]]:
+    """Names, and the costs of the four levels: of networks as they start, and of each kind of made-up costs."""
+    maps = {body: features(body) for body in BODIES}
+    for student, teacher in (("R50", "R101"), ("R50", "X101"), ("R18", "R50")):
+        ours, theirs = maps[student], maps[teacher]
+        yield f"{teacher} -> {student}, networks", [channel_distances(ours[x], theirs[x]) / 4 for x in ours]
+    for pair, channels in CHANNELS.items():
+        yield f"{pair}, correlated", [correlated_costs(s, t) for s, t in zip(*channels)]
+        yield f"{pair}, random", [4 * torch.rand(s, t) for s, t in zip(*channels)]
+
+
 def measure_assignment(repeats: int, loop: bool) -> dict[str, Any]:
-    """Seconds for 512 -> 2048 channels; all ways must agree on the integer cost."""
-    kinds = {
-        "correlated": correlated_costs(512, 2048),
-        "random": 4 * torch.rand(512, 2048),
-        "nearly_constant": 2 + 1e-3 * torch.rand(512, 2048),
-    }
+    """Median seconds for the four levels of a pair by each way, in turn; all must agree on the integer cost."""
     result: dict[str, Any] = {}
-    for kind, cost in kinds.items():
-        found = {s: total_cost(cost, assign_channels(cost, 4, solver=s)) for s in ("ortools", "scipy")}
-        assert len(set(found.values())) == 1, found
-        for solver in found:
-            result[f"{kind}_{solver}"] = processor_seconds(partial(assign_channels, cost, 4, solver=solver), repeats)
+    for name, levels in costs_of_pairs():
+        ways: dict[str, Callable[[Tensor], int]] = {
+            solver: partial(_solved, solver=solver) for solver in ("ortools", "scipy")
+        }
+        if all(cost.shape[0] == cost.shape[1] for cost in levels):
+            ways["before"] = unreduced
+        rounds: list[dict[str, float]] = []
+        for _ in range(repeats):
+            totals: list[int] = []
+            calls = {way: partial(_all_levels, solve, levels, totals) for way, solve in ways.items()}
+            rounds.append({way: processor_seconds(call) for way, call in calls.items()})
+            assert len(set(totals)) == 1, (name, totals)
+        result[name] = {way: round(statistics.median(r[way] for r in rounds), 3) for way in ways}
     if loop:
-        result["correlated_published_loop"] = processor_seconds(partial(replicated_loop, kinds["correlated"], 4))
+        loop_costs = correlated_costs(512, 2048)
+        result["512 -> 2048, correlated, published loop"] = processor_seconds(partial(replicated_loop, loop_costs, 4))
     return result
+
+
+def _solved(cost: Tensor, solver: str) -> int:
+    return total_cost(cost, assign_channels(cost, cost.shape[1] // cost.shape[0], solver=solver))
+
+
+def _all_levels(solve: Callable[[Tensor], int], levels: list[Tensor], totals: list[int]) -> None:
+    totals.append(sum(solve(cost) for cost in levels))
 
 
 def build(device: str) -> DistilledModel:
@@ -175,11 +240,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="images a process and step")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-loop", action="store_true", help="skip the published assignment in a Python loop")
+    parser.add_argument("--only-assignments", action="store_true", help="no detectors and no steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
     result = {"device": args.device, "threads": torch.get_num_threads(), "size": args.size, "batch": args.batch}
-    result["assignment_512_to_2048_s"] = measure_assignment(args.repeats, not args.no_loop)
+    result["assignment_s"] = measure_assignment(args.repeats, not args.no_loop)
+    if args.only_assignments:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
     model, batch = build(args.device), random_batch(args.size, args.batch, 80)
     with EventStorage():
         result["refresh_s"] = refresh = measure_refresh(model, batch, args.device, args.repeats)

@@ -8,25 +8,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
 
-def random_batch(size: int, count: int, classes: int, masks: bool = False) -> list[dict[str, Any]]:
-    """`count` noise images of size x size pixels with eight objects each, and a class for every pixel; with `masks`,
-    octagons as outlines of the objects."""
+def random_batch(size: int | tuple[int, int], count: int, classes: int, masks: bool = False) -> list[dict[str, Any]]:
+    """`count` noise images with eight objects each, and a class for every pixel.
+
+    Args:
+        size: side of the images in pixels, or height and width.
+        count: images.
+        classes: of objects and pixels.
+        masks: with octagons as outlines of the objects.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    extent = torch.tensor([width, height])
     inputs = []
     for _ in range(count):
-        corner = torch.rand(8, 2) * size * 0.6
-        boxes = torch.cat([corner, corner + size * 0.05 + torch.rand(8, 2) * size * 0.3], dim=1)
-        truth = Instances((size, size), gt_boxes=Boxes(boxes), gt_classes=torch.randint(classes, (8,)))
+        corner = torch.rand(8, 2) * extent * 0.6
+        boxes = torch.cat([corner, corner + extent * 0.05 + torch.rand(8, 2) * extent * 0.3], dim=1)
+        truth = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=torch.randint(classes, (8,)))
         if masks:
             truth.gt_masks = PolygonMasks([[_octagon(box).numpy()] for box in boxes])
-        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-        labels = torch.randint(classes, (size, size))
-        inputs.append({"image": image, "height": size, "width": size, "instances": truth, "sem_seg": labels})
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        labels = torch.randint(classes, (height, width))
+        inputs.append({"image": image, "height": height, "width": width, "instances": truth, "sem_seg": labels})
     return inputs
+
+
+@torch.no_grad()
+def settle_norms(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+    """Gives frozen batch norms the statistics of a batch, as those of trained weights have.
+
+    With random weights and statistics of 0 and 1 each block doubles its map: logits of 10^3 then make losses of 10^4,
+    whose gradients are below the smallest normal number in most places, and slow.
+    """
+
+    def settle(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        norm.running_var, norm.running_mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3))
+
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    handles = [norm.register_forward_pre_hook(settle) for norm in norms]
+    model.backbone(model.preprocess_image(batch).tensor)
+    for handle in handles:
+        handle.remove()
 
 
 def _octagon(box: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from d2kd.config import RenamedKey, config_keys, declare_keys, key_settings, renamed_keys
@@ -138,6 +139,8 @@ class Distiller(Configurable, nn.Module):
         for pair in pairs:
             self.check_pair(f"DISTILL.{self.NODE}.TAPS", pair)
         self.pairs = list(pairs)
+        #: indices of the teacher's classes in the student's order, by level and device
+        self._class_orders: dict[tuple[int, torch.device], Tensor] = {}
         #: teacher stride / student stride of every pair; None where the features are vectors
         self._stride_ratios = [None if s.is_vector else t.stride / s.stride for s, t in pairs]
 
@@ -174,6 +177,13 @@ class Distiller(Configurable, nn.Module):
 
     def calibrate(self, batches: Iterable[tuple[FeatureMaps, FeatureMaps]]) -> None:
         """Consumes the requested features (student's, teacher's); all processes call it."""
+
+    def changing_buffers(self) -> Iterable[Tensor]:
+        """Returns the buffers that the next step may change: they are copied before it, and put back if it fails.
+
+        By default all of them. A method with large ones that hardly ever change leaves these out at other times.
+        """
+        return self.buffers()
 
     def forward(
         self, student: FeatureMaps, teacher: FeatureMaps, valid: FeatureMaps | None = None
@@ -271,7 +281,13 @@ class Distiller(Configurable, nn.Module):
         """Returns the teacher's feature of a pair, with its classes in the student's order where it predicts them."""
         tap = self.pairs[level].teacher
         feature = teacher[tap.name]
-        return feature if tap.order is None else feature[:, list(tap.order)]
+        if tap.order is None:
+            return feature
+        # kept on the device: a list as index is copied there, for which the host waits
+        order = self._class_orders.get((level, feature.device))
+        if order is None:
+            order = self._class_orders[level, feature.device] = torch.tensor(tap.order, device=feature.device)
+        return feature.index_select(1, order)
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the unweighted scalar loss of one pair of maps of equal H and W.

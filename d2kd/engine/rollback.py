@@ -1,5 +1,6 @@
 """Undoing a failed step."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,14 +25,10 @@ class StepSnapshot:
             detector: the detector whose running loss normalizers change.
         """
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+        self._statistics = [b for m in norms for b in m.buffers(recurse=False)]
         self._distillers = [m for m in model.modules() if isinstance(m, Distiller)]
-        changing = [b for m in norms for b in m.buffers(recurse=False)] + [
-            b for m in self._distillers for b in m.buffers()
-        ]
-        by_type: dict[torch.dtype, list[Tensor]] = {}  # lists of one type are copied in one go
-        for buffer in {id(b): b for b in changing}.values():
-            by_type.setdefault(buffer.dtype, []).append(buffer)
-        self._buffers = [(live, [b.clone() for b in live]) for live in by_type.values()]
+        #: copies of what the present step may change, by the buffers' identity
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._architecture = architecture_of(detector)
         self._loss_normalizers: dict[str, Any] = {}
         self._positions: list[Any] = []
@@ -46,7 +43,8 @@ class StepSnapshot:
     @torch.no_grad()
     def save(self) -> None:
         """Takes the snapshot."""
-        for live, copies in self._buffers:
+        self._copies = self._room_for_copies()
+        for live, copies in self._by_type():
             torch._foreach_copy_(copies, live)
         self._loss_normalizers = self._architecture.loss_normalizers()
         self._positions = [m.get_extra_state() if _has_position(m) else None for m in self._distillers]
@@ -58,7 +56,7 @@ class StepSnapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Rolls back to the snapshot."""
-        for live, copies in self._buffers:
+        for live, copies in self._by_type():
             torch._foreach_copy_(live, copies)
         self._architecture.load_loss_normalizers(self._loss_normalizers)
         for distiller, position in zip(self._distillers, self._positions):
@@ -71,6 +69,25 @@ class StepSnapshot:
         torch.set_rng_state(self._random[0])
         if self._cuda:
             torch.cuda.set_rng_state(self._random[1])
+
+    def _room_for_copies(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Each buffer that the next step may change, with a place for its copy; that of the last step is used again."""
+        changing = self._statistics + [b for m in self._distillers for b in m.changing_buffers()]
+        room = {}
+        for live in changing:
+            known = self._copies.get(id(live))
+            fits = known is not None and known[0] is live and known[1].device == live.device
+            room[id(live)] = known if known is not None and fits else (live, torch.empty_like(live))
+        return room
+
+    def _by_type(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The buffers and their copies, type by type: lists of one type are copied in one go."""
+        by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for live, copy in self._copies.values():
+            lists = by_type.setdefault(live.dtype, ([], []))
+            lists[0].append(live)
+            lists[1].append(copy)
+        yield from by_type.values()
 
 
 def _has_position(module: nn.Module) -> bool:

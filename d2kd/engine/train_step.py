@@ -127,9 +127,10 @@ class TrainStep(SimpleTrainer):
     def _record(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Averages over processes, checks, and logs; one transfer from the device for all losses."""
         names = sorted(losses)
-        others = torch.tensor([data_time, float(self.stop_requested)], device=self.device)
+        # filled on the device: a tensor copied there would make the host wait before the norm is on its way
+        others = [torch.full((), x, device=self.device) for x in (data_time, float(self.stop_requested))]
         norm = {} if self.scaler.is_enabled() else {"grad_norm": self._gradient_norm()}
-        values = torch.cat([torch.stack([*(losses[name] for name in names), *norm.values()]), others])
+        values = torch.stack([*(losses[name] for name in names), *norm.values(), *others])
         if comm.get_world_size() > 1:
             dist.all_reduce(values)
             values /= comm.get_world_size()

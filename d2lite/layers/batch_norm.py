@@ -55,16 +55,26 @@ class FrozenBatchNorm2d(nn.Module):
             self.register_buffer(name, torch.full((num_features,), value))
         self.register_buffer("num_batches_tracked", tensor=None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes (N, C, H, W); the result has the type of `x`."""
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Normalizes (N, C, H, W); the result has the type of `x`.
+
+        Args:
+            inplace: `x` may be overwritten; ignored where a hook may have kept it.
+        """
         if x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad):
             # one kernel, and the arithmetic of half precision maps in float32
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         scale, shift = self.scale_and_shift()
         scale, shift = scale.to(x.dtype).view(1, -1, 1, 1), shift.to(x.dtype).view(1, -1, 1, 1)
-        # Unlike F.batch_norm, neither keeps x for the backward pass. addcmul is one kernel instead of two,
-        # but is not vectorized on CPUs.
-        return torch.addcmul(shift, x, scale) if x.is_cuda else (x * scale).add_(shift)
+        # Unlike F.batch_norm, none keeps x for the backward pass. addcmul is one kernel instead of two, but is not
+        # vectorized on CPUs, where the memory of another large map costs more than the arithmetic.
+        if x.is_cuda:
+            return torch.addcmul(shift, x, scale)
+        return (x.mul_(scale) if inplace and not self._is_watched() else x * scale).add_(shift)
+
+    @torch.jit.unused
+    def _is_watched(self) -> bool:
+        return bool(self._forward_pre_hooks or self._forward_hooks)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The layer as two (C,) tensors, in float32 or better."""

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2lite.layers.batch_norm import FrozenBatchNorm2d
+
 BatchNorm2d, ConvTranspose2d, Linear, interpolate = nn.BatchNorm2d, nn.ConvTranspose2d, nn.Linear, F.interpolate
 
 
@@ -33,9 +35,16 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'); N may be 0."""
         out = self._conv_forward(x, self.weight, self.bias)
-        if self.norm is not None:
+        if not torch.jit.is_scripting():
+            out = self._normalize(out)
+        elif self.norm is not None:
             out = self.norm(out)
         return out if self.activation is None else self.activation(out)
+
+    def _normalize(self, out: Tensor) -> Tensor:
+        if type(self.norm) is FrozenBatchNorm2d:
+            return self.norm(out, inplace=True)  # nobody else has it, and no convolution needs it to go backward
+        return out if self.norm is None else self.norm(out)
 
 
 def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:

@@ -74,17 +74,44 @@ class ROIPooler(nn.Module):
         if len(x) == 1:
             return self.level_poolers[0](x[0], rois)
 
-        levels = assign_boxes_to_levels(
-            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
-        ).to(rois.device)
-        # Sorting by level synchronizes with the device once, for the counts, instead of once per level.
-        order = torch.argsort(levels, stable=True)
-        counts = (levels[:, None] == torch.arange(len(x), device=levels.device)).sum(0)
-        parts = rois[order].split(_sizes(counts))
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            order, sizes = _sort_once(self, box_lists, rois.device)
+        else:
+            order, sizes = self.sort_by_level(box_lists, rois.device)
+        parts = rois[order].split(sizes)
         pooled: list[torch.Tensor] = []
         for i, pool in enumerate(self.level_poolers):
             pooled.append(pool(x[i], parts[i]))
         return torch.cat(pooled).index_select(0, torch.argsort(order))
+
+    def sort_by_level(self, box_lists: list[Boxes], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+        """The order (M,) of all boxes by their levels, and how many there are on each.
+
+        It synchronizes with the device once, for these counts, instead of once per level.
+        """
+        levels = assign_boxes_to_levels(
+            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+        ).to(device)
+        numbers = torch.arange(self.max_level - self.min_level + 1, device=device)
+        return torch.argsort(levels, stable=True), _sizes((levels[:, None] == numbers).sum(0))
+
+
+def _sort_once(pooler: ROIPooler, box_lists: list[Boxes], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """As `sort_by_level`, for the same boxes once: another pooler of such levels does not wait for the counts again.
+
+    It is kept with the first boxes, as long as these, and for tensors that have not changed.
+    """
+    tensors = [boxes.tensor for boxes in box_lists]
+    if not tensors or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        return pooler.sort_by_level(box_lists, device)
+    levels = (pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level, device)
+    now = (levels, [(id(tensor), tensor._version) for tensor in tensors])
+    kept = getattr(box_lists[0], "_sorted_by_level", None)
+    if kept is None or kept[0] != now:
+        # with the tensors, so that no other ones can have their identity
+        kept = (now, tensors, pooler.sort_by_level(box_lists, device))
+        box_lists[0]._sorted_by_level = kept
+    return kept[2]
 
 
 def assign_boxes_to_levels(

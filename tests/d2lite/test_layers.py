@@ -68,6 +68,34 @@ class TestFrozenBatchNorm:
             random_norm(5, FrozenBatchNorm2d)(x)
         assert max(saved) == 5
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_behind_a_convolution_it_takes_no_memory_and_changes_no_bit(self, dtype):
+        conv = Conv2d(3, 5, 3, norm=random_norm(5, FrozenBatchNorm2d)).to(dtype)
+        outputs, x = [], torch.randn(2, 3, 6, 7, dtype=dtype, requires_grad=True)
+        convolve = conv._conv_forward
+        conv._conv_forward = lambda *args: outputs.append(convolve(*args)) or outputs[-1]
+        y = conv(x)
+        assert y.data_ptr() == outputs[0].data_ptr()
+        apart = conv.norm(convolve(x, conv.weight, conv.bias))
+        assert torch.equal(y, apart)
+        leaves, gradient = [x, conv.weight, conv.bias], torch.randn_like(y)
+        found, expected = (torch.autograd.grad(z, leaves, gradient) for z in (y, apart))
+        assert all(map(torch.equal, found, expected))
+
+    @pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+    def test_what_a_hook_has_kept_is_not_overwritten(self, hook):
+        conv = Conv2d(3, 5, 3, norm=random_norm(5, FrozenBatchNorm2d))
+        kept, x = [], torch.randn(2, 3, 6, 7)
+        getattr(conv.norm, hook)(lambda module, args, *output: kept.append(args[0]))
+        conv(x)
+        assert torch.equal(kept[0], torch.conv2d(x, conv.weight, conv.bias))
+
+    def test_alone_it_overwrites_nothing(self):
+        x = torch.randn(2, 5, 3, 4)
+        before = x.clone()
+        random_norm(5, FrozenBatchNorm2d)(x)
+        assert torch.equal(x, before)
+
     def test_conversion_copies_tensors_and_leaves_the_rest(self):
         bn = random_norm(4)
         bn.num_batches_tracked += 7

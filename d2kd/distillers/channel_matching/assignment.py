@@ -1,6 +1,8 @@
 """Which teacher channels belong to which student channel, at the least cost: OR-Tools, and SciPy as the check."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from d2kd.errors import UserError, require_choice
 #: Costs are compared as integers, in units of 1 / SCALE.
 SCALE = 1e5
 REMAINDERS = ("shave", "best")
+#: Up to so many copies of a student channel, and so large a share of teacher channels left out, OR-Tools solves a
+#: square assignment, beyond them a flow; measured from 256 to 2048 channels (`benchmarks/channel_matching.py`).
+MOST_COPIES, MOST_LEFT_OUT = 3, 0.125
 
 
 class AssignmentError(UserError):
@@ -63,24 +68,41 @@ def total_cost(cost: Tensor, assignment: Tensor) -> int:
 
 
 def _ortools(cost: Tensor, per_student: int) -> Tensor:
-    try:
-        from ortools.graph.python import linear_sum_assignment, min_cost_flow
-    except ImportError as error:
-        raise AssignmentError(
-            f"OR-Tools cannot be imported ({error}): pip install ortools, or set "
-            "DISTILL.CHANNEL_MATCHING.ASSIGNMENT_SOLVER scipy."
-        ) from error
+    """By shape: k copies of every row to a square assignment where they fill it, else capacities in a flow.
+
+    Copies multiply the arcs, so a flow is the smaller problem from k = 4 on, or where many channels stay out; below,
+    the assignment solver is the faster one. SciPy is faster than both where most channels have a nearest one of their
+    own, and needs seconds where many want the same ones, as in a network that has not learned (`docs/benchmarks.md`).
+    """
+    cs, ct = cost.shape
+    copies = per_student * cs
+    square = per_student <= MOST_COPIES and ct - copies <= MOST_LEFT_OUT * ct
+    return (_assignment if square else _flow)(cost, per_student)
+
+
+def _assignment(cost: Tensor, per_student: int) -> Tensor:
+    solver: Any = _or_tools("linear_sum_assignment").SimpleLinearSumAssignment()
+    cs, ct = cost.shape
+    rows = cost.new_zeros(ct, ct)  # those behind the copies take what stays out
+    rows[: per_student * cs] = cost.repeat_interleave(per_student, dim=0)
+    # the same optima, as every row and every column is used once; up to ten times faster than with what all have in
+    # common, since the solver's prices start at zero and would have to rise to it first
+    rows -= rows.amin(dim=1, keepdim=True)
+    rows -= rows.amin(dim=0, keepdim=True)
+    number = torch.arange(ct, dtype=torch.int32)
+    left, right = number.repeat_interleave(ct), number.repeat(ct)
+    solver.add_arcs_with_cost(left.numpy(), right.numpy(), rows.flatten().numpy())
+    _check_status(solver.solve(), solver.OPTIMAL)
+    return torch.tensor([solver.right_mate(row) for row in range(per_student * cs)]).view(cs, per_student)
+
+
+def _flow(cost: Tensor, per_student: int) -> Tensor:
+    flow: Any = _or_tools("min_cost_flow").SimpleMinCostFlow()
     cs, ct = cost.shape
     # the solver starts from the greatest cost: a common part would only make it work longer
     arc_costs = (cost - cost.min()).t().flatten().numpy()
     students = torch.arange(cs, dtype=torch.int32).repeat(ct)
     teachers = torch.arange(ct, dtype=torch.int32).repeat_interleave(cs)
-    if per_student == 1 and cs == ct:
-        square = linear_sum_assignment.SimpleLinearSumAssignment()
-        square.add_arcs_with_cost(students.numpy(), teachers.numpy(), arc_costs)
-        _check_status(square.solve(), square.OPTIMAL)
-        return torch.tensor([[square.right_mate(row)] for row in range(cs)])
-    flow = min_cost_flow.SimpleMinCostFlow()
     capacities = torch.ones_like(teachers).numpy()
     arcs = flow.add_arcs_with_capacity_and_unit_cost(teachers.numpy(), (students + ct).numpy(), capacities, arc_costs)
     supplies = torch.cat([torch.ones(ct, dtype=torch.long), torch.full((cs,), -per_student)])
@@ -89,6 +111,16 @@ def _ortools(cost: Tensor, per_student: int) -> Tensor:
     _check_status(flow.solve() if per_student * cs == ct else flow.solve_max_flow_with_min_cost(), flow.OPTIMAL)
     chosen = torch.from_numpy(flow.flows(arcs)).view(ct, cs).t().nonzero()
     return chosen[:, 1].view(cs, per_student)
+
+
+def _or_tools(module: str) -> Any:
+    try:
+        return importlib.import_module(f"ortools.graph.python.{module}")
+    except ImportError as error:
+        raise AssignmentError(
+            f"OR-Tools cannot be imported ({error}): pip install ortools, or set "
+            "DISTILL.CHANNEL_MATCHING.ASSIGNMENT_SOLVER scipy."
+        ) from error
 
 
 def _check_status(status: object, optimal: object) -> None:

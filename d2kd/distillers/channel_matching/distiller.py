@@ -216,6 +216,12 @@ class ChannelMatching(FeatureDistiller):
         self.batches += 1
         return losses
 
+    def changing_buffers(self) -> list[Tensor]:
+        """As in the base class; the statistics, of up to 45 MB, only before a step that tracks."""
+        step = range(self.batches, self.batches + self.schedule.batches_per_iteration)
+        tracks = self.schedule.online and (not self.assigned or any(map(self.schedule.tracks, step)))
+        return [b for b in self.buffers() if tracks or b is not self.statistics.sums]
+
     def level_loss(self, level: int, student: Tensor, teacher: Tensor) -> Tensor:
         student = self.adapters[level](student)
         with torch.no_grad():

@@ -39,7 +39,8 @@ class MatchingStatistics(nn.Module):
             parts.append(channel_distances(s, t).flatten())
             if not norm:
                 parts += [t.clamp(max=0).sum((0, 2, 3), dtype=parts[0].dtype), (t < 0).sum((0, 2, 3))]
-        batch = torch.cat([*parts, parts[0].new_tensor([len(students[0])])])
+        images = parts[0].new_full((1,), len(students[0]))  # a number copied to a GPU would make the host wait
+        batch = torch.cat([*parts, images])
         if comm.get_world_size() > 1:
             dist.all_reduce(batch)
         self.sums += torch.where(torch.isfinite(batch).all(), batch, 0.0)

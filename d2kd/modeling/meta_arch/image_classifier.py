@@ -131,10 +131,10 @@ class ImageClassifier(nn.Module):
         """Returns the mean loss over the images of a batch, from logits (N, num_classes)."""
         logits = logits.float()
         if "target" in batched_inputs[0]:
-            target = torch.stack([x["target"] for x in batched_inputs]).to(logits.device)
+            target = torch.stack([x["target"] for x in batched_inputs]).to(logits.device, non_blocking=True)
             smoothing = 0.0
         else:
-            target = torch.tensor([x["label"] for x in batched_inputs]).to(logits.device)
+            target = torch.tensor([x["label"] for x in batched_inputs]).to(logits.device, non_blocking=True)
             smoothing = self.label_smoothing
         if self.loss == "softmax":
             return F.cross_entropy(logits, target, label_smoothing=smoothing)

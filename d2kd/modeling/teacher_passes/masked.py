@@ -20,7 +20,7 @@ from ..taps import FeatureTaps
 from ..teacher import BatchedInputs, Teacher
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from .saliency import SALIENCIES, Saliency, build_saliency, grid_of, transformer_of
-from .selection import Selection, patches_of_objects, select, valid_patches
+from .selection import Selection, fewest_patches, patches_of_objects, select, valid_patches
 from .sparse_vit import SparseViT, vit_of
 
 SELECTORS = ("student", "random")
@@ -205,7 +205,8 @@ class _MaskedClassifier(MaskedTeacher):
     def _select(self, images: int, guidance: Any) -> Tensor:
         scores = self.scores(guidance, images, self.grid, self.patch)
         everywhere = torch.ones_like(scores, dtype=torch.bool)
-        return select(self.how, scores, everywhere, random=self._explored(images, self.grid))
+        explored = self._explored(images, self.grid)
+        return select(self.how, scores, everywhere, random=explored, available=self.grid[0] * self.grid[1])
 
     @contextlib.contextmanager
     def _keeping(self, kept: Tensor) -> Iterator[None]:
@@ -290,7 +291,8 @@ class _MaskedDetector(MaskedTeacher):
         scores = self.scores(guidance, len(sizes), grid, self.patch)
         objects = None
         if self.how.must_keep:
-            boxes = [x["instances"].gt_boxes.tensor.to(scores.device) for x in batched_inputs if "instances" in x]
+            truth = [x["instances"].gt_boxes.tensor for x in batched_inputs if "instances" in x]
+            boxes = [x.to(scores.device, non_blocking=True) for x in truth]
             objects = patches_of_objects(boxes, grid, self.patch) if len(boxes) == len(sizes) else None
         return select(
             self.how,
@@ -299,6 +301,7 @@ class _MaskedDetector(MaskedTeacher):
             objects=objects,
             random=self._explored(len(sizes), grid),
             window=self.window,
+            available=fewest_patches(sizes, grid, self.patch),
         )
 
 

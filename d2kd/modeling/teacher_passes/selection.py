@@ -36,6 +36,7 @@ def select(
     objects: Tensor | None = None,
     random: Tensor | None = None,
     window: int = 0,
+    available: int | None = None,
 ) -> Tensor:
     """Returns the patches that are kept of each image, (N, K), ascending; the same number of each.
 
@@ -46,8 +47,9 @@ def select(
         objects: (N, H, W) bool, patches of objects, with `must_keep`.
         random: (N, H, W) in [0, 1), for what is explored.
         window: side of the windows of the teacher in patches, for `window_floor` and the unit "window".
+        available: valid patches of the image that has the fewest; None counts them, for which the host waits.
     """
-    keep = how.number(int(valid.flatten(1).sum(1).min()))
+    keep = how.number(int(valid.flatten(1).sum(1).min()) if available is None else available)
     # ranks in (0, 1), so that what is kept for another reason can be set above all of them
     rank = ranks_of(scores.flatten(1)).view(scores.shape)
     if how.unit == "window" and window:
@@ -123,6 +125,11 @@ def patches_of_objects(boxes: Sequence[Any], grid: tuple[int, int], patch: int, 
         wide = (columns >= low[:, 0:1]) & (columns < high[:, 0:1])
         maps.append((tall[:, :, None] & wide[:, None, :]).any(0))
     return torch.stack(maps)
+
+
+def fewest_patches(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], patch: int) -> int:
+    """Returns how many of `valid_patches` the image has that has the fewest."""
+    return min(min(-(-height // patch), grid[0]) * min(-(-width // patch), grid[1]) for height, width in sizes)
 
 
 def valid_patches(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], patch: int, device: Any) -> Tensor:

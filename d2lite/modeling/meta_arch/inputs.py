@@ -1,11 +1,12 @@
 """Input handling of all models: batching images, and fetching and checking the targets."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from d2lite.structures import ImageList, Instances
+from d2lite.structures import BitMasks, Boxes, ImageList, Instances
 
 
 def batch_images(
@@ -48,7 +49,16 @@ def ground_truth(
             _check_boxes(x)
             if num_classes is not None:
                 _check_classes(x, num_classes, config_key)
-    return [x["instances"].to(device) for x in batched_inputs]
+    return [x["instances"]._map(lambda value: _queued(value, device)) for x in batched_inputs]
+
+
+def _queued(value: Any, device: torch.device) -> Any:
+    """A field on its way to the device: the host does not wait for what is queued there."""
+    if isinstance(value, Boxes):
+        return Boxes(value.tensor.to(device, non_blocking=True))
+    if isinstance(value, (torch.Tensor, BitMasks)):
+        return value.to(device, non_blocking=True)
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def _check_boxes(x: dict) -> None:

@@ -84,7 +84,7 @@ class GeneralizedRCNN(ImageModel):
 
     def _losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         images, features = self.extract_features(batched_inputs)
-        truth = self._ground_truth(batched_inputs)  # synchronizes with the device, which has work queued
+        truth = self._ground_truth(batched_inputs)  # checked while the device has work
         proposals, losses = self._propose(batched_inputs, images, features, truth)
         head_losses = self.roi_heads(images, features, proposals, truth)[1]
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:

@@ -207,9 +207,11 @@ class SOLO(nn.Module):
             )
         masks = torch.zeros(len(instances), *extent, dtype=torch.bool, device=self.device)
         if len(instances):
-            bitmaps = _bitmaps(instances, x.get("file_name", "an image")).to(self.device)
+            bitmaps = _bitmaps(instances, x.get("file_name", "an image")).to(self.device, non_blocking=True)
             masks[:, : bitmaps.shape[1], : bitmaps.shape[2]] = bitmaps
-        return Truth(instances.gt_classes.to(self.device), instances.gt_boxes.tensor.to(self.device), masks)
+        classes, boxes = instances.gt_classes, instances.gt_boxes.tensor
+        classes, boxes = (x.to(self.device, non_blocking=True) for x in (classes, boxes))
+        return Truth(classes, boxes, masks)
 
     def _detections(
         self,
