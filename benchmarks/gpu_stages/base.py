@@ -106,7 +106,9 @@ class Context:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         name = name or "program"
-        variables = {**os.environ, **self.environment(), **environment}
+        # a pytest that this runs in must not make the tests of a stage its own
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        variables = {**inherited, **self.environment(), **environment}
         out, err = self.folder / f"{name}.out", self.folder / f"{name}.err"
         with open(out, "w", encoding="utf-8") as output, open(err, "w", encoding="utf-8") as errors:
             start = forked if self.dry and str(command[0]).endswith(".py") else started

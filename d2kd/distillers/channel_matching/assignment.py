@@ -1,6 +1,5 @@
 """Which teacher channels belong to which student channel, at the least cost: OR-Tools, and SciPy as the check."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +80,7 @@ def _ortools(cost: Tensor, per_student: int) -> Tensor:
 
 
 def _assignment(cost: Tensor, per_student: int) -> Tensor:
-    solver: Any = _or_tools("linear_sum_assignment").SimpleLinearSumAssignment()
+    solver: Any = _or_tools().linear_sum_assignment.SimpleLinearSumAssignment()
     cs, ct = cost.shape
     rows = cost.new_zeros(ct, ct)  # those behind the copies take what stays out
     rows[: per_student * cs] = cost.repeat_interleave(per_student, dim=0)
@@ -97,7 +96,7 @@ def _assignment(cost: Tensor, per_student: int) -> Tensor:
 
 
 def _flow(cost: Tensor, per_student: int) -> Tensor:
-    flow: Any = _or_tools("min_cost_flow").SimpleMinCostFlow()
+    flow: Any = _or_tools().min_cost_flow.SimpleMinCostFlow()
     cs, ct = cost.shape
     # the solver starts from the greatest cost: a common part would only make it work longer
     arc_costs = (cost - cost.min()).t().flatten().numpy()
@@ -113,14 +112,17 @@ def _flow(cost: Tensor, per_student: int) -> Tensor:
     return chosen[:, 1].view(cs, per_student)
 
 
-def _or_tools(module: str) -> Any:
+def _or_tools() -> Any:
+    """The solvers of OR-Tools, which is imported where it is needed."""
     try:
-        return importlib.import_module(f"ortools.graph.python.{module}")
+        from ortools.graph import python
+        from ortools.graph.python import linear_sum_assignment, min_cost_flow  # noqa: F401  (makes them its attributes)
     except ImportError as error:
         raise AssignmentError(
             f"OR-Tools cannot be imported ({error}): pip install ortools, or set "
             "DISTILL.CHANNEL_MATCHING.ASSIGNMENT_SOLVER scipy."
         ) from error
+    return python
 
 
 def _check_status(status: object, optimal: object) -> None:
