@@ -14,6 +14,11 @@ _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
 
+def is_exported(path: str) -> bool:
+    """Whether a path is named as what `d2kd export` writes for ONNX Runtime or TorchScript."""
+    return path.endswith((".onnx", ".pt", ".ts"))
+
+
 def find_config(path: str) -> str:
     """Returns the path of a configuration file: `path` itself where it exists, else the recipe of that name.
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from d2kd.errors import UserError
 from d2kd.evaluation.tasks import first_task, task_named
-
-#: Names of exported files.
-EXPORTED = (".onnx", ".pt", ".ts")
+from d2kd.files import is_exported
 
 
 class SubjectError(UserError):
@@ -86,7 +84,7 @@ def find_subjects(
 
 
 def _subject(name: str, path: Path, options: tuple[str, ...], imports: tuple[str, ...]) -> Subject:
-    if path.is_file() and path.name.endswith(EXPORTED):
+    if path.is_file() and is_exported(path.name):
         run = path.parent if (path.parent / "result.json").is_file() else None
         return Subject(name or (f"{run.name}/{path.name}" if run else path.name), str(path), run=run)
     folder, weights = (path, path / "model_final.pth") if path.is_dir() else (path.parent, path)

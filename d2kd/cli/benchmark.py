@@ -153,12 +153,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = argument_parser().parse_args(arguments)
-    try:
-        check_arguments(args)
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    stop_at_mistakes(args)
+    stop_at_mistakes(args, check_arguments)
     from d2kd.engine import run_tool
 
     run_tool(lambda: main(args, f"d2kd benchmark {shlex.join(arguments)}"))

@@ -10,11 +10,10 @@ student is from the teacher. Numbers (cosine, CKA, difference) go to features.js
 import argparse
 import logging
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from d2kd.arguments import add_import_argument, command_line_options
-from d2kd.errors import ConfigError, UserError
+from d2kd.errors import ConfigError
 
 from .mistakes import stop_at_mistakes
 
@@ -182,12 +181,7 @@ def tell(summary: "FeatureSummary", output: str) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     args = argument_parser().parse_args(arguments)
-    try:
-        check_arguments(args)
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    stop_at_mistakes(args)
+    stop_at_mistakes(args, check_arguments)
     from d2kd.engine import run_tool
 
     run_tool(lambda: main(args))

@@ -7,7 +7,7 @@ where in doubt it stays silent.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -19,14 +19,17 @@ from d2kd.files import find_config, near_configs
 from .names import kept_table, source
 
 
-def stop_at_mistakes(args: argparse.Namespace) -> None:
+def stop_at_mistakes(args: argparse.Namespace, check: Callable[[argparse.Namespace], None] | None = None) -> None:
     """Ends the program with one line and status 2 where the command line cannot be meant so.
 
     Args:
         args: of a command with `--config-file`, `--import` and changes to the configuration; the flags for the teacher
             may be missing.
+        check: what the command itself demands of them; raises UserError.
     """
     try:
+        if check is not None:
+            check(args)
         check_command_line(args)
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)

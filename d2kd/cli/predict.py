@@ -14,7 +14,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from d2kd.arguments import add_import_argument
-from d2kd.errors import ConfigError, UserError
+from d2kd.errors import ConfigError
+from d2kd.files import is_exported
 
 from .mistakes import stop_at_mistakes
 
@@ -57,11 +58,6 @@ def argument_parser() -> argparse.ArgumentParser:
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="changes to the YAML, at the end"
     )
     return parser
-
-
-def is_exported(weights: str) -> bool:
-    """Whether weights are a file that `d2kd export` has written."""
-    return weights.endswith((".onnx", ".pt", ".ts"))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -149,12 +145,7 @@ def tell(summary: "Summary", output: str) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     args = argument_parser().parse_intermixed_args(arguments)
-    try:
-        check_arguments(args)
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    stop_at_mistakes(args)
+    stop_at_mistakes(args, check_arguments)
     from d2kd.engine import run_tool
 
     signal.signal(signal.SIGTERM, _end)

@@ -20,9 +20,6 @@ from detectron2.structures import Boxes, Instances
 
 from .classes import ClassList, numbered
 
-#: Names of files that are taken for exported ones.
-EXPORTED = (*SUFFIXES["onnx"], *SUFFIXES["torchscript"])
-
 
 class ExportedModel(nn.Module):
     """Runs an exported file with the input and output of Detectron2's models."""
