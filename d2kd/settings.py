@@ -172,7 +172,7 @@ class Configurable:
 
     Attributes:
         DEFAULTS: defaults that differ from those that a base class declares, by YAML key.
-        NODES: parts with settings of their own whose nodes lie below this one's, by name.
+        NODES: parts with settings of their own whose nodes lie below this one's, by name; beside those of base classes.
         SETTINGS: all declarations, those of base classes first, by attribute.
     """
 
@@ -204,6 +204,7 @@ class Configurable:
         for declared in settings.values():
             declared.check(f"The default of {cls.__name__}.{declared.key}", declared.default)
         cls.SETTINGS = settings
+        cls.NODES = {name: node for part in reversed(cls.__mro__) for name, node in vars(part).get("NODES", {}).items()}
 
     @classmethod
     def default_node(cls) -> CfgNode:

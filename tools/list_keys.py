@@ -52,12 +52,17 @@ def methods_page(methods: Sequence[str]) -> Iterator[str]:
     yield from ("", "## Every method", "")
     yield "Below the node of each method, e.g. `DISTILL.FEATURE_MIMIC.WEIGHT`; some have another default, see below."
     yield from ("", *table(shared))
+    for node, part in Distiller.NODES.items():
+        yield from ("", f"Below `{node}` there, e.g. `DISTILL.FEATURE_MIMIC.{node}.SHAPE`.", "")
+        yield from table(by_key(part.SETTINGS))
     for name in methods:
         method = DISTILLERS.get(name)
         yield from ("", f"## {name}", "", f"Below `DISTILL.{method.NODE}`.")
         own = {key: declared for key, declared in by_key(method.SETTINGS).items() if shared.get(key) != declared}
         yield from ("", *table(own)) if own else ("It has the keys of every method only.",)
         for node, part in method.NODES.items():
+            if Distiller.NODES.get(node) is part:
+                continue
             yield from ("", f"Below `DISTILL.{method.NODE}.{node}`.", "", *table(by_key(part.SETTINGS)))
 
 

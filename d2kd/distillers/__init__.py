@@ -9,6 +9,7 @@ from .masked_generative import MaskedGenerative
 from .predictions import PredictionDistiller
 from .receptive_tokens import ReceptiveTokens
 from .taps import AlignmentError, NormAffine, Prediction, TapInfo, TapPair, build_aligner
+from .weight_schedule import WeightSchedule, scale_schedules, weight_schedules
 
 __all__ = [
     "DISTILLERS",
@@ -28,5 +29,8 @@ __all__ = [
     "ReceptiveTokens",
     "TapInfo",
     "TapPair",
+    "WeightSchedule",
     "build_aligner",
+    "scale_schedules",
+    "weight_schedules",
 ]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from d2kd.config import RenamedKey, config_keys, declare_keys, key_settings, renamed_keys
+from d2kd.config import RenamedKey, config_check, config_keys, declare_keys, key_settings, renamed_keys
 from d2kd.errors import ConfigError
 from d2kd.layers import NORMALIZATIONS, REDUCTIONS, align_resolution, align_validity
 from d2kd.settings import DISTINCT, Configurable, Setting, setting
@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
 from .taps import AlignmentError, TapPair, build_aligner, check_alignable, describe_layer
+from .weight_schedule import MethodSchedule, weight_schedule
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
@@ -77,6 +78,7 @@ class Distiller(Configurable, nn.Module):
     pairs: list[TapPair]
 
     NODE: ClassVar[str] = ""
+    NODES = {MethodSchedule.NAME: MethodSchedule}
     RENAMED_KEYS: ClassVar[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {}
     PREDICTION: ClassVar[str] = ""
     HARD_LABELS: ClassVar[bool] = False
@@ -330,6 +332,17 @@ def method_settings() -> Iterator[tuple[str, Setting]]:
     """Yields the keys of all methods with their declarations."""
     for _, method in DISTILLERS:
         yield from method.list_keys(f"DISTILL.{method.NODE}")
+
+
+@config_check
+def check_schedules(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: the schedule of a method's weight contradicts itself or the length of the training.
+    """
+    for _, method in DISTILLERS:
+        if method.NODE in cfg.DISTILL:
+            weight_schedule(cfg, method.NODE)
 
 
 @renamed_keys

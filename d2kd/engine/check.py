@@ -211,13 +211,18 @@ class _Measuring(GradientBalance):
         self._seen = seen
 
     def __call__(
-        self, task: Mapping[str, Tensor], methods: Mapping[str, Mapping[str, Tensor]], features: Sequence[Tensor]
+        self,
+        task: Mapping[str, Tensor],
+        methods: Mapping[str, Mapping[str, Tensor]],
+        features: Sequence[Tensor],
+        factors: Mapping[str, float] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """As in the base class."""
-        scaled = super().__call__(task, methods, features[: len(features) - self._more])
+        scaled = super().__call__(task, methods, features[: len(features) - self._more], factors)
         features = list({id(feature): feature for feature in features}.values())
         names = [(method, key) for method in scaled for key in scaled[method]]
-        terms = [task, *({key: scaled[method][key]} for method, key in names)]
+        given = factors or {}
+        terms = [task, *({key: given.get(method, 1.0) * scaled[method][key]} for method, key in names)]
         for _ in range(_MEASUREMENTS):
             try:
                 norms = self.measure(terms, features)

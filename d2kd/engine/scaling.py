@@ -1,6 +1,6 @@
 """Fits a configuration made for one batch size, or number of processes, to another."""
 
-from d2kd.distillers import DISTILLERS
+from d2kd.distillers import DISTILLERS, scale_schedules
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -87,6 +87,7 @@ def _scale_methods(cfg: CfgNode, factor: float) -> None:
         for declared in method.SETTINGS.values():
             if declared.iterations and declared.key in node:
                 node[declared.key] = declared.scaled(node[declared.key], factor)
+    scale_schedules(cfg, [method.NODE for _, method in DISTILLERS if method.NODE in cfg.DISTILL], factor)
     # as much is forgotten in an epoch as before; the warm-up goes by the part of the training so far and needs nothing
     cfg.SOLVER.EMA.DECAY **= 1 / factor
 

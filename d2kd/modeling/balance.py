@@ -66,13 +66,19 @@ class GradientBalance:
         return cls(methods, ratio=ratio, period=node.BALANCE_PERIOD, log_period=node.LOG_GRADIENT_SHARE)
 
     def __call__(
-        self, task: Losses, methods: Mapping[str, Losses], features: Sequence[Tensor]
+        self,
+        task: Losses,
+        methods: Mapping[str, Losses],
+        features: Sequence[Tensor],
+        factors: Mapping[str, float] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """
         Args:
             task: the student's own losses.
             methods: losses of each method.
             features: of the student, any shapes.
+            factors: that the caller puts on what is returned, by method, where they are not 1: the logged shares tell
+                of them, and the norms of a method at 0 stay as they were.
 
         Returns:
             The losses of each method, scaled where there is a ratio.
@@ -81,11 +87,12 @@ class GradientBalance:
         log = self.log_period > 0 and iteration % self.log_period == 0
         update = self.ratio is not None and (iteration % self.period == 0 or not self._measured)
         norms = self.measure([task, *(methods[name] for name in self.methods)], features) if log or update else None
+        given = [1.0, *((factors or {}).get(name, 1.0) for name in self.methods)]
         if norms is not None and update:
-            self._update(norms)
+            self._update(norms, torch.tensor([factor > 0 for factor in given], device=norms.device))
         scales = self.scales()
         if norms is not None and log:
-            self._log(norms, scales)
+            self._log(norms, scales, norms.new_tensor(given))
         if self.ratio is None:
             return {name: dict(losses) for name, losses in methods.items()}
         return {
@@ -154,14 +161,14 @@ class GradientBalance:
         self._loss_scale = torch.where(finite, doubled, self._loss_scale / 2)
         self._growth_tracker = torch.where(tracker >= GROWTH_INTERVAL, 0, tracker)
 
-    def _update(self, norms: Tensor) -> None:
+    def _update(self, norms: Tensor, active: Tensor) -> None:
         smoothed = torch.where(self._norms.isnan(), norms, torch.lerp(norms, self._norms, MOMENTUM))
-        self._norms = torch.where(norms.isfinite().all(), smoothed, self._norms)
+        self._norms = torch.where(norms.isfinite().all() & active, smoothed, self._norms)
         if not self._measured:  # float16 may overflow at first: try again in the next iteration
-            self._measured = bool(self._norms.isfinite().all())
+            self._measured = bool((self._norms.isfinite() | ~active).all())
 
-    def _log(self, norms: Tensor, scales: Tensor) -> None:
-        pulls = norms * torch.cat([torch.ones_like(norms[:1]), scales])
+    def _log(self, norms: Tensor, scales: Tensor, factors: Tensor) -> None:
+        pulls = norms * torch.cat([torch.ones_like(norms[:1]), scales]) * factors
         values = torch.cat([pulls / pulls.sum(), scales]).tolist()
         if not all(math.isfinite(value) for value in values):
             return  # float16 has overflowed, or nothing pulls at all

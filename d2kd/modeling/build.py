@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from d2kd.config import check_values
-from d2kd.distillers import DISTILLERS, Distiller, TapPair
+from d2kd.distillers import DISTILLERS, Distiller, TapPair, weight_schedules
 from d2kd.errors import ConfigError, UserError
 from detectron2.config import CfgNode
 
@@ -59,8 +59,12 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         for distiller in distillers.values():
             distiller.check_teacher(teacher.model)
     passes = build_passes(cfg, student, teacher, pairs)
+    schedules = weight_schedules(cfg, {name: DISTILLERS.get(name).NODE for name in methods})
+    for name, schedule in schedules.items():
+        if not schedule.always_one:
+            logger.info("Weight of %s: %s", name, schedule)
     return DistilledModel(
-        student, passes, distillers, GradientBalance.from_config(cfg, methods), cfg.DISTILL.TASK_WEIGHT
+        student, passes, distillers, GradientBalance.from_config(cfg, methods), cfg.DISTILL.TASK_WEIGHT, schedules
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.distillers import Distiller, FeatureMaps
-from detectron2.utils.events import EventStorage, has_event_storage
+from d2kd.distillers import Distiller, FeatureMaps, WeightSchedule
+from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 
 from .architectures import architecture_of
 from .balance import GradientBalance
@@ -32,6 +32,7 @@ class DistilledModel(nn.Module):
         distillers: Mapping[str, Distiller],
         balance: GradientBalance | None = None,
         task_weight: float = 1.0,
+        schedules: Mapping[str, WeightSchedule] | None = None,
     ) -> None:
         """
         Args:
@@ -40,12 +41,14 @@ class DistilledModel(nn.Module):
             distillers: by the name that their losses carry.
             balance: measures, logs or scales the methods' gradients; None does neither.
             task_weight: factor on the student's own losses.
+            schedules: of the methods' weights, by method; a method without one keeps its weight.
         """
         super().__init__()
         self.student = student
         self.passes = passes
         self.distillers = nn.ModuleDict(distillers)
         self.task_weight = task_weight
+        self.schedules = {m: s for m, s in (schedules or {}).items() if not s.always_one}
         self._calls = 0
         self.set_balance(balance)
 
@@ -70,6 +73,15 @@ class DistilledModel(nn.Module):
     def device(self) -> torch.device:
         """Where the student lives."""
         return next(self.student.parameters()).device
+
+    @property
+    def iteration(self) -> int:
+        """Number of the iteration, from 0: that of the `EventStorage` around it, or else of the steps so far."""
+        return int(get_event_storage().iter) if has_event_storage() else self._calls
+
+    def is_over(self, method: str) -> bool:
+        """Returns whether the weight of a method is 0 by its schedule, now and in all later iterations."""
+        return method in self.schedules and self.schedules[method].is_over(self.iteration)
 
     def forward(self, batched_inputs: BatchedInputs) -> Any:
         """
@@ -98,18 +110,30 @@ class DistilledModel(nn.Module):
         if not self.distillers:
             return dict(self.student(batched_inputs))
         batched_inputs = self._to_device(batched_inputs)
-        with self.passes.around_student(batched_inputs) as teacher, self._taps.recording() as student:
+        active = [method for method in self.distillers if not self.is_over(method)]
+        with contextlib.ExitStack() as stack:
+            student, teacher = {}, {}
+            if active:  # else nothing needs the teacher any more
+                teacher = stack.enter_context(self.passes.around_student(batched_inputs, active))
+                student = stack.enter_context(self._taps.recording())
             losses = dict(self.student(batched_inputs))
         if self.task_weight != 1.0:
             losses = {name: self.task_weight * loss for name, loss in losses.items()}
         distilled = {
             method: _named_losses(method, distiller(student, *teacher[method]))
+            if method in active
+            else _zero_losses(method, distiller, self.device)
             for method, distiller in self.distillers.items()
         }
-        if self.balance is not None:
-            distilled = self.balance(losses, distilled, [student[name] for name in self._balanced_taps])
-        for named in distilled.values():
-            losses.update(named)
+        factors = {method: schedule.factor(self.iteration) for method, schedule in self.schedules.items()}
+        if self.balance is not None and active:
+            features = [student[name] for name in self._balanced_taps]
+            distilled = self.balance(losses, distilled, features, factors)
+        for method, named in distilled.items():
+            factor = factors.get(method, 1.0) if method in active else 1.0
+            losses.update(named if factor == 1.0 else {name: factor * loss for name, loss in named.items()})
+        for method, factor in factors.items():
+            get_event_storage().put_scalar(f"schedule/{method}", factor, smoothing_hint=False)
         return losses
 
     @torch.no_grad()
@@ -140,6 +164,15 @@ def _shared_taps(student: nn.Module, taps: Sequence[str]) -> list[str]:
     """What the gradients of task and methods share: the taps in the backbone, or all that it gives to the heads."""
     in_backbone = [name for name in taps if is_in_backbone(student, name)]
     return list(dict.fromkeys(in_backbone)) or list(architecture_of(student).feature_shapes())
+
+
+def _zero_losses(method: str, distiller: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Losses 0 of a method that no longer teaches; its parameters get gradients 0, as data parallelism expects."""
+    assert isinstance(distiller, Distiller)
+    zero = torch.zeros((), device=device)
+    first, *others = [f"distill/{method}/{pair.name}" for pair in distiller.pairs]
+    connected = sum((0.0 * p.sum() for p in distiller.parameters() if p.requires_grad), start=zero)
+    return {first: connected, **dict.fromkeys(others, zero)}
 
 
 def _named_losses(method: str, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

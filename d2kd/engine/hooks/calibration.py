@@ -44,6 +44,8 @@ def calibrate(model: DistilledModel, loader: Any, at_most: int | None = None) ->
     asked = {}
     for method, distiller in model.distillers.items():
         assert isinstance(distiller, Distiller)
+        if model.is_over(method):  # it no longer teaches
+            continue
         request = distiller.calibration_request()
         if request is None:
             continue

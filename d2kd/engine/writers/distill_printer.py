@@ -7,13 +7,14 @@ from detectron2.utils.events import EventWriter, get_event_storage
 logger = logging.getLogger(__name__)
 
 #: Scalars shown, by the first part of their name, and what the line calls them.
-_SHOWN = {"distill": "", "gradient_share": "gradient share"}
+_SHOWN = {"distill": "", "gradient_share": "gradient share", "schedule": "schedule"}
 
 
 class DistillPrinter(EventWriter):
     """Logs one line a period, such as "FeatureMimic: p3 1.2, p4 0.8  gradient share: task 0.4, FeatureMimic 0.6".
 
-    Losses are medians over the period; shares are there when `DISTILL.LOG_GRADIENT_SHARE` asks for them.
+    Losses are medians over the period; shares are there when `DISTILL.LOG_GRADIENT_SHARE` asks for them, and the factor
+    on each method's weight when `DISTILL.SCHEDULE` has one.
     """
 
     def __init__(self, window_size: int = 20) -> None:
