@@ -33,6 +33,7 @@ _RETINANET: dict[str, Entry] = {
     "LogitKD": Entry("retinanet_student_LogitKD"),
     "HeadRegression": Entry("retinanet_student_HeadRegression"),
     "FeatureMimic + LogitKD": Entry("retinanet_student_FeatureMimic_LogitKD"),
+    "CrossKD": Entry("retinanet_student_CrossKD"),
     "combined, balanced": Entry("retinanet_student_combined"),
     "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
     "FeatureMimic, not inherited": Entry(
@@ -43,6 +44,14 @@ _RETINANET: dict[str, Entry] = {
     ),
     "FeatureMimic, weight doubled": Entry(
         "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.WEIGHT", 8.0], ablation=True
+    ),
+    "FeatureMimic, decays": Entry(
+        "retinanet_student_FeatureMimic", ["DISTILL.SCHEDULE.SHAPE", "cosine"], ablation=True
+    ),
+    "FeatureMimic, decays to a tenth": Entry(
+        "retinanet_student_FeatureMimic",
+        ["DISTILL.SCHEDULE.SHAPE", "cosine", "DISTILL.SCHEDULE.FLOOR", 0.1],
+        ablation=True,
     ),
     "FeatureMimic, all five levels": Entry(
         "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True

@@ -2,13 +2,14 @@
 
 from .base import DISTILLERS, CalibrationRequest, Distiller, FeatureDistiller, FeatureMaps
 from .channel_matching import ChannelMatching
+from .cross_kd import CrossKD
 from .feature_mimic import FeatureMimic
 from .head_regression import HeadRegression
 from .logit_kd import LogitKD
 from .masked_generative import MaskedGenerative
 from .predictions import PredictionDistiller
 from .receptive_tokens import ReceptiveTokens
-from .taps import AlignmentError, NormAffine, Prediction, TapInfo, TapPair, build_aligner
+from .taps import AlignmentError, HeadRest, NormAffine, Prediction, TapInfo, TapPair, build_aligner
 from .weight_schedule import WeightSchedule, scale_schedules, weight_schedules
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "AlignmentError",
     "CalibrationRequest",
     "ChannelMatching",
+    "CrossKD",
     "Distiller",
     "FeatureDistiller",
     "FeatureMaps",
     "FeatureMimic",
     "HeadRegression",
+    "HeadRest",
     "LogitKD",
     "MaskedGenerative",
     "NormAffine",

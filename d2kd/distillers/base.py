@@ -72,6 +72,9 @@ class Distiller(Configurable, nn.Module):
             converted.
         PREDICTION: kind of the predictions that are compared, "class_logits" or "box_deltas"; "" compares features.
             Decides which taps are the default.
+        CONTINUES_HEAD: whether features in the student's head go on through the rest of the teacher's, and what comes
+            out is compared with the teacher's predictions. The settings `position` and `teacher_position` then say
+            where, and the `TapInfo` of the teacher has a `rest`.
         HARD_LABELS: whether it uses the one class that an image is labelled with, so that mixed images are an error.
     """
 
@@ -81,6 +84,7 @@ class Distiller(Configurable, nn.Module):
     NODES = {MethodSchedule.NAME: MethodSchedule}
     RENAMED_KEYS: ClassVar[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {}
     PREDICTION: ClassVar[str] = ""
+    CONTINUES_HEAD: ClassVar[bool] = False
     HARD_LABELS: ClassVar[bool] = False
 
     weight: float = setting(

@@ -1,6 +1,6 @@
 """Metadata of the features that a method compares, filled in by `d2kd.modeling.taps`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -43,6 +43,17 @@ class NormAffine(NamedTuple):
     bias: Tensor
 
 
+class HeadRest(NamedTuple):
+    """The frozen layers that lead from a feature in a head to its prediction; for methods that continue in them."""
+
+    #: From a feature (N, C, H, W), or (R, ...) with a row a region, to the prediction.
+    run: Callable[[Tensor], Tensor]
+    #: C.
+    channels: int
+    #: From box deltas (M, 4) to boxes (M, 4) XYXY in units of the anchor; None for classes.
+    decode: Callable[[Tensor], Tensor] | None = None
+
+
 class TapInfo(NamedTuple):
     """A tapped feature: its address and what is known of it before training."""
 
@@ -58,6 +69,8 @@ class TapInfo(NamedTuple):
     trainable: bool = True
     #: Channels to take, in this order, where these are classes that the other network has in another one; None for all.
     order: tuple[int, ...] | None = None
+    #: What leads to this prediction from the other network's feature, for methods with `CONTINUES_HEAD`.
+    rest: HeadRest | None = None
 
     @property
     def is_vector(self) -> bool:

@@ -1,6 +1,7 @@
 """Pure tensor functions that several methods share; they import torch only."""
 
 from .align import align_resolution, align_validity
+from .boxes import generalized_iou
 from .focal import sigmoid_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, standardized_error, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
@@ -16,6 +17,7 @@ __all__ = [
     "align_validity",
     "attention_saliency",
     "gather_tokens",
+    "generalized_iou",
     "keep_mask",
     "linear_cka",
     "normalize",

@@ -18,7 +18,7 @@ from .balance import GradientBalance
 from .classes import ClassMatch, classes_of, in_students_order, match_classes, predicts_classes
 from .distilled_model import DistilledModel
 from .init_from_teacher import InitializationReport, init_from_teacher, plan_initialization
-from .taps import pairs_of_methods
+from .taps import pairs_of_methods, with_rests
 from .teacher import Teacher, TeacherError, load_teacher, teacher_config
 from .teacher_passes import build_passes
 
@@ -54,6 +54,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
             plan_initialization(student, teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
         pairs = pairs_of_methods(cfg, methods, student, teacher.model)
         pairs = {name: _matched(name, pairs[name], student, matches) for name in methods}
+        pairs |= {name: with_rests(cfg, name, pairs[name], student, teacher) for name in methods}
         _check_gradients(cfg, pairs)
         distillers = {name: _distiller(cfg, name, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
         for distiller in distillers.values():

@@ -7,7 +7,7 @@ import torch
 from helpers import tap_pair
 from models import config
 
-from d2kd.distillers import DISTILLERS, Distiller
+from d2kd.distillers import DISTILLERS, Distiller, HeadRest, Prediction, TapPair
 from d2kd.distillers.receptive_tokens.tokens import Tokens
 from d2kd.errors import ConfigError
 from d2kd.settings import Configurable, setting
@@ -22,7 +22,11 @@ def test_constructor_and_yaml_have_the_same_defaults(method):
         "LogitKD": {"form": "softmax"},  # of a tap that is no known prediction
     }
     given = needed.get(method, {})
-    built = METHODS[method](pairs=[tap_pair("p3", channels=(4, 4))], **given)
+    pair = tap_pair("p3", channels=(4, 4))
+    if METHODS[method].CONTINUES_HEAD:
+        scores = Prediction("p3", "class_logits", "anchor", "p3", "sigmoid")
+        pair = TapPair(pair.student, pair.teacher._replace(prediction=scores, rest=HeadRest(torch.nn.Identity(), 4)))
+    built = METHODS[method](pairs=[pair], **given)
     node = config().DISTILL[METHODS[method].NODE]
     for name, declared in METHODS[method].SETTINGS.items():
         if not declared.config_only and name not in given:

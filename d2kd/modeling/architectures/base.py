@@ -1,10 +1,10 @@
 """What d2kd must know of an architecture beyond Detectron2's interface: one object, found by META_ARCHITECTURE."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from d2kd.config import get_key
 from d2kd.distillers import Prediction
@@ -53,6 +53,31 @@ class ClassLayer(NamedTuple):
     def has_background(self, outputs: int, classes: int) -> bool:
         """Returns whether the last output is that of the background."""
         return self.location != "anchor" and self.width == 1 and outputs == classes + 1
+
+
+class HeadLayer(NamedTuple):
+    """A layer of a head's branch, with its norm and activation."""
+
+    #: Address of what it gives.
+    tap: str
+    modules: Sequence[nn.Module]
+    #: Of what it gives.
+    channels: int
+    #: In words, what two such features must have in common beside this.
+    form: str
+
+
+class HeadBranch(NamedTuple):
+    """The way through a head that ends in one prediction."""
+
+    prediction: Prediction
+    #: Before the predictor, the first one first.
+    layers: Sequence[HeadLayer]
+    predictor: nn.Module
+    #: Input pixels a cell; 0 for heads on regions.
+    stride: float = 0.0
+    #: From box deltas (M, 4) to boxes (M, 4) XYXY, in units of the anchor (or region, or cell) at the origin.
+    decode: Callable[[Tensor], Tensor] | None = None
 
 
 class Architecture:
@@ -146,6 +171,10 @@ class Architecture:
             return [Prediction("linear", "class_logits", "image", activation="softmax")]
         return []
 
+    def head_branches(self) -> list[HeadBranch]:
+        """Returns the branches of the head that give class logits and boxes, by level or stage; [] where unknown."""
+        return []
+
     def evidence(self) -> list[Prediction]:
         """Returns the layers that say at every place whether there is an object, or what the pixels are of."""
         return [p for p in self.predictions() if p.kind == "class_logits" and p.location in ("anchor", "pixel")]
@@ -215,6 +244,41 @@ class UnknownArchitecture(Architecture):
         count = NumClassesKey(f"MODEL.{cfg.MODEL.META_ARCHITECTURE.upper()}.NUM_CLASSES")
         value = get_key(cfg, count.key)
         return [] if value is None else [(count, int(value))]
+
+
+def head_layers(path: str, branch: nn.Module, call: int | None = None, size: str = "") -> list[HeadLayer]:
+    """Returns the layers of a branch whose modules run one after the other; a convolution or linear layer begins one.
+
+    Args:
+        path: of the branch in the model.
+        branch: its children run in their order.
+        call: which call of it in a forward pass the taps mean; None where there is one only.
+        size: of its maps, in words, where that is the same for all images.
+    """
+    groups: list[list[tuple[str, nn.Module]]] = []
+    for name, module in branch.named_children():
+        begins = isinstance(module, nn.Conv2d | nn.Linear | nn.Flatten)
+        if not groups or (begins and any(isinstance(m, nn.Conv2d | nn.Linear) for _, m in groups[-1])):
+            groups.append([])
+        groups[-1].append((name, module))
+    layers = []
+    for group in groups:
+        widths = [getattr(m, "out_channels", getattr(m, "out_features", 0)) for _, m in group]
+        tap = f"{path}.{group[-1][0]}" + ("" if call is None else f"@{call}")
+        form = "vectors" if any(isinstance(m, nn.Linear) for _, m in group) else f"maps {size}".strip()
+        layers.append(HeadLayer(tap, [m for _, m in group], max(widths), form))
+    return layers
+
+
+def box_decoder(transform: Any) -> Callable[[Tensor], Tensor] | None:
+    """Returns how a `Box2BoxTransform` decodes deltas of an anchor of side 1 around the origin; None without one.
+
+    Overlaps of boxes of one anchor do not change with its place, nor its width or height.
+    """
+    if transform is None:
+        return None
+    corners = (-0.5, -0.5, 0.5, 0.5)
+    return lambda deltas: transform.apply_deltas(deltas, deltas.new_tensor(corners).expand(len(deltas), 4))
 
 
 def register_architecture(*names: str) -> Any:

@@ -6,7 +6,9 @@ from torch import nn
 
 from d2kd.distillers import Prediction
 
-from .base import Architecture, NumClassesKey, register_architecture
+from .base import Architecture, HeadBranch, NumClassesKey, box_decoder, head_layers, register_architecture
+
+_SUBNETS = {"class_logits": "cls_subnet", "box_deltas": "bbox_subnet"}
 
 
 class DenseDetector(Architecture):
@@ -18,6 +20,21 @@ class DenseDetector(Architecture):
     def predictions(self) -> list[Prediction]:
         """Returns class logits and box deltas of every level."""
         return [*self._on_levels("class_logits", "cls_score", "sigmoid"), *self._on_levels("box_deltas", "bbox_pred")]
+
+    def head_branches(self) -> list[HeadBranch]:
+        """Returns the branches of classes and boxes on every level, where the head has Detectron2's two subnets."""
+        branches, shapes, levels = [], self.feature_shapes(), list(self.model.head_in_features)
+        for prediction in self.predictions():
+            name, is_boxes = _SUBNETS[prediction.kind], prediction.kind == "box_deltas"
+            subnet = getattr(self.model.head, name, None)
+            if not isinstance(subnet, nn.Sequential):
+                return []
+            layers = head_layers(f"head.{name}", subnet, levels.index(prediction.place))
+            predictor = self.model.get_submodule(prediction.tap.partition("@")[0])
+            decode = box_decoder(getattr(self.model, "box2box_transform", None)) if is_boxes else None
+            stride = float(shapes[prediction.place].stride or 0)
+            branches.append(HeadBranch(prediction, layers, predictor, stride, decode))
+        return branches
 
     def _on_levels(self, kind: str, layer: str, activation: str = "") -> list[Prediction]:
         if not isinstance(getattr(self.model.head, layer, None), nn.Module):

@@ -8,7 +8,15 @@ from d2kd.distillers import AlignmentError, Prediction
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
-from .base import Architecture, ClassLayer, NumClassesKey, register_architecture
+from .base import (
+    Architecture,
+    ClassLayer,
+    HeadBranch,
+    NumClassesKey,
+    box_decoder,
+    head_layers,
+    register_architecture,
+)
 from .dense_detector import box_encoding
 
 _PER_REGION = ("roi_heads.box_predictor", "roi_heads.box_head")
@@ -57,6 +65,11 @@ class GeneralizedRCNN(Architecture):
         return heads.box_pooler if hasattr(heads, "box_pooler") else heads.pooler
 
     @property
+    def _pooled_size(self) -> str:
+        size: Any = getattr(self.pooler, "output_size", ())
+        return "x".join(map(str, size))
+
+    @property
     def pooled_features(self) -> list[str]:
         """Outputs of the backbone that the pooler reads."""
         heads = self.model.roi_heads
@@ -90,6 +103,24 @@ class GeneralizedRCNN(Architecture):
                 }
                 found.append(Prediction(f"{tap}.bbox_pred", "box_deltas", "region", number, requires=requires))
         return found
+
+    def head_branches(self) -> list[HeadBranch]:
+        """Returns the branches of classes and boxes of every stage; both go through all of the box head."""
+        branches = []
+        for prediction in self.predictions():
+            if prediction.location != "region":
+                continue
+            stage = self.stages[prediction.place]
+            if not isinstance(stage.head, nn.Sequential):  # of "C4" models, or of one's own
+                return []
+            is_boxes = prediction.kind == "box_deltas"
+            # two names of one feature: losses are named by it
+            call, size = 0 if is_boxes else None, f"of {self._pooled_size} cells"
+            layers = head_layers(f"roi_heads.box_head{stage.suffix}", stage.head, call, size)
+            decode = box_decoder(getattr(stage.predictor, "box2box_transform", None)) if is_boxes else None
+            predictor = self.model.get_submodule(prediction.tap)
+            branches.append(HeadBranch(prediction, layers, predictor, 0.0, decode))
+        return branches
 
     def evidence(self) -> list[Prediction]:
         """Returns the objectness of the region proposal network, on every level."""

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 
 from ..architectures import architecture_class, architecture_of
 from .address import TapError, tap_names
+from .head_rests import head_features
 from .shapes import describe_taps
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module)
     """The taps of student and teacher that a method compares."""
     kind, key = DISTILLERS.get(method).PREDICTION, f"DISTILL.{DISTILLERS.get(method).NODE}"
     node = cfg.DISTILL[DISTILLERS.get(method).NODE]
+    if DISTILLERS.get(method).CONTINUES_HEAD:
+        return head_features(node, key, student, teacher)
     if node.TAPS:
         ours, theirs = list(node.TAPS), list(node.TEACHER_TAPS or node.TAPS)
     else:
