@@ -53,6 +53,23 @@ _RETINANET: dict[str, Entry] = {
         ["DISTILL.SCHEDULE.SHAPE", "cosine", "DISTILL.SCHEDULE.FLOOR", 0.1],
         ablation=True,
     ),
+    "FeatureMimic, half of it on objects": Entry(
+        "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.FOREGROUND", 0.5], ablation=True
+    ),
+    "FeatureMimic, balanced at 0.5, decays": Entry(
+        "retinanet_student_FeatureMimic",
+        ["DISTILL.BALANCE", "gradient", "DISTILL.BALANCE_RATIO", 0.5, "DISTILL.SCHEDULE.SHAPE", "cosine"],
+        ablation=True,
+    ),
+    "combined, guarded": Entry("retinanet_student_combined", ["DISTILL.GUARD.ENABLED", True], ablation=True),
+    "combined, decays, guarded": Entry(
+        "retinanet_student_combined",
+        ["DISTILL.BALANCE_RATIO", 0.5, "DISTILL.SCHEDULE.SHAPE", "cosine", "DISTILL.GUARD.ENABLED", True],
+        ablation=True,
+    ),
+    "FeatureMimic + CrossKD": Entry(
+        "retinanet_student_FeatureMimic", ["DISTILL.METHODS", "['FeatureMimic','CrossKD']"], ablation=True
+    ),
     "FeatureMimic, all five levels": Entry(
         "retinanet_student_FeatureMimic", ["DISTILL.FEATURE_MIMIC.TAPS", "['p3','p4','p5','p6','p7']"], ablation=True
     ),

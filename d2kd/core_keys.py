@@ -42,17 +42,19 @@ CORE_KEYS: dict[str, Setting] = {
     "DISTILL.BALANCE": setting(
         "fixed",
         "fixed: each method has the weight of its node | gradient: its gradient on the shared taps is kept at "
-        "BALANCE_RATIO times the task's.",
-        choices=("fixed", "gradient"),
+        "BALANCE_RATIO times the task's | limit: the weight of its node, lowered where its gradient would be more than "
+        "that.",
+        choices=("fixed", "gradient", "limit"),
     ),
     "DISTILL.BALANCE_RATIO": setting(
         0.5,
-        "Norm of each method's gradient over the task's, for BALANCE gradient. A method of weight 0 stays at 0.",
+        "Norm of each method's gradient over the task's, for BALANCE gradient; for limit, at most. A method of weight "
+        "0 stays at 0; DISTILL.SCHEDULE is a factor on it.",
         above=0,
         at_most=1000,
     ),
     "DISTILL.BALANCE_PERIOD": setting(
-        10, "Iterations between two measurements of the gradients, for BALANCE gradient.", at_least=1
+        10, "Iterations between two measurements of the gradients, for BALANCE and GUARD.", at_least=1
     ),
     "DISTILL.LOG_GRADIENT_SHARE": setting(
         0,

@@ -145,6 +145,9 @@ class Distiller(Configurable, nn.Module):
         for pair in pairs:
             self.check_pair(f"DISTILL.{self.NODE}.TAPS", pair)
         self.pairs = list(pairs)
+        #: of the objects of each image, (M, 4) XYXY in pixels of what the student sees; set before `forward` is called
+        #: where `uses_boxes`
+        self.boxes: Sequence[Tensor] | None = None
         #: indices of the teacher's classes in the student's order, by level and device
         self._class_orders: dict[tuple[int, torch.device], Tensor] = {}
         #: teacher stride / student stride of every pair; None where the features are vectors
@@ -169,6 +172,11 @@ class Distiller(Configurable, nn.Module):
     def takes_validity(cls) -> bool:
         """Returns whether `level_loss` has a `valid` argument, so that the teacher may compute parts of a map only."""
         return "valid" in inspect.signature(cls.level_loss).parameters
+
+    @property
+    def uses_boxes(self) -> bool:
+        """Whether it looks at `boxes`, the ground truth of the images."""
+        return False
 
     def check_pair(self, key: str, pair: TapPair) -> None:
         """Raises AlignmentError, naming the key, for a pair that the method cannot compare."""

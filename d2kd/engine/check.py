@@ -206,7 +206,13 @@ class _Measuring(GradientBalance):
             more: how many of the features, at the end, are there for the levels only.
             seen: takes the shares.
         """
-        super().__init__(balance.methods, ratio=balance.ratio, period=balance.period, log_period=balance.log_period)
+        super().__init__(
+            balance.methods,
+            ratio=balance.ratio,
+            limits=balance.limits,
+            period=balance.period,
+            log_period=balance.log_period,
+        )
         self._more = more
         self._seen = seen
 

@@ -1,5 +1,6 @@
 """Fits a configuration made for one batch size, or number of processes, to another."""
 
+from d2kd.config import list_declared
 from d2kd.distillers import DISTILLERS, scale_schedules
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
@@ -87,6 +88,8 @@ def _scale_methods(cfg: CfgNode, factor: float) -> None:
         for declared in method.SETTINGS.values():
             if declared.iterations and declared.key in node:
                 node[declared.key] = declared.scaled(node[declared.key], factor)
+    patience = list_declared()["DISTILL.GUARD.PATIENCE"]
+    cfg.DISTILL.GUARD.PATIENCE = patience.scaled(cfg.DISTILL.GUARD.PATIENCE, factor)
     scale_schedules(cfg, [method.NODE for _, method in DISTILLERS if method.NODE in cfg.DISTILL], factor)
     # as much is forgotten in an epoch as before; the warm-up goes by the part of the training so far and needs nothing
     cfg.SOLVER.EMA.DECAY **= 1 / factor

@@ -5,6 +5,7 @@ from .boxes import generalized_iou
 from .focal import sigmoid_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, standardized_error, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
+from .position_weights import mask_weights, object_weights, weighted_error
 from .similarity import linear_cka, principal_axes, ridge_weights, standardize_channels
 from .tokens import attention_saliency, gather_tokens, ranks_of, resample_saliency, scatter_tokens
 
@@ -20,7 +21,9 @@ __all__ = [
     "generalized_iou",
     "keep_mask",
     "linear_cka",
+    "mask_weights",
     "normalize",
+    "object_weights",
     "principal_axes",
     "ranks_of",
     "resample_saliency",
@@ -32,4 +35,5 @@ __all__ = [
     "standardize_channels",
     "standardized_error",
     "upcast_half",
+    "weighted_error",
 ]

@@ -1,5 +1,6 @@
 """How strongly each method pulls at the student: its gradient on the shared taps, measured, logged and balanced."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
@@ -12,6 +13,10 @@ from d2kd.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+
+from .guard import GradientGuard
+
+logger = logging.getLogger(__name__)
 
 TASK = "task"
 #: Share of the old value that stays in the smoothed norms at each measurement.
@@ -36,17 +41,28 @@ class GradientBalance:
     """
 
     def __init__(
-        self, methods: Sequence[str], *, ratio: float | None = None, period: int = 10, log_period: int = 0
+        self,
+        methods: Sequence[str],
+        *,
+        ratio: float | None = None,
+        limits: bool = False,
+        guard: GradientGuard | None = None,
+        period: int = 10,
+        log_period: int = 0,
     ) -> None:
         """
         Args:
             methods: names of the methods.
             ratio: gradient norm of each method over the task's, above 0; None leaves the losses as they are.
-            period: iterations between measurements, where there is a ratio.
+            limits: whether the ratio is a limit only: no method is scaled up.
+            guard: lowers methods whose gradient opposes the task's; None lowers none.
+            period: iterations between measurements, where there is a ratio or a guard.
             log_period: iterations between logs of the shares; 0 = never.
         """
         self.methods = list(methods)
         self.ratio = ratio
+        self.limits = limits
+        self.guard = guard
         self.period = period
         self.log_period = log_period
         # smoothed norms of the task and of each method before scaling
@@ -55,15 +71,18 @@ class GradientBalance:
         self._loss_scale = torch.tensor(INIT_SCALE)
         # measurements in a row without overflow
         self._growth_tracker = torch.tensor(0)
+        self._guard_state = None if guard is None else guard.start()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, methods: Sequence[str]) -> Optional["GradientBalance"]:
-        """What `DISTILL.BALANCE` and `DISTILL.LOG_GRADIENT_SHARE` ask for; None if that is nothing."""
+        """What `DISTILL.BALANCE`, `GUARD` and `LOG_GRADIENT_SHARE` ask for; None if that is nothing."""
         node = cfg.DISTILL
-        ratio = node.BALANCE_RATIO if node.BALANCE == "gradient" else None
-        if not methods or (ratio is None and node.LOG_GRADIENT_SHARE == 0):
+        ratio = None if node.BALANCE == "fixed" else node.BALANCE_RATIO
+        guard = GradientGuard.from_config(cfg, methods)
+        if not methods or (ratio is None and guard is None and node.LOG_GRADIENT_SHARE == 0):
             return None
-        return cls(methods, ratio=ratio, period=node.BALANCE_PERIOD, log_period=node.LOG_GRADIENT_SHARE)
+        periods = {"period": node.BALANCE_PERIOD, "log_period": node.LOG_GRADIENT_SHARE}
+        return cls(methods, ratio=ratio, limits=node.BALANCE == "limit", guard=guard, **periods)
 
     def __call__(
         self,
@@ -85,15 +104,19 @@ class GradientBalance:
         """
         iteration = get_event_storage().iter
         log = self.log_period > 0 and iteration % self.log_period == 0
-        update = self.ratio is not None and (iteration % self.period == 0 or not self._measured)
-        norms = self.measure([task, *(methods[name] for name in self.methods)], features) if log or update else None
+        due = iteration % self.period == 0
+        update, guards = self.ratio is not None and (due or not self._measured), self.guard is not None and due
+        terms = [task, *(methods[name] for name in self.methods)]
+        norms, cosines = self._measure(terms, features, guards) if log or update or guards else (None, None)
         given = [1.0, *((factors or {}).get(name, 1.0) for name in self.methods)]
         if norms is not None and update:
             self._update(norms, torch.tensor([factor > 0 for factor in given], device=norms.device))
+        if cosines is not None:
+            self._watch(cosines, torch.tensor([factor > 0 for factor in given[1:]], device=cosines.device))
         scales = self.scales()
         if norms is not None and log:
             self._log(norms, scales, norms.new_tensor(given))
-        if self.ratio is None:
+        if self.ratio is None and self._guard_state is None:
             return {name: dict(losses) for name, losses in methods.items()}
         return {
             name: {key: loss * scale for key, loss in methods[name].items()}
@@ -101,12 +124,13 @@ class GradientBalance:
         }
 
     def scales(self) -> Tensor:
-        """Factor on each method's losses, (M,); 1 without a ratio, and where a method or the task has no gradient."""
-        ones = torch.ones_like(self._norms[1:])
-        if self.ratio is None:
-            return ones
-        scales = self.ratio * self._norms[0] / self._norms[1:]
-        return torch.where(torch.isfinite(scales) & (scales > 0), scales, ones)
+        """Factor on each method's losses, (M,): by the ratio, where method and task have a gradient, and the guard."""
+        scales = torch.ones_like(self._norms[1:])
+        if self.ratio is not None:
+            by_ratio = self.ratio * self._norms[0] / self._norms[1:]
+            by_ratio = by_ratio.clamp(max=1.0) if self.limits else by_ratio
+            scales = torch.where(torch.isfinite(by_ratio) & (by_ratio > 0), by_ratio, scales)
+        return scales if self._guard_state is None else scales * self._guard_state.factors.to(scales.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -115,6 +139,7 @@ class GradientBalance:
             "norms": self._norms.tolist(),
             "loss_scale": self._loss_scale.item(),
             "steady": self._growth_tracker.item(),
+            **({} if self._guard_state is None else {"guard": GradientGuard.state_dict(self._guard_state)}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,9 +156,17 @@ class GradientBalance:
         self._loss_scale = torch.tensor(state["loss_scale"])
         self._growth_tracker = torch.tensor(state.get("steady", 0))
         self._measured = bool(self._norms.isfinite().all())
+        if self.guard is not None:
+            self._guard_state = self.guard.load(state.get("guard"))
 
     def measure(self, terms: Sequence[Losses], features: Sequence[Tensor]) -> Tensor:
         """Returns gradient norms of the terms, (len(terms),), of all processes; not finite where float16 overflows."""
+        return self._measure(terms, features)[0]
+
+    def _measure(
+        self, terms: Sequence[Losses], features: Sequence[Tensor], with_cosines: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradient norms, and if asked for the cosines of all gradients but the first with that one."""
         # a view may branch off from what the model goes on with; its base never does
         features = [x if x._base is None else x._base for x in features if x.requires_grad]
         if not features:
@@ -146,13 +179,21 @@ class GradientBalance:
         half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
         loss_scale = self._loss_scale if half else torch.ones_like(self._loss_scale)
         with torch.autocast(device.type, enabled=False):
-            squares = torch.stack([_squared_norm(losses, features, loss_scale) for losses in terms])
+            first = _gradients(terms[0], features, loss_scale)
+            squares = [_squared_norm(first, features)]
+            products = []
+            for losses in terms[1:]:
+                gradients = _gradients(losses, features, loss_scale)
+                squares.append(_squared_norm(gradients, features))
+                products += [_product(first, gradients, features)] if with_cosines else []
+            sums = torch.stack([*squares, *products])
         if comm.get_world_size() > 1:
-            dist.all_reduce(squares)
-        norms = squares.sqrt() / loss_scale
+            dist.all_reduce(sums)
+        norms = sums[: len(terms)].sqrt() / loss_scale
         if half:
             self._adapt_loss_scale(norms.isfinite().all())
-        return norms
+        # NaN where a gradient is 0
+        return norms, sums[len(terms) :] / loss_scale**2 / (norms[0] * norms[1:]) if with_cosines else None
 
     def _adapt_loss_scale(self, finite: Tensor) -> None:
         """Halves the scale where float16 overflowed; doubles it after many measurements that did not."""
@@ -167,6 +208,28 @@ class GradientBalance:
         if not self._measured:  # float16 may overflow at first: try again in the next iteration
             self._measured = bool((self._norms.isfinite() | ~active).all())
 
+    def _watch(self, cosines: Tensor, active: Tensor) -> None:
+        """Lets the guard see the cosines, and logs them and its factors."""
+        assert self.guard is not None and self._guard_state is not None
+        before = self._guard_state.factors.to(cosines.device)
+        self._guard_state = self.guard.updated(self._guard_state, cosines, active)
+        smoothed, factors, changed = torch.stack(
+            [self._guard_state.cosines, self._guard_state.factors, (self._guard_state.factors - before).sign()]
+        ).tolist()
+        storage = get_event_storage()
+        for name, cosine, factor, change in zip(self.methods, smoothed, factors, changed):
+            if math.isfinite(cosine):
+                storage.put_scalar(f"gradient_cosine/{name}", cosine, smoothing_hint=False)
+            storage.put_scalar(f"guard/{name}", factor, smoothing_hint=False)
+            if change:
+                logger.info(
+                    "Guard: %s is %s to %.4g of its weight; the cosine of its gradient with the task's is %.2g.",
+                    name,
+                    "lowered" if change < 0 else "raised",
+                    factor,
+                    cosine,
+                )
+
     def _log(self, norms: Tensor, scales: Tensor, factors: Tensor) -> None:
         pulls = norms * torch.cat([torch.ones_like(norms[:1]), scales]) * factors
         values = torch.cat([pulls / pulls.sum(), scales]).tolist()
@@ -180,12 +243,23 @@ class GradientBalance:
             storage.put_scalar(name, value, smoothing_hint=False)
 
 
-def _squared_norm(losses: Losses, features: Sequence[Tensor], loss_scale: Tensor) -> Tensor:
-    """Squared norm of the gradient of the losses' sum, times `loss_scale` squared; a scalar in float32."""
+def _gradients(losses: Losses, features: Sequence[Tensor], loss_scale: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of the losses' sum, times `loss_scale`; None for a feature that they do not depend on."""
     connected = [loss for loss in losses.values() if loss.requires_grad]
-    zero = torch.zeros((), device=features[0].device)
     if not connected:
-        return zero
-    gradients = torch.autograd.grad(sum(connected) * loss_scale, features, retain_graph=True, allow_unused=True)
+        return [None] * len(features)
+    return torch.autograd.grad(sum(connected) * loss_scale, features, retain_graph=True, allow_unused=True)
+
+
+def _squared_norm(gradients: Sequence[Tensor | None], features: Sequence[Tensor]) -> Tensor:
+    """Squared norm, a scalar in float32."""
+    zero = torch.zeros((), device=features[0].device)
     squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients if g is not None]
     return sum(squares, start=zero)
+
+
+def _product(a: Sequence[Tensor | None], b: Sequence[Tensor | None], features: Sequence[Tensor]) -> Tensor:
+    """Scalar product, in float32."""
+    zero = torch.zeros((), device=features[0].device)
+    both = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
+    return sum([(x.float() * y.float()).sum() for x, y in both], start=zero)

@@ -119,12 +119,14 @@ class DistilledModel(nn.Module):
             losses = dict(self.student(batched_inputs))
         if self.task_weight != 1.0:
             losses = {name: self.task_weight * loss for name, loss in losses.items()}
+        self._show_boxes(batched_inputs)
         distilled = {
             method: _named_losses(method, distiller(student, *teacher[method]))
             if method in active
             else _zero_losses(method, distiller, self.device)
             for method, distiller in self.distillers.items()
         }
+        self._show_boxes(None)
         factors = {method: schedule.factor(self.iteration) for method, schedule in self.schedules.items()}
         if self.balance is not None and active:
             features = [student[name] for name in self._balanced_taps]
@@ -135,6 +137,14 @@ class DistilledModel(nn.Module):
         for method, factor in factors.items():
             get_event_storage().put_scalar(f"schedule/{method}", factor, smoothing_hint=False)
         return losses
+
+    def _show_boxes(self, batched_inputs: BatchedInputs | None) -> None:
+        """Gives the ground truth's boxes, where there are some, to the methods that look at them."""
+        for distiller in self.distillers.values():
+            assert isinstance(distiller, Distiller)
+            if distiller.uses_boxes:
+                truth = [x["instances"] for x in batched_inputs or () if "instances" in x]
+                distiller.boxes = [x.gt_boxes.tensor for x in truth if x.has("gt_boxes")] or None
 
     @torch.no_grad()
     def extract_features(

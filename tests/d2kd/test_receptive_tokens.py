@@ -15,12 +15,11 @@ from d2kd.distillers.receptive_tokens.tokens import (
     Tokens,
     WeightingBranch,
     dice,
-    mask_weights,
     shifted_means,
     token_masks,
     token_weights,
-    weighted_error,
 )
+from d2kd.layers import mask_weights, weighted_error
 from d2kd.modeling import build_distilled_model, load_teacher, teacher_config
 
 DTYPES = [torch.double, torch.float]

@@ -169,39 +169,64 @@ def test_the_measured_gradient_of_a_method_that_is_over_stays(net):
     assert after[1] == norms[1] and after[2] != norms[2]
 
 
+#: All that is new together: cross heads, weighted positions, the guard, and methods that end one after the other.
 SCHEDULED = dict(
-    DISTILL__METHODS=["ChannelMatching", "MaskedGenerative"],
+    DISTILL__METHODS=["ChannelMatching", "FeatureMimic", "CrossKD"],
     DISTILL__CHANNEL_MATCHING__TRACK_IMAGES=8,
+    DISTILL__FEATURE_MIMIC__FOREGROUND=0.5,
     DISTILL__SCHEDULE__SHAPE="cosine",
     DISTILL__SCHEDULE__WARMUP_ITERS=2,
     DISTILL__SCHEDULE__STOP_ITER=5,
-    DISTILL__MASKED_GENERATIVE__SCHEDULE__SHAPE="linear",
-    DISTILL__MASKED_GENERATIVE__SCHEDULE__STOP_ITER=4,
+    DISTILL__CHANNEL_MATCHING__SCHEDULE__SHAPE="linear",
+    DISTILL__CHANNEL_MATCHING__SCHEDULE__STOP_ITER=4,
     DATASETS__TEST=[],
+)
+GUARDED = dict(
+    DISTILL__BALANCE="limit",
+    DISTILL__BALANCE_PERIOD=1,
+    DISTILL__GUARD__ENABLED=True,
+    DISTILL__GUARD__PATIENCE=1,
+    DISTILL__GUARD__FACTOR=0.7,
 )
 
 
-def test_a_run_resumes_bit_equal_and_logs_its_factors(write_config, teacher, tmp_path, caplog):
-    path = write_config(**SCHEDULED, **teacher)
+def test_a_run_resumes_bit_equal_and_logs_its_factors(write_config, teacher, tmp_path):
+    path = write_config(**SCHEDULED, **GUARDED, **teacher)
     run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
     run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
     run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
     whole, parts = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
     assert same_tensors(whole["model"], parts["model"])
+    a, b = ({k: v for k, v in run["distillers"].items() if torch.is_tensor(v)} for run in (whole, parts))
+    assert same_tensors(a, b) and len(a) > 5
+    assert whole["balance"] == parts["balance"] and whole["balance"]["guard"]["factors"] != [1, 1, 1]
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.json").read_text().splitlines()]
-    assert lines[-1]["schedule/ChannelMatching"] == 0 and "schedule/MaskedGenerative" in lines[-1]
+    assert lines[-1]["schedule/ChannelMatching"] == lines[-1]["schedule/CrossKD"] == 0
+    assert "guard/CrossKD" in {name for line in lines for name in line}
 
 
 def test_steps_after_the_end_are_those_of_the_task_alone(write_config, teacher, tmp_path):
-    keys = {**SCHEDULED, "DISTILL__SCHEDULE__STOP_ITER": 3, "DISTILL__MASKED_GENERATIVE__SCHEDULE__STOP_ITER": 3}
+    keys = {**SCHEDULED, "DISTILL__SCHEDULE__STOP_ITER": 3, "DISTILL__CHANNEL_MATCHING__SCHEDULE__STOP_ITER": 3}
     path = write_config(**keys, **teacher)
     run_training(path, OUTPUT_DIR=str(tmp_path / "over"))
     run_training(path, OUTPUT_DIR=str(tmp_path / "zero"), stop_at=3)
-    zero = {f"DISTILL__{node}__WEIGHT": 0.0 for node in ("CHANNEL_MATCHING", "MASKED_GENERATIVE")}
+    zero = {f"DISTILL__{node}__WEIGHT": 0.0 for node in ("CHANNEL_MATCHING", "FEATURE_MIMIC", "CROSS_KD")}
     nothing = {key: value for key, value in SCHEDULED.items() if "SCHEDULE" not in key}
     path = write_config("zero", **nothing, **zero, **teacher)
     run_training(path, OUTPUT_DIR=str(tmp_path / "zero"), resume=True)
     a, b = (read_checkpoint(tmp_path / name)["model"] for name in ("over", "zero"))
+    assert same_tensors(a, b)
+
+
+@pytest.mark.parametrize("guarded", [{}, GUARDED])
+def test_with_weight_zero_the_student_trains_as_alone(write_config, teacher, tmp_path, guarded):
+    new = {key: value for key, value in SCHEDULED.items() if "CHANNEL_MATCHING" not in key}
+    new["DISTILL__METHODS"] = ["FeatureMimic", "CrossKD"]
+    zero = {f"DISTILL__{node}__WEIGHT": 0.0 for node in ("FEATURE_MIMIC", "CROSS_KD")}
+    start = {"DISTILL__INIT_FROM_TEACHER__ENABLED": False, "SOLVER__MAX_ITER": 4, "DISTILL__SCHEDULE__STOP_ITER": 3}
+    run_training(write_config("zero", **{**new, **zero, **start}, **guarded, **teacher))
+    run_training(write_config("alone", DATASETS__TEST=[], SOLVER__MAX_ITER=4))
+    a, b = (read_checkpoint(tmp_path / name)["model"] for name in ("zero", "alone"))
     assert same_tensors(a, b)
 
 
@@ -211,10 +236,11 @@ def _two_processes(path, output):
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert not trainer.model.find_unused_parameters
-    first, second = comm.all_gather([p.double().sum().item() for p in trainer.distilled.parameters()])
+    state = [p.double().sum().item() for p in trainer.distilled.parameters()], trainer.distilled.balance.state_dict()
+    first, second = comm.all_gather(state)
     assert first == second
 
 
 def test_two_processes_stay_in_step(write_config, teacher, tmp_path):
-    in_two_processes(_two_processes, write_config(**SCHEDULED, **teacher), tmp_path / "two")
+    in_two_processes(_two_processes, write_config(**SCHEDULED, **GUARDED, **teacher), tmp_path / "two")
     assert re.search(r'"schedule/ChannelMatching": 0\.0', (tmp_path / "two/metrics.json").read_text())

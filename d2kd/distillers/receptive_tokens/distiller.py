@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.layers import NORMALIZATIONS, normalize, upcast_half
+from d2kd.layers import NORMALIZATIONS, mask_weights, normalize, upcast_half, weighted_error
 from d2kd.layers.losses import EPS, channel_statistics
 from d2kd.settings import setting
 from detectron2.config import CfgNode
@@ -16,7 +16,7 @@ from ..checksum import weights_checksum
 from ..taps import TapPair, build_aligner
 from .learn_settings import LearnSettings
 from .token_file import TokenFile, TokenFileError
-from .tokens import Tokens, mask_weights, token_masks, token_weights, weighted_error
+from .tokens import Tokens, token_masks, token_weights
 
 
 @DISTILLERS.register()

@@ -1,14 +1,13 @@
-"""Receptive tokens: masks from token vectors, their weights and diversity, and a masked distance in scalar-map form.
+"""Receptive tokens: masks from token vectors, their weights and diversity.
 
 No tensor over the positions has both a token and a channel axis: masks are (N, T, H, W), the rest (N, C, H, W) at most.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from d2kd.layers import upcast_half
 
@@ -99,67 +98,6 @@ def token_weights(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         logits = torch.addmm(bias.to(means.dtype), means.flatten(1), weight.to(means.dtype).flatten(1).t())
     return logits.softmax(dim=1)
-
-
-def _not_zero(x: Tensor) -> Tensor:
-    return x.clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def mask_weights(masks: Tensor, weights: Tensor, eps: float, mean: bool = False) -> Tensor:
-    """The weight of every position in the masked distance, all tokens together.
-
-    A[n, p] = sum_t w[n, t] m[n, t, p]^2 / (sum_p' m[n, t, p'] + eps).
-
-    Args:
-        masks: (N, T, H, W).
-        weights: (N, T) of the tokens.
-        eps: at least 0. A mask that is zero everywhere weighs nothing, also with 0.
-        mean: scale the weights of each image to the sum 1, which makes the masked distance a weighted mean.
-
-    Returns:
-        (N, H, W).
-    """
-    flat = masks.flatten(2)
-    squares = flat.square()
-    with torch.autocast(masks.device.type, enabled=False):
-        of_positions = torch.bmm((weights / _not_zero(flat.sum(2) + eps))[:, None], squares)
-    if mean:
-        of_positions = of_positions / _not_zero(of_positions.sum(2, keepdim=True) + eps)
-    return of_positions.view(masks.shape[0], *masks.shape[2:])
-
-
-def weighted_error(student: Tensor, teacher: Tensor, position_weights: Tensor) -> Tensor:
-    """1/N sum_{n,p} A[n, p] mean_c (s - t)^2, accumulated in float32 or more.
-
-    The backward pass computes s - t anew, so nothing of the size of a map is kept for it.
-
-    Args:
-        student: (N, C, H, W).
-        teacher: (N, C, H, W), takes no gradient.
-        position_weights: (N, H, W), takes no gradient.
-
-    Returns:
-        A scalar.
-    """
-    return _WeightedError.apply(upcast_half(student), upcast_half(teacher.detach()), position_weights.detach())
-
-
-class _WeightedError(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, position_weights: Tensor) -> Tensor:
-        ctx.save_for_backward(student, teacher, position_weights)
-        n, c = student.shape[:2]
-        distances = (student - teacher).square_().sum(1)
-        return (distances * position_weights).sum() / (n * c)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        student, teacher, position_weights = ctx.saved_tensors
-        n, c = student.shape[:2]
-        return (student - teacher).mul_((position_weights * (2.0 * grad / (n * c)))[:, None]), None, None
 
 
 class WeightingBranch(nn.Module):

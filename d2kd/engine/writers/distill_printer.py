@@ -7,7 +7,13 @@ from detectron2.utils.events import EventWriter, get_event_storage
 logger = logging.getLogger(__name__)
 
 #: Scalars shown, by the first part of their name, and what the line calls them.
-_SHOWN = {"distill": "", "gradient_share": "gradient share", "schedule": "schedule"}
+_SHOWN = {
+    "distill": "",
+    "gradient_share": "gradient share",
+    "gradient_cosine": "cosine with the task's gradient",
+    "schedule": "schedule",
+    "guard": "guard",
+}
 
 
 class DistillPrinter(EventWriter):
