@@ -108,14 +108,14 @@ class GradientBalance:
         update, guards = self.ratio is not None and (due or not self._measured), self.guard is not None and due
         terms = [task, *(methods[name] for name in self.methods)]
         norms, cosines = self._measure(terms, features, guards) if log or update or guards else (None, None)
-        given = [1.0, *((factors or {}).get(name, 1.0) for name in self.methods)]
+        given = _filled([1.0, *((factors or {}).get(name, 1.0) for name in self.methods)], features[0].device)
         if norms is not None and update:
-            self._update(norms, torch.tensor([factor > 0 for factor in given], device=norms.device))
+            self._update(norms, given > 0)
         if cosines is not None:
-            self._watch(cosines, torch.tensor([factor > 0 for factor in given[1:]], device=cosines.device))
+            self._watch(cosines, given[1:] > 0)
         scales = self.scales()
         if norms is not None and log:
-            self._log(norms, scales, norms.new_tensor(given))
+            self._log(norms, scales, given)
         if self.ratio is None and self._guard_state is None:
             return {name: dict(losses) for name, losses in methods.items()}
         return {
@@ -241,6 +241,11 @@ class GradientBalance:
         storage = get_event_storage()
         for name, value in zip(names, values):
             storage.put_scalar(name, value, smoothing_hint=False)
+
+
+def _filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """The values as a tensor that is filled on the device: one that is copied there makes the host wait."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def _gradients(losses: Losses, features: Sequence[Tensor], loss_scale: Tensor) -> Sequence[Tensor | None]:

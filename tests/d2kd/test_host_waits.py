@@ -95,7 +95,7 @@ def waits(tmp_path, base, methods, teacher=None, **changes):
     [
         (["FeatureMimic", "MaskedGenerative"], {}),
         (["ReceptiveTokens"], {"DISTILL__RECEPTIVE_TOKENS__WARMUP_ITERS": 0}),
-        (["LogitKD", "HeadRegression"], {}),
+        (["LogitKD", "HeadRegression", "CrossKD"], {}),
         (["ChannelMatching"], {"DISTILL__CHANNEL_MATCHING__TAPS": ["res4.pre_relu"]}),
         (
             ["ChannelMatching"],
@@ -110,7 +110,7 @@ def test_a_step_of_a_dense_detector_waits_for_its_losses_alone(tmp_path, methods
 
 
 def test_a_step_on_the_regions_of_the_student_waits_for_its_losses_alone(tmp_path, monkeypatch):
-    found, net = waits(tmp_path, FASTER_RCNN, ["LogitKD", "HeadRegression"])
+    found, net = waits(tmp_path, FASTER_RCNN, ["LogitKD", "HeadRegression", "CrossKD"])
     assert found == LOG
     if not hasattr(ROIPooler, "sort_by_level"):
         pytest.skip("Detectron2's pooler reads the levels itself")

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from d2kd.config import get_key
@@ -277,8 +278,13 @@ def box_decoder(transform: Any) -> Callable[[Tensor], Tensor] | None:
     """
     if transform is None:
         return None
-    corners = (-0.5, -0.5, 0.5, 0.5)
-    return lambda deltas: transform.apply_deltas(deltas, deltas.new_tensor(corners).expand(len(deltas), 4))
+
+    def decode(deltas: Tensor) -> Tensor:
+        corner = deltas.new_full((len(deltas), 2), 0.5)  # made on the device: the host waits for a copy
+        boxes: Tensor = transform.apply_deltas(deltas, torch.cat([-corner, corner], dim=1))
+        return boxes
+
+    return decode
 
 
 def register_architecture(*names: str) -> Any:
