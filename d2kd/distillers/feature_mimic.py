@@ -7,6 +7,7 @@ from torch import Tensor
 
 from d2kd.errors import ConfigError
 from d2kd.layers import normalize, object_weights, squared_error, standardized_error, weighted_error
+from d2kd.layers.losses import center, weighted_standardized_error
 from d2kd.settings import setting
 
 from .base import DISTILLERS, FeatureDistiller
@@ -64,6 +65,9 @@ class FeatureMimic(FeatureDistiller):
         size, stride = (student.shape[-2], student.shape[-1]), self.pairs[level].student.stride
         boxes = [of_image.to(student.device) for of_image in self.boxes]
         weights = object_weights(boxes, size, stride, self.foreground, valid)
-        student, teacher = (normalize(x, self.normalize, valid) for x in (student, teacher))
-        error = weighted_error(student, teacher, weights)
+        if self.normalize == "standardize" and valid is None:
+            error = weighted_standardized_error(student, center(student), center(teacher), weights)
+        else:
+            student, teacher = (normalize(x, self.normalize, valid) for x in (student, teacher))
+            error = weighted_error(student, teacher, weights)
         return error * student[0].numel() if self.reduction == "batchmean" else error

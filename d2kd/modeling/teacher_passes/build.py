@@ -13,9 +13,11 @@ from detectron2.config import CfgNode
 
 from ..architectures import is_region_tap
 from ..teacher import BatchedInputs, Teacher
+from .acceleration import Acceleration
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from .dense import DensePass
 from .regions import RegionPass
+from .side_stream import SideStream
 
 AUTO = "auto"
 
@@ -30,16 +32,22 @@ class TeacherPasses:
     """
 
     def __init__(
-        self, dense: DensePass, others: Mapping[str, TeacherPass], sources: Mapping[str, Sequence[str]]
+        self,
+        dense: DensePass,
+        others: Mapping[str, TeacherPass],
+        sources: Mapping[str, Sequence[str]],
+        concurrent: bool = False,
     ) -> None:
         """
         Args:
             dense: gives the `required_taps` of the others too.
             others, sources: see above.
+            concurrent: passes that need nothing of the student run beside it, where it is on CUDA.
         """
         self.dense = dense
         self.others = dict(others)
         self.sources = {method: list(names) for method, names in sources.items()}
+        self._beside = SideStream(concurrent)
 
     @contextlib.contextmanager
     def around_student(
@@ -53,12 +61,14 @@ class TeacherPasses:
         """
         sources = {method: self.sources[method] for method in (self.sources if methods is None else methods)}
         others = {name: self.others[name] for names in sources.values() for name in names}
-        dense = self.dense(batched_inputs) if self.dense.taps else TeacherFeatures({}, {})
-        computed = {n: p(batched_inputs, None, dense.maps) for n, p in others.items() if not p.needs_student}
+        with self._beside:
+            dense = self.dense(batched_inputs) if self.dense.taps else TeacherFeatures({}, {})
+            computed = {n: p(batched_inputs, None, dense.maps) for n, p in others.items() if not p.needs_student}
         features: dict[str, TeacherFeatures] = {}
         with contextlib.ExitStack() as stack:
             guidance = {n: stack.enter_context(p.watch()) for n, p in others.items() if p.needs_student}
             yield features
+        self._beside.join(tensor for given in (dense, *computed.values()) for of in given for tensor in of.values())
         computed |= {n: others[n](batched_inputs, seen, dense.maps) for n, seen in guidance.items()}
         for method, names in sources.items():
             features[method] = _together(dense, [computed[name] for name in names])
@@ -116,7 +126,9 @@ def build_passes(
                 f"teacher's maps; {method} needs whole maps: set it to {AUTO}."
             )
     required = [tap for other in others.values() for tap in other.required_taps]
-    return TeacherPasses(DensePass(teacher, [*dense, *required]), others, sources)
+    acceleration = Acceleration.from_config(cfg)
+    whole = DensePass(teacher, [*dense, *required], acceleration)
+    return TeacherPasses(whole, others, sources, concurrent=acceleration.stream)
 
 
 def _pass_of(cfg: CfgNode, method: str, pair: TapPair) -> str:
