@@ -253,6 +253,7 @@ TUNED = {
     "ChannelMatching": "DISTILL.CHANNEL_MATCHING.WEIGHT",
     "LogitKD": "DISTILL.LOGIT_KD.WEIGHT",
     "HeadRegression": "DISTILL.HEAD_REGRESSION.WEIGHT",
+    "CrossKD": "DISTILL.CROSS_KD.WEIGHT",
     "combined, balanced": "DISTILL.BALANCE_RATIO",
 }
 FACTORS = (0.25, 1.0, 4.0, 16.0)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from d2kd.errors import ConfigError
 from d2kd.layers import generalized_iou, upcast_half
@@ -12,6 +13,9 @@ from d2kd.settings import setting
 
 from .base import DISTILLERS, Distiller, FeatureMaps
 from .taps import AlignmentError, HeadRest, Prediction, TapPair, describe_layer
+
+#: Differences of probabilities count as this where their power is below 1.
+_NEAR = 1e-12
 
 
 @DISTILLERS.register()
@@ -91,22 +95,19 @@ class CrossKD(Distiller):
     ) -> dict[str, Tensor]:
         """As in the base class; what the loss of a level is divided by depends on all of them."""
         maps = [self.aligned(level, student, teacher) for level in range(len(self.pairs))]
-        seen = [_foreground(self.pairs[i], maps[i][1]) for i in self._scores_of]
-        dense = [
-            seen[i].square().sum()
-            for i, p in enumerate(self.pairs)
-            if _kind(p) == "class_logits" and not _on_regions(p)
-        ]
+        labels = {level: _soft_labels(self.pairs[level], maps[level][1]) for level in dict.fromkeys(self._scores_of)}
+        dense = [labels[level].square().sum() for level in labels if not _on_regions(self.pairs[level])]
         objects = sum(dense[1:], start=dense[0]).clamp(min=1) if dense else None
         losses = {}
         for level, pair in enumerate(self.pairs):
-            loss = self._sum(level, *maps[level], seen[level])
+            scores = labels[self._scores_of[level]]
+            loss = self._sum(level, *maps[level], scores)
             if objects is not None and not _on_regions(pair):
                 loss = loss / objects
             elif _kind(pair) == "class_logits":
-                loss = loss / max(1, len(seen[level]))
+                loss = loss / max(1, len(scores))
             else:
-                loss = loss / seen[level].amax(1).square().sum().clamp(min=1)
+                loss = loss / self._foreground(level, scores).amax(1).square().sum().clamp(min=1)
             factor = 1.0 if _kind(pair) == "class_logits" else self.box_weight
             losses[pair.name] = self.weight_of(level) * factor * loss
         return losses
@@ -121,22 +122,25 @@ class CrossKD(Distiller):
             s, t = s[..., :height, :width], t[..., :height, :width]
         return s, t
 
-    def _sum(self, level: int, feature: Tensor, target: Tensor, foreground: Tensor) -> Tensor:
+    def _foreground(self, level: int, labels: Tensor) -> Tensor:
+        """The probabilities of the classes without that of the background."""
+        return labels[:, :-1] if _is_softmax(self.pairs[self._scores_of[level]]) else labels
+
+    def _sum(self, level: int, feature: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         """The loss of a pair, not divided by anything.
 
         Args:
             level: number of the pair.
             feature: of the student, (N, C, H, W), or with a row a region.
             target: what the teacher predicts.
-            foreground: the teacher's class probabilities at the same place.
+            labels: the teacher's class probabilities at the same place.
         """
         pair = self.pairs[level]
         rest = _rest_of(pair)
         prediction = rest.run(self.align[level](feature))
         if _kind(pair) == "class_logits":
-            ours, theirs = _trained(pair, prediction), _trained(pair, target)
-            return soft_label_focal_loss(ours, theirs, self.power, _is_softmax(pair))
-        weights, ours, theirs = _boxes(pair, foreground, prediction, target)
+            return soft_label_focal_loss(_trained(pair, prediction), labels, self.power, _is_softmax(pair))
+        weights, ours, theirs = _boxes(pair, self._foreground(level, labels), prediction, target)
         if self.box_loss == "l1":
             return (weights * (upcast_half(ours) - upcast_half(theirs)).abs().sum(1)).sum()
         assert rest.decode is not None
@@ -160,7 +164,7 @@ def soft_label_focal_loss(logits: Tensor, target: Tensor, power: float, softmax:
 
     Args:
         logits: of p, (N, K, H, W) or (R, K).
-        target: logits of t, the same shape; takes no gradient.
+        target: t, the same shape; takes no gradient.
         power: 0 or more.
         softmax: whether the classes exclude each other.
 
@@ -168,17 +172,45 @@ def soft_label_focal_loss(logits: Tensor, target: Tensor, power: float, softmax:
         A scalar, in float32 at least.
     """
     logits, target = upcast_half(logits), upcast_half(target)
-    if softmax:
-        t = target.softmax(1)
-        loss = -(t * logits.log_softmax(1)).sum(1)
-        distance = (logits.softmax(1) - t).abs().sum(1) / 2
-    else:
-        t = target.sigmoid()
-        loss = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
-        distance = (logits.sigmoid() - t).abs()
+    if not softmax:
+        loss: Tensor = _BinaryLoss.apply(logits, target, power)
+        return loss
+    loss = -(target * logits.log_softmax(1)).sum(1)
     if power:  # the clamp keeps the slope of powers below 1 finite
-        loss = loss * distance.clamp(min=1e-12).pow(power)
+        loss = loss * ((logits.softmax(1) - target).abs().sum(1) / 2).clamp(min=_NEAR).pow(power)
     return loss.sum()
+
+
+class _BinaryLoss(torch.autograd.Function):
+    """The loss of independent classes, its gradient computed at once: one map is kept for the backward pass.
+
+    With d = p - t and the cross entropy h the slope is POWER |d|^(POWER - 1) sign(d) p (1 - p) h + |d|^POWER d.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, power: float) -> Tensor:
+        p = logits.sigmoid()
+        # log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)), in a fifth of the time on the CPU
+        entropy = logits.clamp(min=0).sub_(logits.abs().sigmoid_().log_()).addcmul_(target, logits, value=-1)
+        difference = p - target
+        far = difference.abs()
+        weight = far if power == 1 else far.pow(power)
+        if ctx.needs_input_grad[0]:
+            gradient = weight * difference
+            if power:
+                slope = difference.sign()
+                slope = slope if power == 1 else slope.mul_(power * far.clamp(min=_NEAR).pow_(power - 1))
+                gradient.addcmul_(slope.mul_(entropy), p.addcmul_(p, p, value=-1))
+            ctx.save_for_backward(gradient)
+        return (weight * entropy).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        (of_logits,) = ctx.saved_tensors
+        return of_logits * gradient, None, None
 
 
 def _boxes(pair: TapPair, foreground: Tensor, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,14 +228,14 @@ def _boxes(pair: TapPair, foreground: Tensor, ours: Tensor, theirs: Tensor) -> t
     return weights.square(), ours, theirs
 
 
-def _foreground(pair: TapPair, logits: Tensor) -> Tensor:
-    """Probabilities of the classes, without the background: (N, A * K, H, W) or (R, K).
+def _soft_labels(pair: TapPair, logits: Tensor) -> Tensor:
+    """Probabilities of all classes that are trained, (N, A * K, H, W), or (R, K), K + 1 of a softmax.
 
     Args:
         pair: whose teacher's tap gives the logits.
     """
     logits = upcast_half(_trained(pair, logits))
-    return logits.softmax(1)[:, :-1] if _is_softmax(pair) else logits.sigmoid()
+    return logits.softmax(1) if _is_softmax(pair) else logits.sigmoid()
 
 
 def _trained(pair: TapPair, logits: Tensor) -> Tensor:

@@ -259,6 +259,18 @@ def test_overlaps_of_boxes_without_area_are_no_nan():
 @pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
 def test_equal_scores_have_a_finite_slope(softmax, power):
     x = torch.randn(4, 3, requires_grad=True)
-    soft_label_focal_loss(x, x.detach().clone(), power, softmax).backward()
+    equal = x.detach().softmax(1) if softmax else x.detach().sigmoid()
+    soft_label_focal_loss(x, equal, power, softmax).backward()
     assert x.grad.isfinite().all()
-    assert soft_label_focal_loss(x[:0], x[:0].detach(), power, softmax).item() == 0
+    assert soft_label_focal_loss(x[:0], equal[:0], power, softmax).item() == 0
+
+
+@pytest.mark.parametrize("power", [0.0, 0.7, 1.0, 2.0])
+def test_the_gradient_of_binary_scores_is_that_of_the_formula(power):
+    generator = torch.Generator().manual_seed(0)
+    x, target = (3 * torch.randn(5, 4, 2, 2, dtype=torch.double, generator=generator) for _ in range(2))
+    target = target.sigmoid()
+    assert torch.autograd.gradcheck(lambda x: soft_label_focal_loss(x, target, power), x.requires_grad_())
+    p = x.sigmoid()
+    plain = ((p - target).abs() ** power * F.binary_cross_entropy(p, target, reduction="none")).sum()
+    assert soft_label_focal_loss(x, target, power).item() == pytest.approx(plain.item(), rel=1e-9)
