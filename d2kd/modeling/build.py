@@ -63,7 +63,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     schedules = weight_schedules(cfg, {name: DISTILLERS.get(name).NODE for name in methods})
     for name, schedule in schedules.items():
         if not schedule.always_one:
-            logger.info("Weight of %s: %s", name, schedule)
+            logger.info("The weight of %s %s.", name, schedule)
     return DistilledModel(
         student, passes, distillers, GradientBalance.from_config(cfg, methods), cfg.DISTILL.TASK_WEIGHT, schedules
     )
