@@ -5,12 +5,17 @@
     python benchmarks/accuracy.py --length long --seeds 1 --only baseline "inherit only" FeatureMimic
     python benchmarks/accuracy.py --tune --jobs 2
     python benchmarks/accuracy.py --suite classification --seeds 1 2 3
+    python benchmarks/accuracy.py --length long --evaluate-only
 
 A suite is a teacher, a student and the ways to distil it; `--suite mobilenet` has the teacher of `--suite detection`.
 Teacher and baseline are shared by all methods. `--tune` tries the same number of weights for each of them, at the short
 length and with a seed that the tables do not use; what came out best is what configs/PhotoDigits says. What is finished
 is not repeated, so the program can be stopped and started, and seeds or methods added later. The tables are made of all
 finished runs.
+
+Every finished run is evaluated on val, by which weights are chosen, and on test, which the tables report: into its
+folder `scores`, and again where the dataset has become another one. `--evaluate-only` does no more than that.
+Differences are paired by seed; where 0 is in their interval they are called noise. `table.json` beside the runs has all.
 """
 
 import argparse
@@ -19,10 +24,9 @@ import json
 import logging
 import math
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,8 @@ from suites import FACTORS, SUITES, TUNED, TUNING_SEED, Suite, tuned
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import add_distill_config
 from d2kd.engine import log_runtime
+from d2kd.evaluation.statistics import Estimate, estimate, gap_closure, paired_difference
+from d2kd.files import write_json
 from detectron2.config import get_cfg
 from detectron2.utils.logger import setup_logger
 
@@ -39,14 +45,19 @@ logger = logging.getLogger("d2kd.benchmarks.accuracy")
 
 CONFIGS = Path("configs/PhotoDigits")
 DOCUMENT = Path("docs/benchmarks.md")
+SPLITS = ("val", "test")  # the first one chooses weights, the second one is reported
 
 
 class Bench:
     """The runs of one suite and length, in one directory."""
 
-    def __init__(self, suite: Suite, length: str, output: Path, threads: int, options: list[str]) -> None:
+    def __init__(
+        self, suite: Suite, length: str, output: Path, threads: int, options: list[str], data: Path, trains: bool = True
+    ) -> None:
         self.suite = suite
         self.length = suite.lengths[length]
+        self.data = data
+        self.trains = trains
         self.root = output / suite.folder / length
         self.teacher_folder = output / suite.teacher_folder / length / "teacher"
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
@@ -68,12 +79,36 @@ class Bench:
         if not (directory / result).is_file():
             logger.error("%s failed: see %s", directory, directory / "console.txt")
             return False
-        if result == "result.json":
-            logger.info("%s: %.1f %s", directory, self.score(directory), self.suite.called)
         return True
 
+    def evaluate(self, directory: Path, config: str, options: Sequence[Any], splits: Sequence[str] = SPLITS) -> bool:
+        """Scores a finished run on parts of the dataset, unless that was done on this very dataset since it ended."""
+        folder, names = directory / "scores", [f"{self.suite.dataset}_{split}" for split in splits]
+        result, seen, dataset = folder / "result.json", folder / "dataset.json", checksum(self.data)
+        folder.mkdir(exist_ok=True)
+        if (
+            not seen.is_file()
+            or json.loads(seen.read_text()) != dataset
+            or not newer(result, directory / "result.json")
+        ):
+            result.unlink(missing_ok=True)
+            seen.write_text(json.dumps(dataset))
+        command = ["tools/train_net.py", "--eval-only", "--config-file", CONFIGS / f"{config}.yaml"]
+        command += ["MODEL.WEIGHTS", directory / "model_final.pth", *options, "DATASETS.TEST", names]
+        if not self.run(folder, command):
+            return False
+        scores = ", ".join(f"{score:.1f} on {split}" for split, score in self.scores(directory).items())
+        logger.info("%s: %s %s", directory, self.suite.called, scores)
+        return True
+
+    def _left_out(self, directory: Path) -> bool:
+        """Whether a run is not to be trained now, and has not been."""
+        return not self.trains and not (directory / "result.json").is_file()
+
     def teacher(self, tokens: bool) -> bool:
-        """Trains the teacher, and learns its tokens where they are needed."""
+        """Trains and evaluates the teacher, and learns its tokens where they are needed."""
+        if self._left_out(self.teacher_folder):
+            return True
         steps = ["SOLVER.MAX_ITER", self.length.teacher, "SOLVER.IMS_PER_BATCH", self.length.teacher_images]
         command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{self.suite.teacher}.yaml"]
         if self.suite.grand_teacher:
@@ -87,14 +122,19 @@ class Bench:
             steps += ["DISTILL.TEACHER.EVAL_FIRST", False]
         if not self.run(self.teacher_folder, [*command, *steps, "TEST.EVAL_PERIOD", 0]):
             return False
+        if not self.evaluate(self.teacher_folder, self.suite.teacher, []):
+            return False
         tokens_file = CONFIGS / f"{self.suite.teacher}_tokens.yaml"
         command = ["tools/learn_tokens.py", "--resume", "--config-file", tokens_file]
         weights = ["MODEL.WEIGHTS", self.teacher_folder / "model_final.pth"]
-        return not tokens or self.run(self.root / "tokens", [*command, *weights], result="tokens.pth")
+        return not (tokens and self.trains) or self.run(self.root / "tokens", [*command, *weights], result="tokens.pth")
 
-    def student(self, name: str, seed: int, directory: str = "", changes: Sequence[Any] = ()) -> bool:
-        """Trains one student, in `directory` or that of its row and seed, with changes to the row's configuration."""
+    def student(self, name: str, seed: int, trial: str = "", changes: Sequence[Any] = ()) -> bool:
+        """Trains and evaluates one student, in the folder of its row and seed, or that of a trial, with its changes."""
         entry = self.suite.entries[name]
+        directory = self.root / (trial or f"{slug(name)}/seed{seed}")
+        if self._left_out(directory):
+            return True
         command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{entry.config}.yaml"]
         iterations = self.length.student * entry.times
         options = ["SEED", seed, "SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0, *entry.options]
@@ -106,22 +146,53 @@ class Bench:
             options += ["DISTILL.TEACHER.EVAL_FIRST", False]
         if name == "ReceptiveTokens":
             options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.root / "tokens/tokens.pth"]
-        return self.run(self.root / (directory or f"{slug(name)}/seed{seed}"), [*command, *options, *changes])
+        splits = SPLITS[:1] if trial else SPLITS  # what chooses must not see test
+        return self.run(directory, [*command, *options, *changes]) and self.evaluate(
+            directory, entry.config, entry.options, splits
+        )
 
     def trial(self, name: str, factor: float) -> bool:
         """Trains one student with what `TUNED` names at `factor` times its default."""
         value = default(TUNED[name]) * factor
         return self.student(name, TUNING_SEED, trial_directory(name, value), [TUNED[name], value])
 
-    def score(self, directory: Path) -> float:
-        """The suite's metric of a finished run, in percent."""
+    def scores(self, directory: Path) -> dict[str, float]:
+        """The suite's metric of an evaluated run, in percent, by split; NaN where it has none, {} before."""
+        path = directory / "scores/result.json"
+        if not path.is_file():
+            return {}
         task, _, name = self.suite.metric.partition("/")
-        value = json.loads((directory / "result.json").read_text())["metrics"][task][name]
-        return math.nan if value is None else value  # as JSON has it
+        result = json.loads(path.read_text())
+        values = {n: result["metrics"].get(n, result["metrics"])[task][name] for n in result["datasets"]}
+        return {n.rpartition("_")[2]: math.nan if value is None else value for n, value in values.items()}
 
-    def finished(self, name: str) -> list[float]:
-        """The scores of every finished seed of a row."""
-        return [self.score(path.parent) for path in sorted((self.root / slug(name)).glob("seed*/result.json"))]
+    def finished(self, name: str) -> dict[int, dict[str, float]]:
+        """The scores of every evaluated seed of a row, by seed and split."""
+        folders = {int(path.name.removeprefix("seed")): path for path in (self.root / slug(name)).glob("seed*")}
+        scores = {seed: self.scores(folders[seed]) for seed in sorted(folders)}
+        done = [seed for seed, found in scores.items() if "test" in found]
+        same = [seed for seed in done if without_seed(folders[seed]) == without_seed(folders[done[0]])]
+        for seed in set(done) - set(same):
+            logger.error("%s differs from %s in more than its seed: left out", folders[seed], folders[done[0]])
+        return {seed: scores[seed] for seed in same}
+
+
+def without_seed(directory: Path) -> list[str]:
+    """The command that made a run, without what differs from seed to seed."""
+    record = directory / "command.json"
+    line = json.loads(record.read_text()) if record.is_file() else []
+    return [x for key, x in zip(["", *line], line) if key not in ("SEED", "OUTPUT_DIR")]
+
+
+def checksum(data: Path) -> str:
+    """What the dataset's files are; "" for one that does not tell."""
+    path = data / "dataset.json"
+    return json.loads(path.read_text())["checksum"] if path.is_file() else ""
+
+
+def newer(path: Path, than: Path) -> bool:
+    """Whether a file is there, and not older than another one."""
+    return path.is_file() and path.stat().st_mtime >= than.stat().st_mtime
 
 
 def slug(name: str) -> str:
@@ -149,36 +220,67 @@ def tuning_table(bench: Bench) -> str:
     ]
     for name, key in tuned(bench.suite).items():
         paths = [bench.root / trial_directory(name, default(key) * factor) for factor in FACTORS]
-        scores = [bench.score(p) if (p / "result.json").is_file() else None for p in paths]
+        scores = [bench.scores(path).get("val") for path in paths]
         best = max((score for score in scores if score is not None), default=None)
         cells = ["-" if x is None else f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in scores]
         lines.append(f"| {name} | `{key}`, default {default(key):g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def table(bench: Bench) -> str:
-    """Markdown table of all finished runs."""
-    teacher = bench.score(bench.teacher_folder)
-    base = bench.finished("baseline")
-    length = bench.length
-    lines = [
-        f"Teacher: {teacher:.1f} {bench.suite.called} after {length.teacher:,} iterations of {length.teacher_images} "
-        f"images; students: {length.student:,} iterations of {length.student_images}.",
-        "",
-        f"| run | seeds | {bench.suite.called} (mean) | lowest to highest | over baseline | gap closure |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in bench.suite.entries:
-        scores = bench.finished(name)
-        if not scores:
-            continue
-        mean = statistics.mean(scores)
-        gain = mean - statistics.mean(base) if base else float("nan")
-        gap = teacher - statistics.mean(base) if base else float("nan")
-        closure = f"{100 * gain / gap:.0f} %" if gap > 0 and name != "baseline" else "-"
+def summary(bench: Bench) -> dict[str, Any]:
+    """What the table says, and val beside it: of every row its scores, their mean, and what it has above others."""
+    teacher = bench.scores(bench.teacher_folder)
+    rows = {name: bench.finished(name) for name in bench.suite.entries}
+    of_test = {name: {seed: found["test"] for seed, found in scores.items()} for name, scores in rows.items()}
+    base, inherit = of_test["baseline"], of_test.get("inherit only", {})
+    described = {}
+    for name, scores in of_test.items():
+        if scores:
+            others = name not in ("baseline", "inherit only")
+            described[name] = {
+                "scores": rows[name],
+                "mean": estimate(list(scores.values())),
+                "over_baseline": paired_difference(scores, base) if name != "baseline" else None,
+                "over_inherit_only": paired_difference(scores, inherit) if others else None,
+                "gap_closure": gap_closure(scores, base, teacher.get("test", math.nan)) if name != "baseline" else None,
+            }
+    return {
+        "suite": bench.suite.marker,
+        "metric": bench.suite.metric,
+        "length": bench.length._asdict(),
+        "dataset": checksum(bench.data),
+        "teacher": teacher,
+        "rows": described,
+    }
+
+
+def table(bench: Bench, content: Mapping[str, Any]) -> str:
+    """Markdown table of what `summary` gives, on the test split."""
+    length, rows = bench.length, content["rows"]
+    columns = {"over baseline": "over_baseline", "over inherit only": "over_inherit_only"}
+    columns = {heading: key for heading, key in columns.items() if any(row[key] for row in rows.values())}
+    header = ["run", "seeds", f"{bench.suite.called} (mean)", "lowest to highest", *columns, "gap closure"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name, row in rows.items():
+        scores = [found["test"] for found in row["scores"].values()]
         spread = f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else "one seed"
-        lines.append(f"| {name} | {len(scores)} | {mean:.1f} | {spread} | {gain:+.1f} | {closure} |")
-    return "\n".join(lines)
+        closure = row["gap_closure"]
+        cells = [name, str(len(scores)), f"{row['mean'].mean:.1f}" if row["mean"] else "-", spread]
+        cells += [difference_text(row[key]) for key in columns.values()]
+        lines.append([*cells, closure.text(".0f", 100, " %") if closure else "-"])
+    teacher = content["teacher"].get("test", math.nan)
+    about = (
+        f"Teacher: {teacher:.1f} {bench.suite.called} after {length.teacher:,} iterations of {length.teacher_images} "
+        f"images; students: {length.student:,} iterations of {length.student_images}. On test."
+    )
+    return "\n".join([about, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def difference_text(difference: Estimate | None) -> str:
+    """A difference with its interval, and whether it is noise."""
+    if difference is None:
+        return "-"
+    return difference.text() + (", noise" if difference.within_noise else "")
 
 
 def insert(text: str, marker: str) -> None:
@@ -205,6 +307,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of all suites")
     parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
+    parser.add_argument("--evaluate-only", action="store_true", help="train nothing: evaluate what is finished")
     parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
@@ -219,9 +322,9 @@ def main() -> None:
     setup_logger(name="d2kd")
     log_runtime()
     data = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "photo_digits")
-    if "DETECTRON2_DATASETS" not in os.environ or not data.is_dir():
+    if "DETECTRON2_DATASETS" not in os.environ or not (data / "test").is_dir():
         subprocess.run([sys.executable, "datasets/prepare_photo_digits.py", "--output", str(data)], check=True)
-    bench = Bench(suite, args.length, args.output, args.threads, args.opts)
+    bench = Bench(suite, args.length, args.output, args.threads, args.opts, data, not args.evaluate_only)
     names = [n for n in args.only or suite.entries if not (args.no_ablations and suite.entries[n].ablation)]
     if args.tune:
         names = [n for n in names if n in tuned(suite)]
@@ -238,11 +341,19 @@ def main() -> None:
         sys.exit(130)
     if not teacher.result():
         sys.exit(1)
-    text = tuning_table(bench) if args.tune else table(bench)
+    text = tuning_table(bench) if args.tune else conclude(bench)
     logger.info("\n%s", text)
     if DOCUMENT.is_file() and not args.no_document:
         insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}")
     sys.exit(1 if failed else 0)
+
+
+def conclude(bench: Bench) -> str:
+    """Writes `table.json`, and returns the table."""
+    content = summary(bench)
+    plain = json.loads(json.dumps(content, default=lambda found: {**vars(found), "within_noise": found.within_noise}))
+    write_json(bench.root / "table.json", plain)
+    return table(bench, content)
 
 
 def distilled_runs(bench: Bench, names: Sequence[str], args: argparse.Namespace) -> list[tuple[Any, ...]]:
