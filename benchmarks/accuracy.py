@@ -14,8 +14,8 @@ is not repeated, so the program can be stopped and started, and seeds or methods
 finished runs.
 
 Every finished run is evaluated on val, by which weights are chosen, and on test, which the tables report: into its
-folder `scores`, and again where the dataset has become another one. `--evaluate-only` does no more than that.
-Differences are paired by seed; where 0 is in their interval they are called noise. `table.json` beside the runs has all.
+folder `evaluation`, and again where the dataset has become another one. `--evaluate-only` does no more than that.
+Differences are paired by seed; where 0 is in their interval they are called noise. `table.json` beside them has all.
 """
 
 import argparse
@@ -83,7 +83,7 @@ class Bench:
 
     def evaluate(self, directory: Path, config: str, options: Sequence[Any], splits: Sequence[str] = SPLITS) -> bool:
         """Scores a finished run on parts of the dataset, unless that was done on this very dataset since it ended."""
-        folder, names = directory / "scores", [f"{self.suite.dataset}_{split}" for split in splits]
+        folder, names = directory / "evaluation", [f"{self.suite.dataset}_{split}" for split in splits]
         result, seen, dataset = folder / "result.json", folder / "dataset.json", checksum(self.data)
         folder.mkdir(exist_ok=True)
         if (
@@ -158,7 +158,7 @@ class Bench:
 
     def scores(self, directory: Path) -> dict[str, float]:
         """The suite's metric of an evaluated run, in percent, by split; NaN where it has none, {} before."""
-        path = directory / "scores/result.json"
+        path = directory / "evaluation/result.json"
         if not path.is_file():
             return {}
         task, _, name = self.suite.metric.partition("/")

@@ -41,7 +41,7 @@ def scores(context: Context, suite: str) -> list[dict[str, Any]]:
     """The metric on the test split of every finished run of a suite."""
     root = context.folder / "runs" / ("" if suite == "detection" else suite) / "short"
     found = []
-    for path in sorted(root.rglob("scores/result.json")):
+    for path in sorted(root.rglob("evaluation/result.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
         of_test = next(results for dataset, results in metrics.items() if dataset.endswith("_test"))
         task, values = next(iter(of_test.items()))

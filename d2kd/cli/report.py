@@ -2,9 +2,12 @@
 
 %(prog)s --dataset photo_digits_val --output output/report --run teacher=output/teacher \\
     --run baseline=output/baseline --run distilled=output/distilled
+%(prog)s --output output/report --run 'baseline=output/baseline/seed*' --run 'distilled=output/distilled/seed*'
 """
 
 import argparse
+import glob
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -21,10 +24,11 @@ def argument_parser() -> argparse.ArgumentParser:
         "--run",
         action="append",
         required=True,
-        type=named_value,
+        nargs="+",
         metavar="NAME=DIR",
         help="OUTPUT_DIR of a finished run of train_net.py, once for each run; gains and gap closure are computed from "
-        "the names teacher, baseline, inherit and distilled, and any other name gets its row and curve only",
+        "the names teacher, baseline, inherit and distilled, and any other name gets its row and curve only; of a run "
+        "for several seeds all folders, NAME=DIR DIR ..., or a pattern, 'NAME=DIR/seed*'",
     )
     parser.add_argument(
         "--label",
@@ -60,6 +64,25 @@ def named_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def folders_of_runs(given: list[list[str]]) -> dict[str, list[str]]:
+    """The folders of `--run NAME=DIR DIR ...`, by name; a DIR may be a pattern that stands for some.
+
+    Raises:
+        ArgumentTypeError: one has no name, or a pattern stands for no folder.
+    """
+    runs: dict[str, list[str]] = {}
+    for first, *more in given:
+        name, directory = named_value(first)
+        for pattern in (directory, *more):
+            found = [pattern]
+            if any(letter in pattern for letter in "*?[") and not os.path.exists(pattern):
+                found = sorted(path for path in glob.glob(pattern) if os.path.isdir(path))
+            if not found:
+                raise argparse.ArgumentTypeError(f"argument --run: no folder is named as {pattern!r}")
+            runs.setdefault(name, []).extend(found)
+    return runs
+
+
 def make_dataset_known(dataset_name: str, models: list["ModelResult"]) -> None:
     """Registers a dataset that is named in the configuration of one of the runs (`DATASETS.REGISTER`).
 
@@ -81,21 +104,22 @@ def main(args: argparse.Namespace, command: str) -> None:
     """Writes the report, and in it `command`, the line that made it.
 
     Raises:
-        ResultError: a run has no result, or none of the task.
+        ResultError: a run has no result, or none of the task; or what should be seeds of one differ in more than that.
         DatasetError: see `make_dataset_known`.
     """
     from d2kd.engine import log_runtime
-    from d2kd.evaluation.report import load_result, write_report
+    from d2kd.evaluation.report import write_report
     from d2kd.evaluation.results import choose_task
+    from d2kd.evaluation.seeds import load_seeds
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="d2kd")
     log_runtime()
     labels = dict(args.label)
-    first, directory = args.run[0]
+    first, (directory, *_) = next(iter(args.run.items()))
     task = args.task or choose_task(first, directory, args.dataset)
     models = {
-        name: load_result(name, directory, labels.get(name, ""), args.dataset, task) for name, directory in args.run
+        name: load_seeds(name, found, labels.get(name, ""), args.dataset, task) for name, found in args.run.items()
     }
     if args.dataset:
         make_dataset_known(args.dataset, list(models.values()))
@@ -115,7 +139,12 @@ def main(args: argparse.Namespace, command: str) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command with its arguments, by default those of the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = argument_parser().parse_args(arguments)
+    parser = argument_parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.run = folders_of_runs(args.run)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
     from d2kd.engine import run_tool
 

@@ -25,6 +25,7 @@ from d2kd.evaluation.report_pictures import (
 )
 from d2kd.evaluation.report_text import markdown
 from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
+from d2kd.evaluation.seeds import compare_seeds
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
 from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
@@ -100,6 +101,7 @@ def write_report(
         "task": task,
         "models": {name: _model_json(model) for name, model in models.items()},
         **compare(models, first.name),
+        **compare_seeds(models, first.name),
         "right_alone": compare_images(models) if classifies else None,
         "statement": statement,
         "commands": list(commands),
@@ -148,5 +150,7 @@ def _write_pictures(directory: Path, pictures: Mapping[str, bytes | None]) -> li
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
-    described = {k: v for k, v in asdict(model).items() if k != "metrics"}
+    described = {k: v for k, v in asdict(model).items() if k not in ("metrics", "runs")}
+    if model.runs:
+        described["runs"] = [_model_json(run) for run in model.runs]
     return {**model.metrics, **described, "label": model.title, "images_seen": model.images_seen}

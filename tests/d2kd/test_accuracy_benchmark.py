@@ -30,12 +30,12 @@ def accuracy(monkeypatch, tmp_path):
         started.append(line)
         if "OUTPUT_DIR" in line:
             output = Path(line[line.index("OUTPUT_DIR") + 1])
-            folder = output.parent if output.name == "scores" else output
+            folder = output.parent if output.name == "evaluation" else output
             score = 89.0 if folder.name == "teacher" else 49.0 if "baseline" in str(folder) else 69.0
             score += int(folder.name.removeprefix("seed") or 0) if folder.name.startswith("seed") else 0
             values = {n: {"bbox": {"AP": score + n}, "classification": {"top1": score + n}} for n in (0, 1)}
             content = {"metrics": values[0]}
-            if output.name == "scores":
+            if output.name == "evaluation":
                 names = line[line.index("DATASETS.TEST") + 1]
                 assert "--eval-only" in line and str(folder / "model_final.pth") in line
                 datasets = ast.literal_eval(names)
@@ -130,14 +130,14 @@ def test_finished_runs_are_evaluated_once_on_val_and_test(accuracy, tmp_path):
     arguments = ("--suite", "classification", "--seeds", 1, "--only", "baseline")
     first, second = accuracy(*arguments, evaluations=True)
     root, data = "output/accuracy/classification/short", "photo_digits_classification"
-    assert [line[-1] for line in (first, second)] == [f"{root}/teacher/scores", f"{root}/baseline/seed1/scores"]
+    assert [line[-1] for line in (first, second)] == [f"{root}/teacher/evaluation", f"{root}/baseline/seed1/evaluation"]
     assert second[second.index("DATASETS.TEST") + 1] == f"['{data}_val', '{data}_test']"
     assert accuracy(*arguments, evaluations=True) == []
     for path in tmp_path.glob(f"{root}/*/**/dataset.json"):
         path.write_text('"of another dataset"')
     assert len(accuracy(*arguments, evaluations=True)) == 2
     os.utime(tmp_path / root / "baseline/seed1/result.json", (2e9, 2e9))  # trained again
-    assert [line[-1] for line in accuracy(*arguments, evaluations=True)] == [f"{root}/baseline/seed1/scores"]
+    assert [line[-1] for line in accuracy(*arguments, evaluations=True)] == [f"{root}/baseline/seed1/evaluation"]
 
 
 def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_path):
@@ -145,7 +145,7 @@ def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_pat
     page.write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
     assert accuracy("--evaluate-only", evaluations=True) == accuracy("--evaluate-only") == []
     accuracy("--seeds", 1, 2, 3, "--only", "baseline", "inherit only", "FeatureMimic")
-    for path in tmp_path.glob("output/accuracy/short/**/scores/result.json"):
+    for path in tmp_path.glob("output/accuracy/short/**/evaluation/result.json"):
         path.unlink()
     assert len(accuracy("--evaluate-only", "--seeds", 1, 2, evaluations=True)) == 7
     table = json.loads((tmp_path / "output/accuracy/short/table.json").read_text())
@@ -187,7 +187,7 @@ def test_weights_are_tried_for_the_rows_of_a_suite(accuracy, tmp_path):
     trials = [f"{root}/tuning/LogitKD/{weight}" for weight in ("0.25", "1", "4", "16")]
     assert [line[-1] for line in lines] == [f"{root}/teacher", *trials]
     for trial in trials:  # what chooses does not see test
-        assert json.loads((tmp_path / trial / "scores/result.json").read_text())["datasets"] == [
+        assert json.loads((tmp_path / trial / "evaluation/result.json").read_text())["datasets"] == [
             "photo_digits_classification_val"
         ]
 
