@@ -15,7 +15,8 @@ finished runs.
 
 Every finished run is evaluated on val, by which weights are chosen, and on test, which the tables report: into its
 folder `evaluation`, and again where the dataset has become another one. `--evaluate-only` does no more than that.
-Differences are paired by seed; where 0 is in their interval they are called noise. `table.json` beside them has all.
+Differences are paired by seed, those of one seed are drawn over images; where 0 is in their interval they are called
+noise. `table.json` beside the runs has all of it.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from suites import FACTORS, SUITES, TUNED, TUNING_SEED, Suite, tuned
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.config import add_distill_config
 from d2kd.engine import log_runtime
+from d2kd.evaluation.image_bootstrap import bootstrap_difference, coco_matches
 from d2kd.evaluation.statistics import Estimate, estimate, gap_closure, paired_difference
 from d2kd.files import write_json
 from detectron2.config import get_cfg
@@ -176,6 +178,28 @@ class Bench:
             logger.error("%s differs from %s in more than its seed: left out", folders[seed], folders[done[0]])
         return {seed: scores[seed] for seed in same}
 
+    def over(self, name: str, other: str) -> Estimate | None:
+        """What a row has above another one on test: over the seeds that both have, or over images of the only one."""
+        scores, reference = (
+            {seed: found["test"] for seed, found in self.finished(row).items()} if row in self.suite.entries else {}
+            for row in (name, other)
+        )
+        difference = paired_difference(scores, reference)
+        if difference is None or difference.count > 1 or self.suite.metric not in ("bbox/AP", "segm/AP"):
+            return difference
+        (seed,) = [seed for seed in scores if seed in reference]
+        files = [self.root / slug(row) / f"seed{seed}" / "evaluation" / self.predictions for row in (name, other)]
+        if not all(file.is_file() for file in files):
+            return difference
+        annotations = str(self.data / "annotations/instances_test.json")
+        task = self.suite.metric.partition("/")[0]
+        return bootstrap_difference(*(coco_matches(annotations, str(file), task) for file in files))
+
+    @property
+    def predictions(self) -> str:
+        """Where the detections of an evaluation are, from its folder."""
+        return f"inference/{self.suite.dataset}_test/coco_instances_results.json"
+
 
 def without_seed(directory: Path) -> list[str]:
     """The command that made a run, without what differs from seed to seed."""
@@ -232,7 +256,7 @@ def summary(bench: Bench) -> dict[str, Any]:
     teacher = bench.scores(bench.teacher_folder)
     rows = {name: bench.finished(name) for name in bench.suite.entries}
     of_test = {name: {seed: found["test"] for seed, found in scores.items()} for name, scores in rows.items()}
-    base, inherit = of_test["baseline"], of_test.get("inherit only", {})
+    base = of_test["baseline"]
     described = {}
     for name, scores in of_test.items():
         if scores:
@@ -240,8 +264,8 @@ def summary(bench: Bench) -> dict[str, Any]:
             described[name] = {
                 "scores": rows[name],
                 "mean": estimate(list(scores.values())),
-                "over_baseline": paired_difference(scores, base) if name != "baseline" else None,
-                "over_inherit_only": paired_difference(scores, inherit) if others else None,
+                "over_baseline": bench.over(name, "baseline") if name != "baseline" else None,
+                "over_inherit_only": bench.over(name, "inherit only") if others else None,
                 "gap_closure": gap_closure(scores, base, teacher.get("test", math.nan)) if name != "baseline" else None,
             }
     return {
@@ -280,7 +304,8 @@ def difference_text(difference: Estimate | None) -> str:
     """A difference with its interval, and whether it is noise."""
     if difference is None:
         return "-"
-    return difference.text() + (", noise" if difference.within_noise else "")
+    over = " (images)" if difference.over == "images" else ""
+    return difference.text() + over + (", noise" if difference.within_noise else "")
 
 
 def insert(text: str, marker: str) -> None:
