@@ -13,10 +13,11 @@ from d2kd.evaluation.tasks import metric_named
 Cell = tuple[str, float | None]
 
 NOISE = "within noise"
+IMAGES = "images"
 
 
 def seed_table(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows of the table of seeds; without rows where every model is a single run."""
+    """Header and rows of the table of seeds; without rows where every model is a single run, and no image is drawn."""
     if not report.get("seeds"):
         return [], []
     columns = {f"over {models['baseline'].title}": "over_baseline"} if "baseline" in models else {}
@@ -35,11 +36,17 @@ def seed_table(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> 
 def seed_notes(report: Mapping[str, Any]) -> str:
     """How the table of seeds is to be read."""
     confidence = 100 * report["seeds"]["confidence"]
+    found = [of for key in ("over_baseline", "over_inherit") for of in report["seeds"][key].values() if of]
+    images = (
+        f" Where it says {IMAGES}, there is one seed, and the interval is that of test images drawn with replacement: "
+        "what another training would change is not in it, and may be more."
+    )
     return (
         f"In brackets: {confidence:.0f} % intervals (Student's t over seeds). Differences and gap closures are those "
         f"of runs with the same seed; {NOISE} means that 0 is in the interval. The teacher counts as given, and "
         "nothing is corrected for the number of comparisons: of twenty differences that are none, one is expected to "
         "look like one. Metrics and times are means over seeds; pictures and curves are those of the first one."
+        + (images if any(of["over"] == "images" for of in found) else "")
     )
 
 
@@ -52,6 +59,12 @@ def seed_findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) 
             if found is None:
                 if other in models:
                     yield f"{title} and {models[other].title} have no seed in common, so there are no pairs to compare."
+            elif found.over == "images":
+                noise = f", which is {NOISE}" if found.within_noise else ""
+                yield (
+                    f"{title} over {models[other].title}: {found.text()} {unit} over drawings of the test images"
+                    f"{noise}; another seed may change more."
+                )
             elif found.low is None:
                 yield (
                     f"{title} over {models[other].title}: {found.mean:+.1f} {unit} with the one seed that they share, "
@@ -65,7 +78,8 @@ def seed_findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) 
 def _cell(found: Estimate | None, style: str, factor: float = 1.0, unit: str = "", noise: bool = False) -> Cell:
     if found is None:
         return "-", None
-    return found.text(style, factor, unit) + (f", {NOISE}" if noise and found.within_noise else ""), found.mean
+    images = f" ({IMAGES})" if found.over == "images" else ""
+    return found.text(style, factor, unit) + images + (f", {NOISE}" if noise and found.within_noise else ""), found.mean
 
 
 def _number(value: float | None) -> str:

@@ -10,10 +10,16 @@ from typing import Any
 
 import yaml
 
+from d2kd.evaluation.image_bootstrap import bootstrap_difference, coco_matches
 from d2kd.evaluation.results import ModelResult, ResultError, load_result
 from d2kd.evaluation.statistics import CONFIDENCE, Estimate, estimate, gap_closure, paired_difference
+from d2kd.evaluation.tasks import split_variant
+from detectron2.data import MetadataCatalog
 
 logger = logging.getLogger(__name__)
+
+#: Differences over drawn images, by the names of the models.
+Drawn = Mapping[tuple[str, str], Estimate]
 
 #: Keys in which the runs of a model may differ.
 OF_A_SEED = {"SEED", "OUTPUT_DIR"}
@@ -56,15 +62,22 @@ def merge_seeds(runs: Sequence[ModelResult]) -> ModelResult:
     return replace(runs[0], metrics=metrics, wall_time_s=wall_time, seed=None, runs=tuple(runs))
 
 
-def compare_seeds(models: Mapping[str, ModelResult], metric: str) -> dict[str, Any]:
+def compare_seeds(models: Mapping[str, ModelResult], metric: str, drawn: Drawn | None = None) -> dict[str, Any]:
     """What several seeds say about a metric: means, and differences of runs that share a seed.
 
+    Args:
+        models: by name.
+        metric: what is compared.
+        drawn: differences over drawn images, which stand in where two models do not share several seeds.
+
     Returns:
-        `seeds`, None where every model is a single run; else, by the name of a model, `mean`, `over_baseline`,
-        `over_inherit` and `gap_closure` with their bounds, as `Estimate` has them. Where the distilled student and the
-        baseline share seeds, also `gain` and `gap_closure`, and likewise `inherit_gain`, as means over these seeds.
+        `seeds`, None where every model is a single run and nothing is drawn; else, by the name of a model, `mean`,
+        `over_baseline`, `over_inherit` and `gap_closure` with their bounds, as `Estimate` has them. Where the distilled
+        student and the baseline share seeds, also `gain` and `gap_closure`, and likewise `inherit_gain`, as means over
+        these seeds.
     """
-    if not any(model.runs for model in models.values()):
+    drawn = drawn or {}
+    if not drawn and not any(model.runs for model in models.values()):
         return {"seeds": None}
     values = {name: model.by_seed(metric) for name, model in models.items()}
     baseline, inherit = values.get("baseline", {}), values.get("inherit", {})
@@ -73,8 +86,10 @@ def compare_seeds(models: Mapping[str, ModelResult], metric: str) -> dict[str, A
     others = [name for name in students if name != "baseline"]
     found = {
         "mean": {name: estimate(list(of_model.values())) for name, of_model in values.items()},
-        "over_baseline": {name: paired_difference(values[name], baseline) for name in others},
-        "over_inherit": {name: paired_difference(values[name], inherit) for name in others if name != "inherit"},
+        "over_baseline": {n: drawn.get((n, "baseline")) or paired_difference(values[n], baseline) for n in others},
+        "over_inherit": {
+            n: drawn.get((n, "inherit")) or paired_difference(values[n], inherit) for n in others if n != "inherit"
+        },
         "gap_closure": {name: gap_closure(values[name], baseline, teacher) for name in others},
     }
     known = {
@@ -85,6 +100,29 @@ def compare_seeds(models: Mapping[str, ModelResult], metric: str) -> dict[str, A
     described = {key: {name: _described(x) for name, x in of_model.items()} for key, of_model in found.items()}
     seeds = {"confidence": CONFIDENCE, "values": values, **described}
     return {"seeds": seeds, **{key: estimated.mean for key, estimated in known.items() if estimated}}
+
+
+def draw_images(models: Mapping[str, ModelResult], dataset_name: str, task: str, drawings: int) -> Drawn:
+    """Differences of AP, with their intervals over drawn images, of single runs against baseline and inherit only.
+
+    Returns:
+        Nothing where models have no detections on a dataset in COCO's format.
+    """
+    annotations = MetadataCatalog.get(dataset_name).get("json_file")
+    single = {name: model.predictions_file for name, model in models.items() if not model.runs and name != "teacher"}
+    if split_variant(task)[0] not in ("bbox", "segm") or annotations is None:
+        logger.warning("--drawings is for boxes and masks on a dataset in COCO's format: no images are drawn.")
+        return {}
+    matches = {
+        name: coco_matches(annotations, file, split_variant(task)[0])
+        for name, file in single.items()
+        if file is not None
+    }
+    pairs = [(n, other) for other in ("baseline", "inherit") for n in matches if n not in ("baseline", other)]
+    drawn = {
+        (n, other): bootstrap_difference(matches[n], matches[other], drawings) for n, other in pairs if other in matches
+    }
+    return {pair: found for pair, found in drawn.items() if found is not None}
 
 
 def estimate_in(report: Mapping[str, Any], key: str, name: str) -> Estimate | None:

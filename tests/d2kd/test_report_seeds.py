@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detections import made
+from runs import forget
 
 from d2kd.cli.report import run
 from d2kd.evaluation.results import ResultError, load_result
 from d2kd.evaluation.seeds import load_seeds
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 def write_run(folder: Path, ap: float, seed: int, **changes: object) -> Path:
@@ -111,6 +114,46 @@ def test_runs_that_are_not_seeds_of_one_another_are_refused(runs, seed, changes,
     with pytest.raises(ResultError, match=message) as caught:
         load_seeds("distilled", [str(runs / "distilled/seed1"), str(other)])
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """The arguments of a report on detections of two single runs on a dataset, and on the same ones once more."""
+    truth, better = made(1, 0.9)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    for name, found in (("baseline", made(2, 0.5)[1]), ("inherit", better), ("distilled", better)):
+        folder = write_run(tmp_path / name, 1.0 if name == "baseline" else 2.0, 1) / "inference"
+        folder.mkdir()
+        (folder / "coco_instances_results.json").write_text(json.dumps(found))
+    DatasetCatalog.register("val", list)
+    MetadataCatalog.get("val").set(
+        json_file=str(tmp_path / "truth.json"),
+        thing_classes=["0", "1", "2"],
+        thing_dataset_id_to_contiguous_id={7: 0, 8: 1, 9: 2},
+    )
+    yield ["--dataset", "val", *(f"--run={n}={tmp_path / n}" for n in ("baseline", "inherit", "distilled"))]
+    forget({"val"})
+
+
+def test_single_runs_get_intervals_over_drawn_images(tmp_path, drawn):
+    content, text, page = report(tmp_path, *drawn, "--drawings", "100")
+    gain = content["seeds"]["over_baseline"]["distilled"]
+    assert gain["over"] == "images" and gain["low"] < gain["mean"] < gain["high"] and not gain["within_noise"]
+    assert content["seeds"]["over_inherit"]["distilled"]["within_noise"]
+    assert "AP over drawings of the test images; another seed may change more." in text
+    assert "+0.0 [+0.0, +0.0] (images), within noise" in text and "+0.0 [+0.0, +0.0] (images), within noise" in page
+    assert "Where it says images, there is one seed" in text
+    assert report(tmp_path, *drawn)[0]["seeds"] is None
+
+
+def test_drawings_without_a_dataset_or_below_none_are_errors(tmp_path, drawn, capfd):
+    for arguments, message in (
+        ([*drawn[2:], "--drawings", "9"], "--drawings needs --dataset"),
+        ([*drawn, "--drawings", "-1"], "--drawings is -1; it must be at least 0."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run([*arguments, "--output", str(tmp_path / "none")])
+        assert stop.value.code == 2 and message in "".join(capfd.readouterr())
 
 
 def test_keys_of_another_version_and_datasets_not_used_do_not_count(runs, caplog):
