@@ -104,14 +104,17 @@ def main() -> None:
         sys.exit(1)
     text = tuning_table(bench) if args.tune else conclude(bench)
     logger.info("\n%s", text)
-    if DOCUMENT.is_file() and not args.no_document:
+    if text and DOCUMENT.is_file() and not args.no_document:
         insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}")
     sys.exit(1 if failed else 0)
 
 
 def conclude(bench: Bench) -> str:
-    """Writes `table.json`, and returns the table."""
+    """Writes `table.json`, and returns the table; "" where no run is finished."""
     content = summary(bench)
+    if not content["rows"]:
+        logger.warning("No run of %s is finished.", bench.root)
+        return ""
     plain = json.loads(json.dumps(content, default=lambda found: {**vars(found), "within_noise": found.within_noise}))
     write_json(bench.root / "table.json", plain)
     return table(bench, content)

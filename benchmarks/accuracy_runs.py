@@ -162,18 +162,14 @@ class Bench:
         difference = paired_difference(scores, reference)
         if difference is None or difference.count > 1 or self.suite.metric not in ("bbox/AP", "segm/AP"):
             return difference
-        (seed,) = [seed for seed in scores if seed in reference]
-        files = [self.root / slug(row) / f"seed{seed}" / "evaluation" / self.predictions for row in (name, other)]
-        if not all(file.is_file() for file in files):
+        shared = [seed for seed in scores if seed in reference]
+        folders = [self.root / slug(row) / f"seed{shared[0]}" / "evaluation" for row in (name, other)]
+        files = [folder / f"inference/{self.suite.dataset}_test/coco_instances_results.json" for folder in folders]
+        if len(shared) > 1 or not all(file.is_file() for file in files):
             return difference
         annotations = str(self.data / "annotations/instances_test.json")
         task = self.suite.metric.partition("/")[0]
         return bootstrap_difference(*(coco_matches(annotations, str(file), task) for file in files))
-
-    @property
-    def predictions(self) -> str:
-        """Where the detections of an evaluation are, from its folder."""
-        return f"inference/{self.suite.dataset}_test/coco_instances_results.json"
 
 
 def without_seed(directory: Path) -> list[str]:

@@ -92,7 +92,7 @@ def folders_of_runs(given: list[list[str]]) -> dict[str, list[str]]:
 
 
 def make_dataset_known(dataset_name: str, models: list["ModelResult"]) -> None:
-    """Registers a dataset that is named in the configuration of one of the runs (`DATASETS.REGISTER`).
+    """Registers a dataset that is named in the configuration (`DATASETS.REGISTER`) of a run or of its evaluation.
 
     Raises:
         DatasetError: no such dataset is registered, nor named in a configuration.
@@ -101,9 +101,11 @@ def make_dataset_known(dataset_name: str, models: list["ModelResult"]) -> None:
     from d2kd.engine import load_config
     from detectron2.data import DatasetCatalog
 
-    for model in models:
-        if dataset_name not in DatasetCatalog.list() and model.config_file:
-            register_datasets(load_config(model.config_file))
+    configs = [config for model in models if (config := model.config_file)]
+    configs += [os.path.join(os.path.dirname(config), "evaluation", "config.yaml") for config in configs]
+    for config in filter(os.path.isfile, configs):
+        if dataset_name not in DatasetCatalog.list():
+            register_datasets(load_config(config))
     if dataset_name not in DatasetCatalog.list():
         raise DatasetError(f"--dataset {dataset_name}: it is not registered, and no run's config.yaml names it.")
 

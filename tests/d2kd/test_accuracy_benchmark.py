@@ -142,8 +142,10 @@ def test_finished_runs_are_evaluated_once_on_val_and_test(accuracy, tmp_path):
 
 def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_path):
     page = tmp_path / "docs/benchmarks.md"
-    page.write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
+    before = "<!-- accuracy short -->\nold\n<!-- /accuracy short -->\n"
+    page.write_text(before)
     assert accuracy("--evaluate-only", evaluations=True) == accuracy("--evaluate-only") == []
+    assert page.read_text() == before  # nothing is finished
     accuracy("--seeds", 1, 2, 3, "--only", "baseline", "inherit only", "FeatureMimic")
     for path in tmp_path.glob("output/accuracy/short/**/evaluation/result.json"):
         path.unlink()
