@@ -114,7 +114,9 @@ class DistilledModel(nn.Module):
         with contextlib.ExitStack() as stack:
             student, teacher = {}, {}
             if active:  # else nothing needs the teacher any more
-                teacher = stack.enter_context(self.passes.around_student(batched_inputs, active))
+                teacher = stack.enter_context(
+                    self.passes.around_student(batched_inputs, self._methods_of_passes(active))
+                )
                 student = stack.enter_context(self._taps.recording())
             losses = dict(self.student(batched_inputs))
         if self.task_weight != 1.0:
@@ -137,6 +139,11 @@ class DistilledModel(nn.Module):
         for method, factor in factors.items():
             get_event_storage().put_scalar(f"schedule/{method}", factor, smoothing_hint=False)
         return losses
+
+    def _methods_of_passes(self, active: Sequence[str]) -> Sequence[str] | None:
+        """Those of the active methods, where the others have passes that need not run; None, all, where not."""
+        spares = any(self.passes.sources[method] for method in self.distillers if method not in active)
+        return active if spares else None
 
     def _show_boxes(self, batched_inputs: BatchedInputs | None) -> None:
         """Gives the ground truth's boxes, where there are some, to the methods that look at them."""

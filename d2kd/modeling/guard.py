@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2kd.config import declare_keys
+from d2kd.config import declare_keys, get_key
 from d2kd.settings import setting
 from detectron2.config import CfgNode
 
@@ -61,8 +61,9 @@ class GradientGuard:
         node = cfg.DISTILL.GUARD
         if not node.ENABLED:
             return None
-        # each batch of an iteration is measured
-        measurements = math.ceil(node.PATIENCE / cfg.DISTILL.BALANCE_PERIOD) * cfg.SOLVER.ACCUMULATE
+        # a teacher may take part in some iterations only, and each batch of an iteration is measured
+        period = math.lcm(cfg.DISTILL.BALANCE_PERIOD, get_key(cfg, "DISTILL.TEACHER.EVERY", 1))
+        measurements = math.ceil(node.PATIENCE / period) * cfg.SOLVER.ACCUMULATE
         return cls(methods, measurements, node.FACTOR)
 
     def start(self) -> GuardState:
