@@ -117,8 +117,10 @@ def run_steps(trainer: Any) -> Step:
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
     trainer.iter = trainer.start_iter
+    if distilled is not None:
+        trainer.iter -= trainer.iter % distilled.every  # an iteration with the teacher
     seen = Step()
-    with EventStorage(trainer.start_iter) as trainer.storage:
+    with EventStorage(trainer.iter) as trainer.storage:
         if distilled is not None:
             for method, batches in calibrate(distilled, trainer.data_loader, at_most=1).items():
                 logger.info("%s has looked at 1 batch; a training shows it %d.", method, batches)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2kd.distillers import Distiller, FeatureMaps
-from detectron2.utils.events import EventStorage, has_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 
 from .architectures import architecture_of
 from .balance import GradientBalance
@@ -32,6 +32,7 @@ class DistilledModel(nn.Module):
         distillers: Mapping[str, Distiller],
         balance: GradientBalance | None = None,
         task_weight: float = 1.0,
+        every: int = 1,
     ) -> None:
         """
         Args:
@@ -40,12 +41,14 @@ class DistilledModel(nn.Module):
             distillers: by the name that their losses carry.
             balance: measures, logs or scales the methods' gradients; None does neither.
             task_weight: factor on the student's own losses.
+            every: teacher and methods take part in every n-th iteration, with losses n times as large.
         """
         super().__init__()
         self.student = student
         self.passes = passes
         self.distillers = nn.ModuleDict(distillers)
         self.task_weight = task_weight
+        self.every = every
         self._calls = 0
         self.set_balance(balance)
 
@@ -87,6 +90,10 @@ class DistilledModel(nn.Module):
         with self._storage():
             return self._losses(batched_inputs)
 
+    def takes_part(self, iteration: int) -> bool:
+        """Returns whether teacher and methods take part in an iteration, counted from the first one of the run."""
+        return iteration % self.every == 0
+
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:
         """Detectron2's models write numbers into the storage of a training loop, which one's own may not have."""
@@ -98,6 +105,8 @@ class DistilledModel(nn.Module):
         if not self.distillers:
             return dict(self.student(batched_inputs))
         batched_inputs = self._to_device(batched_inputs)
+        if not self.takes_part(get_event_storage().iter):
+            return self._task_alone(batched_inputs)
         with self.passes.around_student(batched_inputs) as teacher, self._taps.recording() as student:
             losses = dict(self.student(batched_inputs))
         if self.task_weight != 1.0:
@@ -109,7 +118,19 @@ class DistilledModel(nn.Module):
         if self.balance is not None:
             distilled = self.balance(losses, distilled, [student[name] for name in self._balanced_taps])
         for named in distilled.values():
-            losses.update(named)
+            losses.update(named if self.every == 1 else {name: self.every * loss for name, loss in named.items()})
+        return losses
+
+    def _task_alone(self, batched_inputs: BatchedInputs) -> dict[str, Tensor]:
+        """The student's losses of an iteration without a teacher; what methods train has a gradient of 0 there.
+
+        So all processes of a data-parallel run wait for the same gradients in every iteration.
+        """
+        losses = {name: self.task_weight * loss for name, loss in self.student(batched_inputs).items()}
+        trained = [p.sum() for p in self.distillers.parameters() if p.requires_grad]
+        if trained:
+            name = next(iter(losses))
+            losses[name] = losses[name] + 0.0 * sum(trained)
         return losses
 
     @torch.no_grad()

@@ -2,15 +2,19 @@
 
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from .build import TeacherPasses, build_passes
+from .cached import CachedDensePass
+from .clock import TeacherClock
 from .dense import DensePass
 from .masked import MaskedTeacher
 from .regions import RegionPass
 
 __all__ = [
     "TEACHER_PASSES",
+    "CachedDensePass",
     "DensePass",
     "MaskedTeacher",
     "RegionPass",
+    "TeacherClock",
     "TeacherFeatures",
     "TeacherPass",
     "TeacherPasses",

@@ -1,0 +1,37 @@
+"""Features of a teacher on the disk: what they belong to, how they are kept, and where."""
+
+from . import keys  # noqa: F401  (declares DISTILL.CACHE)
+from .cache import ABOUT, FOUND, GB, FeatureCache, FeatureReader, Found, Prefetch, read_about
+from .canvas import Canvas, Padding, PaddingError, Size, paste
+from .encoding import DTYPES, DamagedEntryError, Entry, decode, encode, read_entry, size_of
+from .identity import collection_name, describe_arithmetic, describe_collection, image_key
+from .store import FeatureStore, StoredFile
+
+__all__ = [
+    "ABOUT",
+    "DTYPES",
+    "FOUND",
+    "GB",
+    "Canvas",
+    "DamagedEntryError",
+    "Entry",
+    "FeatureCache",
+    "FeatureReader",
+    "FeatureStore",
+    "Found",
+    "Padding",
+    "PaddingError",
+    "Prefetch",
+    "Size",
+    "StoredFile",
+    "collection_name",
+    "decode",
+    "describe_arithmetic",
+    "describe_collection",
+    "encode",
+    "image_key",
+    "paste",
+    "read_about",
+    "read_entry",
+    "size_of",
+]
