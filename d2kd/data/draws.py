@@ -1,11 +1,17 @@
 """In how many ways a training augments an image: finitely many, so that all can be kept, or anew every time."""
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch.utils.data import Dataset
+
+from d2kd.modeling.architectures import architecture_class
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
+
+from .loader import ResumableLoader, seed_way
 
 #: What an augmentation chooses from, as augmentations that choose nothing; None where there is no end of it.
 Ways = Sequence[Any] | None
@@ -74,6 +80,63 @@ def endless_draws(cfg: CfgNode, loader: Any) -> str:
     if node.COLOR_AUG_SSD:
         return f"colors change at random (INPUT.COLOR_AUG_SSD): set it False, or {advice}"
     return f"images are augmented in ways that d2kd cannot count: {advice}"
+
+
+def mixes_sizes(cfg: CfgNode, loader: Any) -> bool:
+    """Returns whether batches of a training may hold images of several sizes.
+
+    Args:
+        cfg: of the training.
+        loader: of the training.
+    """
+    records = getattr(loader, "records", None)
+    if records is None:
+        return True
+    if loader.batch_size == 1 or architecture_class(cfg).CLASSIFIES_IMAGES:
+        return False
+    if len(set(cfg.INPUT.MIN_SIZE_TRAIN)) > 1 or cfg.INPUT.CROP.ENABLED or loader.draws:
+        return True
+    sizes = ((record.get("height"), record.get("width")) for record in records)
+    first = next(sizes, None)
+    return any(size != first for size in sizes)
+
+
+class EveryWay(Dataset[Any]):
+    """Every image of a training, augmented in every way that the training may augment it; None for one that is skipped.
+
+    Those of an image stand one after the other.
+    """
+
+    def __init__(self, loader: ResumableLoader) -> None:
+        """
+        Args:
+            loader: of the training, of which `endless_draws` is "".
+        """
+        self.records = loader.records
+        self.draws = loader.draws
+        if self.draws:
+            self.mappers = [loader.mapper] * self.draws
+        else:
+            ways = ways_to_augment(loader.mapper) or []
+            self.mappers = [_with_augmentations(loader.mapper, way) for way in ways]
+
+    def __len__(self) -> int:
+        return len(self.records) * len(self.mappers)
+
+    def __getitem__(self, number: int) -> Any:
+        index, way = divmod(number, len(self.mappers))
+        if self.draws:
+            seed_way(index, way)
+        return self.mappers[way](self.records[index])
+
+
+def _with_augmentations(mapper: Any, augmentations: list[Any]) -> Any:
+    changed = copy.copy(mapper)
+    if hasattr(mapper, "mapper"):
+        changed.mapper = _with_augmentations(mapper.mapper, augmentations)
+    else:
+        changed.augmentations = T.AugmentationList(augmentations)
+    return changed
 
 
 def _inner(mapper: Any) -> Any:

@@ -193,8 +193,10 @@ class _SeededDataset(Dataset[dict[str, Any]]):
     def _load(self, draw: Draw) -> Any:
         position, index = draw
         seed = derive_seed(*self.seed, position)
-        # one of a few ways to augment this image, which do not depend on the run
-        _seed(seed if self.draws == 0 else derive_seed(index, seed % self.draws, _OF_IMAGE))
+        if self.draws:
+            seed_way(index, seed % self.draws)
+        else:
+            _seed(seed)
         for _ in range(MAX_REPLACEMENTS):
             data = self.mapper(self.records[index])
             if data is not None:
@@ -222,6 +224,16 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
+
+
+def seed_way(index: int, way: int) -> None:
+    """Sets all three random states to those of a way to augment an image (DATALOADER.DRAWS), whatever the run's seed.
+
+    Args:
+        index: of the image in the dataset.
+        way: from 0 on.
+    """
+    _seed(derive_seed(index, way, _OF_IMAGE))
 
 
 def _init_worker(worker: int) -> None:

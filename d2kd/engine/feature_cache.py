@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from d2kd.data.draws import endless_draws, ways_to_augment
+from d2kd.data.draws import endless_draws, mixes_sizes, ways_to_augment
 from d2kd.distillers import Distiller
 from d2kd.modeling import DistilledModel
 from d2kd.modeling.feature_cache import GB, Prefetch
@@ -56,24 +56,12 @@ def describe(cfg: CfgNode, dense: CachedDensePass, loader: Any) -> str:
     records = getattr(loader, "records", None)
     many = "" if records is None or not ways else f"{len(records):,} images in {ways} ways each; "
     paddings = ""
-    if not cache.reader.alone and _mixes_sizes(cfg, loader):
+    if not cache.reader.alone and mixes_sizes(cfg, loader):
         paddings = (
-            " Batches of images of several sizes are padded to several sizes, and each has an entry of its own: with "
-            "DISTILL.CACHE.PADDING image there is one for each image and way."
+            " Batches mix images of several sizes, so each is padded to several sizes, with an entry for each: with "
+            "DISTILL.CACHE.RUN image there is one for each image and way."
         )
     return (
         f"Cache of the teacher's features in {cache.store.folder}/{cache.collection} ({cache.dtype}; "
         f"{', '.join(dense.taps)}): {many}{len(sizes):,} entries of {sum(sizes) / GB:.2f} GB are there.{paddings}"
     )
-
-
-def _mixes_sizes(cfg: CfgNode, loader: Any) -> bool:
-    """Whether batches may hold images of several sizes."""
-    records = getattr(loader, "records", None)
-    if records is None or loader.batch_size == 1 or cfg.INPUT.CROP.ENABLED:
-        return False
-    if len(set(cfg.INPUT.MIN_SIZE_TRAIN)) > 1:
-        return True
-    sizes = ((record.get("height"), record.get("width")) for record in records)
-    first = next(sizes, None)
-    return any(size != first for size in sizes)

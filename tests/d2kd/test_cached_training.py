@@ -1,6 +1,5 @@
 """Trainings that read the teacher's features from the disk: they end as with an empty cache, bit by bit."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 

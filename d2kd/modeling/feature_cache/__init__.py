@@ -1,18 +1,17 @@
 """Features of a teacher on the disk: what they belong to, how they are kept, and where."""
 
 from . import keys  # noqa: F401  (declares DISTILL.CACHE)
-from .cache import ABOUT, FOUND, GB, FeatureCache, FeatureReader, Found, Prefetch, read_about
-from .canvas import Canvas, Padding, PaddingError, Size, paste
+from .cache import FOUND, GB, FeatureCache, FeatureReader, Found, Prefetch, read_about
+from .canvas import Padding, PaddingError, Size, paste, without_images
 from .encoding import DTYPES, DamagedEntryError, Entry, decode, encode, read_entry, size_of
 from .identity import collection_name, describe_arithmetic, describe_collection, image_key
-from .store import FeatureStore, StoredFile
+from .store import ABOUT, FeatureStore, StoredFile
 
 __all__ = [
     "ABOUT",
     "DTYPES",
     "FOUND",
     "GB",
-    "Canvas",
     "DamagedEntryError",
     "Entry",
     "FeatureCache",
@@ -34,4 +33,5 @@ __all__ = [
     "read_about",
     "read_entry",
     "size_of",
+    "without_images",
 ]

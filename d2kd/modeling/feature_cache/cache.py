@@ -19,7 +19,7 @@ from ..teacher import Teacher
 from .canvas import Padding, Size
 from .encoding import Entry, encode, read_entry
 from .identity import blank_key, collection_name, describe_collection, image_key
-from .store import FeatureStore
+from .store import ABOUT, FeatureStore
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 FOUND = "teacher_features"
 #: Entries that wait for the disk; the training waits with more.
 _WAITING = 64
-ABOUT = "about.json"
 GB = 10**9
 
 
@@ -49,7 +48,7 @@ class FeatureReader:
             store: where entries lie.
             collection: the teacher's.
             padding: of the teacher.
-            alone: pad each image as if it were alone, not as its batch is.
+            alone: whether the teacher sees each image alone, and not its batch.
         """
         self.store = store
         self.collection = collection
@@ -61,8 +60,9 @@ class FeatureReader:
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         found = []
         for image, size in zip(images, sizes):
-            canvas = self.padding.canvas([size] if self.alone else sizes)
-            key = image_key(image, canvas, self.collection)
+            together = [size] if self.alone else sizes
+            canvas = self.padding.canvas(together)
+            key = image_key(image, canvas, len(together), self.collection)
             found.append(Found(key, canvas, self.find(key)))
         return found
 
@@ -109,7 +109,7 @@ class FeatureCache:
             described: what the features depend on, see `describe_collection`.
             padding: of the teacher.
             dtype: of `DTYPES`.
-            alone: pad each image as if it were alone, not as its batch is.
+            alone: whether the teacher sees each image alone, and not its batch.
             max_bytes: of the whole store.
 
         Raises:
@@ -143,7 +143,7 @@ class FeatureCache:
             describe_collection(cfg, teacher, taps),
             Padding.of(teacher.model),
             dtype=node.DTYPE,
-            alone=node.PADDING == "image",
+            alone=node.RUN == "image",
             max_bytes=int(node.MAX_GB * GB),
         )
 

@@ -1,11 +1,10 @@
-"""Padding: what an image becomes in a batch with larger ones, and how the teacher sees one image padded so."""
+"""Padding: the size that images have in their batch, and what a map has around that of an image seen alone."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2kd.errors import UserError
@@ -15,7 +14,7 @@ Size = tuple[int, int]
 
 
 class PaddingError(UserError):
-    """A teacher whose padding cannot be that of a batch."""
+    """A teacher whose maps cannot be put into those of a batch."""
 
 
 class Padding(NamedTuple):
@@ -42,84 +41,33 @@ class Padding(NamedTuple):
         return -(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor
 
 
-class Canvas:
-    """Shows a model one image on the canvas that a batch with others would have."""
+@contextlib.contextmanager
+def without_images(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the backbone gets padding in place of the images of a batch.
 
-    def __init__(self, model: nn.Module) -> None:
-        """
-        Args:
-            model: of Detectron2, whose backbone is called with a batch of normalized images.
-        """
-        self.model = model
-        self.padding = Padding.of(model)
-        self._padded: dict[Size, Size] = {}
+    Raises:
+        PaddingError: the model has no backbone that is called with a batch of padded images.
+    """
+    cleared: list[bool] = []
 
-    @contextlib.contextmanager
-    def __call__(self, canvas: Size, blank: bool = False) -> Iterator[None]:
-        """Inside the block, the backbone gets the one image of a forward pass padded to a canvas.
+    def clear(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not arguments or not isinstance(arguments[0], Tensor) or arguments[0].dim() != 4:
+            return None
+        cleared.append(True)
+        return (torch.zeros_like(arguments[0]), *arguments[1:])
 
-        Args:
-            canvas: of `Padding.canvas`; the model may pad to more.
-            blank: nothing but padding.
-
-        Raises:
-            PaddingError: the model has no such backbone.
-        """
-        height, width = self._padded_size(canvas)
-        seen: list[Size] = []
-
-        def pad(images: Tensor) -> Tensor:
-            images = F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
-            seen.append((images.shape[-2], images.shape[-1]))
-            return torch.zeros_like(images) if blank else images
-
-        with self._changing_images(pad):
-            yield
-        if seen[:1] != [(height, width)]:
-            raise self._error()
-
-    def _padded_size(self, canvas: Size) -> Size:
-        """What the model itself makes of images of that size."""
-        if canvas not in self._padded:
-            seen: list[Size] = []
-
-            def note(images: Tensor) -> Tensor:
-                seen.append((images.shape[-2], images.shape[-1]))
-                raise _Seen
-
-            image = torch.zeros((3, *canvas), dtype=torch.uint8, device=next(self.model.parameters()).device)
-            with self._changing_images(note), contextlib.suppress(_Seen), torch.no_grad():
-                self.model([{"image": image, "height": canvas[0], "width": canvas[1]}])
-            if not seen:
-                raise self._error()
-            self._padded[canvas] = seen[0]
-        return self._padded[canvas]
-
-    @contextlib.contextmanager
-    def _changing_images(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not arguments or not isinstance(arguments[0], Tensor) or arguments[0].dim() != 4:
-                return None
-            return (change(arguments[0]), *arguments[1:])
-
-        backbone = getattr(self.model, "backbone", None)
-        if not isinstance(backbone, nn.Module):
-            raise self._error()
-        handle = backbone.register_forward_pre_hook(hook)
-        try:
-            yield
-        finally:
+    backbone = getattr(model, "backbone", None)
+    handle = backbone.register_forward_pre_hook(clear) if isinstance(backbone, nn.Module) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
             handle.remove()
-
-    def _error(self) -> PaddingError:
-        return PaddingError(
-            f"DISTILL.CACHE.DIR: a {type(self.model).__name__} has no backbone that is called with a batch of padded "
-            'images, so the cache cannot pad them as its batches are. Set it to "", and the teacher runs.'
+    if not cleared:
+        raise PaddingError(
+            f"DISTILL.CACHE.RUN is image, and a {type(model).__name__} has no backbone that is called with a batch of "
+            "padded images: set it to batch."
         )
-
-
-class _Seen(Exception):
-    """Ends a forward pass whose only purpose was its first step."""
 
 
 def paste(blank: Tensor, feature: Tensor) -> Tensor:

@@ -180,5 +180,5 @@ def _checksum(parts: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     for name in sorted(parts):
         x = parts[name]
         value = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), value)
-        value = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy().data, value)
     return f"{value:08x}"

@@ -44,7 +44,7 @@ def describe_collection(cfg: CfgNode, teacher: Teacher, taps: Sequence[str]) -> 
         "arithmetic": describe_arithmetic(cfg, teacher),
         "taps": sorted(taps),
         "dtype": cfg.DISTILL.CACHE.DTYPE,
-        "padding": cfg.DISTILL.CACHE.PADDING,
+        "run": cfg.DISTILL.CACHE.RUN,
     }
 
 
@@ -66,16 +66,18 @@ def collection_name(described: dict[str, Any]) -> str:
     return _digest(json.dumps(described, sort_keys=True, default=str).encode())[:16]
 
 
-def image_key(image: Tensor, canvas: tuple[int, int], collection: str) -> str:
+def image_key(image: Tensor, canvas: tuple[int, int], images: int, collection: str) -> str:
     """Returns the key of an image: of its pixels as the teacher gets them, so that an altered file, or another draw of
     the augmentation, is another image.
 
     Args:
         image: (C, H, W), on the CPU.
         canvas: height and width that it is padded to, in pixels.
+        images: that the teacher gets together with it: the same sums are added up in another order among more.
         collection: that the entry belongs to; a file in the folder of another one is so found out.
     """
-    digest = hashlib.blake2b(f"{collection} {image.dtype} {tuple(image.shape)} {canvas} ".encode(), digest_size=16)
+    shape = f"{collection} {image.dtype} {tuple(image.shape)} {canvas} {images} "
+    digest = hashlib.blake2b(shape.encode(), digest_size=16)
     digest.update(image.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

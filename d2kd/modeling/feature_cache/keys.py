@@ -5,7 +5,7 @@ from d2kd.settings import setting
 
 from .encoding import DTYPES
 
-PADDINGS = ("batch", "image")
+RUNS = ("batch", "image")
 
 declare_keys(
     "DISTILL.CACHE",
@@ -20,12 +20,12 @@ declare_keys(
         "between the least and the largest number of each channel of an image.",
         choices=DTYPES,
     ),
-    PADDING=setting(
+    RUN=setting(
         "batch",
-        "What the teacher sees right of and below an image: batch, the padding up to the largest image of its batch, "
-        "as without a cache, and an entry for each size of it | image, that of the image alone, as in evaluation: as "
-        "many entries as sizes and flips.",
-        choices=PADDINGS,
+        "What the teacher sees where an entry is missing: batch, as without a cache, so that it gives the same to the "
+        "bit; size and number of the images of a batch are part of an entry | image, each image alone, as in "
+        "evaluation; an entry for each size and flip serves all batches.",
+        choices=RUNS,
     ),
     MAX_GB=setting(
         100.0,

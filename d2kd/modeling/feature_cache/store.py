@@ -24,6 +24,8 @@ from .encoding import DamagedEntryError, Entry, read_entry
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+#: What a collection is of.
+ABOUT = "about.json"
 #: Seconds after which a file under a temporary name is that of a process that was killed.
 _ABANDONED = 3600.0
 #: Seconds for which the time of the last use need not be renewed.
@@ -71,7 +73,7 @@ class FeatureStore:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 data = torch.empty(status.st_size, dtype=torch.uint8)
-                count = file.readinto(data.numpy())
+                count = file.readinto(data.numpy().data)
             entry = read_entry(data[:count], key)
         except DamagedEntryError as error:
             self.damaged += 1
@@ -111,8 +113,8 @@ class FeatureStore:
                 yield from _files(shard)
 
     def collections(self) -> list[Path]:
-        """Returns the folders of all collections."""
-        return sorted(_folders(self.folder))
+        """Returns the folders of all collections: those that say what they hold."""
+        return sorted(folder for folder in _folders(self.folder) if (folder / ABOUT).is_file())
 
     def clear(self, collection: str = "") -> tuple[int, int]:
         """Removes all entries, or a collection; returns how many there were, and their bytes.

@@ -1,22 +1,25 @@
-"""The pass over the whole image, from the disk: the teacher runs on the images alone that are not there."""
+"""The pass over the whole image, from the disk: the teacher runs for the images alone that are not there."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..feature_cache import FOUND, Canvas, FeatureCache, Found, Size, decode, paste
+from d2kd.errors import ConfigError
+
+from ..feature_cache import Entry, FeatureCache, Found, Size, decode, paste, without_images
 from ..teacher import BatchedInputs, Teacher
 from .base import TeacherFeatures
 from .dense import DensePass
 
 
 class CachedDensePass(DensePass):
-    """Reads the teacher's features, and runs it, one image at a time, for those that are not there.
+    """Reads the teacher's features, and runs it for those that are not there.
 
-    An image alone gives the same bits whatever else is in its batch, or in the cache: a run ends equal with an empty,
-    a half-filled and a full one. What was just computed is compared as it will be read.
+    In a batch with a missing image the teacher sees the whole batch, so that it gives what it gives without a cache;
+    or each missing image alone. What was computed is compared as it will be read. So a run ends equal with an empty, a
+    half-filled and a full cache.
     """
 
     def __init__(self, teacher: Teacher, taps: Iterable[str], cache: FeatureCache) -> None:
@@ -31,7 +34,6 @@ class CachedDensePass(DensePass):
         """
         super().__init__(teacher, taps)
         self.cache = cache
-        self._canvas = Canvas(teacher.model)
         self._blanks: tuple[Size, dict[str, Tensor]] | None = None
 
     def uncached(self) -> DensePass:
@@ -44,38 +46,59 @@ class CachedDensePass(DensePass):
     ) -> TeacherFeatures:
         """As in the base class."""
         found = self.cache.find(batched_inputs)
-        images = [self._features(x, of_image) for x, of_image in zip(batched_inputs, found)]
+        images = self._features(batched_inputs, found)
         if len({of_image.canvas for of_image in found}) > 1:
             blank = self._blank(batched_inputs)
             images = [{tap: paste(blank[tap], x) for tap, x in features.items()} for features in images]
         return TeacherFeatures({tap: torch.cat([features[tap] for features in images]) for tap in self.taps}, {})
 
-    def _features(self, inputs: Mapping[str, Any], found: Found) -> dict[str, Tensor]:
-        """Of one image, by tap; all contiguous, so that what is computed with them takes one way."""
-        device = inputs["image"].device
+    def _features(self, batched_inputs: BatchedInputs, found: Sequence[Found]) -> list[dict[str, Tensor]]:
+        """Of each image, by tap; all of them contiguous, so that what follows computes with them in one way."""
+        device = batched_inputs[0]["image"].device
         # the loader may have looked before this process has written
-        entry = found.entry or self.cache.reader.find(found.key)
-        if entry is not None:
-            self.cache.hits += 1
-            return decode(entry, device)
-        self.cache.misses += 1
-        return self._compute({k: v for k, v in inputs.items() if k != FOUND}, found)
+        entries = [of_image.entry or self.cache.reader.find(of_image.key) for of_image in found]
+        missing = [number for number, entry in enumerate(entries) if entry is None]
+        self.cache.hits += len(found) - len(missing)
+        self.cache.misses += len(missing)
+        computed = self._run(batched_inputs, missing)
+        return [
+            self._kept(found[number].key, computed[number], device) if entry is None else decode(entry, device)
+            for number, entry in enumerate(entries)
+        ]
 
-    def _compute(self, inputs: dict[str, Any], found: Found, blank: bool = False) -> dict[str, Tensor]:
-        with self._canvas(found.canvas, blank):
-            computed = self.direct([inputs]).maps
-        entry = self.cache.keep(found.key, computed)
+    def _run(self, batched_inputs: BatchedInputs, missing: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """What the teacher gives for the missing images, (1, ...) each, by tap."""
+        if not missing:
+            return {}
+        if self.cache.reader.alone:
+            return {number: self.direct([batched_inputs[number]]).maps for number in missing}
+        maps = self.direct(batched_inputs).maps
+        for tap, x in maps.items():
+            if len(x) != len(batched_inputs):
+                raise ConfigError(
+                    f"DISTILL.CACHE keeps features of single images, and the teacher's tap {tap} gives "
+                    f"{tuple(x.shape)} for {len(batched_inputs)} of them: compare another tap, or set "
+                    'DISTILL.CACHE.DIR to "".'
+                )
+        return {number: {tap: x[number : number + 1] for tap, x in maps.items()} for number in missing}
+
+    def _kept(self, key: str, computed: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        entry: Entry | None = self.cache.keep(key, computed)
         if entry is None:
             return {tap: x.contiguous() for tap, x in computed.items()}
-        return decode(entry, inputs["image"].device)
+        return decode(entry, device)
 
     def _blank(self, batched_inputs: BatchedInputs) -> dict[str, Tensor]:
-        """What lies around the maps of images that are padded as if they were alone: those of nothing."""
+        """What lies around the maps of images that the teacher sees alone: those of padding."""
         images = [x["image"] for x in batched_inputs]
-        canvas = self._canvas.padding.canvas([(int(x.shape[-2]), int(x.shape[-1])) for x in images])
+        canvas = self.cache.reader.padding.canvas([(int(x.shape[-2]), int(x.shape[-1])) for x in images])
         if self._blanks is None or self._blanks[0] != canvas:
             found = self.cache.blank(canvas)
-            inputs = {"image": images[0].new_zeros(images[0].shape[0], *canvas)}
-            features = decode(found.entry, images[0].device) if found.entry else self._compute(inputs, found, True)
+            if found.entry is None:
+                with without_images(self.teacher.model):
+                    computed = self.direct([{"image": images[0].new_zeros(len(images[0]), *canvas)}]).maps
+                features = self._kept(found.key, computed, images[0].device)
+            else:
+                features = decode(found.entry, images[0].device)
             self._blanks = canvas, features
         return self._blanks[1]
