@@ -120,9 +120,7 @@ def main(args: argparse.Namespace) -> None:
         scale_to_batch(cfg)
         resolve_epochs(cfg)
         built = build_cache(cfg, args.iterations)
-        print(
-            f"{built.found:,} images were there, {built.computed:,} were computed: {cfg.DISTILL.CACHE.DIR}"
-        )
+        print(f"{built.found:,} images were there, {built.computed:,} were computed: {cfg.DISTILL.CACHE.DIR}")
 
 
 def run(arguments: list[str] | None = None) -> None:
