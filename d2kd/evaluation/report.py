@@ -26,6 +26,7 @@ from d2kd.evaluation.report_pictures import (
 from d2kd.evaluation.report_text import markdown
 from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
+from d2kd.evaluation.training_cost import training_cost
 from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
 
@@ -100,6 +101,7 @@ def write_report(
         "task": task,
         "models": {name: _model_json(model) for name, model in models.items()},
         **compare(models, first.name),
+        "training_cost": training_cost(models, logs, first.name),
         "right_alone": compare_images(models) if classifies else None,
         "statement": statement,
         "commands": list(commands),

@@ -49,6 +49,7 @@ class ModelResult:
     metrics_scope: str | None = None  # what stands before the metrics there; the task by default
     predictions_file: str | None = None  # what the evaluator wrote, for the pictures
     wall_time_s: float | None = None
+    teacher_time_s: float | None = None  # of it, what the teacher took
     iterations: int | None = None
     images_per_batch: int | None = None
     params: int | None = None
@@ -110,7 +111,10 @@ def load_result(
         config_file=existing("config.yaml"),
         checkpoint=existing("model_final.pth"),
         benchmark=read_benchmark(existing("benchmark.json")),
-        **{k: content.get(k) for k in ("wall_time_s", "iterations", "images_per_batch", "params", "seed")},
+        **{
+            k: content.get(k)
+            for k in ("wall_time_s", "teacher_time_s", "iterations", "images_per_batch", "params", "seed")
+        },
     )
 
 
