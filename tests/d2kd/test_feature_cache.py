@@ -196,6 +196,14 @@ def test_those_that_were_used_least_recently_make_room(tmp_path: Path) -> None:
     assert sum(entry.size for entry in store.entries()) <= store.max_bytes
 
 
+def test_a_cache_that_is_too_small_is_told_of_once(tmp_path: Path, caplog: Any) -> None:
+    about(tmp_path, "c")
+    size = len(encode({"p3": torch.zeros(1, 100)}, "float32", "a0"))
+    fill(FeatureStore(tmp_path, 2 * size), [f"a{number}" for number in range(6)])
+    warned = [record.message for record in caplog.records if "MAX_GB" in record.message]
+    assert len(warned) == 1 and "raise MAX_GB, or set DISTILL.CACHE.DTYPE to float16 or int8" in warned[0]
+
+
 def test_the_bound_is_that_of_all_collections(tmp_path: Path) -> None:
     about(tmp_path, "c", "other")
     size = fill(FeatureStore(tmp_path, 10**9), ["aa", "bb"])

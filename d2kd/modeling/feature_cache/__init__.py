@@ -1,7 +1,7 @@
 """Features of a teacher on the disk: what they belong to, how they are kept, and where."""
 
 from . import keys  # noqa: F401  (declares DISTILL.CACHE)
-from .cache import FOUND, GB, FeatureCache, FeatureReader, Found, Prefetch, read_about
+from .cache import FOUND, GB, FeatureCache, FeatureReader, Found, Prefetch, read_about, require_folder
 from .canvas import Padding, PaddingError, Size, paste, without_images
 from .encoding import DTYPES, DamagedEntryError, Entry, decode, encode, read_entry, size_of
 from .identity import collection_name, describe_arithmetic, describe_collection, image_key
@@ -32,6 +32,7 @@ __all__ = [
     "paste",
     "read_about",
     "read_entry",
+    "require_folder",
     "size_of",
     "without_images",
 ]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2kd.errors import ConfigError
-from d2kd.files import replacing, write_json
+from d2kd.files import write_json
 from detectron2.config import CfgNode
 
 from ..teacher import Teacher
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 #: What a loader's processes put into the dict of an image for the cached pass: a `Found`.
 FOUND = "teacher_features"
 #: Entries that wait for the disk; the training waits with more.
-_WAITING = 64
+_WAITING = 16
 GB = 10**9
 
 
@@ -121,7 +122,7 @@ class FeatureCache:
         self.store = FeatureStore(folder, max_bytes)
         self.reader = FeatureReader(self.store, self.collection, padding, alone)
         self.hits = self.misses = 0
-        self._require_writable()
+        self._start()
         self._writer: ThreadPoolExecutor | None = None
         self._room = threading.Semaphore(_WAITING)
         self._pending: set[Future[None]] = set()
@@ -209,22 +210,35 @@ class FeatureCache:
                 "." if kept else ", that is none: the teacher runs.",
             )
 
-    def _require_writable(self) -> None:
+    def _start(self) -> None:
+        """Writes what the collection is of, so that a folder that takes nothing is known now."""
+        require_folder(self.store.folder)
         try:
-            folder = Path(self.store.folder, self.collection)
-            folder.mkdir(parents=True, exist_ok=True)
-            about = folder / ABOUT
-            if about.is_file():
-                with replacing(folder / "probe") as temporary:
-                    temporary.write_text("")
-                (folder / "probe").unlink(missing_ok=True)
-            else:
-                write_json(about, self.described)
+            write_json(self.store.folder / self.collection / ABOUT, self.described)
         except OSError as error:
-            raise ConfigError(
-                f"DISTILL.CACHE.DIR is {str(self.store.folder)!r}, which cannot be written "
-                f'({error.strerror or error}): name another folder, or "" to let the teacher run.'
-            ) from error
+            raise _no_folder(self.store.folder, error.strerror or str(error)) from error
+
+
+def require_folder(folder: str | Path) -> None:
+    """Looks at where a cache would lie, and writes nothing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    there = Path(folder).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise _no_folder(folder, f"{there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _no_folder(folder, f"{there} is read only")
+
+
+def _no_folder(folder: str | Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"DISTILL.CACHE.DIR is {str(folder)!r}, which cannot be written ({why}): name another folder, or "
+        '"" to let the teacher run.'
+    )
 
 
 def read_about(folder: Path) -> dict[str, Any]:

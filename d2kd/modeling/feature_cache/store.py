@@ -61,6 +61,7 @@ class FeatureStore:
         self.max_bytes = max_bytes
         #: entries that were damaged, and removed, in this process
         self.damaged = 0
+        self._told_of_room = False
 
     def path(self, collection: str, key: str) -> Path:
         """Returns the file of an entry; 256 folders keep each of them short."""
@@ -154,7 +155,17 @@ class FeatureStore:
                 break
             entry.path.unlink(missing_ok=True)
             used, removed = used - entry.size, removed + 1
-        logger.info("%s: %d entries made room, those that were used least recently.", self.folder, removed)
+        if self._told_of_room:
+            logger.info("%s: %d entries made room, those that were used least recently.", self.folder, removed)
+        else:
+            self._told_of_room = True
+            logger.warning(
+                "%s has reached DISTILL.CACHE.MAX_GB: %d entries made room, those that were used least recently. A "
+                "training that goes through more than fits finds none of them again: raise MAX_GB, or set "
+                "DISTILL.CACHE.DTYPE to float16 or int8.",
+                self.folder,
+                removed,
+            )
         return used
 
     def _lock(self) -> FileLock:
