@@ -4,6 +4,9 @@
     python benchmarks/step_cost.py --pair quickstart --methods FeatureMimic MaskedGenerative
     python benchmarks/step_cost.py --pair r101-r50 --size 512 --batch 2
     python benchmarks/step_cost.py --pair x101-r50 --height 800 --width 1333 --methods ChannelMatching
+    python benchmarks/step_cost.py --pair r101-r50 --opts DISTILL.TEACHER.FOLD_NORMS True
+
+With --opts the distillation step has these options; the teacher that its ratio is over has none.
 
 All are timed in turn in one process, and each round begins with another, so the ratio holds when the machine's speed
 drifts. The teacher runs to the method's deepest tap ("teacher_runs"): body only for ChannelMatching, with its head
@@ -74,6 +77,7 @@ def configuration(args: argparse.Namespace, method: str, weights: str) -> CfgNod
         "DISTILL.INIT_FROM_TEACHER.ENABLED",
         False,
     ]
+    options += args.opts
     cfg = load_config(student, [*options, "DISTILL.TEACHER.CONFIG_FILE", teacher, "DISTILL.TEACHER.WEIGHTS", weights])
     if not Path(weights).exists():
         model = build_model(teacher_config(cfg))
@@ -120,9 +124,10 @@ def steps(cfg: CfgNode, model: DistilledModel, batch: list[dict[str, Any]]) -> d
     }
     compared = [pair.teacher.name for method in model.distillers.values() for pair in method.pairs]
     taps = FeatureTaps(model.teacher.model, compared)
+    plain = model.teacher.in_float32()
     calls: dict[str, Callable[[], None]] = {
         "student": lambda: train(model.student, optimizers["student"], batch),
-        "teacher": lambda: model.teacher.record(batch, taps),
+        "teacher": lambda: plain.record(batch, taps),
         "distillation": lambda: train(model, optimizers["distillation"], batch),
         **{kind: trainer.run_step for kind, trainer in trainers.items()},
     }
@@ -244,6 +249,7 @@ def peak_memory(args: argparse.Namespace, method: str, weights: str, kind: str) 
     command = [sys.executable, __file__, "--memory-of", kind, "--methods", method, "--weights", weights]
     for name in ("pair", "device", "size", "height", "width", "batch"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += ["--opts", *args.opts]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -275,6 +281,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor-time", action="store_true", help="not the time that passes; for busy machines")
+    parser.add_argument("--opts", nargs="*", default=[], help="of the distillation step, as KEY VALUE")
     parser.add_argument("--memory-of", choices=(*KINDS, TRAINER), help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -287,7 +294,13 @@ def main() -> None:
         for method in args.methods:
             result = measure(args, method, weights)
             peaks = {kind: peak_memory(args, method, weights, kind) for kind in ("student", "distillation", TRAINER)}
-            line = {"pair": args.pair, "method": method, "device": args.device, **result, "peak_MiB": peaks}
+            named = {
+                "pair": args.pair,
+                "method": method,
+                "device": args.device,
+                **({"opts": args.opts} if args.opts else {}),
+            }
+            line = {**named, **result, "peak_MiB": peaks}
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
 

@@ -42,6 +42,21 @@ CORE_KEYS: dict[str, Setting] = {
         "between the student learns from its task.",
         at_least=1,
     ),
+    "DISTILL.TEACHER.FOLD_NORMS": setting(
+        False, "Multiply the teacher's frozen batch norms into the convolutions before them: faster, equal to rounding."
+    ),
+    "DISTILL.TEACHER.CHANNELS_LAST": setting(
+        False, "Keep the channels of the teacher's maps next to each other in memory: faster, equal to rounding."
+    ),
+    "DISTILL.TEACHER.COMPILE": setting(
+        "off",
+        "torch.compile of the teacher | cudagraphs: recorded as CUDA graphs too, for images of few sizes. Each new "
+        "size takes a while.",
+        choices=("off", "default", "cudagraphs"),
+    ),
+    "DISTILL.TEACHER.STREAM": setting(
+        False, "Run the teacher beside the student's forward pass, on a CUDA stream of its own; takes memory of both."
+    ),
     "DISTILL.TASK_WEIGHT": setting(
         1.0, "Factor on the student's own losses, e.g. 1 - alpha where a paper weighs task and teacher so.", at_least=0
     ),

@@ -1,6 +1,6 @@
 """The squared error of two feature maps, which may be standardized first: the loss of most feature methods."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,15 +114,76 @@ class _StandardizedError(torch.autograd.Function):
         return of_student * gradient, None
 
 
-def channel_statistics(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns mean and (biased) variance of every channel over batch and (valid) positions, (C,) each.
+class CenteredMap(NamedTuple):
+    """A map whose channels have zero mean over batch and positions, and what was taken away."""
+
+    map: Tensor  # (N, C, H, W) in float32 or more
+    mean: Tensor  # (C,)
+    variance: Tensor  # (C,), biased
+
+    @property
+    def inverse(self) -> Tensor:
+        """(C,), what the map is multiplied with to be standardized."""
+        return torch.rsqrt(self.variance + EPS)
+
+
+@torch.no_grad()
+def center(x: Tensor, valid: Tensor | None = None) -> CenteredMap:
+    """Returns a map of any floating type (N, C, H, W) without its channels' means over (valid) positions.
 
     Args:
         x: (N, C, H, W).
         valid: (N, H, W), True at the positions that count; None is everywhere.
     """
-    _, mean, variance = _centered(x, valid)
-    return mean, variance
+    return CenteredMap(*_centered(upcast_half(x), valid))
+
+
+def weighted_standardized_error(
+    student: Tensor, centered: CenteredMap, teacher: CenteredMap, position_weights: Tensor
+) -> Tensor:
+    """1/N sum_{n,p} A[n, p] mean_c (s - t)^2 of standardized maps, its gradient computed at once.
+
+    With g the gradient for the standardized map, that for the student is (g - mean(g) - s mean(g s)) / deviation, means
+    over the batch and all positions, channel by channel: one map is kept for the backward pass.
+
+    Args:
+        student: (N, C, H, W), which takes the gradient.
+        centered: `center(student)`; its map is overwritten.
+        teacher: `center` of the teacher's map (N, C, H, W); its map is overwritten too.
+        position_weights: (N, H, W), A; takes no gradient.
+
+    Returns:
+        A scalar. Its gradient cannot be differentiated again.
+    """
+    error: Tensor = _WeightedStandardizedError.apply(
+        upcast_half(student), centered.map, centered.inverse, teacher.map, teacher.inverse, position_weights
+    )
+    return error
+
+
+class _WeightedStandardizedError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, s: Tensor, inverse: Tensor, t: Tensor, teacher_inverse: Tensor, weights: Tensor
+    ) -> Tensor:
+        s, t = s.mul_(inverse[:, None, None]), t.mul_(teacher_inverse[:, None, None])
+        difference = torch.sub(s, t, out=t)
+        weighted = difference * weights[:, None]
+        images, channels = s.shape[:2]
+        error = (difference.mul_(weighted)).sum() / (images * channels)
+        if ctx.needs_input_grad[0]:
+            scale = 2 / (images * channels)
+            mean = weighted.mean((0, 2, 3), keepdim=True)
+            along = torch.mul(weighted, s, out=difference).mean((0, 2, 3), keepdim=True)
+            gradient = weighted.sub_(mean).addcmul_(s, along, value=-1).mul_(inverse[:, None, None] * scale)
+            ctx.save_for_backward(gradient)
+        return error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (of_student,) = ctx.saved_tensors
+        return of_student * gradient, None, None, None, None, None
 
 
 def _centered(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

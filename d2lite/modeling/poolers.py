@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,9 @@ class ROIPooler(nn.Module):
         pooled: list[torch.Tensor] = []
         for i, pool in enumerate(self.level_poolers):
             pooled.append(pool(x[i], parts[i]))
-        return torch.cat(pooled).index_select(0, torch.argsort(order))
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return torch.cat(pooled).index_select(0, torch.argsort(order))
+        return _Unsorted.apply(order, *pooled)
 
     def sort_by_level(self, box_lists: list[Boxes], device: torch.device) -> tuple[torch.Tensor, list[int]]:
         """The order (M,) of all boxes by their levels, and how many there are on each.
@@ -94,6 +97,22 @@ class ROIPooler(nn.Module):
         ).to(device)
         numbers = torch.arange(self.max_level - self.min_level + 1, device=device)
         return torch.argsort(levels, stable=True), _sizes((levels[:, None] == numbers).sum(0))
+
+
+class _Unsorted(torch.autograd.Function):
+    """Rows in the order of their boxes: `cat(parts)[argsort(order)]`, and its gradient, with one copy each."""
+
+    @staticmethod
+    def forward(ctx: Any, order: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.places = order.split([len(part) for part in parts])
+        rows = parts[0].new_empty((len(order), *parts[0].shape[1:]))
+        for place, part in zip(ctx.places, parts):
+            rows.index_copy_(0, place, part)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *[gradient.index_select(0, place) for place in ctx.places]
 
 
 def _sort_once(pooler: ROIPooler, box_lists: list[Boxes], device: torch.device) -> tuple[torch.Tensor, list[int]]:

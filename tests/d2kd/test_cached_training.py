@@ -201,6 +201,7 @@ def test_another_teacher_other_taps_precision_or_form_are_other_collections(writ
         {"DISTILL__TEACHER__WEIGHTS": str(tmp_path / "other.pth")},
         {"DISTILL__TEACHER__OPTS": ["MODEL.FPN.FUSE_TYPE", "avg"]},
         {"DISTILL__TEACHER__PRECISION": "bfloat16"},
+        {"DISTILL__TEACHER__FOLD_NORMS": True},
         {"DISTILL__FEATURE_MIMIC__TAPS": ["p3"]},
         {"DISTILL__CACHE__DTYPE": "int8"},
         {"DISTILL__CACHE__RUN": "image"},
@@ -208,7 +209,11 @@ def test_another_teacher_other_taps_precision_or_form_are_other_collections(writ
     ]
     collections = [make_trainer(path, **change).distilled.passes.dense.cache.collection for change in changes]
     assert len(set(collections)) == len(changes)
-    same = [{"SEED": 5}, {"DISTILL__FEATURE_MIMIC__WEIGHT": 3.0}, {"DISTILL__TEACHER__EVERY": 2}]
+    same = [
+        {"SEED": 5},
+        {"DISTILL__FEATURE_MIMIC__WEIGHT": 3.0},
+        {"DISTILL__TEACHER__EVERY": 2, "DISTILL__TEACHER__STREAM": True},
+    ]
     assert {make_trainer(path, **change).distilled.passes.dense.cache.collection for change in same} == {collections[0]}
 
 

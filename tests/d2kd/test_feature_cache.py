@@ -27,7 +27,7 @@ from d2kd.modeling.feature_cache import (
     read_entry,
     size_of,
 )
-from d2kd.modeling.teacher_passes import CachedDensePass, DensePass
+from d2kd.modeling.teacher_passes import Acceleration, CachedDensePass, DensePass
 
 CPU = torch.device("cpu")
 
@@ -292,6 +292,18 @@ def test_the_pass_is_equal_to_the_teacher_to_the_bit_also_in_batches_of_several_
     cached.cache.misses = 0
     assert all(torch.equal(x, plain(mixed).maps[tap]) for tap, x in cached(mixed).maps.items())
     assert cached.cache.misses == 1
+
+
+def test_a_faster_teacher_is_kept_as_it_is(tmp_path: Path) -> None:
+    teacher = Teacher(model(config(), seed=7))
+    cache = FeatureCache(str(tmp_path), {}, Padding.of(teacher.model), dtype="float32", alone=False, max_bytes=10**9)
+    cached = CachedDensePass(teacher, TAPS, cache, Acceleration(fold_norms=True, channels_last=True))
+    images = batch([(64, 64)] * 2)
+    expected = cached.uncached()(images).maps
+    for _ in range(2):
+        assert all(torch.equal(x, expected[tap]) for tap, x in cached(images).maps.items())
+        cache.flush()
+    assert cache.hits == cache.misses == 2
 
 
 def test_images_alone_have_one_entry_for_all_batches(tmp_path: Path) -> None:

@@ -251,14 +251,37 @@ def test_equal_maps_cost_nothing_and_other_channels_are_aligned(normalize, posit
     assert student.grad.abs().sum() > 0 and method.align[0].weight.grad.abs().sum() > 0
 
 
-def test_a_standardized_student_is_masked_on_the_teachers_scale():
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "partly known"])
+@pytest.mark.parametrize("position_weights", ["unit_sum", "mask_sum"])
+def test_the_default_form_is_that_of_standardized_maps_masked_on_the_teachers_scale(position_weights, part):
     torch.manual_seed(1)
-    teacher = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 1.0, 5.0, 20.0]).view(-1, 1, 1) + 3
-    method = distiller([some_tokens()], normalize="standardize", position_weights="unit_sum")
-    level = method.levels[0]
-    standardized = (teacher - teacher.mean((0, 2, 3), True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
-    got = token_masks(standardized, *method._tokens_for_student(level, teacher, None))
-    torch.testing.assert_close(got, token_masks(teacher, level.tokens), rtol=1e-3, atol=1e-4)
+    scale = torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.double).view(-1, 1, 1)
+    teacher = torch.randn(2, 4, 8, 6, dtype=torch.double) * scale + 3
+    student = (0.3 * teacher + torch.randn_like(teacher) * scale - 50).requires_grad_()
+    tokens = some_tokens()
+    method = distiller([tokens], normalize="standardize", position_weights=position_weights).double()
+    valid = torch.rand(2, 8, 6) < 0.6 if part else torch.ones(2, 8, 6, dtype=torch.bool)
+    known = valid[:, None].double() / valid.sum()
+
+    def standardized(x):
+        mean = (x * known).sum((0, 2, 3), keepdim=True)
+        variance = ((x - mean).square() * known).sum((0, 2, 3), keepdim=True)
+        return (x - mean) / (variance + 1e-6).sqrt(), mean, variance
+
+    (s, *_), (t, mean, variance) = standardized(student), standardized(teacher.where(valid[:, None], 0))
+    with torch.no_grad():
+        e = method.levels[0].tokens
+        masks = torch.einsum("tc,nchw->nthw", e, teacher).sigmoid() * valid[:, None]
+        masks *= torch.einsum("tc,nchw->nthw", e, s * (variance + 1e-6).sqrt() + mean).sigmoid()
+        whole = teacher.where(valid[:, None], 0)
+        of_tokens = token_weights(whole, tokens.weight.double(), tokens.bias.double())
+        of_positions = mask_weights(masks, of_tokens, method.eps, mean=position_weights == "unit_sum")
+    expected = (of_positions * (s - t).square().mean(1)).sum() / 2
+    (wanted,) = torch.autograd.grad(expected, student)
+    (found,) = method({"p3": student}, {"p3": teacher}, {"p3": valid} if part else None).values()
+    (gradient,) = torch.autograd.grad(3 * found, student)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient / 3, wanted, rtol=1e-8, atol=1e-12)
 
 
 def test_weight_zero_gives_the_student_no_gradient_and_the_aligner_zeros():

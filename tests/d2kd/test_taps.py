@@ -44,6 +44,28 @@ def test_pre_relu_is_the_value_before_the_in_place_relu_and_changes_nothing():
     assert torch.equal(features["p3"], plain["p3"])
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("tap", ["stem.conv1", "res4.0.conv1", "res4.0.conv1.norm", "res4.0.conv3", "res4.0.shortcut"])
+def test_a_layer_of_a_block_gives_what_it_gave_before_the_relu_and_the_sum_in_place(tap, training):
+    net = model().train(training)
+    with FeatureTaps(net, [tap]).recording(stop_when_done=True) as first:
+        net(batch())
+    later = record(net, [tap, "p3"], train=training)
+    assert torch.equal(first[tap], later[tap]) and (later[tap] < 0).any()
+    if training:
+        (gradient,) = torch.autograd.grad(later[tap].square().sum(), net.backbone.bottom_up.stem.conv1.weight)
+        assert gradient.abs().sum() > 0
+
+
+def test_what_is_written_over_elsewhere_is_an_error():
+    net = model().eval()
+    net.head.cls_subnet[1] = torch.nn.ReLU(inplace=True)
+    with pytest.raises(TapError, match=r"'head\.cls_subnet\.0@0': the layers behind the Conv2d write over its output"):
+        record(net, ["head.cls_subnet.0@0"])
+    with torch.inference_mode():  # where nothing can be told
+        record(net, ["head.cls_subnet.0@0"])
+
+
 def test_pre_relu_gradient_reaches_the_stage_and_equals_that_of_the_plain_model():
     grads = []
     for taps in (["p3"], ["p3", "res5.pre_relu"]):

@@ -97,9 +97,9 @@ ALL_HEADS = [
 # ------------------------------------------------------------------------------------------------ pooling
 
 
-def test_pooler_keeps_the_order_of_the_boxes():
+def test_pooler_keeps_the_order_of_the_boxes_and_their_gradients():
     torch.manual_seed(0)
-    features = [torch.randn(2, 4, 64 // s, 64 // s) for s in (4, 8, 16)]
+    features = [torch.randn(2, 4, 64 // s, 64 // s, requires_grad=True) for s in (4, 8, 16)]
     sizes = torch.tensor([200.0, 5, 30, 60, 12, 100, 3])
     boxes = torch.stack([torch.zeros(7), torch.ones(7), sizes, sizes * 0.7 + 1], dim=1)
     box_lists = [Boxes(boxes[:4]), Boxes(boxes[4:])]
@@ -107,10 +107,15 @@ def test_pooler_keeps_the_order_of_the_boxes():
     levels = assign_boxes_to_levels(box_lists, 2, 4, 32, 3)
     assert set(levels.tolist()) == {0, 1, 2}
     pooled = pooler(features, box_lists)
+    each = []
     for i, (level, box) in enumerate(zip(levels.tolist(), boxes)):
         align = ROIAlign((3, 3), 1 / (4 * 2**level), 2, aligned=True)
         image = torch.tensor([0.0 if i < 4 else 1.0])
-        assert torch.allclose(pooled[i], align(features[level], torch.cat([image, box])[None])[0])
+        each.append(align(features[level], torch.cat([image, box])[None])[0])
+        assert torch.allclose(pooled[i], each[i])
+    weights = torch.randn_like(pooled)
+    found, wanted = (torch.autograd.grad((x * weights).sum(), features) for x in (pooled, torch.stack(each)))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted))
 
 
 @pytest.mark.parametrize("kind", ["ROIAlign", "ROIAlignV2", "ROIPool"])

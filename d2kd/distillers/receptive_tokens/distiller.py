@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.layers import NORMALIZATIONS, normalize, upcast_half
-from d2kd.layers.losses import EPS, channel_statistics
+from d2kd.layers import NORMALIZATIONS, standardize
+from d2kd.layers.losses import EPS, center, weighted_standardized_error
 from d2kd.settings import setting
 from detectron2.config import CfgNode
 
@@ -142,29 +142,36 @@ class ReceptiveTokens(Distiller):
         return self.customize and self.calls >= self.warmup_iters * self.batches_per_iteration
 
     def level_loss(self, level: int, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-        s = normalize(self.align[level](student), self.normalize, valid)
+        s = self.align[level](student)
         tokens = self.levels[level]
         assert isinstance(tokens, _FixedTokens)
-        position_weights = self._position_weights(tokens, s.detach(), teacher, valid)
-        return weighted_error(s, normalize(teacher, self.normalize, valid), position_weights)
+        if self.normalize == "none":
+            return weighted_error(s, teacher, self._position_weights(tokens, teacher, s.detach(), tokens.tokens, valid))
+        ours, theirs = center(s, valid), center(teacher, valid)
+        # <e, dev * s + mean> = <e * dev, s> + <e, mean>, and s is the centered map over its own deviation
+        scaled = tokens.tokens * torch.sqrt(theirs.variance + EPS) * ours.inverse
+        bias = (tokens.tokens * theirs.mean).sum(1)
+        weights = self._position_weights(tokens, teacher, ours.map, scaled, valid, bias)
+        if valid is None:
+            return weighted_standardized_error(s, ours, theirs, weights)
+        return weighted_error(standardize(s, valid), standardize(teacher, valid), weights)
 
     @torch.no_grad()
     def _position_weights(
-        self, level: "_FixedTokens", student: Tensor, teacher: Tensor, valid: Tensor | None
+        self,
+        level: "_FixedTokens",
+        teacher: Tensor,
+        student: Tensor,
+        students_tokens: Tensor,
+        valid: Tensor | None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         masks = token_masks(teacher, level.tokens)
         if self.customizing:
-            masks *= token_masks(student, *self._tokens_for_student(level, teacher, valid))
+            masks *= token_masks(student, students_tokens, bias)
         if valid is not None:  # a position without the teacher's features is in no mask
             masks *= valid[:, None]
         return mask_weights(masks, level.weights(teacher), self.eps, mean=self.position_weights == "unit_sum")
-
-    def _tokens_for_student(self, level: "_FixedTokens", teacher: Tensor, valid: Tensor | None) -> Sequence[Tensor]:
-        """Tokens, and a bias where the student is standardized: <e, dev * s + mean> = <e * dev, s> + <e, mean>."""
-        if self.normalize == "none":
-            return (level.tokens,)
-        mean, variance = channel_statistics(upcast_half(teacher), valid)
-        return level.tokens * torch.sqrt(variance + EPS), (level.tokens * mean).sum(1)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the position in the warm-up, for `state_dict`, and which tokens are in use."""

@@ -20,7 +20,7 @@ from ..teacher import Teacher, read_teacher_config
 VERSION = 1
 #: Keys of DISTILL.TEACHER that say where the teacher lies, or when it runs, and change none of its numbers. All others
 #: count, those that are not thought of yet included.
-_WITHOUT_EFFECT = ("CONFIG_FILE", "WEIGHTS", "OPTS", "EVAL_FIRST", "EVERY")
+_WITHOUT_EFFECT = ("CONFIG_FILE", "WEIGHTS", "OPTS", "EVAL_FIRST", "EVERY", "STREAM")
 
 
 def describe_collection(cfg: CfgNode, teacher: Teacher, taps: Sequence[str]) -> dict[str, Any]:

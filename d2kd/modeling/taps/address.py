@@ -34,6 +34,8 @@ class Tap(NamedTuple):
     channels_last: bool = False
     # the module gives tokens (N, L, C), so many before those of the patches, which lie on a square grid
     prefix_tokens: int | None = None
+    # it is copied as it fires: what follows, like the ReLU and the sum in Detectron2's blocks, writes over it
+    copied: bool = False
 
 
 def resolve_tap(model: nn.Module, name: str) -> Tap:
@@ -69,6 +71,7 @@ def resolve_tap(model: nn.Module, name: str) -> Tap:
         call=int(call) if call else None,
         channels_last=architecture.is_channels_last(module),
         prefix_tokens=architecture.prefix_tokens(module),
+        copied=_is_layer_of(named.get(architecture.bottom_up), module),
     )
 
 
@@ -100,6 +103,13 @@ def is_in_backbone(model: nn.Module, name: str) -> bool:
     """Returns whether a tap lies in the backbone, neck included."""
     tapped = resolve_tap(model, name).module
     return any(module is tapped for module in model.get_submodule("backbone").modules())
+
+
+def _is_layer_of(network: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a module is a single layer of a network, with its norm if it has one."""
+    if network is None or any(name != "norm" for name, _ in module.named_children()):
+        return False
+    return any(layer is module for layer in network.modules())
 
 
 def _outputs(module: nn.Module | None) -> Sequence[str]:

@@ -118,6 +118,7 @@ class FeatureTaps:
                 pass
             finally:
                 recorder.detach()
+        recorder.check()
         missing = [tap.name for tap in self.taps if tap.name not in recorder.features]
         if missing:
             raise TapError(
@@ -152,6 +153,8 @@ class _Recorder:
         self.features = features
         self.stop_after = stop_after
         self.replace = replace
+        #: what has fired, and how often it had been written to by then
+        self.versions: list[tuple[Tap, Tensor, int]] = []
         self.handles: list[Any] = []
         self.modes: list[_LastReluInput] = []
 
@@ -171,6 +174,15 @@ class _Recorder:
             handle.remove()
         while self.modes:  # an exception inside a block left its mode behind
             self.modes.pop().stop()
+
+    def check(self) -> None:
+        """Raises TapError for a feature that the pass has written over after it was read."""
+        for tap, value, version in self.versions:
+            if value._version != version:
+                raise TapError(
+                    f"Tap {tap.name!r}: the layers behind the {type(tap.module).__name__} write over its output (a "
+                    "ReLU in place, say), so it cannot be read. Name the module that ends there."
+                )
 
     def _enter_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         mode = _LastReluInput()
@@ -229,6 +241,10 @@ class _Recorder:
             raise TapError(
                 f"Tap {tap.name!r} fires more than once in a forward pass: choose a call, e.g. '{tap.name}@0'."
             )
+        if tap.copied and self.replace is None:
+            value = value.clone()
+        elif not value.is_inference():  # those have no number of times that they were written to
+            self.versions.append((tap, value, value._version))
         self.features[tap.name] = value
         if self.stop_after == len(self.features):
             raise _AllTapsFired

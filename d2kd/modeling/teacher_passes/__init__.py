@@ -1,5 +1,6 @@
 """How the teacher computes features: over the whole image, on the student's regions, or as registered."""
 
+from .acceleration import Acceleration
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from .build import TeacherPasses, build_passes
 from .cached import CachedDensePass
@@ -10,6 +11,7 @@ from .regions import RegionPass
 
 __all__ = [
     "TEACHER_PASSES",
+    "Acceleration",
     "CachedDensePass",
     "DensePass",
     "MaskedTeacher",

@@ -15,11 +15,13 @@ from detectron2.config import CfgNode
 from ..architectures import is_region_tap
 from ..feature_cache import FeatureCache
 from ..teacher import BatchedInputs, Teacher
+from .acceleration import Acceleration
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
 from .cached import CachedDensePass
 from .clock import TeacherClock
 from .dense import DensePass
 from .regions import RegionPass
+from .side_stream import SideStream
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +39,23 @@ class TeacherPasses:
     """
 
     def __init__(
-        self, dense: DensePass, others: Mapping[str, TeacherPass], sources: Mapping[str, Sequence[str]]
+        self,
+        dense: DensePass,
+        others: Mapping[str, TeacherPass],
+        sources: Mapping[str, Sequence[str]],
+        concurrent: bool = False,
     ) -> None:
         """
         Args:
             dense: gives the `required_taps` of the others too.
             others, sources: see above.
+            concurrent: passes that need nothing of the student run beside it, where it is on CUDA.
         """
         self.dense = dense
         self.others = dict(others)
         self.sources = {method: list(names) for method, names in sources.items()}
         self.clock = TeacherClock()
+        self._beside = SideStream(concurrent)
 
     @contextlib.contextmanager
     def around_student(
@@ -63,13 +71,14 @@ class TeacherPasses:
         others = {name: self.others[name] for names in sources.values() for name in names}
         run = self.dense if methods is None else self.dense.direct  # a pass on the side is none that comes again
         device = batched_inputs[0]["image"].device
-        with self.clock(device):
+        with self._beside, self.clock(device):
             dense = run(batched_inputs) if self.dense.taps else TeacherFeatures({}, {})
             computed = {n: p(batched_inputs, None, dense.maps) for n, p in others.items() if not p.needs_student}
         features: dict[str, TeacherFeatures] = {}
         with contextlib.ExitStack() as stack:
             guidance = {n: stack.enter_context(p.watch()) for n, p in others.items() if p.needs_student}
             yield features
+        self._beside.join(tensor for given in (dense, *computed.values()) for of in given for tensor in of.values())
         with self.clock(device):
             computed |= {n: others[n](batched_inputs, seen, dense.maps) for n, seen in guidance.items()}
         for method, names in sources.items():
@@ -128,13 +137,21 @@ def build_passes(
                 f"teacher's maps; {method} needs whole maps: set it to {AUTO}."
             )
     required = [tap for other in others.values() for tap in other.required_taps]
-    return TeacherPasses(_dense_pass(cfg, teacher, [*dense, *required], others), others, sources)
+    acceleration = Acceleration.from_config(cfg)
+    whole = _dense_pass(cfg, teacher, [*dense, *required], others, acceleration)
+    return TeacherPasses(whole, others, sources, concurrent=acceleration.stream)
 
 
-def _dense_pass(cfg: CfgNode, teacher: Teacher, taps: Sequence[str], others: Mapping[str, TeacherPass]) -> DensePass:
+def _dense_pass(
+    cfg: CfgNode,
+    teacher: Teacher,
+    taps: Sequence[str],
+    others: Mapping[str, TeacherPass],
+    acceleration: Acceleration,
+) -> DensePass:
     """The pass over the whole image: with DISTILL.CACHE.DIR, from there."""
     if not cfg.DISTILL.CACHE.DIR:
-        return DensePass(teacher, taps)
+        return DensePass(teacher, taps, acceleration)
     steered = [name for name, other in others.items() if other.needs_student]
     if steered:
         logger.warning(
@@ -144,8 +161,8 @@ def _dense_pass(cfg: CfgNode, teacher: Teacher, taps: Sequence[str], others: Map
         )
     if not taps:
         logger.warning("DISTILL.CACHE.DIR has no effect: no method compares features that can be kept.")
-        return DensePass(teacher, taps)
-    return CachedDensePass(teacher, taps, FeatureCache.from_config(cfg, teacher, taps))
+        return DensePass(teacher, taps, acceleration)
+    return CachedDensePass(teacher, taps, FeatureCache.from_config(cfg, teacher, taps), acceleration)
 
 
 def _pass_of(cfg: CfgNode, method: str, pair: TapPair) -> str:

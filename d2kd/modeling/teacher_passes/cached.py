@@ -10,6 +10,7 @@ from d2kd.errors import ConfigError
 
 from ..feature_cache import Entry, FeatureCache, Found, Size, decode, paste, without_images
 from ..teacher import BatchedInputs, Teacher
+from .acceleration import Acceleration
 from .base import TeacherFeatures
 from .dense import DensePass
 
@@ -22,23 +23,27 @@ class CachedDensePass(DensePass):
     half-filled and a full cache.
     """
 
-    def __init__(self, teacher: Teacher, taps: Iterable[str], cache: FeatureCache) -> None:
+    def __init__(
+        self, teacher: Teacher, taps: Iterable[str], cache: FeatureCache, acceleration: Acceleration | None = None
+    ) -> None:
         """
         Args:
             teacher: of the cache.
             taps: that it keeps.
             cache: what was computed so far.
+            acceleration: what makes the teacher faster, by default nothing.
 
         Raises:
             TapError: the teacher has no such feature.
         """
-        super().__init__(teacher, taps)
+        super().__init__(teacher, taps, acceleration)
         self.cache = cache
+        self._acceleration = acceleration
         self._blanks: tuple[Size, dict[str, Tensor]] | None = None
 
     def uncached(self) -> DensePass:
         """Returns the pass that runs the teacher in every step."""
-        return DensePass(self.teacher, self.taps)
+        return DensePass(self.teacher, self.taps, self._acceleration)
 
     @torch.no_grad()
     def __call__(
@@ -60,19 +65,17 @@ class CachedDensePass(DensePass):
         missing = [number for number, entry in enumerate(entries) if entry is None]
         self.cache.hits += len(found) - len(missing)
         self.cache.misses += len(missing)
-        computed = self._run(batched_inputs, missing)
-        return [
-            self._kept(found[number].key, computed[number], device) if entry is None else decode(entry, device)
-            for number, entry in enumerate(entries)
-        ]
+        computed = self._run(batched_inputs, found, missing)
+        return [computed[number] if entry is None else decode(entry, device) for number, entry in enumerate(entries)]
 
-    def _run(self, batched_inputs: BatchedInputs, missing: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+    def _run(
+        self, batched_inputs: BatchedInputs, found: Sequence[Found], missing: Sequence[int]
+    ) -> dict[int, dict[str, Tensor]]:
         """What the teacher gives for the missing images, (1, ...) each, by tap."""
-        if not missing:
-            return {}
+        device = batched_inputs[0]["image"].device
         if self.cache.reader.alone:
-            return {number: self.direct([batched_inputs[number]]).maps for number in missing}
-        maps = self.direct(batched_inputs).maps
+            return {n: self._kept(found[n].key, self.direct([batched_inputs[n]]).maps, device) for n in missing}
+        maps = self.direct(batched_inputs).maps if missing else {}
         for tap, x in maps.items():
             if len(x) != len(batched_inputs):
                 raise ConfigError(
@@ -80,12 +83,12 @@ class CachedDensePass(DensePass):
                     f"{tuple(x.shape)} for {len(batched_inputs)} of them: compare another tap, or set "
                     'DISTILL.CACHE.DIR to "".'
                 )
-        return {number: {tap: x[number : number + 1] for tap, x in maps.items()} for number in missing}
+        return {n: self._kept(found[n].key, {tap: x[n : n + 1] for tap, x in maps.items()}, device) for n in missing}
 
     def _kept(self, key: str, computed: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         entry: Entry | None = self.cache.keep(key, computed)
         if entry is None:
-            return {tap: x.contiguous() for tap, x in computed.items()}
+            return {tap: x.clone(memory_format=torch.contiguous_format) for tap, x in computed.items()}
         return decode(entry, device)
 
     def _blank(self, batched_inputs: BatchedInputs) -> dict[str, Tensor]:
@@ -95,7 +98,7 @@ class CachedDensePass(DensePass):
         if self._blanks is None or self._blanks[0] != canvas:
             found = self.cache.blank(canvas)
             if found.entry is None:
-                with without_images(self.teacher.model):
+                with without_images(self._faster.model):
                     computed = self.direct([{"image": images[0].new_zeros(len(images[0]), *canvas)}]).maps
                 features = self._kept(found.key, computed, images[0].device)
             else:
