@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor-time", action="store_true", help="not the time that passes; for busy machines")
     parser.add_argument("--sizes", action="store_true", help="write sizes of files, and measure nothing")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="changes to the configuration")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     if args.sizes:

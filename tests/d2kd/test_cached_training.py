@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import same_tensors
-from models import FASTER_RCNN, batch, config, write_teacher
+from models import FASTER_RCNN, batch, config, model, write_teacher
 from runs import ROOT, environment, in_two_processes, make_trainer, read_checkpoint, run_training
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
@@ -23,9 +24,10 @@ from d2kd.data.loader import build_train_loader
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.cache_building import build_cache
 from d2kd.errors import ConfigError
-from d2kd.modeling import build_distilled_model
+from d2kd.modeling import Teacher, build_distilled_model
 from d2kd.modeling.feature_cache import FOUND
-from d2kd.modeling.teacher_passes import CachedDensePass, DensePass
+from d2kd.modeling.teacher_passes import Acceleration, CachedDensePass, DensePass
+from d2kd.modeling.teacher_passes.build import _dense_pass
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -185,6 +187,33 @@ def test_maps_that_regions_are_pooled_from_are_kept(tmp_path, caplog):
     assert net.passes.dense.cache.misses == 0
     assert same_tensors(losses[0], losses[1]) and same_tensors(losses[0], losses[2])
     assert "does not keep what RegionPass gives" in caplog.text
+
+
+def test_what_depends_on_the_student_is_not_kept_and_said(tmp_path, caplog):
+    cfg = config(DISTILL__CACHE__DIR=str(tmp_path / "cache"))
+    teacher = Teacher(model(config()))
+    steered = mock.Mock(needs_student=True)
+    dense = _dense_pass(cfg, teacher, [], {"MaskedTeacher": steered}, Acceleration())
+    assert type(dense) is DensePass and not (tmp_path / "cache").exists()
+    first, second = (record.message for record in caplog.records)
+    assert "does not keep what MaskedTeacher gives: it depends on the student, and is computed in every step." in first
+    assert "DISTILL.CACHE.DIR has no effect" in second
+
+
+def test_what_a_method_looks_at_between_steps_is_not_kept_and_said(write_config, teacher, tmp_path, caplog):
+    matching = {
+        "DISTILL__METHODS": ["ChannelMatching"],
+        "DISTILL__CHANNEL_MATCHING__TAPS": ["res4.pre_relu"],
+        "DISTILL__CHANNEL_MATCHING__TRACKING": "pass",
+        "DISTILL__CHANNEL_MATCHING__TRACK_IMAGES": 8,
+        "SOLVER__MAX_ITER": 2,
+    }
+    path = write_config(**{**MIMIC, **matching}, **teacher, DISTILL__CACHE__DIR=str(tmp_path / "cache"))
+    trainer = run_training(path, OUTPUT_DIR=str(tmp_path / "cached"))
+    assert cache_of(trainer).misses == 8 == len(entries(tmp_path / "cache")), "of the steps alone"
+    assert "does not keep what ChannelMatching looks at between steps: the teacher runs there" in caplog.text
+    run_training(path, OUTPUT_DIR=str(tmp_path / "none"), DISTILL__CACHE__DIR="")
+    assert same_tensors(learned(tmp_path / "none"), learned(tmp_path / "cached"))
 
 
 # ---- what an entry belongs to ----
