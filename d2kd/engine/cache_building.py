@@ -54,6 +54,7 @@ def build_cache(cfg: CfgNode, iterations: int = 0) -> Built:
     dense = build_distilled_model(cfg).passes.dense
     if not isinstance(dense, CachedDensePass):
         raise ConfigError("DISTILL.METHODS compares nothing that can be kept: see the lines above.")
+    dense.cache.start()
     batches, number = _batches(cfg, loader, dense.cache.reader.alone, iterations)
     device = torch.device(cfg.MODEL.DEVICE)
     for batch in tqdm(batches, total=number, desc="batches", mininterval=1.0):

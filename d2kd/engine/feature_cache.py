@@ -23,6 +23,9 @@ def connect_cache(cfg: CfgNode, distilled: DistilledModel, loader: Any) -> None:
         cfg: of the training.
         distilled: its model.
         loader: of the training; one that is not of d2kd has the entries read between its batches and the steps.
+
+    Raises:
+        ConfigError: the cache cannot be written.
     """
     dense = distilled.passes.dense
     if not isinstance(dense, CachedDensePass):
@@ -32,6 +35,7 @@ def connect_cache(cfg: CfgNode, distilled: DistilledModel, loader: Any) -> None:
         logger.warning("DISTILL.CACHE.DIR has no effect, the teacher runs: %s.", problem)
         distilled.passes.dense = dense.uncached()
         return
+    dense.cache.start()
     if hasattr(loader, "prefetch"):
         loader.prefetch = Prefetch(dense.cache.reader, cfg.SOLVER.ACCUMULATE, distilled.every)
     looking = [
@@ -65,3 +69,11 @@ def describe(cfg: CfgNode, dense: CachedDensePass, loader: Any) -> str:
         f"Cache of the teacher's features in {cache.store.folder}/{cache.collection} ({cache.dtype}; "
         f"{', '.join(dense.taps)}): {many}{len(sizes):,} entries of {sum(sizes) / GB:.2f} GB are there.{paddings}"
     )
+
+
+def tell_of_cache(distilled: DistilledModel) -> None:
+    """Logs what a training has read and computed, of this process."""
+    dense = distilled.passes.dense
+    if isinstance(dense, CachedDensePass):
+        hits, misses = f"{dense.cache.hits:,}", f"{dense.cache.misses:,}"
+        logger.info("Cache of the teacher's features: those of %s images were read, of %s computed.", hits, misses)

@@ -34,7 +34,7 @@ from detectron2.utils.events import EventWriter
 from .checkpoint import DistillCheckpointer, load_start, write_weights
 from .ema import EMAHook, build_ema
 from .evaluation import StudentEvaluation, evaluate, evaluate_teacher, evaluate_with_tta
-from .feature_cache import connect_cache
+from .feature_cache import connect_cache, tell_of_cache
 from .hooks import (
     BestCheckpoint,
     CalibrationHook,
@@ -200,6 +200,8 @@ class DistillTrainer(ResumableTrainer):
                 self._evaluate_teacher(self.distilled.teacher)
         with contextlib.suppress(EarlyStop):
             super().train()
+        if self.distilled is not None:
+            tell_of_cache(self.distilled)
         results = self.evaluation.results
         if results is not None and len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
             verify_results(self.cfg, results)

@@ -112,9 +112,6 @@ class FeatureCache:
             dtype: of `DTYPES`.
             alone: whether the teacher sees each image alone, and not its batch.
             max_bytes: of the whole store.
-
-        Raises:
-            ConfigError: the folder cannot be written.
         """
         self.described = dict(described)
         self.collection = collection_name(self.described)
@@ -122,22 +119,17 @@ class FeatureCache:
         self.store = FeatureStore(folder, max_bytes)
         self.reader = FeatureReader(self.store, self.collection, padding, alone)
         self.hits = self.misses = 0
-        self._start()
         self._writer: ThreadPoolExecutor | None = None
         self._room = threading.Semaphore(_WAITING)
         self._pending: set[Future[None]] = set()
-        self._gave_up = self._told_of_size = False
+        self._started = self._gave_up = self._told_of_size = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FeatureCache":
         return self  # a folder on the disk: there is one of it
 
     @classmethod
     def from_config(cls, cfg: CfgNode, teacher: Teacher, taps: Sequence[str]) -> "FeatureCache":
-        """Returns the cache that `DISTILL.CACHE` describes.
-
-        Raises:
-            ConfigError: its folder cannot be written.
-        """
+        """Returns the cache that `DISTILL.CACHE` describes; nothing is written yet."""
         node = cfg.DISTILL.CACHE
         return cls(
             node.DIR,
@@ -163,7 +155,11 @@ class FeatureCache:
         """Has the features of an image written, and returns them as they will be read.
 
         None where they cannot be kept, as they are not finite.
+
+        Raises:
+            ConfigError: see `start`.
         """
+        self.start()
         try:
             content = encode(features, self.dtype, key)
         except ValueError as error:
@@ -210,13 +206,20 @@ class FeatureCache:
                 "." if kept else ", that is none: the teacher runs.",
             )
 
-    def _start(self) -> None:
-        """Writes what the collection is of, so that a folder that takes nothing is known now."""
+    def start(self) -> None:
+        """Writes what the collection is of, once: a folder that takes nothing is known before a training.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        if self._started:
+            return
         require_folder(self.store.folder)
         try:
             write_json(self.store.folder / self.collection / ABOUT, self.described)
         except OSError as error:
             raise _no_folder(self.store.folder, error.strerror or str(error)) from error
+        self._started = True
 
 
 def require_folder(folder: str | Path) -> None:
