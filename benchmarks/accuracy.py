@@ -5,21 +5,24 @@
     python benchmarks/accuracy.py --length long --seeds 1 --only baseline "inherit only" FeatureMimic
     python benchmarks/accuracy.py --tune --jobs 2
     python benchmarks/accuracy.py --suite classification --seeds 1 2 3
+    python benchmarks/accuracy.py --length long --evaluate-only
 
 A suite is a teacher, a student and the ways to distil it; `--suite mobilenet` has the teacher of `--suite detection`.
 Teacher and baseline are shared by all methods. `--tune` tries the same number of weights for each of them, at the short
 length and with a seed that the tables do not use; what came out best is what configs/PhotoDigits says. What is finished
 is not repeated, so the program can be stopped and started, and seeds or methods added later. The tables are made of all
 finished runs.
+
+Every finished run is evaluated on val, by which weights are chosen, and on test, which the tables report: into its
+folder `evaluation`, and again where the dataset has become another one. `--evaluate-only` does no more than that.
+Differences are paired by seed, those of one seed are drawn over images; where 0 is in their interval they are called
+noise. `table.json` beside the runs has all of it.
 """
 
 import argparse
-import functools
 import json
 import logging
-import math
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,158 +30,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from suites import FACTORS, SUITES, TUNED, TUNING_SEED, Suite, tuned
+from accuracy_runs import Bench
+from accuracy_tables import summary, table, tuning_table
+from suites import FACTORS, SUITES, tuned
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
-from d2kd.config import add_distill_config
 from d2kd.engine import log_runtime
-from detectron2.config import get_cfg
+from d2kd.files import write_json
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.benchmarks.accuracy")
 
-CONFIGS = Path("configs/PhotoDigits")
 DOCUMENT = Path("docs/benchmarks.md")
-
-
-class Bench:
-    """The runs of one suite and length, in one directory."""
-
-    def __init__(self, suite: Suite, length: str, output: Path, threads: int, options: list[str]) -> None:
-        self.suite = suite
-        self.length = suite.lengths[length]
-        self.root = output / suite.folder / length
-        self.teacher_folder = output / suite.teacher_folder / length / "teacher"
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        self.options = options
-
-    def run(self, directory: Path, command: Sequence[Any], result: str = "result.json") -> bool:
-        """Runs a tool with `directory` for its output unless `result` is there; returns whether it is now."""
-        line = [*map(str, command), *self.options, "OUTPUT_DIR", str(directory)]
-        record = directory / "command.json"
-        if record.is_file() and json.loads(record.read_text()) != line:
-            logger.error("%s was made by another command: see %s; remove it to repeat it", directory, record)
-            return False
-        if not (directory / result).is_file():
-            directory.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(line))
-            logger.info("start %s", directory)
-            with open(directory / "console.txt", "a", encoding="utf-8") as console:
-                subprocess.run([sys.executable, *line], env=self.environment, stdout=console, stderr=subprocess.STDOUT)
-        if not (directory / result).is_file():
-            logger.error("%s failed: see %s", directory, directory / "console.txt")
-            return False
-        if result == "result.json":
-            logger.info("%s: %.1f %s", directory, self.score(directory), self.suite.called)
-        return True
-
-    def teacher(self, tokens: bool) -> bool:
-        """Trains the teacher, and learns its tokens where they are needed."""
-        steps = ["SOLVER.MAX_ITER", self.length.teacher, "SOLVER.IMS_PER_BATCH", self.length.teacher_images]
-        command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{self.suite.teacher}.yaml"]
-        if self.suite.grand_teacher:
-            config, folder = (
-                CONFIGS / f"{self.suite.grand_teacher}.yaml",
-                self.teacher_folder.with_name("grand_teacher"),
-            )
-            if not self.run(folder, [*command[:-1], config, "TEST.EVAL_PERIOD", 0]):
-                return False
-            command += ["--teacher-config", config, "--teacher-weights", folder / "model_final.pth"]
-            steps += ["DISTILL.TEACHER.EVAL_FIRST", False]
-        if not self.run(self.teacher_folder, [*command, *steps, "TEST.EVAL_PERIOD", 0]):
-            return False
-        tokens_file = CONFIGS / f"{self.suite.teacher}_tokens.yaml"
-        command = ["tools/learn_tokens.py", "--resume", "--config-file", tokens_file]
-        weights = ["MODEL.WEIGHTS", self.teacher_folder / "model_final.pth"]
-        return not tokens or self.run(self.root / "tokens", [*command, *weights], result="tokens.pth")
-
-    def student(self, name: str, seed: int, directory: str = "", changes: Sequence[Any] = ()) -> bool:
-        """Trains one student, in `directory` or that of its row and seed, with changes to the row's configuration."""
-        entry = self.suite.entries[name]
-        command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{entry.config}.yaml"]
-        iterations = self.length.student * entry.times
-        options = ["SEED", seed, "SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0, *entry.options]
-        if self.suite.sets_images:
-            options += ["SOLVER.IMS_PER_BATCH", self.length.student_images]
-        if entry.distils:
-            command += ["--teacher-config", CONFIGS / f"{self.suite.teacher}.yaml"]
-            command += ["--teacher-weights", self.teacher_folder / "model_final.pth"]
-            options += ["DISTILL.TEACHER.EVAL_FIRST", False]
-        if name == "ReceptiveTokens":
-            options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.root / "tokens/tokens.pth"]
-        return self.run(self.root / (directory or f"{slug(name)}/seed{seed}"), [*command, *options, *changes])
-
-    def trial(self, name: str, factor: float) -> bool:
-        """Trains one student with what `TUNED` names at `factor` times its default."""
-        value = default(TUNED[name]) * factor
-        return self.student(name, TUNING_SEED, trial_directory(name, value), [TUNED[name], value])
-
-    def score(self, directory: Path) -> float:
-        """The suite's metric of a finished run, in percent."""
-        task, _, name = self.suite.metric.partition("/")
-        value = json.loads((directory / "result.json").read_text())["metrics"][task][name]
-        return math.nan if value is None else value  # as JSON has it
-
-    def finished(self, name: str) -> list[float]:
-        """The scores of every finished seed of a row."""
-        return [self.score(path.parent) for path in sorted((self.root / slug(name)).glob("seed*/result.json"))]
-
-
-def slug(name: str) -> str:
-    """A row's name as a directory's name."""
-    return name.replace(" ", "_").replace(",", "").replace("+", "and")
-
-
-def default(key: str) -> float:
-    """The default of a configuration key."""
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    return functools.reduce(getattr, key.split("."), cfg)
-
-
-def trial_directory(name: str, value: float) -> str:
-    """Where a trial of a row lies."""
-    return f"tuning/{slug(name)}/{value:g}"
-
-
-def tuning_table(bench: Bench) -> str:
-    """Markdown table of all finished trials."""
-    lines = [
-        "| method | tried | " + " | ".join(f"x {factor:g}" for factor in FACTORS) + " |",
-        "| --- | --- |" + " ---: |" * len(FACTORS),
-    ]
-    for name, key in tuned(bench.suite).items():
-        paths = [bench.root / trial_directory(name, default(key) * factor) for factor in FACTORS]
-        scores = [bench.score(p) if (p / "result.json").is_file() else None for p in paths]
-        best = max((score for score in scores if score is not None), default=None)
-        cells = ["-" if x is None else f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in scores]
-        lines.append(f"| {name} | `{key}`, default {default(key):g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def table(bench: Bench) -> str:
-    """Markdown table of all finished runs."""
-    teacher = bench.score(bench.teacher_folder)
-    base = bench.finished("baseline")
-    length = bench.length
-    lines = [
-        f"Teacher: {teacher:.1f} {bench.suite.called} after {length.teacher:,} iterations of {length.teacher_images} "
-        f"images; students: {length.student:,} iterations of {length.student_images}.",
-        "",
-        f"| run | seeds | {bench.suite.called} (mean) | lowest to highest | over baseline | gap closure |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in bench.suite.entries:
-        scores = bench.finished(name)
-        if not scores:
-            continue
-        mean = statistics.mean(scores)
-        gain = mean - statistics.mean(base) if base else float("nan")
-        gap = teacher - statistics.mean(base) if base else float("nan")
-        closure = f"{100 * gain / gap:.0f} %" if gap > 0 and name != "baseline" else "-"
-        spread = f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else "one seed"
-        lines.append(f"| {name} | {len(scores)} | {mean:.1f} | {spread} | {gain:+.1f} | {closure} |")
-    return "\n".join(lines)
 
 
 def insert(text: str, marker: str) -> None:
@@ -205,6 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of all suites")
     parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
+    parser.add_argument("--evaluate-only", action="store_true", help="train nothing: evaluate what is finished")
     parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
@@ -219,9 +83,9 @@ def main() -> None:
     setup_logger(name="d2kd")
     log_runtime()
     data = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "photo_digits")
-    if "DETECTRON2_DATASETS" not in os.environ or not data.is_dir():
+    if "DETECTRON2_DATASETS" not in os.environ or not (data / "test").is_dir():
         subprocess.run([sys.executable, "datasets/prepare_photo_digits.py", "--output", str(data)], check=True)
-    bench = Bench(suite, args.length, args.output, args.threads, args.opts)
+    bench = Bench(suite, args.length, args.output, args.threads, args.opts, data, not args.evaluate_only)
     names = [n for n in args.only or suite.entries if not (args.no_ablations and suite.entries[n].ablation)]
     if args.tune:
         names = [n for n in names if n in tuned(suite)]
@@ -238,11 +102,22 @@ def main() -> None:
         sys.exit(130)
     if not teacher.result():
         sys.exit(1)
-    text = tuning_table(bench) if args.tune else table(bench)
+    text = tuning_table(bench) if args.tune else conclude(bench)
     logger.info("\n%s", text)
-    if DOCUMENT.is_file() and not args.no_document:
+    if text and DOCUMENT.is_file() and not args.no_document:
         insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}")
     sys.exit(1 if failed else 0)
+
+
+def conclude(bench: Bench) -> str:
+    """Writes `table.json`, and returns the table; "" where no run is finished."""
+    content = summary(bench)
+    if not content["rows"]:
+        logger.warning("No run of %s is finished.", bench.root)
+        return ""
+    plain = json.loads(json.dumps(content, default=lambda found: {**vars(found), "within_noise": found.within_noise}))
+    write_json(bench.root / "table.json", plain)
+    return table(bench, content)
 
 
 def distilled_runs(bench: Bench, names: Sequence[str], args: argparse.Namespace) -> list[tuple[Any, ...]]:

@@ -34,11 +34,26 @@ measure() {
 force=${1:-}
 models="d2lite/modeling d2lite/layers d2lite/structures"
 step="benchmarks/step_cost.py d2kd/modeling d2kd/distillers d2kd/layers $models"
-small="FeatureMimic MaskedGenerative ReceptiveTokens ChannelMatching"
+small="FeatureMimic MaskedGenerative ReceptiveTokens ChannelMatching LogitKD HeadRegression"
+some="FeatureMimic ReceptiveTokens ChannelMatching"
+large="FeatureMimic ReceptiveTokens ChannelMatching LogitKD HeadRegression"
+fast="DISTILL.TEACHER.FOLD_NORMS True DISTILL.TEACHER.CHANNELS_LAST True"
+half="DISTILL.TEACHER.PRECISION bfloat16"
+compiled="DISTILL.TEACHER.COMPILE default"
+clock=--processor-time # of one thread: what else runs on the machine counts less
+export OMP_NUM_THREADS=1
 # shellcheck disable=SC2086
-measure step_cost_quickstart "$step" python benchmarks/step_cost.py --pair quickstart --repeats 25 --methods $small
-measure step_cost_r50_r18 "$step" python benchmarks/step_cost.py --pair r50-r18 --methods ChannelMatching
-measure step_cost_r101_r50 "$step" python benchmarks/step_cost.py --pair r101-r50 --repeats 5
+{
+    cost="python benchmarks/step_cost.py $clock"
+    measure step_cost_quickstart "$step" $cost --pair quickstart --repeats 25 --methods $small
+    measure step_cost_r50_r18 "$step" $cost --pair r50-r18 --methods ChannelMatching
+    measure step_cost_r101_r50 "$step" $cost --pair r101-r50 --repeats 5 --methods $large
+    measure step_cost_x101_r50 "$step" $cost --pair x101-r50 --repeats 3 --methods FeatureMimic ChannelMatching
+    measure step_cost_fast "$step" $cost --pair r101-r50 --repeats 5 --methods $some --opts $fast
+    measure step_cost_fast_bfloat16 "$step" $cost --pair r101-r50 --repeats 5 --methods FeatureMimic --opts $fast $half
+    measure step_cost_compiled "$step" $cost --pair r101-r50 --repeats 5 --methods FeatureMimic --opts $fast $compiled
+}
+unset OMP_NUM_THREADS
 tokens="benchmarks/receptive_tokens.py d2kd/distillers/receptive_tokens d2kd/layers"
 measure imitation "benchmarks/imitation.py d2kd/layers" python benchmarks/imitation.py
 measure receptive_tokens "$tokens" python benchmarks/receptive_tokens.py
@@ -46,6 +61,7 @@ matching="benchmarks/channel_matching.py d2kd/distillers/channel_matching d2kd/l
 measure channel_matching "$matching" python benchmarks/channel_matching.py
 measure frozen_norm "benchmarks/frozen_norm.py $models" python benchmarks/frozen_norm.py
 measure models "benchmarks/models.py d2kd/modeling/backbone d2kd/modeling/sem_seg $models" python benchmarks/models.py
+measure peers "benchmarks/peers.py $models" python benchmarks/peers.py
 timm="benchmarks/timm_networks.py d2kd/modeling/backbone d2kd/modeling/meta_arch d2kd/engine/train_step.py $models"
 measure timm_networks "$timm" python benchmarks/timm_networks.py
 masked="benchmarks/masked_teacher.py d2kd/modeling/teacher_passes d2kd/layers d2lite/modeling/backbone"

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: random training batches, timing, peak memory."""
+"""What the speed benchmarks share: random training batches, timing, peak and transient memory."""
 
 import resource
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from detectron2.layers import FrozenBatchNorm2d
@@ -84,3 +85,21 @@ def peak_memory_mib(device: str) -> float:
         return int(line.split()[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def transient_mib(call: Callable[[], None], device: str) -> float:
+    """Largest amount of memory that a call has allocated at a time, in MiB."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import timed
+from common import timed, transient_mib
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.distillers import ReceptiveTokens, TapInfo, TapPair
@@ -48,24 +47,6 @@ def literal_loss(student: Tensor, teacher: Tensor, tokens: Tensor, weights: Tens
     return (per_channel.mean(2) * weights).sum(1).mean()
 
 
-def peak_mib(call: Callable[[], None], device: str) -> float:
-    """Largest amount of memory that a call has allocated at a time, in MiB."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
-
-
 def measure(loss: Callable[[], Tensor], student: Tensor, device: str, repeats: int) -> dict[str, float]:
     """Median seconds of forward and backward, transient MiB, and the value."""
 
@@ -77,7 +58,7 @@ def measure(loss: Callable[[], Tensor], student: Tensor, device: str, repeats: i
     seconds = statistics.median(timed(step, device) for _ in range(repeats))
     student.grad = None
     gradient_mib = student.numel() * student.element_size() / 2**20
-    return {"seconds": seconds, "transient_mib": peak_mib(step, device) - gradient_mib, "loss": loss().item()}
+    return {"seconds": seconds, "transient_mib": transient_mib(step, device) - gradient_mib, "loss": loss().item()}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A training step of a recipe for PhotoDigits with random weights on a random batch: no data, no trained teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 
-def recipe_step(recipe: Path, folder: Path, device: str, precision: str = "float32") -> Callable[[], dict[str, float]]:
+def recipe_step(
+    recipe: Path, folder: Path, device: str, precision: str = "float32", options: Sequence[Any] = ()
+) -> Callable[[], dict[str, float]]:
     """Returns a function that makes a step, and returns the losses.
 
     Args:
@@ -26,8 +28,10 @@ def recipe_step(recipe: Path, folder: Path, device: str, precision: str = "float
         folder: for the weights of a teacher.
         device: of the model.
         precision: "float32", "bfloat16" or "float16".
+        options: changes to the configuration, [key, value, ...].
     """
     cfg = recipe_config(recipe, folder, device)
+    cfg.merge_from_list(list(options))
     if precision != "float32":
         cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, precision
     torch.manual_seed(0)  # the same student whether its teacher had to be made or not

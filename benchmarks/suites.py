@@ -127,6 +127,7 @@ class Suite(NamedTuple):
     entries: dict[str, Entry]
     teacher_folder: str  # a suite may share that of another
     grand_teacher: str = ""  # the configuration of the teacher that its teacher learns from
+    dataset: str = "photo_digits"  # its names end in "_val" and "_test"
     sets_images: bool = True  # whether a student's command has its images an iteration, or its configuration alone
 
     @property
@@ -153,6 +154,7 @@ SUITES = {
         called="% top-1",
         lengths={"short": Length(1200, 400, 64, 64)},
         entries=_CLASSIFIER,
+        dataset="photo_digits_classification",
         teacher_folder="classification",
     ),
     "mobilenet": Suite(
@@ -172,6 +174,7 @@ SUITES = {
         called="% top-1",
         lengths={"short": Length(2000, 800, 64, 64)},
         entries=_masked("classifier_vit_student", "FEATURE_MIMIC", "LOGIT_KD"),
+        dataset="photo_digits_classification",
         teacher_folder="masked-classification",
         grand_teacher="classifier_resnet_32",
     ),
@@ -202,6 +205,7 @@ SUITES = {
         called="mIoU",
         lengths={"short": Length(2500, 1500, 8)},
         entries=_SEGMENTATION,
+        dataset="photo_digits_labels",
         teacher_folder="segmentation",
         sets_images=False,
     ),

@@ -5,6 +5,7 @@ Everything comes from scikit-learn; nothing is downloaded. `datasets/README.md` 
 """
 
 import argparse
+import errno
 import hashlib
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ import numpy as np
 
 logger = logging.getLogger("prepare_photo_digits")
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "val")
+FORMAT_VERSION = 2
+SPLITS = ("train", "val", "test")
 DIGIT_SIDE = (26, 60)  # pixels, in an image of REFERENCE_SIZE
 REFERENCE_SIZE = 128
 MAX_DIGITS = 5
@@ -33,9 +34,10 @@ MAX_BOX_IOU = 0.1
 MIN_VISIBLE = 0.6  # share of a digit that later digits must leave uncovered
 MIN_CONTRAST = 90.0  # RGB distance that 90 % of the pixels behind a digit keep from its color
 NOISE_STD = 5.0  # gray levels
-PHOTO_CROP = (96, 160)  # side in pixels of the photograph; the upper end is the width of the val strip
-VAL_DIGITS = 0.2
-VAL_STRIP = 160  # right-most columns of each photograph, reserved for val
+PHOTO_CROP = (96, 160)  # side in pixels of the photograph; the upper end is the width of the held-out strip
+HELD_OUT_DIGITS = 0.2
+HELD_OUT_STRIP = 160  # right-most columns of each photograph: their upper half is for val, their lower half for test
+REPLACING_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,13 @@ class Parameters:
 
     num_train: int = 3000
     num_val: int = 300
+    num_test: int = 600
     image_size: int = 128
     crop_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"num_train": 1, "num_val": 1, "image_size": 32, "crop_size": 8, "seed": 0}
+        least = {"num_train": 1, "num_val": 1, "num_test": 1, "image_size": 32, "crop_size": 8, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 flag = name.replace("_", "-")
@@ -84,11 +87,12 @@ def build_dataset(output: Path, parameters: Parameters, workers: int = 1) -> Non
     """
     (output / "annotations").mkdir()
     digest = hashlib.sha256()
-    for source, count in zip(load_sources(parameters.seed), (parameters.num_train, parameters.num_val)):
+    for source in load_sources(parameters.seed):
+        count = getattr(parameters, f"num_{source.split}")
         _make_directories(output, source.split)
         job = partial(write_example, output, source, parameters)
         examples = list(_map(job, count, workers))
-        text = coco_json([annotations for annotations, _ in examples], parameters)
+        text = coco_json(source.split, [annotations for annotations, _ in examples], parameters)
         (output / "annotations" / f"instances_{source.split}.json").write_text(text)
         for part in [text, *(checksum for _, checksum in examples)]:
             digest.update(part.encode())
@@ -97,20 +101,34 @@ def build_dataset(output: Path, parameters: Parameters, workers: int = 1) -> Non
     (output / "dataset.json").write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
 
 
-def load_sources(seed: int) -> tuple[Source, Source]:
-    """Splits scikit-learn's 1,797 digits and two photographs into disjoint material for train and val."""
+def load_sources(seed: int) -> tuple[Source, Source, Source]:
+    """Splits scikit-learn's 1,797 digits and two photographs into disjoint material for train, val and test.
+
+    Train's is what it was before there was a test split, so that models trained on it stay comparable.
+    """
     from sklearn.datasets import load_digits, load_sample_images
 
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.images))
-    num_val = int(len(order) * VAL_DIGITS)
+    held_out, train = np.split(order, [int(len(order) * HELD_OUT_DIGITS)])
     photos = load_sample_images().images
-    regions = ([p[:, :-VAL_STRIP] for p in photos], [p[:, -VAL_STRIP:] for p in photos])
-    train, val = (
+    strips = [photo[:, -HELD_OUT_STRIP:] for photo in photos]
+    halves = [(strip[: len(strip) // 2], strip[len(strip) // 2 :]) for strip in strips]
+    regions = ([photo[:, :-HELD_OUT_STRIP] for photo in photos], *(list(parts) for parts in zip(*halves)))
+    indices = (train, *halve_classes(held_out, data.target))
+    return tuple(
         Source(split, (data.images[index] / 16).astype(np.float32), data.target[index], region)
-        for split, index, region in zip(SPLITS, (order[num_val:], order[:num_val]), regions)
+        for split, index, region in zip(SPLITS, indices, regions)
     )
-    return train, val
+
+
+def halve_classes(indices: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Deals `indices` into `labels` to two sides in turn, class by class: each side has half of every class."""
+    ranks = np.zeros(len(indices), int)
+    for label in np.unique(labels):
+        (places,) = np.nonzero(labels[indices] == label)
+        ranks[places] = np.arange(len(places)) + label  # the odd ones of a class go to either side in turn
+    return indices[ranks % 2 == 0], indices[ranks % 2 == 1]
 
 
 def write_example(output: Path, source: Source, parameters: Parameters, index: int) -> tuple[list[dict], str]:
@@ -269,15 +287,15 @@ def join_hole(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return np.concatenate([outline[: i + 1], hole[j:], hole[: j + 1], outline[i:]])
 
 
-def coco_json(annotations: list[list[dict]], parameters: Parameters) -> str:
-    """The COCO annotation file for images 1, 2, ... whose annotations are given in that order."""
+def coco_json(split: str, annotations: list[list[dict]], parameters: Parameters) -> str:
+    """The COCO annotation file of a split for images 1, 2, ... whose annotations are given in that order."""
     size = parameters.image_size
     images = [
         {"id": i, "file_name": f"{i:06d}.png", "width": size, "height": size} for i in range(1, len(annotations) + 1)
     ]
     flat = [item for group in annotations for item in group]
     content = {
-        "info": {"description": "PhotoDigits: handwritten digits on photographs", **_identity(parameters)},
+        "info": {"description": "PhotoDigits: handwritten digits on photographs", **_origin(split, parameters)},
         "licenses": [],
         "categories": [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)],
         "images": images,
@@ -287,37 +305,77 @@ def coco_json(annotations: list[list[dict]], parameters: Parameters) -> str:
 
 
 def is_up_to_date(output: Path, parameters: Parameters) -> bool:
-    """Whether `output` holds a finished dataset with these parameters.
+    """Whether `output` holds a finished dataset with these parameters, of the version that this program makes.
 
     Raises:
         FileExistsError: `output` holds something that is not PhotoDigits, which is never overwritten.
     """
+    found = _description(output)
+    return found is not None and _holds(found, _identity(parameters))
+
+
+def is_outdated(output: Path, parameters: Parameters) -> bool:
+    """Whether `output` holds what version 1 made of these parameters: the same train, val of twice the material.
+
+    Raises:
+        FileExistsError: as `is_up_to_date`.
+    """
+    found = _description(output)
+    return found is not None and _holds(found, _first_version(_identity(parameters)))
+
+
+def _description(output: Path) -> dict | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
+        return None
     try:
         found = json.loads((output / "dataset.json").read_text())
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or found.get("name") != "photo_digits":
         raise FileExistsError(f"{output} exists and is not a PhotoDigits dataset; choose another --output")
-    return all(found.get(key) == value for key, value in _identity(parameters).items())
+    return found
+
+
+def _holds(found: dict, identity: dict) -> bool:
+    return all(found.get(key) == value for key, value in identity.items())
 
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """Gives an empty directory beside `output` that takes its place at the end, or vanishes on an error."""
+    """Gives an empty directory beside `output` that takes its place at the end, or vanishes on an error.
+
+    Of several processes that do so at once, the last one stays. `output` is gone for no longer than two renames take.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     fresh = output.with_name(f".{output.name}.new-{os.getpid()}")
     stale = output.with_name(f".{output.name}.old-{os.getpid()}")
     fresh.mkdir()
     try:
         yield fresh
-        if output.exists():
-            output.rename(stale)
-        fresh.rename(output)
-        shutil.rmtree(stale, ignore_errors=True)
+        for attempt in range(REPLACING_ATTEMPTS):
+            try:
+                _swap(output, fresh, stale)
+                break
+            except OSError as error:
+                by_others = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # between our two renames
+                if not by_others or attempt + 1 == REPLACING_ATTEMPTS:
+                    raise
+            finally:
+                shutil.rmtree(stale, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(output: Path, fresh: Path, stale: Path) -> None:
+    """Moves `output`, if it is there, to `stale`, and `fresh` to `output`; after an error `output` is as it was."""
+    try:
+        with suppress(FileNotFoundError):
+            output.rename(stale)
+        fresh.rename(output)
+    except BaseException:
+        with suppress(OSError):  # there was none, or there is that of another process by now, which no rename replaces
+            stale.rename(output)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -329,6 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=root / "photo_digits", help="directory to create")
     parser.add_argument("--num-train", type=int, default=defaults.num_train, help="training images")
     parser.add_argument("--num-val", type=int, default=defaults.num_val, help="validation images")
+    parser.add_argument("--num-test", type=int, default=defaults.num_test, help="test images")
     parser.add_argument("--image-size", type=int, default=defaults.image_size, help="side in pixels")
     parser.add_argument("--crop-size", type=int, default=defaults.crop_size, help="side of the crops")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything random")
@@ -338,13 +397,15 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
         parameters = Parameters(**{key: getattr(args, key) for key in asdict(defaults)})
-        current = is_up_to_date(args.output, parameters)
+        current, outdated = is_up_to_date(args.output, parameters), is_outdated(args.output, parameters)
     except (ValueError, FileExistsError) as error:
         parser.error(str(error))
     if current and not args.force:
         logger.info("%s is up to date", args.output)
         return
-    if not args.force and (args.output / "dataset.json").exists():
+    if outdated:
+        logger.info("%s is of version 1, without a test split: it is made again, with the same train", args.output)
+    elif not args.force and (args.output / "dataset.json").exists():
         parser.error(f"{args.output} has other parameters; choose another --output, or use --force")
     if importlib.util.find_spec("sklearn") is None:
         parser.exit(1, "PhotoDigits needs scikit-learn, d2kd's extra 'digits': pip install scikit-learn\n")
@@ -355,6 +416,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _identity(parameters: Parameters) -> dict:
     return {"version": FORMAT_VERSION, "parameters": asdict(parameters)}
+
+
+def _origin(split: str, parameters: Parameters) -> dict:
+    """What a split is made of; train's is that of version 1, whose bytes it has kept."""
+    identity = _identity(parameters)
+    return _first_version(identity) if split == "train" else identity
+
+
+def _first_version(identity: dict) -> dict:
+    return {"version": 1, "parameters": {k: v for k, v in identity["parameters"].items() if k != "num_test"}}
 
 
 def _make_directories(output: Path, split: str) -> None:

@@ -38,14 +38,15 @@ def run(context: Context) -> None:
 
 
 def scores(context: Context, suite: str) -> list[dict[str, Any]]:
-    """The metric of every finished run of a suite."""
+    """The metric on the test split of every finished run of a suite."""
     root = context.folder / "runs" / ("" if suite == "detection" else suite) / "short"
     found = []
-    for path in sorted(root.rglob("result.json")):
+    for path in sorted(root.rglob("evaluation/result.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-        task, values = next(iter(metrics.items()))
+        of_test = next(results for dataset, results in metrics.items() if dataset.endswith("_test"))
+        task, values = next(iter(of_test.items()))
         name = next(iter(values))
-        run_of = path.parent.relative_to(root)
+        run_of = path.parent.parent.relative_to(root)
         found.append({"suite": suite, "run": str(run_of), "metric": f"{task}/{name}", "value": values[name]})
     return found
 

@@ -163,7 +163,11 @@ class Context:
         Raises:
             RuntimeError: it cannot be built.
         """
-        small = ["--num-train", 16, "--num-val", 4, "--image-size", 64, "--crop-size", 32] if self.dry else []
+        small = (
+            ["--num-train", 16, "--num-val", 4, "--num-test", 4, "--image-size", 64, "--crop-size", 32]
+            if self.dry
+            else []
+        )
         target = self.datasets / "photo_digits"
         code, _ = self.run(["datasets/prepare_photo_digits.py", "--output", target, *small], "data")
         if code:

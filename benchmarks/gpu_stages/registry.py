@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from . import accuracy, memory, methods, tests, throughput, waits
+from . import accuracy, memory, methods, teacher, tests, throughput, waits
 from .base import Stage
 
 STAGES: dict[str, Stage] = {
@@ -13,6 +13,7 @@ STAGES: dict[str, Stage] = {
         waits.STAGE,
         throughput.STAGE,
         *memory.STAGES,
+        teacher.STAGE,
         accuracy.STAGE,
     )
 }

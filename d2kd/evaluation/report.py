@@ -25,6 +25,7 @@ from d2kd.evaluation.report_pictures import (
 )
 from d2kd.evaluation.report_text import markdown
 from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
+from d2kd.evaluation.seeds import compare_seeds, draw_images
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
 from d2kd.evaluation.training_cost import training_cost
 from d2kd.files import finite, replacing, write_json
@@ -51,6 +52,7 @@ def write_report(
     task: str = "bbox",
     num_images: int | None = None,
     score_threshold: float = 0.3,
+    drawings: int = 0,
 ) -> dict[str, Any]:
     """Writes report.md, report.json, report.html, curves.png, and detections.png, label_maps.png or predictions.png.
 
@@ -68,6 +70,7 @@ def write_report(
         task: the task of these metrics, as in metrics.json.
         num_images: how many images to draw, evenly spread over the dataset; by default 6, and 12 for classifiers.
         score_threshold: draws the detections from this score on.
+        drawings: so many times the images are drawn anew, for intervals of AP differences between single runs.
 
     Returns:
         The content of `report.json`.
@@ -95,13 +98,16 @@ def write_report(
         pictures["label_maps.png"] = draw_label_maps(models, inputs, first, count)
     elif inputs is not None:
         pictures["detections.png"] = draw_detections(models, inputs, first, count, score_threshold)
+    draws = drawings > 0 and dataset_name is not None and first.name == "AP"
+    drawn = draw_images(models, dataset_name or "", task, drawings) if draws else None
     content = {
         "title": title,
         "dataset": dataset_name,
         "task": task,
         "models": {name: _model_json(model) for name, model in models.items()},
         **compare(models, first.name),
-        "training_cost": training_cost(models, logs, first.name),
+        "training_cost": training_cost(models, task, first.name),
+        **compare_seeds(models, first.name, drawn),
         "right_alone": compare_images(models) if classifies else None,
         "statement": statement,
         "commands": list(commands),
@@ -150,5 +156,7 @@ def _write_pictures(directory: Path, pictures: Mapping[str, bytes | None]) -> li
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
-    described = {k: v for k, v in asdict(model).items() if k != "metrics"}
+    described = {k: v for k, v in asdict(model).items() if k not in ("metrics", "runs")}
+    if model.runs:
+        described["runs"] = [_model_json(run) for run in model.runs]
     return {**model.metrics, **described, "label": model.title, "images_seen": model.images_seen}

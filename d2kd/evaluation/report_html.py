@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from d2kd.evaluation.report_plots import STYLES, Cost, curves, swatch, trade_off
+from d2kd.evaluation.report_seeds import NOISE, seed_notes, seed_table
 from d2kd.evaluation.report_text import class_values, findings, main_table
 from d2kd.evaluation.results import ModelResult
+from d2kd.evaluation.seeds import estimate_in
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
 from d2kd.visualization import TrainingLog
 
@@ -53,7 +55,7 @@ def page(
         "cards": "".join(_cards(models, report)),
         "findings": "".join(f"<li>{_text(sentence)}</li>" for sentence in findings(models, report)),
         "statement": _paragraphs(report["statement"]),
-        "models": _model_table(models, metrics, report["training_cost"]),
+        "models": _model_table(models, metrics, report["training_cost"]) + _seed_table(models, report),
         "legend": "".join(
             f'<li class="m{number % STYLES}">{swatch(number)}{_text(title)}</li>'
             for number, title in enumerate(titles.values())
@@ -105,6 +107,8 @@ def _cards(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> Iter
         value = model.metrics.get(metric.name, math.nan)
         gain = value - baseline
         below = f"{gain:+.1f} to the {models['baseline'].title}" if name != "baseline" and math.isfinite(gain) else ""
+        paired = estimate_in(report, "over_baseline", name)
+        below += f", {NOISE}" if paired and paired.within_noise else ""
         yield (
             f'<div class="card m{number % STYLES}"><dt>{swatch(number)}{_text(model.title)}</dt>'
             f"<dd>{_figure(value)} <small>{_text(metric.unit)}</small></dd><dd>{_text(below)}</dd></div>"
@@ -128,6 +132,18 @@ def _model_table(models: Mapping[str, ModelResult], metrics: Sequence[str], cost
         for number, row in enumerate(rows)
     )
     return _table(header, body, "models")
+
+
+def _seed_table(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> str:
+    header, rows = seed_table(models, report)
+    if not rows:
+        return ""
+    body = "".join(
+        f'<tr class="m{number % STYLES}"><th scope="row">{swatch(number)}{_text(row[0][0])}</th>'
+        f"<td>{_text(row[1][0])}</td>" + "".join(_cell(text, value) for text, value in row[2:]) + "</tr>"
+        for number, row in enumerate(rows)
+    )
+    return f'<h3>Seeds</h3>{_table(header, body, "seeds")}<p class="note">{_text(seed_notes(report))}</p>'
 
 
 def _table(header: Sequence[str], body: str, name: str) -> str:

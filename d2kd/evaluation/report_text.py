@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from d2kd.evaluation.feature_links import features_text
+from d2kd.evaluation.report_seeds import Cell, seed_findings, seed_notes, seed_table
 from d2kd.evaluation.results import Benchmark, ModelResult
+from d2kd.evaluation.seeds import estimate_in, mean_of_shared
 from d2kd.evaluation.tasks import metric_named, task_named
 
 #: So many classes are all listed; of more, those that tell most.
@@ -20,6 +22,10 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
     parts = [f"# {report['title']}", table, "## What it shows"]
     parts.append("\n".join(f"- {sentence}" for sentence in findings(models, report)))
     parts.append(report["statement"])
+    seed_header, seed_rows = seed_table(models, report)
+    if seed_rows:
+        parts += ["## Seeds", _markdown_table([seed_header, *([text for text, _ in row] for row in seed_rows)])]
+        parts.append(seed_notes(report))
     classes = class_table(models, task_named(report["task"], metrics).of_classes)
     parts += ["## Classes", classes] if classes else []
     if "trade_off.png" in report["pictures"]:
@@ -59,10 +65,6 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-#: A cell: its text, and the number that it is sorted by.
-Cell = tuple[str, float | None]
-
-
 def main_table(
     models: Iterable[ModelResult], metrics: Sequence[str], cost: Mapping[str, Any] | None = None
 ) -> tuple[list[str], list[list[Cell]]]:
@@ -94,7 +96,7 @@ def main_table(
         row.append((_duration(model.wall_time_s), model.wall_time_s))
         if cost is not None:
             row += _training_costs(cost["models"].get(model.name, {}), level is not None)
-        rows.append([*row, (_number(model.seed, "d"), model.seed)])
+        rows.append([*row, _seeds(model)])
     return header, rows
 
 
@@ -106,6 +108,11 @@ def _training_costs(cost: Mapping[str, float | None], has_level: bool) -> list[C
         (_number(None if share is None else 100 * share, ".0f", " %"), share),
     ]
     return [*cells, (_duration(until), until)] if has_level else cells
+
+
+def _seeds(model: ModelResult) -> Cell:
+    seeds = [run.seed for run in model.runs or (model,) if run.seed is not None]
+    return ", ".join(map(str, seeds)) or "-", seeds[0] if seeds else None
 
 
 def _costs(benchmark: Benchmark | None) -> list[Cell]:
@@ -125,16 +132,20 @@ def findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> li
     metric, unit = report["metric"], metric_named(report["metric"]).unit
     inherited = task_named(report["task"]).inherited
 
-    def value(name: str) -> str:
-        return f"{models[name].metrics[metric]:.1f}"
+    def value(name: str, other: str = "baseline") -> str:
+        return f"{mean_of_shared(report, name, other, models[name].metrics[metric]):.1f}"
 
     found = []
     if report["gain"] is not None:
         lead = {True: "At equal iterations", False: "At different numbers of images seen", None: "In this run"}
         gain = f"{report['gain']:+.1f}"
         verb = "raises" if report["gain"] > 0 else "lowers"
-        change = f"{verb} the student from {value('baseline')} to {value('distilled')} {unit} ({gain})"
-        if float(gain) == 0:
+        change = f"{verb} the student from {value('baseline', 'distilled')} to {value('distilled')} {unit} ({gain})"
+        paired = estimate_in(report, "over_baseline", "distilled")
+        if paired and paired.within_noise:
+            both = f"{value('baseline', 'distilled')} and {value('distilled')}"
+            change = f"changes nothing beyond noise: {both} {unit} ({gain})"
+        elif float(gain) == 0:
             change = f"leaves the student at {value('distilled')} {unit}"
         found.append(f"{lead[report['equal_iterations']]}, distillation {change}.")
     if report["inherit_gain"] is not None:
@@ -142,10 +153,11 @@ def findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> li
             f"Starting from the teacher's {inherited}, without distillation, gives {value('inherit')} {unit} "
             f"({report['inherit_gain']:+.1f})."
         )
+    found += seed_findings(models, report)
     if report["gap_closure"] is not None:
-        found.append(
-            f"Gap closure, (distilled - baseline) / (teacher - baseline): {100 * report['gap_closure']:.0f} %."
-        )
+        paired = estimate_in(report, "gap_closure", "distilled")
+        closed = paired.text(".0f", 100, " %") if paired else f"{100 * report['gap_closure']:.0f} %"
+        found.append(f"Gap closure, (distilled - baseline) / (teacher - baseline): {closed}.")
     else:
         found.append(report["gap_closure_note"])
     alone = report["right_alone"]

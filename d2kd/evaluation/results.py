@@ -1,8 +1,10 @@
 """What is known about trained models: read from their output directories, and compared."""
 
+import contextlib
 import json
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +59,12 @@ class ModelResult:
     config_file: str | None = None
     checkpoint: str | None = None
     benchmark: Benchmark | None = None
+    runs: tuple["ModelResult", ...] = ()  # of several seeds, whose mean the metrics are; the rest is that of the first
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """A metric of every seed, of this run alone where it is one; {} where the seed is not known."""
+        known = [(run.seed, run.metrics.get(metric, math.nan)) for run in self.runs or (self,)]
+        return {seed: value for seed, value in known if seed is not None}
 
     @property
     def title(self) -> str:
@@ -79,7 +87,8 @@ def load_result(
     Args:
         name: "teacher", "baseline", "inherit", "distilled" or another.
         output_dir: holds `result.json` and, if they exist, `metrics.json`, `config.yaml`, the evaluator's predictions
-            in `inference/`, `model_final.pth` and `benchmark.json`.
+            in `inference/`, `model_final.pth` and `benchmark.json`. What the run was evaluated on later, as
+            benchmarks/accuracy.py and `d2kd eval` do, is found in `evaluation/`.
         label: what the report calls the model.
         dataset_name: which results to take of a run that was evaluated on several datasets.
         task: which metrics to take.
@@ -88,33 +97,38 @@ def load_result(
         ResultError: there is no `result.json`, as the run has not finished, or it has no metrics of this task.
     """
     directory = Path(output_dir)
-    content = _read_result(name, directory, dataset_name)
+    evaluated = _evaluation_folder(directory, dataset_name)
+    content = _read_result(name, evaluated, dataset_name)
     metrics, scope = _metrics_of(content, dataset_name, task)
     if not metrics:
         raise ResultError(
-            f"Run {name!r}: {directory / 'result.json'} holds no metrics of the task {task!r}, but of "
+            f"Run {name!r}: {evaluated / 'result.json'} holds no metrics of the task {task!r}, but of "
             f"{', '.join(_by_task(content, dataset_name)) or 'none'}. Was the run evaluated (DATASETS.TEST), and on "
             "this task (--task)?"
         )
 
-    def existing(relative: str) -> str | None:
-        return str(directory / relative) if (directory / relative).is_file() else None
+    def existing(relative: str, folder: Path = directory) -> str | None:
+        return str(folder / relative) if (folder / relative).is_file() else None
 
     file, folder = task_named(task).predictions, f"inference{split_variant(task)[1]}"
+    files = [f"{folder}/{dataset_name}/{file}", f"{folder}/{file}"] if file else []
+    trained = content if evaluated == directory else _read(name, directory)
     return ModelResult(
         name=name,
         label=label,
         metrics={k: math.nan if v is None else v for k, v in metrics.items()},
         metrics_file=existing("metrics.json"),
-        metrics_scope=scope,
-        predictions_file=file and (existing(f"{folder}/{dataset_name}/{file}") or existing(f"{folder}/{file}")),
+        metrics_scope=scope if evaluated == directory else None,
+        predictions_file=next(filter(None, (existing(path, evaluated) for path in files)), None),
         config_file=existing("config.yaml"),
         checkpoint=existing("model_final.pth"),
         benchmark=read_benchmark(existing("benchmark.json")),
-        **{
-            k: content.get(k)
-            for k in ("wall_time_s", "teacher_time_s", "iterations", "images_per_batch", "params", "seed")
-        },
+        wall_time_s=trained.get("wall_time_s"),
+        teacher_time_s=trained.get("teacher_time_s"),
+        iterations=trained.get("iterations"),
+        images_per_batch=trained.get("images_per_batch"),
+        params=trained.get("params"),
+        seed=trained.get("seed"),
     )
 
 
@@ -125,7 +139,7 @@ def choose_task(name: str, output_dir: str, dataset_name: str | None = None) -> 
         ResultError: there is no result, or no task in it.
     """
     directory = Path(output_dir)
-    content = _read_result(name, directory, dataset_name)
+    content = _read_result(name, _evaluation_folder(directory, dataset_name), dataset_name)
     task = first_task(_by_task(content, dataset_name))
     if task is None:
         raise ResultError(
@@ -135,6 +149,12 @@ def choose_task(name: str, output_dir: str, dataset_name: str | None = None) -> 
 
 
 def _read_result(name: str, directory: Path, dataset_name: str | None) -> dict[str, Any]:
+    content = _read(name, directory)
+    _require_dataset(name, directory / "result.json", content.get("datasets"), dataset_name)
+    return content
+
+
+def _read(name: str, directory: Path) -> dict[str, Any]:
     path = directory / "result.json"
     if not path.is_file():
         raise ResultError(f"Run {name!r}: {path} does not exist; the run has not finished, or is elsewhere.")
@@ -144,8 +164,24 @@ def _read_result(name: str, directory: Path, dataset_name: str | None) -> dict[s
         raise ResultError(f"Run {name!r}: {path} is no JSON ({error}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise ResultError(f"Run {name!r}: {path} holds no metrics; it is not what a run of d2kd writes.")
-    _require_dataset(name, path, content.get("datasets"), dataset_name)
     return content
+
+
+def _evaluation_folder(directory: Path, dataset_name: str | None) -> Path:
+    """Where the results on a dataset are: those that the run ended with, else those of a later evaluation of it."""
+    later = directory / "evaluation"
+    found, weights = _datasets(later)
+    same = os.path.realpath(weights) == os.path.realpath(directory / "model_final.pth")
+    return later if same and dataset_name in found and dataset_name not in _datasets(directory)[0] else directory
+
+
+def _datasets(directory: Path) -> tuple[Sequence[str], str]:
+    """The datasets of a result, and the checkpoint that was evaluated; without any where it is not to be read."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads((directory / "result.json").read_text())
+        if isinstance(content, dict):
+            return content.get("datasets") or (), content.get("weights") or ""
+    return (), ""
 
 
 def _metrics_of(content: Mapping[str, Any], dataset_name: str | None, task: str) -> tuple[Mapping[str, Any], str]:

@@ -22,7 +22,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PhotoDigits with a few images of 64 x 64 pixels."""
     target = tmp_path_factory.mktemp("data") / "digits"
     command = [sys.executable, "datasets/prepare_photo_digits.py", "--output", str(target), "--image-size", "64"]
-    subprocess.run([*command, "--num-train", "24", "--num-val", "4"], check=True, cwd=ROOT, capture_output=True)
+    numbers = ["--num-train", "24", "--num-val", "4", "--num-test", "4"]
+    subprocess.run([*command, *numbers], check=True, cwd=ROOT, capture_output=True)
     return target
 
 

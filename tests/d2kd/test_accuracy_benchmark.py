@@ -1,6 +1,8 @@
 """benchmarks/accuracy.py: the commands of its suites, where their runs lie, and the tables it makes of them."""
 
+import ast
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -12,7 +14,10 @@ from runs import ROOT
 
 @pytest.fixture
 def accuracy(monkeypatch, tmp_path):
-    """The program, in a directory of its own, with runs that end at once; the lines that it has run."""
+    """The program, in a directory of its own, with runs that end at once; the trainings that it has run.
+
+    Students gain a point a seed, what is distilled another 20, and test is a point above val.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = runpy.run_path(str(ROOT / "benchmarks/accuracy.py"))
     monkeypatch.chdir(tmp_path)
@@ -25,22 +30,32 @@ def accuracy(monkeypatch, tmp_path):
         started.append(line)
         if "OUTPUT_DIR" in line:
             output = Path(line[line.index("OUTPUT_DIR") + 1])
-            score = 90.0 if output.name == "teacher" else 50.0 if "baseline" in str(output) else 70.0
-            score += int(output.name.removeprefix("seed") or 0) if output.name.startswith("seed") else 0
-            metrics = {"bbox": {"AP": score}, "classification": {"top1": score}}
-            (output / "result.json").write_text(json.dumps({"metrics": metrics}))
+            folder = output.parent if output.name == "evaluation" else output
+            score = 89.0 if folder.name == "teacher" else 49.0 if "baseline" in str(folder) else 69.0
+            score += int(folder.name.removeprefix("seed") or 0) if folder.name.startswith("seed") else 0
+            values = {n: {"bbox": {"AP": score + n}, "classification": {"top1": score + n}} for n in (0, 1)}
+            content = {"metrics": values[0]}
+            if output.name == "evaluation":
+                names = line[line.index("DATASETS.TEST") + 1]
+                assert "--eval-only" in line and str(folder / "model_final.pth") in line
+                datasets = ast.literal_eval(names)
+                content = {"datasets": datasets, "metrics": {n: values[n.endswith("test")] for n in datasets}}
+                if len(datasets) == 1:
+                    content["metrics"] = values[0]
+            (output / "result.json").write_text(json.dumps(content))
             (output / "tokens.pth").touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", start)
 
-    def run(*arguments):
+    def run(*arguments, evaluations=False):
         started.clear()
         monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             module["main"]()
         assert stop.value.code == 0, started
-        return [line for line in started if "OUTPUT_DIR" in line]
+        lines = [line for line in started if "OUTPUT_DIR" in line]
+        return [line for line in lines if ("--eval-only" in line) == evaluations]
 
     return run
 
@@ -100,15 +115,59 @@ def test_classifiers_have_their_teacher_and_their_table(accuracy, tmp_path):
         "a",
         "<!-- accuracy classification short -->",
         f"Teacher: 90.0 % top-1 after {length.teacher:,} iterations of {length.teacher_images} images; students: "
-        f"{length.student:,} iterations of {length.student_images}.",
+        f"{length.student:,} iterations of {length.student_images}. On test.",
         "",
         "| run | seeds | % top-1 (mean) | lowest to highest | over baseline | gap closure |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| baseline | 2 | 51.5 | 51.0 to 52.0 | +0.0 | - |",
-        "| LogitKD | 2 | 71.5 | 71.0 to 72.0 | +20.0 | 52 % |",
+        "| baseline | 2 | 51.5 | 51.0 to 52.0 | - | - |",
+        "| LogitKD | 2 | 71.5 | 71.0 to 72.0 | +20.0 [+20.0, +20.0] | 52 [43, 61] % |",
         "<!-- /accuracy classification short -->",
         "b",
     ]
+
+
+def test_finished_runs_are_evaluated_once_on_val_and_test(accuracy, tmp_path):
+    arguments = ("--suite", "classification", "--seeds", 1, "--only", "baseline")
+    first, second = accuracy(*arguments, evaluations=True)
+    root, data = "output/accuracy/classification/short", "photo_digits_classification"
+    assert [line[-1] for line in (first, second)] == [f"{root}/teacher/evaluation", f"{root}/baseline/seed1/evaluation"]
+    assert second[second.index("DATASETS.TEST") + 1] == f"['{data}_val', '{data}_test']"
+    assert accuracy(*arguments, evaluations=True) == []
+    for path in tmp_path.glob(f"{root}/*/**/dataset.json"):
+        path.write_text('"of another dataset"')
+    assert len(accuracy(*arguments, evaluations=True)) == 2
+    os.utime(tmp_path / root / "baseline/seed1/result.json", (2e9, 2e9))  # trained again
+    assert [line[-1] for line in accuracy(*arguments, evaluations=True)] == [f"{root}/baseline/seed1/evaluation"]
+
+
+def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_path):
+    page = tmp_path / "docs/benchmarks.md"
+    before = "<!-- accuracy short -->\nold\n<!-- /accuracy short -->\n"
+    page.write_text(before)
+    assert accuracy("--evaluate-only", evaluations=True) == accuracy("--evaluate-only") == []
+    assert page.read_text() == before  # nothing is finished
+    accuracy("--seeds", 1, 2, 3, "--only", "baseline", "inherit only", "FeatureMimic")
+    for path in tmp_path.glob("output/accuracy/short/**/evaluation/result.json"):
+        path.unlink()
+    assert len(accuracy("--evaluate-only", "--seeds", 1, 2, evaluations=True)) == 7
+    table = json.loads((tmp_path / "output/accuracy/short/table.json").read_text())
+    mimic = table["rows"]["FeatureMimic"]
+    assert mimic["scores"] == {"1": {"val": 70, "test": 71}, "2": {"val": 71, "test": 72}}
+    assert table["teacher"] == {"val": 89, "test": 90} and mimic["over_baseline"]["mean"] == 20
+    assert mimic["over_baseline"]["within_noise"] is False and mimic["over_inherit_only"]["within_noise"] is True
+    assert "| FeatureMimic | 2 | 71.5 | 71.0 to 72.0 | +20.0 [+20.0, +20.0] | +0.0 [+0.0, +0.0], noise |" in (
+        page.read_text()
+    )
+
+
+def test_a_seed_of_another_command_is_left_out(accuracy, tmp_path, caplog):
+    arguments = ("--suite", "classification", "--only", "baseline", "--seeds")
+    accuracy(*arguments, 1, 2)
+    record = tmp_path / "output/accuracy/classification/short/baseline/seed2/command.json"
+    record.write_text(record.read_text().replace('"400"', '"800"'))
+    accuracy(*arguments, 1)
+    table = json.loads((record.parents[2] / "table.json").read_text())
+    assert list(table["rows"]["baseline"]["scores"]) == ["1"]
 
 
 def test_a_teacher_may_have_learned_from_another_one(accuracy):
@@ -129,6 +188,10 @@ def test_weights_are_tried_for_the_rows_of_a_suite(accuracy, tmp_path):
     root = "output/accuracy/classification/short"
     trials = [f"{root}/tuning/LogitKD/{weight}" for weight in ("0.25", "1", "4", "16")]
     assert [line[-1] for line in lines] == [f"{root}/teacher", *trials]
+    for trial in trials:  # what chooses does not see test
+        assert json.loads((tmp_path / trial / "evaluation/result.json").read_text())["datasets"] == [
+            "photo_digits_classification_val"
+        ]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 GPU (benchmarks/pretend_cuda.py), which finds tensors of both devices in one operator.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,20 @@ def test_half_precision_follows_float32(name, precision, tmp_path):
     assert [first[key] for key in stable] == pytest.approx([exact[key] for key in stable], rel=0.15, abs=0.05)
     for _ in range(2):  # with a refresh of assigned channels
         assert all(value == value and abs(value) < 1e6 for value in step().values())
+
+
+@pytest.mark.parametrize(
+    "option", ["FOLD_NORMS True", "CHANNELS_LAST True", "STREAM True", "COMPILE default", "COMPILE cudagraphs"]
+)
+def test_a_faster_teacher_changes_no_loss(option, tmp_path):
+    key, value = option.split()
+    if os.environ.get("D2KD_PRETEND_CUDA") == "1" and key in ("STREAM", "COMPILE"):
+        pytest.skip("needs a real GPU")
+    name = "retinanet_student_FeatureMimic"
+    plain = recipe_step(recipe(name), tmp_path, "cuda")
+    faster = recipe_step(recipe(name), tmp_path, "cuda", options=[f"DISTILL.TEACHER.{key}", value])
+    for _ in range(3):  # graphs are recorded in the second call, and replayed in the third
+        assert faster() == pytest.approx(plain(), rel=2e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])

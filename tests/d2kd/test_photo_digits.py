@@ -1,9 +1,12 @@
 """PhotoDigits: reproducible, disjoint splits, consistent annotations, safe on disk."""
 
+import errno
+import hashlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,7 +15,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_photo_digits.py"
-SMALL = ["--num-train", "24", "--num-val", "12", "--image-size", "96", "--workers", "1"]
+SMALL = ["--num-train", "24", "--num-val", "12", "--num-test", "6", "--image-size", "96", "--workers", "1"]
+#: SHA-256 of the images, label maps, crops and annotations of train that version 1 made with the numbers of SMALL.
+TRAIN = "7d323975f89e3cdeac14cd6a9c60dcd50a54fc1d82c650b282502184f0959eca"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def test_bytes_depend_on_seed_but_not_on_workers(script, dataset, tmp_path):
     assert descriptions[0]["checksum"] != descriptions[1]["checksum"]
 
 
-@pytest.mark.parametrize("split,count", [("train", 24), ("val", 12)])
+@pytest.mark.parametrize("split,count", [("train", 24), ("val", 12), ("test", 6)])
 def test_annotations_agree_with_images_and_label_maps(dataset, split, count):
     coco = COCO(dataset / "annotations" / f"instances_{split}.json")
     assert [coco.cats[i]["name"] for i in sorted(coco.cats)] == [str(d) for d in range(10)]
@@ -76,19 +81,52 @@ def test_holes_survive_polygons(script):
     assert np.array_equal(coco_mask.decode(rle).astype(bool), mask)
 
 
-def test_splits_share_no_digit_and_no_part_of_a_photo(script):
-    train, val = script.load_sources(seed=3)
-    assert len(train.digits) + len(val.digits) == 1797
-    seen = {digit.tobytes() for digit in train.digits}
-    repeats_in_source = 1797 - len({digit.tobytes() for digit in np.concatenate([train.digits, val.digits])})
-    assert sum(digit.tobytes() in seen for digit in val.digits) <= repeats_in_source
-    assert set(train.labels) == set(val.labels) == set(range(10))
-    for left, right in zip(train.photos, val.photos):
-        assert left.shape[1] + right.shape[1] == 640 and min(right.shape[:2]) >= script.PHOTO_CROP[1]
+def test_splits_share_no_digit_and_no_part_of_a_photo(script, monkeypatch):
+    photo = np.arange(427 * 640).reshape(427, 640)  # each pixel is a number of its own
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: SimpleNamespace(images=[photo, photo]))
+    sources = script.load_sources(seed=3)
+    digits = [{digit.tobytes() for digit in source.digits} for source in sources]
+    assert sum(map(len, digits)) == len(set().union(*digits)) == 1797
+    for regions in zip(*(source.photos for source in sources)):
+        assert min(min(region.shape) for region in regions) >= script.PHOTO_CROP[1]
+        assert sorted(np.concatenate([region.ravel() for region in regions])) == list(range(photo.size))
+
+
+def test_val_and_test_have_half_of_every_digit(script):
+    _, val, test = script.load_sources(seed=0)
+    counts = [np.bincount(source.labels, minlength=10) for source in (val, test)]
+    assert abs(counts[0] - counts[1]).max() <= 1 and abs(len(val.labels) - len(test.labels)) <= 2
+    assert counts[0].min() >= 10
+
+
+def test_train_is_what_it_was_before_there_was_a_test_split(script, dataset):
+    from sklearn.datasets import load_digits, load_sample_images
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(1797)[359:]
+    train = script.load_sources(seed=0)[0]
+    assert np.array_equal(train.digits, (data.images[order] / 16).astype(np.float32))
+    assert np.array_equal(train.labels, data.target[order])
+    for photo, region in zip(load_sample_images().images, train.photos):
+        assert np.array_equal(region, photo[:, :480])
+    description = json.loads((dataset / "annotations/instances_train.json").read_text())["info"]
+    assert description["version"] == 1 and "num_test" not in description["parameters"]
+    if cv2.__version__ == "5.0.0":  # others encode otherwise
+        assert checksum(dataset) == TRAIN
+
+
+def checksum(directory: Path) -> str:
+    """Of the files of train."""
+    names = ("train/", "semseg_train/", "classification/train/", "annotations/instances_train.json")
+    digest = hashlib.sha256()
+    for name, content in contents(directory).items():
+        if name.startswith(names):
+            digest.update(name.encode() + content)
+    return digest.hexdigest()
 
 
 def test_digits_keep_contrast_and_distance(script):
-    train, _ = script.load_sources(seed=0)
+    train, *_ = script.load_sources(seed=0)
     rng = np.random.default_rng(0)
     behind = rng.uniform(0, 255, size=(1, 3)).astype(np.float32).repeat(200, 0)
     color = script.contrasting_color(behind, rng)
@@ -132,9 +170,67 @@ def test_other_data_is_never_replaced(script, dataset, tmp_path, capsys):
     assert (tmp_path / "precious.txt").exists()
 
 
+@pytest.fixture
+def outdated(script, dataset, tmp_path):
+    """A dataset as version 1 described it, whose images are not looked at."""
+    output = tmp_path / "photo_digits"
+    (output / "train").mkdir(parents=True)
+    description = json.loads((dataset / "dataset.json").read_text())
+    description["version"] = 1
+    del description["parameters"]["num_test"]
+    (output / "dataset.json").write_text(json.dumps(description))
+    return output
+
+
+def test_a_dataset_of_version_1_is_made_again_in_place(script, dataset, outdated):
+    script.main(["--output", str(outdated), *SMALL])
+    assert contents(outdated) == contents(dataset)
+    assert [p.name for p in outdated.parent.iterdir()] == ["photo_digits"]
+
+
+def test_a_dataset_of_version_1_with_other_parameters_is_not_replaced(script, outdated, capsys):
+    before = contents(outdated)
+    with pytest.raises(SystemExit):
+        script.main(["--output", str(outdated), *SMALL, "--num-train", "25"])
+    assert "other parameters" in capsys.readouterr().err and contents(outdated) == before
+
+
+def test_processes_that_replace_a_dataset_at_once_do_not_fail(script, outdated):
+    """The other one puts its own there between our two renames; ours comes after it."""
+    rename, others = Path.rename, iter(["others"] * 3)
+
+    def late(self, target):
+        result = rename(self, target)
+        if self == outdated and next(others, None):
+            outdated.mkdir()
+            (outdated / "theirs").touch()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, script.replacing(outdated) as fresh:
+        patch.setattr(Path, "rename", late)
+        (fresh / "ours").touch()
+    assert [p.name for p in outdated.iterdir()] == ["ours"]
+    assert [p.name for p in outdated.parent.iterdir()] == ["photo_digits"]
+
+
+def test_a_dataset_stays_where_its_successor_cannot_take_its_place(script, outdated, monkeypatch):
+    before, rename = contents(outdated), Path.rename
+
+    def full(self, target):
+        if ".new-" in self.name:
+            raise OSError(errno.ENOSPC, "disk is full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="disk is full"), script.replacing(outdated):
+        pass
+    assert contents(outdated) == before
+    assert [p.name for p in outdated.parent.iterdir()] == ["photo_digits"]
+
+
 def test_forced_rebuild_replaces(script, tmp_path):
     output = tmp_path / "photo_digits"
-    tiny = ["--output", str(output), "--num-val", "1", "--image-size", "48", "--workers", "1"]
+    tiny = ["--output", str(output), "--num-val", "1", "--num-test", "1", "--image-size", "48", "--workers", "1"]
     script.main([*tiny, "--num-train", "3"])
     script.main([*tiny, "--num-train", "2", "--force"])
     assert len(list((output / "train").iterdir())) == 2

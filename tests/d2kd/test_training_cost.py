@@ -8,8 +8,8 @@ import pytest
 
 import d2kd  # noqa: F401
 from d2kd.evaluation.report import ModelResult, write_report
+from d2kd.evaluation.seeds import merge_seeds
 from d2kd.evaluation.training_cost import training_cost
-from d2kd.visualization import read_training_log
 
 
 def run(folder: Path, name: str, curve: dict[int, float], seconds: float, teacher: float | None) -> ModelResult:
@@ -36,8 +36,7 @@ def students(folder: Path) -> dict[str, ModelResult]:
 
 def test_costs_are_those_of_the_runs(tmp_path):
     models = students(tmp_path)
-    logs = {name: read_training_log(str(model.metrics_file)) for name, model in models.items()}
-    cost = training_cost(models, logs, "AP")
+    cost = training_cost(models, "bbox", "AP")
     assert cost is not None and cost["level"] == 20.0
     baseline, distilled = cost["models"]["baseline"], cost["models"]["distilled"]
     assert baseline == {"iteration_s": 60.0, "teacher_share": None, "to_level_s": pytest.approx(60 * 80)}
@@ -46,12 +45,29 @@ def test_costs_are_those_of_the_runs(tmp_path):
 
 def test_a_teacher_has_no_part_in_the_time_to_the_same_result(tmp_path):
     models = {"teacher": ModelResult("teacher", {"AP": 1.0}), **students(tmp_path)}
-    logs = {name: read_training_log(model.metrics_file) for name, model in models.items() if model.metrics_file}
-    cost = training_cost(models, logs, "AP")
+    cost = training_cost(models, "bbox", "AP")
     assert cost is not None and cost["level"] == 20.0
     assert cost["models"]["teacher"] == {"iteration_s": None, "teacher_share": None, "to_level_s": None}
-    alone = training_cost({"distilled": models["distilled"]}, logs, "AP")
+    alone = training_cost({"distilled": models["distilled"]}, "bbox", "AP")
     assert alone is not None and alone["level"] is None
+
+
+def test_of_several_seeds_it_is_the_mean(tmp_path):
+    first, second = (
+        students(tmp_path),
+        {
+            "baseline": run(tmp_path, "baseline2", {29: 5.0, 79: 21.0}, 60.0, None),
+            "distilled": run(tmp_path, "distilled2", {29: 21.0, 79: 30.0}, 110.0, 0.35),
+        },
+    )
+    models = {name: merge_seeds([first[name], second[name]]) for name in first}
+    cost = training_cost(models, "bbox", "AP")
+    assert cost is not None and cost["level"] == 20.0
+    assert cost["models"]["distilled"] == {
+        "iteration_s": pytest.approx(100.0),
+        "teacher_share": pytest.approx((0.25 * 90 + 0.35 * 110) / 200),
+        "to_level_s": pytest.approx((90 * 60 + 110 * 30) / 2),
+    }
 
 
 def test_the_report_has_the_columns_where_a_run_has_told(tmp_path):

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from d2kd.layers import squared_error, upcast_half
+from d2kd.layers import REDUCTIONS, upcast_half
+from d2kd.layers.losses import center
 
 #: Below this probability of a negative value its expectation is not computed; margin = -3 sigma there.
 MIN_PROBABILITY = 1e-3
@@ -62,6 +64,8 @@ def reduce_groups(teacher: Tensor, margin: Tensor, assignment: Tensor, reducer: 
 
 def _largest_magnitude(teacher: Tensor, margins: Tensor, assignment: Tensor, uniform: Uniform) -> Reduced:
     highest = lowest = teacher[:, assignment[:, 0]]
+    if assignment.shape[1] == 1:
+        return Reduced(highest, margins[:, 0])
     # channel by channel: no copy of the whole teacher map, and many times faster than an argmax over channels
     for channels in assignment.t()[1:]:
         values = teacher[:, channels]
@@ -109,7 +113,7 @@ def scale_to_unit(reduced: Reduced, eps: float = 1e-6) -> Reduced:
     Nothing is centered: zero is where the ReLU cuts, and has to stay there.
     """
     target = upcast_half(reduced.map)
-    scale = torch.rsqrt(target.var(dim=(0, 2, 3), correction=0) + eps)
+    scale = torch.rsqrt(center(target).variance + eps)
     return Reduced(target * scale[:, None, None], reduced.margin.to(scale.dtype) * scale)
 
 
@@ -127,9 +131,27 @@ def one_sided_error(student: Tensor, reduced: Reduced, reduction: str) -> Tensor
     Returns:
         A scalar in float32 or more.
     """
-    with torch.no_grad():
-        target = upcast_half(reduced.map)
-        target = torch.maximum(target, reduced.margin.to(target.dtype)[:, None, None])
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
+    target = upcast_half(reduced.map.detach())
+    error: Tensor = _OneSidedError.apply(upcast_half(student), target, reduced.margin.to(target.dtype))
+    return error * student[0].numel() if reduction == "batchmean" else error
+
+
+class _OneSidedError(torch.autograd.Function):
+    """The mean over all elements; one map is kept, and becomes the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, target: Tensor, margin: Tensor) -> Tensor:
+        target = torch.maximum(target, margin[:, None, None])
+        difference = student - target
         # where nothing is to be learned the student is its own target
-        target = torch.where((target > 0) | (student > target), target, student)
-    return squared_error(student, target, reduction)
+        difference.masked_fill_((target <= 0) & (difference <= 0), 0)
+        ctx.save_for_backward(difference)
+        return difference.square().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 / difference.numel() * gradient), None, None

@@ -44,7 +44,9 @@ class StandardRPNHead(nn.Module):
             out_channels = channels if dim == -1 else dim
             if out_channels <= 0:
                 raise ValueError(f"MODEL.RPN.CONV_DIMS must hold positive numbers or -1, got {list(conv_dims)}")
-            convs.add_module(f"conv{i}", Conv2d(channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU()))
+            convs.add_module(
+                f"conv{i}", Conv2d(channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU(True))
+            )
             channels = out_channels
         # checkpoints of the usual single convolution say "conv.weight", without an index
         self.conv = convs[0] if len(convs) == 1 else convs

@@ -42,7 +42,7 @@ class FastRCNNConvFCHead(nn.Sequential):
             raise ValueError("The box head needs a layer: set MODEL.ROI_BOX_HEAD.NUM_CONV or NUM_FC above 0")
         channels, *grid = input_shape.channels, input_shape.height, input_shape.width
         for i, dim in enumerate(conv_dims, start=1):
-            options = dict(bias=not conv_norm, norm=get_norm(conv_norm, dim), activation=nn.ReLU())
+            options = dict(bias=not conv_norm, norm=get_norm(conv_norm, dim), activation=nn.ReLU(inplace=not conv_norm))
             self.add_module(f"conv{i}", Conv2d(channels, dim, 3, padding=1, **options))
             channels = dim
         size = (channels, *grid)

@@ -166,7 +166,7 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
             raise ValueError("MaskRCNNConvUpsampleHead: conv_dims must have at least the transposed convolution")
         channels = input_shape.channels
         for i, dim in enumerate(conv_dims[:-1], start=1):
-            options = dict(bias=not conv_norm, norm=get_norm(conv_norm, dim), activation=nn.ReLU())
+            options = dict(bias=not conv_norm, norm=get_norm(conv_norm, dim), activation=nn.ReLU(inplace=not conv_norm))
             self.add_module(f"mask_fcn{i}", Conv2d(channels, dim, 3, padding=1, **options))
             channels = dim
         self.deconv = ConvTranspose2d(channels, conv_dims[-1], kernel_size=2, stride=2)
