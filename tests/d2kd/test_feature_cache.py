@@ -229,7 +229,8 @@ def test_the_bound_holds_for_writers_at_once(tmp_path: Path) -> None:
 
     def write(store: FeatureStore, letter: str) -> None:
         fill(store, [f"{letter}{number}" for number in range(8)])
-        most.append(sum(entry.size for entry in store.entries()))
+        with store._lock():  # nobody removes what was counted, and puts another in its place
+            most.append(sum(entry.size for entry in store.entries()))
 
     threads = [threading.Thread(target=write, args=(s, letter)) for s, letter in zip(stores, "abc")]
     for thread in threads:
