@@ -47,11 +47,11 @@ export OMP_NUM_THREADS=1
     cost="python benchmarks/step_cost.py $clock"
     measure step_cost_quickstart "$step" $cost --pair quickstart --repeats 25 --methods $small
     measure step_cost_r50_r18 "$step" $cost --pair r50-r18 --methods ChannelMatching
-    measure step_cost_r101_r50 "$step" $cost --pair r101-r50 --repeats 5 --methods $large
-    measure step_cost_x101_r50 "$step" $cost --pair x101-r50 --repeats 3 --methods FeatureMimic ChannelMatching
-    measure step_cost_fast "$step" $cost --pair r101-r50 --repeats 5 --methods $some --opts $fast
-    measure step_cost_fast_bfloat16 "$step" $cost --pair r101-r50 --repeats 5 --methods FeatureMimic --opts $fast $half
-    measure step_cost_compiled "$step" $cost --pair r101-r50 --repeats 5 --methods FeatureMimic --opts $fast $compiled
+    measure step_cost_r101_r50 "$step" $cost --pair r101-r50 --size 384 --repeats 3 --methods $large
+    measure step_cost_x101_r50 "$step" $cost --pair x101-r50 --size 256 --repeats 3 --methods FeatureMimic ChannelMatching
+    measure step_cost_fast "$step" $cost --pair r101-r50 --size 384 --repeats 3 --methods $some --opts $fast
+    measure step_cost_fast_bfloat16 "$step" $cost --pair r101-r50 --size 384 --repeats 3 --methods FeatureMimic --opts $fast $half
+    measure step_cost_compiled "$step" $cost --pair r101-r50 --size 384 --repeats 3 --methods FeatureMimic --opts $fast $compiled
 }
 unset OMP_NUM_THREADS
 tokens="benchmarks/receptive_tokens.py d2kd/distillers/receptive_tokens d2kd/layers"

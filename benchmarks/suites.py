@@ -84,6 +84,14 @@ _RETINANET: dict[str, Entry] = {
     ),
 }
 
+#: The teacher's features from the disk; in float32 these students are equal to those of the rows without it.
+_CACHE = ["DISTILL.CACHE.DIR", "output/accuracy/features", "DISTILL.CACHE.DTYPE"]
+_RETINANET |= {
+    f"{name}, kept in {dtype}": Entry(f"retinanet_student_{name}", [*_CACHE, dtype], ablation=True)
+    for name in ("FeatureMimic", "MaskedGenerative")
+    for dtype in ("float16", "int8")
+}
+
 _CLASSIFIER: dict[str, Entry] = {
     "baseline": Entry("classifier_student", distils=False),
     "baseline, twice as long": Entry("classifier_student", distils=False, ablation=True, times=2),

@@ -36,6 +36,12 @@ CORE_KEYS: dict[str, Setting] = {
         "Arithmetic of the teacher's forward pass (autocast).",
         choices=("float32", "bfloat16", "float16"),
     ),
+    "DISTILL.TEACHER.EVERY": setting(
+        1,
+        "The teacher, and the methods, take part in every n-th iteration alone, with losses n times as large; in "
+        "between the student learns from its task.",
+        at_least=1,
+    ),
     "DISTILL.TEACHER.FOLD_NORMS": setting(
         False, "Multiply the teacher's frozen batch norms into the convolutions before them: faster, equal to rounding."
     ),
@@ -102,6 +108,12 @@ CORE_KEYS: dict[str, Setting] = {
         3,
         "SAMPLER_TRAIN RepeatAugSampler: how many times an image comes, each time augmented anew, before the next one.",
         at_least=1,
+    ),
+    "DATALOADER.DRAWS": setting(
+        0,
+        "Ways in which each image is augmented in training, the same ones in every run, so that DISTILL.CACHE can keep "
+        "what the teacher gives for all of them; 0 = anew every time.",
+        at_least=0,
     ),
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": setting(
         1.0,

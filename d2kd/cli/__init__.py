@@ -24,6 +24,7 @@ COMMANDS = {
     "train": Command("train", "train a model, by distillation where a teacher is given"),
     "eval": Command("train", "evaluate a model, with --eval-teacher beside its teacher", ("--eval-only",)),
     "data": Command("data", "check the datasets of a configuration, or show them as they are trained on"),
+    "cache": Command("cache", "keep a teacher's features on the disk: build, describe or empty a cache"),
     "learn-tokens": Command("learn_tokens", "learn the receptive tokens of a teacher, for ReceptiveTokens"),
     "masking-gate": Command("masking_gate", "measure what MaskedTeacher does to a teacher's features, and its time"),
     "predict": Command("predict", "predict on images, folders, videos or a camera: pictures, a table, COCO's results"),

@@ -43,10 +43,15 @@ Batch = tuple[int, list[Draw]]
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
 #: Changes the model inputs of one batch together, as mixup does.
 Mix = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+#: Called with the number of a batch, counted from the first one of the run, and its model inputs, where these are read:
+#: it may put more into them, such as what a disk has of them.
+Prefetch = Callable[[int, list[dict[str, Any]]], None]
 #: After so many unreadable images in a row the dataset, not an image, is broken.
 MAX_REPLACEMENTS = 50
 #: Tells the seed of a batch from those of draws.
 _OF_BATCH = 1
+#: Tells the seed of a way to augment an image from those of draws.
+_OF_IMAGE = 2
 #: Of DATALOADER.SAMPLER_TRAIN, repeated augmentation.
 _REPEATED = "RepeatAugSampler"
 
@@ -66,6 +71,7 @@ class ResumableLoader:
         seed: int = 0,
         pin_memory: bool = False,
         mix: Mix | None = None,
+        draws: int = 0,
     ) -> None:
         """
         Args:
@@ -79,6 +85,10 @@ class ResumableLoader:
             pin_memory: hand out images in page-locked memory, from where a GPU fetches them while it computes.
             mix: see `Mix`; called where images are read, with random numbers that depend on seed, process and number of
                 the batch.
+            draws: ways in which each image is augmented, whatever the seed; 0 augments it anew every time.
+
+        Attributes:
+            prefetch: see `Prefetch`; may be set until the first iteration begins.
         """
         # serialized once: as Python objects the records of COCO take gigabytes, and every worker would touch them
         self.records = DatasetFromList(dicts, copy=False, serialize=True)
@@ -90,13 +100,16 @@ class ResumableLoader:
         self.seed = seed
         self.pin_memory = pin_memory
         self.mix = mix
+        self.draws = draws
+        self.prefetch: Prefetch | None = None
         self.start = 0
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Batches from number `start` on."""
         batches = _Batches(self.build_sampler(self.seed), self.batch_size, self.wide, self.start)
         mapper = handing_over_failures(self.mapper) if self.num_workers else self.mapper
-        dataset = _SeededDataset(self.records, mapper, (self.seed, comm.get_rank()), self.mix)
+        seed = (self.seed, comm.get_rank())
+        dataset = _SeededDataset(self.records, mapper, seed, self.mix, self.draws, self.prefetch)
         loader = DataLoader(
             dataset,
             batch_sampler=cast(Any, batches),  # what a batch is, is between it and the dataset
@@ -140,11 +153,21 @@ class _Batches(Sampler[Batch]):
 class _SeededDataset(Dataset[dict[str, Any]]):
     """Maps draws to model inputs, with random numbers that depend on the draw alone, and mixes those of a batch."""
 
-    def __init__(self, records: DatasetFromList, mapper: Mapper, seed: tuple[int, int], mix: Mix | None) -> None:
+    def __init__(
+        self,
+        records: DatasetFromList,
+        mapper: Mapper,
+        seed: tuple[int, int],
+        mix: Mix | None,
+        draws: int = 0,
+        prefetch: Prefetch | None = None,
+    ) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
         self.mix = mix
+        self.draws = draws
+        self.prefetch = prefetch
 
     def __len__(self) -> int:
         return len(self.records)
@@ -154,10 +177,14 @@ class _SeededDataset(Dataset[dict[str, Any]]):
         number, draws = batch
         with _restoring_random_states():
             inputs = [self._load(draw) for draw in draws]
-            if self.mix is None or any(isinstance(x, LoadingFailure) for x in inputs):
+            if any(isinstance(x, LoadingFailure) for x in inputs):
                 return inputs
-            _seed(derive_seed(*self.seed, number, _OF_BATCH))
-            return self.mix(inputs)
+            if self.mix is not None:
+                _seed(derive_seed(*self.seed, number, _OF_BATCH))
+                inputs = self.mix(inputs)
+            if self.prefetch is not None:
+                self.prefetch(number, inputs)
+            return inputs
 
     def __getitem__(self, draw: Draw) -> Any:
         with _restoring_random_states():
@@ -165,7 +192,11 @@ class _SeededDataset(Dataset[dict[str, Any]]):
 
     def _load(self, draw: Draw) -> Any:
         position, index = draw
-        _seed(derive_seed(*self.seed, position))
+        seed = derive_seed(*self.seed, position)
+        if self.draws:
+            seed_way(index, seed % self.draws)
+        else:
+            _seed(seed)
         for _ in range(MAX_REPLACEMENTS):
             data = self.mapper(self.records[index])
             if data is not None:
@@ -193,6 +224,16 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
+
+
+def seed_way(index: int, way: int) -> None:
+    """Sets all three random states to those of a way to augment an image (DATALOADER.DRAWS), whatever the run's seed.
+
+    Args:
+        index: of the image in the dataset.
+        way: from 0 on.
+    """
+    _seed(derive_seed(index, way, _OF_IMAGE))
 
 
 def _init_worker(worker: int) -> None:
@@ -233,6 +274,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> ResumableL
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         mix=build_mix(cfg) if classifies else None,
+        draws=cfg.DATALOADER.DRAWS,
     )
 
 
@@ -352,5 +394,5 @@ def side_stream(loader: Any, number: int) -> Any:
     if not hasattr(loader, "seed"):
         return loader
     stream = copy.copy(loader)
-    stream.seed, stream.start = derive_seed(loader.seed, number), 0
+    stream.seed, stream.start, stream.prefetch = derive_seed(loader.seed, number), 0, None
     return stream

@@ -18,6 +18,7 @@ from d2kd.distillers import Distiller
 from d2kd.errors import ConfigError
 from d2kd.modeling import BalanceError, DistilledModel, GradientBalance
 from d2kd.modeling.architectures import architecture_of
+from d2kd.modeling.feature_cache import require_folder
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -25,6 +26,7 @@ from detectron2.utils.events import EventStorage
 from .check_report import report
 from .hooks import calibrate
 from .run_folder import FolderError, check_folder
+from .run_settings import with_settings
 from .setup import read_arguments, start_log
 
 try:
@@ -91,6 +93,9 @@ def check_run(trainer_class: Any, args: argparse.Namespace) -> str:
     notices: list[str] = []
     cfg, lengths = read_arguments(args, notices)
     start_log(cfg, lengths, notices)
+    if cfg.DISTILL.CACHE.DIR:  # nothing is written, there neither
+        require_folder(cfg.DISTILL.CACHE.DIR)
+        cfg = with_settings(cfg, {"DISTILL.CACHE.DIR": ""})
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     checked = type(trainer_class.__name__, (trainer_class,), {"build_hooks": lambda self: []})  # writers write
     trainer = checked(cfg)
@@ -117,8 +122,10 @@ def run_steps(trainer: Any) -> Step:
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
     trainer.iter = trainer.start_iter
+    if distilled is not None:
+        trainer.iter -= trainer.iter % distilled.every  # an iteration with the teacher
     seen = Step()
-    with EventStorage(trainer.start_iter) as trainer.storage:
+    with EventStorage(trainer.iter) as trainer.storage:
         if distilled is not None:
             for method, batches in calibrate(distilled, trainer.data_loader, at_most=1).items():
                 logger.info("%s has looked at 1 batch; a training shows it %d.", method, batches)

@@ -41,6 +41,8 @@ FREE = (
     "SOLVER.BASE_LR_END",
     "SOLVER.POLY_LR_POWER",
     "DISTILL.TEACHER.WEIGHTS",
+    "DISTILL.TEACHER.EVERY",
+    "DATALOADER.DRAWS",
 )
 #: Counted by what is done, so a key of its own: the loader's position is in batches.
 _IMAGES = "SOLVER.IMS_PER_BATCH x SOLVER.ACCUMULATE"

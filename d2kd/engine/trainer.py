@@ -34,6 +34,7 @@ from detectron2.utils.events import EventWriter
 from .checkpoint import DistillCheckpointer, load_start, write_weights
 from .ema import EMAHook, build_ema
 from .evaluation import StudentEvaluation, evaluate, evaluate_teacher, evaluate_with_tta
+from .feature_cache import connect_cache, tell_of_cache
 from .hooks import (
     BestCheckpoint,
     CalibrationHook,
@@ -42,6 +43,7 @@ from .hooks import (
     EvaluationHook,
     InterruptHook,
     ResultWriter,
+    TeacherTime,
     build_masking_pictures,
 )
 from .resumable_trainer import ResumableTrainer
@@ -126,6 +128,9 @@ class DistillTrainer(ResumableTrainer):
         self.evaluation = StudentEvaluation(type(self), self.cfg, self.student, self.ema, self._trainer.device)
         self.best = BestCheckpoint.from_config(self.cfg)
         self.stopped_early = False
+        self.teacher_time = TeacherTime(self.distilled.passes.clock) if self.distilled is not None else None
+        if self.distilled is not None:
+            connect_cache(self.cfg, self.distilled, self.data_loader)
 
     def build_checkpointer(self) -> DistillCheckpointer:
         """Returns what saves the student, and beside it what resuming needs."""
@@ -145,6 +150,7 @@ class DistillTrainer(ResumableTrainer):
         cfg = self.cfg
         ret: list[HookBase | None] = [
             CalibrationHook(self.distilled) if self.distilled is not None else None,
+            self.teacher_time,
             EMAHook(self.ema) if self.ema is not None else None,
             CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
             InterruptHook(self._trainer),
@@ -194,6 +200,8 @@ class DistillTrainer(ResumableTrainer):
                 self._evaluate_teacher(self.distilled.teacher)
         with contextlib.suppress(EarlyStop):
             super().train()
+        if self.distilled is not None:
+            tell_of_cache(self.distilled)
         results = self.evaluation.results
         if results is not None and len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
             verify_results(self.cfg, results)
@@ -260,6 +268,7 @@ class DistillTrainer(ResumableTrainer):
             "metrics": self.evaluation.results or {},
             "datasets": list(cfg.DATASETS.TEST),
             "wall_time_s": round(self.wall_time.seconds, 2),
+            "teacher_time_s": None if self.teacher_time is None else round(self.teacher_time.seconds, 2),
             "iterations": min(self.iter + 1, self.max_iter),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE,
             "params": _num_parameters(self.student),

@@ -27,6 +27,7 @@ from d2kd.evaluation.report_text import markdown
 from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
 from d2kd.evaluation.seeds import compare_seeds, draw_images
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
+from d2kd.evaluation.training_cost import training_cost
 from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
 
@@ -105,6 +106,7 @@ def write_report(
         "task": task,
         "models": {name: _model_json(model) for name, model in models.items()},
         **compare(models, first.name),
+        "training_cost": training_cost(models, task, first.name),
         **compare_seeds(models, first.name, drawn),
         "right_alone": compare_images(models) if classifies else None,
         "statement": statement,

@@ -55,7 +55,7 @@ def page(
         "cards": "".join(_cards(models, report)),
         "findings": "".join(f"<li>{_text(sentence)}</li>" for sentence in findings(models, report)),
         "statement": _paragraphs(report["statement"]),
-        "models": _model_table(models, metrics) + _seed_table(models, report),
+        "models": _model_table(models, metrics, report["training_cost"]) + _seed_table(models, report),
         "legend": "".join(
             f'<li class="m{number % STYLES}">{swatch(number)}{_text(title)}</li>'
             for number, title in enumerate(titles.values())
@@ -123,8 +123,8 @@ def _figure(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "–"
 
 
-def _model_table(models: Mapping[str, ModelResult], metrics: Sequence[str]) -> str:
-    header, rows = main_table(models.values(), metrics)
+def _model_table(models: Mapping[str, ModelResult], metrics: Sequence[str], cost: Mapping[str, Any] | None) -> str:
+    header, rows = main_table(models.values(), metrics, cost)
     body = "".join(
         f'<tr class="m{number % STYLES}"><th scope="row">{swatch(number)}{_text(row[0][0])}</th>'
         + "".join(_cell(text, value) for text, value in row[1:])

@@ -17,7 +17,7 @@ SHOWN_CLASSES = 20
 
 def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """The text of `report.md`, from the content of `report.json`."""
-    header, rows = main_table(models.values(), metrics)
+    header, rows = main_table(models.values(), metrics, report["training_cost"])
     table = _markdown_table([header, *([text for text, _ in row] for row in rows)])
     parts = [f"# {report['title']}", table, "## What it shows"]
     parts.append("\n".join(f"- {sentence}" for sentence in findings(models, report)))
@@ -65,13 +65,26 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def main_table(models: Iterable[ModelResult], metrics: Sequence[str]) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows of the table of models; the first cell of a row is its name."""
+def main_table(
+    models: Iterable[ModelResult], metrics: Sequence[str], cost: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows of the table of models; the first cell of a row is its name.
+
+    Args:
+        models: in the order of the rows.
+        metrics: the first columns.
+        cost: see `training_cost`.
+    """
     models = list(models)
     measured = any(model.benchmark for model in models)
     header = ["model", *(metric_named(name).heading for name in metrics), "parameters"]
     header += ["ms an image", "images/s", "memory", "multiply-adds"] if measured else []
-    header += ["iterations", "images seen", "training time", "seed"]
+    header += ["iterations", "images seen", "training time"]
+    level = None if cost is None else cost["level"]
+    if cost is not None:
+        header += ["an iteration", "teacher's share"]
+        header += [f"time to {level:.1f} {metric_named(metrics[0]).unit}"] if level is not None else []
+    header.append("seed")
     rows = []
     for model in models:
         values = [model.metrics.get(name) for name in metrics]
@@ -81,8 +94,20 @@ def main_table(models: Iterable[ModelResult], metrics: Sequence[str]) -> tuple[l
         row.append((_number(model.iterations, ","), model.iterations))
         row.append((_number(model.images_seen, ","), model.images_seen))
         row.append((_duration(model.wall_time_s), model.wall_time_s))
+        if cost is not None:
+            row += _training_costs(cost["models"].get(model.name, {}), level is not None)
         rows.append([*row, _seeds(model)])
     return header, rows
+
+
+def _training_costs(cost: Mapping[str, float | None], has_level: bool) -> list[Cell]:
+    share, until = cost.get("teacher_share"), cost.get("to_level_s")
+    seconds = cost.get("iteration_s")
+    cells: list[Cell] = [
+        (_number(seconds and 1000 * seconds, ",.0f", " ms"), seconds),
+        (_number(None if share is None else 100 * share, ".0f", " %"), share),
+    ]
+    return [*cells, (_duration(until), until)] if has_level else cells
 
 
 def _seeds(model: ModelResult) -> Cell:

@@ -51,6 +51,7 @@ class ModelResult:
     metrics_scope: str | None = None  # what stands before the metrics there; the task by default
     predictions_file: str | None = None  # what the evaluator wrote, for the pictures
     wall_time_s: float | None = None
+    teacher_time_s: float | None = None  # of it, what the teacher took
     iterations: int | None = None
     images_per_batch: int | None = None
     params: int | None = None
@@ -123,6 +124,7 @@ def load_result(
         checkpoint=existing("model_final.pth"),
         benchmark=read_benchmark(existing("benchmark.json")),
         wall_time_s=trained.get("wall_time_s"),
+        teacher_time_s=trained.get("teacher_time_s"),
         iterations=trained.get("iterations"),
         images_per_batch=trained.get("images_per_batch"),
         params=trained.get("params"),

@@ -57,9 +57,16 @@ def merge_seeds(runs: Sequence[ModelResult]) -> ModelResult:
     """One model whose metrics and training time are the means of several runs; the rest is that of the first one."""
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     metrics = {name: statistics.fmean(run.metrics.get(name, math.nan) for run in runs) for name in names}
-    times = [run.wall_time_s for run in runs if run.wall_time_s is not None]
-    wall_time = statistics.fmean(times) if len(times) == len(runs) else None
-    return replace(runs[0], metrics=metrics, wall_time_s=wall_time, seed=None, runs=tuple(runs))
+    wall_time = _mean([run.wall_time_s for run in runs])
+    teacher_time = _mean([run.teacher_time_s for run in runs])
+    return replace(
+        runs[0], metrics=metrics, wall_time_s=wall_time, teacher_time_s=teacher_time, seed=None, runs=tuple(runs)
+    )
+
+
+def _mean(times: Sequence[float | None]) -> float | None:
+    known = [time for time in times if time is not None]
+    return statistics.fmean(known) if known and len(known) == len(times) else None
 
 
 def compare_seeds(models: Mapping[str, ModelResult], metric: str, drawn: Drawn | None = None) -> dict[str, Any]:

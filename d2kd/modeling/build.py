@@ -56,7 +56,8 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         pairs = {name: _matched(name, pairs[name], student, matches) for name in methods}
         pairs |= {name: with_rests(cfg, name, pairs[name], student, teacher) for name in methods}
         _check_gradients(cfg, pairs)
-        distillers = {name: _distiller(cfg, name, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
+        counted = _in_compared_iterations(cfg)
+        distillers = {name: _distiller(counted, name, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
         for distiller in distillers.values():
             distiller.check_teacher(teacher.model)
     passes = build_passes(cfg, student, teacher, pairs)
@@ -65,7 +66,13 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         if not schedule.always_one:
             logger.info("The weight of %s %s.", name, schedule)
     return DistilledModel(
-        student, passes, distillers, GradientBalance.from_config(cfg, methods), cfg.DISTILL.TASK_WEIGHT, schedules
+        student,
+        passes,
+        distillers,
+        GradientBalance.from_config(cfg, methods),
+        cfg.DISTILL.TASK_WEIGHT,
+        cfg.DISTILL.TEACHER.EVERY,
+        schedules,
     )
 
 
@@ -106,6 +113,21 @@ def _check_image_size(cfg: CfgNode, teacher: nn.Module) -> None:
             backbone.require_logits(cfg.INPUT.CLASSIFICATION.SIZE)
         except ConfigError as error:
             raise TeacherError(f"The teacher gets the student's images: {error}") from error
+
+
+def _in_compared_iterations(cfg: CfgNode) -> CfgNode:
+    """The configuration as methods count: they see every n-th iteration only (DISTILL.TEACHER.EVERY)."""
+    every = cfg.DISTILL.TEACHER.EVERY
+    if every == 1:
+        return cfg
+    counted = cfg.clone()
+    counted.defrost()
+    for _, method in DISTILLERS:
+        node = counted.DISTILL.get(method.NODE, {})
+        for declared in method.SETTINGS.values():
+            if declared.iterations and declared.key in node:
+                node[declared.key] = declared.scaled(node[declared.key], 1 / every)
+    return counted
 
 
 def _distiller(cfg: CfgNode, name: str, pairs: Sequence[TapPair]) -> Distiller:

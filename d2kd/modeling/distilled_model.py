@@ -32,6 +32,7 @@ class DistilledModel(nn.Module):
         distillers: Mapping[str, Distiller],
         balance: GradientBalance | None = None,
         task_weight: float = 1.0,
+        every: int = 1,
         schedules: Mapping[str, WeightSchedule] | None = None,
     ) -> None:
         """
@@ -41,6 +42,7 @@ class DistilledModel(nn.Module):
             distillers: by the name that their losses carry.
             balance: measures, logs or scales the methods' gradients; None does neither.
             task_weight: factor on the student's own losses.
+            every: teacher and methods take part in every n-th iteration, with losses n times as large.
             schedules: of the methods' weights, by method; a method without one keeps its weight.
         """
         super().__init__()
@@ -48,6 +50,7 @@ class DistilledModel(nn.Module):
         self.passes = passes
         self.distillers = nn.ModuleDict(distillers)
         self.task_weight = task_weight
+        self.every = every
         self.schedules = {m: s for m, s in (schedules or {}).items() if not s.always_one}
         self._calls = 0
         self.set_balance(balance)
@@ -99,6 +102,10 @@ class DistilledModel(nn.Module):
         with self._storage():
             return self._losses(batched_inputs)
 
+    def takes_part(self, iteration: int) -> bool:
+        """Returns whether teacher and methods take part in an iteration, counted from the first one of the run."""
+        return iteration % self.every == 0
+
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:
         """Detectron2's models write numbers into the storage of a training loop, which one's own may not have."""
@@ -110,6 +117,8 @@ class DistilledModel(nn.Module):
         if not self.distillers:
             return dict(self.student(batched_inputs))
         batched_inputs = self._to_device(batched_inputs)
+        if not self.takes_part(self.iteration):
+            return self._task_alone(batched_inputs)
         active = [method for method in self.distillers if not self.is_over(method)]
         with contextlib.ExitStack() as stack:
             student, teacher = {}, {}
@@ -134,10 +143,22 @@ class DistilledModel(nn.Module):
             features = [student[name] for name in self._balanced_taps]
             distilled = self.balance(losses, distilled, features, factors)
         for method, named in distilled.items():
-            factor = factors.get(method, 1.0) if method in active else 1.0
+            factor = self.every * factors.get(method, 1.0) if method in active else 1.0
             losses.update(named if factor == 1.0 else {name: factor * loss for name, loss in named.items()})
         for method, factor in factors.items():
             get_event_storage().put_scalar(f"schedule/{method}", factor, smoothing_hint=False)
+        return losses
+
+    def _task_alone(self, batched_inputs: BatchedInputs) -> dict[str, Tensor]:
+        """The student's losses of an iteration without a teacher; what methods train has a gradient of 0 there.
+
+        So all processes of a data-parallel run wait for the same gradients in every iteration.
+        """
+        losses = {name: self.task_weight * loss for name, loss in self.student(batched_inputs).items()}
+        trained = [p.sum() for p in self.distillers.parameters() if p.requires_grad]
+        if trained:
+            name = next(iter(losses))
+            losses[name] = losses[name] + 0.0 * sum(trained)
         return losses
 
     def _methods_of_passes(self, active: Sequence[str]) -> Sequence[str] | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,10 +12,11 @@ COLORS = ("#444444", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")  # d
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """Two curves over iterations: `loss` and `metric`, each of shape (N, 2) with the iteration in column 0."""
+    """Curves over iterations, each of shape (N, 2) with the iteration in column 0; `wall_time` in seconds of steps."""
 
     loss: np.ndarray
     metric: np.ndarray
+    wall_time: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
 
 
 def read_training_log(path: str, metric: str = "bbox/AP") -> TrainingLog:
@@ -34,14 +35,16 @@ def read_training_log(path: str, metric: str = "bbox/AP") -> TrainingLog:
                 continue
             if isinstance(record, dict) and "iteration" in record:
                 records.setdefault(record["iteration"], {}).update(record)
-    losses, metrics = [], []
+    losses, metrics, times = [], [], []
     for iteration, record in sorted(records.items()):
         task_losses = [value for name, value in record.items() if name.startswith("loss")]
         if task_losses or "total_loss" in record:
             losses.append((iteration, sum(task_losses) if task_losses else record["total_loss"]))
         if metric in record:
             metrics.append((iteration, record[metric]))
-    return TrainingLog(*(np.array(points, dtype=float).reshape(-1, 2) for points in (losses, metrics)))
+        if "wall_time" in record:
+            times.append((iteration, record["wall_time"]))
+    return TrainingLog(*(np.array(points, dtype=float).reshape(-1, 2) for points in (losses, metrics, times)))
 
 
 def training_curves(logs: Mapping[str, TrainingLog], metric: str = "AP") -> Figure:

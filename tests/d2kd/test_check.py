@@ -86,6 +86,14 @@ def test_nothing_is_written(pair, tmp_path):
     assert {path.name: path.read_text() for path in folder.iterdir()} == kept
 
 
+def test_no_cache_of_features_is_made_but_its_folder_is_looked_at(pair, tmp_path):
+    check(pair, "DISTILL.CACHE.DIR", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="DISTILL.CACHE.DIR is .* cannot be written .*file is a file"):
+        check(pair, "DISTILL.CACHE.DIR", tmp_path / "file/cache")
+
+
 def test_what_it_tells_of_networks_data_and_time(pair):
     told = facts(check(pair, "SOLVER.ACCUMULATE", 2, "MODEL.BACKBONE.FREEZE_AT", 2))
     parameters = sum(

@@ -18,7 +18,9 @@ from torch import nn
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.train_step import NonFiniteLossError, TrainStep
 from d2kd.layers import RandomMasks
-from d2kd.modeling import build_distilled_model
+from d2kd.modeling import Teacher, build_distilled_model
+from d2kd.modeling.feature_cache import FeatureCache, Padding
+from d2kd.modeling.teacher_passes import CachedDensePass
 from d2kd.modeling.teacher_passes.sparse_vit import SparseViT
 from detectron2.layers import DeformConv, ModulatedDeformConv, batched_nms, paste_masks_in_image
 from detectron2.modeling import build_model
@@ -241,3 +243,20 @@ def test_a_model_moves_between_devices():
     there.eval()
     with torch.no_grad():
         assert there(batch())[0]["instances"].pred_boxes.tensor.is_cuda
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_features_from_the_disk_are_those_that_the_teacher_gives(tmp_path, alone):
+    teacher = Teacher(model(config(MODEL__DEVICE="cuda"), seed=7))
+    cache = FeatureCache(str(tmp_path), {}, Padding.of(teacher.model), dtype="float32", alone=alone, max_bytes=10**9)
+    dense = CachedDensePass(teacher, ["p3", "p5"], cache)
+    images = [{**x, "image": x["image"].cuda()} for x in batch([(96, 128)] * 3)]
+    plain = dense.uncached()(images[:1] if alone else images).maps
+    first = dense(images).maps
+    cache.flush()
+    second = dense(images).maps
+    mixed = dense([images[2], *images[:2]]).maps
+    assert cache.misses == 3
+    for tap, expected in plain.items():
+        assert first[tap].is_cuda and torch.equal(first[tap][: len(expected)], expected)
+        assert torch.equal(first[tap], second[tap]) and torch.equal(mixed[tap][1:], first[tap][:2])

@@ -5,7 +5,7 @@ from .calibration import CalibrationHook, calibrate
 from .evaluation import EvaluationHook
 from .masking import MaskingPictures, build_masking_pictures
 from .progress import ProgressWriter
-from .run import CheckpointHook, InterruptHook, ResultWriter, Terminated, WallTime
+from .run import CheckpointHook, InterruptHook, ResultWriter, TeacherTime, Terminated, WallTime
 
 __all__ = [
     "BestCheckpoint",
@@ -17,6 +17,7 @@ __all__ = [
     "MaskingPictures",
     "ProgressWriter",
     "ResultWriter",
+    "TeacherTime",
     "Terminated",
     "WallTime",
     "build_masking_pictures",

@@ -26,8 +26,9 @@ class CalibrationHook(HookBase):
         self.model = model
 
     def before_step(self) -> None:
-        """Runs the pass of every method that asks for one."""
-        calibrate(self.model, self.trainer.data_loader)
+        """Runs the pass of every method that asks for one, where methods take part."""
+        if self.model.takes_part(self.trainer.iter):
+            calibrate(self.model, self.trainer.data_loader)
 
 
 def calibrate(model: DistilledModel, loader: Any, at_most: int | None = None) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2kd.files import write_json
+from d2kd.modeling.teacher_passes import TeacherClock
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
@@ -112,6 +113,35 @@ class WallTime(HookBase):
     def after_step(self) -> None:
         """Stops the clock."""
         self.seconds += time.perf_counter() - self._start
+        if comm.is_main_process():
+            self.trainer.storage.put_scalar("wall_time", self.seconds, smoothing_hint=False)
+
+    def state_dict(self) -> dict[str, float]:
+        """Seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """The inverse of `state_dict`."""
+        self.seconds = float(state_dict["seconds"])
+
+
+class TeacherTime(HookBase):
+    """Adds up the seconds of the training steps that the teacher takes, over resumed runs."""
+
+    def __init__(self, clock: TeacherClock) -> None:
+        """
+        Args:
+            clock: of the teacher's passes.
+        """
+        self.clock = clock
+        self.seconds = 0.0
+
+    def after_step(self) -> None:
+        """Adds what was taken since the last step."""
+        seconds = self.clock.take()
+        self.seconds += seconds
+        if comm.is_main_process():
+            self.trainer.storage.put_scalar("teacher_time", seconds)
 
     def state_dict(self) -> dict[str, float]:
         """Seconds so far."""

@@ -1,6 +1,7 @@
 """Which pass gives each method its features, and running all of them around the student's forward pass."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,17 @@ from d2kd.errors import ConfigError, require_choice
 from detectron2.config import CfgNode
 
 from ..architectures import is_region_tap
+from ..feature_cache import FeatureCache
 from ..teacher import BatchedInputs, Teacher
 from .acceleration import Acceleration
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
+from .cached import CachedDensePass
+from .clock import TeacherClock
 from .dense import DensePass
 from .regions import RegionPass
 from .side_stream import SideStream
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 
@@ -29,6 +35,7 @@ class TeacherPasses:
         dense: the pass over the whole image; without taps it does not run.
         others: the other passes, by name.
         sources: names of the others that a method's features come from, beside the dense pass, by method.
+        clock: of what the passes take in training, the reading of kept features included.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class TeacherPasses:
         self.dense = dense
         self.others = dict(others)
         self.sources = {method: list(names) for method, names in sources.items()}
+        self.clock = TeacherClock()
         self._beside = SideStream(concurrent)
 
     @contextlib.contextmanager
@@ -61,15 +69,18 @@ class TeacherPasses:
         """
         sources = {method: self.sources[method] for method in (self.sources if methods is None else methods)}
         others = {name: self.others[name] for names in sources.values() for name in names}
-        with self._beside:
-            dense = self.dense(batched_inputs) if self.dense.taps else TeacherFeatures({}, {})
+        run = self.dense if methods is None else self.dense.direct  # a pass on the side is none that comes again
+        device = batched_inputs[0]["image"].device
+        with self._beside, self.clock(device):
+            dense = run(batched_inputs) if self.dense.taps else TeacherFeatures({}, {})
             computed = {n: p(batched_inputs, None, dense.maps) for n, p in others.items() if not p.needs_student}
         features: dict[str, TeacherFeatures] = {}
         with contextlib.ExitStack() as stack:
             guidance = {n: stack.enter_context(p.watch()) for n, p in others.items() if p.needs_student}
             yield features
         self._beside.join(tensor for given in (dense, *computed.values()) for of in given for tensor in of.values())
-        computed |= {n: others[n](batched_inputs, seen, dense.maps) for n, seen in guidance.items()}
+        with self.clock(device):
+            computed |= {n: others[n](batched_inputs, seen, dense.maps) for n, seen in guidance.items()}
         for method, names in sources.items():
             features[method] = _together(dense, [computed[name] for name in names])
 
@@ -127,8 +138,31 @@ def build_passes(
             )
     required = [tap for other in others.values() for tap in other.required_taps]
     acceleration = Acceleration.from_config(cfg)
-    whole = DensePass(teacher, [*dense, *required], acceleration)
+    whole = _dense_pass(cfg, teacher, [*dense, *required], others, acceleration)
     return TeacherPasses(whole, others, sources, concurrent=acceleration.stream)
+
+
+def _dense_pass(
+    cfg: CfgNode,
+    teacher: Teacher,
+    taps: Sequence[str],
+    others: Mapping[str, TeacherPass],
+    acceleration: Acceleration,
+) -> DensePass:
+    """The pass over the whole image: with DISTILL.CACHE.DIR, from there."""
+    if not cfg.DISTILL.CACHE.DIR:
+        return DensePass(teacher, taps, acceleration)
+    steered = [name for name, other in others.items() if other.needs_student]
+    if steered:
+        logger.warning(
+            "DISTILL.CACHE does not keep what %s gives: it depends on the student, and is computed in every step%s.",
+            " and ".join(steered),
+            ", from maps of the whole image that are kept" if taps else "",
+        )
+    if not taps:
+        logger.warning("DISTILL.CACHE.DIR has no effect: no method compares features that can be kept.")
+        return DensePass(teacher, taps, acceleration)
+    return CachedDensePass(teacher, taps, FeatureCache.from_config(cfg, teacher, taps), acceleration)
 
 
 def _pass_of(cfg: CfgNode, method: str, pair: TapPair) -> str:

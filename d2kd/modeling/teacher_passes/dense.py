@@ -35,7 +35,14 @@ class DensePass(TeacherPass):
     def __call__(
         self, batched_inputs: BatchedInputs, guidance: Any = None, dense: Mapping[str, Tensor] | None = None
     ) -> TeacherFeatures:
-        """As in the base class; only the images are needed. The first time, faster features are checked."""
+        """As in the base class; only the images are needed."""
+        return self.direct(batched_inputs)
+
+    def direct(self, batched_inputs: BatchedInputs) -> TeacherFeatures:
+        """Returns what the teacher gives for a batch when it runs, whatever is stored of it.
+
+        The first time, faster features are checked.
+        """
         torch.compiler.cudagraph_mark_step_begin()  # graphs may write over what the last call has returned
         features = self._faster.record(batched_inputs, self._taps)
         if self._unchecked:
