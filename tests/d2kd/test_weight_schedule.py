@@ -131,6 +131,15 @@ def test_losses_are_multiplied_and_the_factors_logged(net):
         assert scheduled[name].item() == pytest.approx(factor * loss.item(), rel=1e-6)
 
 
+def test_a_teacher_of_every_second_iteration_has_twice_the_scheduled_weight(net):
+    plain, _ = losses_of(net(), 40)
+    model = net(DISTILL__TEACHER__EVERY=2, DISTILL__SCHEDULE__SHAPE="linear", DISTILL__GUARD__ENABLED=True)
+    losses, _ = losses_of(model, 40)
+    name = "distill/FeatureMimic/p3"
+    assert losses[name].item() == pytest.approx(2 * 0.6 * plain[name].item(), rel=1e-5)
+    assert name not in losses_of(model, 41)[0] and model.balance.guard.patience == 20
+
+
 def test_the_teacher_rests_when_all_methods_are_over(net):
     model = net(DISTILL__SCHEDULE__STOP_ITER=50, DISTILL__LOGIT_KD__SCHEDULE__SHAPE="constant")
     assert model.schedules.keys() == {"FeatureMimic"}
