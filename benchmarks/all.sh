@@ -61,6 +61,9 @@ matching="benchmarks/channel_matching.py d2kd/distillers/channel_matching d2kd/l
 measure channel_matching "$matching" python benchmarks/channel_matching.py
 measure frozen_norm "benchmarks/frozen_norm.py $models" python benchmarks/frozen_norm.py
 measure models "benchmarks/models.py d2kd/modeling/backbone d2kd/modeling/sem_seg $models" python benchmarks/models.py
+measure faster_teacher "benchmarks/faster_teacher.py d2kd/modeling/teacher_passes $models" python benchmarks/faster_teacher.py
+measure growth "benchmarks/growth.py d2kd/distillers d2kd/layers" python benchmarks/growth.py
+measure cache "benchmarks/cache.py d2kd/modeling/feature_cache d2kd/modeling/teacher_passes" python benchmarks/cache.py
 measure peers "benchmarks/peers.py $models" python benchmarks/peers.py
 timm="benchmarks/timm_networks.py d2kd/modeling/backbone d2kd/modeling/meta_arch d2kd/engine/train_step.py $models"
 measure timm_networks "$timm" python benchmarks/timm_networks.py

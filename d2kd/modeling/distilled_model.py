@@ -123,9 +123,8 @@ class DistilledModel(nn.Module):
         with contextlib.ExitStack() as stack:
             student, teacher = {}, {}
             if active:  # else nothing needs the teacher any more
-                teacher = stack.enter_context(
-                    self.passes.around_student(batched_inputs, self._methods_of_passes(active))
-                )
+                methods = self._methods_of_passes(active)
+                teacher = stack.enter_context(self.passes.around_student(batched_inputs, methods))
                 student = stack.enter_context(self._taps.recording())
             losses = dict(self.student(batched_inputs))
         if self.task_weight != 1.0:
@@ -188,7 +187,7 @@ class DistilledModel(nn.Module):
         steers = any(self.passes.others[name].needs_student for name in self.passes.sources[method])
         for batch in batches:
             batch = self._to_device(batch)
-            with self.passes.around_student(batch, [method]) as teacher, evaluation_mode(self.student):
+            with self.passes.around_student(batch, [method], stored=False) as teacher, evaluation_mode(self.student):
                 with taps.recording(stop_when_done=not steers) as student:
                     self.student(batch)
             yield student, teacher[method].maps

@@ -59,17 +59,18 @@ class TeacherPasses:
 
     @contextlib.contextmanager
     def around_student(
-        self, batched_inputs: BatchedInputs, methods: Sequence[str] | None = None
+        self, batched_inputs: BatchedInputs, methods: Sequence[str] | None = None, stored: bool = True
     ) -> Iterator[dict[str, TeacherFeatures]]:
         """Yields a dict that is filled, when the block (the student's forward pass) ends, with each method's features.
 
         Args:
             batched_inputs: in Detectron2's format, on the device.
             methods: only passes of these run, by default all.
+            stored: whether features may come from a cache, and go there; not those of images that do not come again.
         """
         sources = {method: self.sources[method] for method in (self.sources if methods is None else methods)}
         others = {name: self.others[name] for names in sources.values() for name in names}
-        run = self.dense if methods is None else self.dense.direct  # a pass on the side is none that comes again
+        run = self.dense if stored else self.dense.direct
         device = batched_inputs[0]["image"].device
         with self._beside, self.clock(device):
             dense = run(batched_inputs) if self.dense.taps else TeacherFeatures({}, {})
