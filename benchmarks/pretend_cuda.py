@@ -15,6 +15,7 @@ import collections
 import contextlib
 import importlib
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,6 +158,7 @@ def _replacements(gpu: PretendCuda) -> list[tuple[Any, dict[str, Any]]]:
         "get_device_capability": lambda *_: (9, 0),
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "max_memory_allocated": lambda *_: 0,
+        "Event": _Event,
         **dict.fromkeys(("synchronize", "set_device", "set_rng_state", "reset_peak_memory_stats"), nothing),
     }
     general = {
@@ -185,6 +187,22 @@ def _replacements(gpu: PretendCuda) -> list[tuple[Any, dict[str, Any]]]:
         (torch.autograd, {"_engine_run_backward": run_backward}),
         (torch.Tensor, {"pin_memory": lambda x, *_: x}),
     ]
+
+
+class _Event:
+    """What is recorded has been done, and the host does not wait for it: it asks."""
+
+    def __init__(self, **_: Any) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return 1000 * (end.time - self.time)
 
 
 def _host(kind: str) -> str:
