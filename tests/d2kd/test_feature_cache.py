@@ -27,7 +27,7 @@ from d2kd.modeling.feature_cache import (
     read_entry,
     size_of,
 )
-from d2kd.modeling.teacher_passes import Acceleration, CachedDensePass, DensePass
+from d2kd.modeling.teacher_passes import Acceleration, CachedDensePass, DensePass, TeacherFeatures, TeacherPasses
 
 CPU = torch.device("cpu")
 
@@ -362,3 +362,23 @@ def test_a_full_disk_ends_the_writing_with_one_warning(tmp_path: Path, caplog: A
         assert all(torch.equal(found[tap], x) for tap, x in plain(images).maps.items())
     warnings = [record.message for record in caplog.records if "No space left" in record.message]
     assert len(warnings) == 1 and "for all else the teacher runs" in warnings[0]
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(True, ["read"]), (False, ["computed"])])
+@pytest.mark.parametrize("methods", [None, ["A"]])
+def test_passes_of_some_methods_read_the_cache_too_but_images_on_the_side_do_not(methods, stored, expected):
+    seen = []
+
+    class Watched(DensePass):
+        def __call__(self, batched_inputs, guidance=None, dense=None):
+            seen.append("read")
+            return TeacherFeatures({}, {})
+
+        def direct(self, batched_inputs):
+            seen.append("computed")
+            return TeacherFeatures({}, {})
+
+    passes = TeacherPasses(Watched(Teacher(model()), ["p3"]), {}, {"A": [], "B": []})
+    with passes.around_student(batch(), methods, stored=stored) as features:
+        pass
+    assert seen == expected and list(features) == (methods or ["A", "B"])
