@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from common import settle_norms, timed
-from step_cost import PAIRS, batch_of, configuration, still
+from step_cost import add_arguments, batch_of, configuration, still
 
 from d2kd.engine.train_step import TrainStep
 from d2kd.modeling import build_distilled_model
@@ -120,18 +120,9 @@ def entry_sizes() -> list[dict[str, Any]]:
 def main() -> None:
     """Measures and writes one JSON line a method, or a size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", choices=PAIRS, default="quickstart")
-    parser.add_argument("--methods", nargs="+", default=["FeatureMimic"])
+    add_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="how features are kept")
-    parser.add_argument("--size", type=int, default=0, help="image side in pixels; 0 takes the pair's")
-    parser.add_argument("--height", type=int, default=0, help="of images in pixels; 0 takes --size")
-    parser.add_argument("--width", type=int, default=0, help="of images in pixels; 0 takes --size")
-    parser.add_argument("--batch", type=int, default=0, help="images a step; 0 takes the pair's")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processor-time", action="store_true", help="not the time that passes; for busy machines")
     parser.add_argument("--sizes", action="store_true", help="write sizes of files, and measure nothing")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="changes to the configuration")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     if args.sizes:

@@ -269,9 +269,8 @@ def report_memory(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{peak_memory_mib(args.device):.0f}\n")
 
 
-def main() -> None:
-    """Measures and writes one JSON line a method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, and how: for this program and those that measure steps of the same pairs."""
     parser.add_argument("--pair", choices=PAIRS, default="quickstart")
     parser.add_argument("--methods", nargs="+", default=["FeatureMimic"])
     parser.add_argument("--size", type=int, default=0, help="image side in pixels; 0 takes the pair's")
@@ -282,6 +281,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor-time", action="store_true", help="not the time that passes; for busy machines")
     parser.add_argument("--opts", nargs="*", default=[], help="of the distillation step, as KEY VALUE")
+
+
+def main() -> None:
+    """Measures and writes one JSON line a method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     parser.add_argument("--memory-of", choices=(*KINDS, TRAINER), help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
