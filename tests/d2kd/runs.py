@@ -15,6 +15,7 @@ from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, load_config
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import launch
+from detectron2.utils import comm
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,3 +109,22 @@ def in_two_processes(main: Callable[..., Any], *arguments: Any) -> None:
     no_gpu = mock.patch("torch.cuda.is_available", return_value=False)  # here; the variable is for the processes
     with no_gpu, mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
         launch(main, 2, dist_url="auto", args=tuple(map(str, arguments)))
+
+
+def train_in_step(path: str, output: str) -> None:
+    """What each of two processes does: trains from a random state of its own, and ends with the weights of the other.
+
+    Raises:
+        AssertionError: parameters or the state of the balance differ, or DDP looks for parameters without gradient.
+    """
+    cfg = load_config(path, ["OUTPUT_DIR", output])
+    register_datasets(cfg)
+    torch.set_num_threads(1)
+    torch.manual_seed(cfg.SEED + comm.get_rank())
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert not trainer.model.find_unused_parameters
+    state = [p.double().sum().item() for p in trainer.distilled.parameters()], trainer.distilled.balance.state_dict()
+    first, second = comm.all_gather(state)
+    assert first == second

@@ -8,13 +8,12 @@ import pytest
 import torch
 from helpers import same_tensors
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
-from runs import ROOT, in_two_processes, read_checkpoint, run_training
+from runs import ROOT, in_two_processes, read_checkpoint, run_training, train_in_step
 
 from d2kd.data.datasets import register_datasets
 from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
 from d2kd.modeling import BalanceError, GradientBalance, build_distilled_model
 from d2kd.token_learning import TokenLearner
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 CPU = ["MODEL.DEVICE", "cpu"]
@@ -278,23 +277,9 @@ def test_a_failed_step_leaves_neither_norms_nor_random_numbers_behind(write_conf
     assert same_tensors(a["model"], b["model"]) and a["balance"] == b["balance"]
 
 
-def _two_processes(path, output):
-    cfg = load_config(path, ["OUTPUT_DIR", output])
-    register_datasets(cfg)
-    torch.set_num_threads(1)
-    torch.manual_seed(cfg.SEED + comm.get_rank())
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    assert not trainer.model.find_unused_parameters
-    state = [p.double().sum().item() for p in trainer.distilled.parameters()], trainer.distilled.balance.state_dict()
-    first, second = comm.all_gather(state)
-    assert first == second
-
-
 def test_two_processes_stay_in_step(write_config, teacher, tmp_path):
     path = write_config(**BALANCED, **teacher)
-    in_two_processes(_two_processes, path, tmp_path / "two")
+    in_two_processes(train_in_step, path, tmp_path / "two")
     assert read_checkpoint(tmp_path / "two")["balance"]["norms"][0] > 0
 
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from helpers import same_tensors
 from models import batch, config, write_teacher
-from runs import in_two_processes, make_trainer, read_checkpoint, run_training
+from runs import in_two_processes, read_checkpoint, run_training, train_in_step
 
 from d2kd.config_reader import read_config
 from d2kd.distillers import WeightSchedule
 from d2kd.engine.scaling import scale_to_batch, scale_to_processes
 from d2kd.errors import ConfigError
 from d2kd.modeling import build_distilled_model
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 
@@ -238,20 +237,9 @@ def test_with_weight_zero_the_student_trains_as_alone(write_config, teacher, tmp
     assert same_tensors(a, b)
 
 
-def _two_processes(path, output):
-    torch.set_num_threads(1)
-    trainer = make_trainer(path, OUTPUT_DIR=output)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    assert not trainer.model.find_unused_parameters
-    state = [p.double().sum().item() for p in trainer.distilled.parameters()], trainer.distilled.balance.state_dict()
-    first, second = comm.all_gather(state)
-    assert first == second
-
-
 def test_two_processes_stay_in_step(write_config, teacher, tmp_path):
     short = {"SOLVER__MAX_ITER": 4, "SOLVER__IMS_PER_BATCH": 2, "DISTILL__SCHEDULE__STOP_ITER": 3}
     short |= {"DISTILL__SCHEDULE__WARMUP_ITERS": 1, "DISTILL__CHANNEL_MATCHING__SCHEDULE__STOP_ITER": 2}
     path = write_config(**{**SCHEDULED, **GUARDED, **short}, **teacher)
-    in_two_processes(_two_processes, path, tmp_path / "two")
+    in_two_processes(train_in_step, path, tmp_path / "two")
     assert re.search(r'"schedule/ChannelMatching": 0\.0', (tmp_path / "two/metrics.json").read_text())
