@@ -7,7 +7,8 @@ from torch import Tensor
 
 from d2kd.errors import ConfigError
 from d2kd.layers import normalize, object_weights, squared_error, standardized_error, weighted_error
-from d2kd.layers.losses import center, weighted_standardized_error
+from d2kd.layers.losses import center
+from d2kd.layers.position_weights import weighted_standardized_error
 from d2kd.settings import setting
 
 from .base import DISTILLERS, FeatureDistiller

@@ -138,54 +138,6 @@ def center(x: Tensor, valid: Tensor | None = None) -> CenteredMap:
     return CenteredMap(*_centered(upcast_half(x), valid))
 
 
-def weighted_standardized_error(
-    student: Tensor, centered: CenteredMap, teacher: CenteredMap, position_weights: Tensor
-) -> Tensor:
-    """1/N sum_{n,p} A[n, p] mean_c (s - t)^2 of standardized maps, its gradient computed at once.
-
-    With g the gradient for the standardized map, that for the student is (g - mean(g) - s mean(g s)) / deviation, means
-    over the batch and all positions, channel by channel: one map is kept for the backward pass.
-
-    Args:
-        student: (N, C, H, W), which takes the gradient.
-        centered: `center(student)`; its map is overwritten.
-        teacher: `center` of the teacher's map (N, C, H, W); its map is overwritten too.
-        position_weights: (N, H, W), A; takes no gradient.
-
-    Returns:
-        A scalar. Its gradient cannot be differentiated again.
-    """
-    error: Tensor = _WeightedStandardizedError.apply(
-        upcast_half(student), centered.map, centered.inverse, teacher.map, teacher.inverse, position_weights
-    )
-    return error
-
-
-class _WeightedStandardizedError(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, s: Tensor, inverse: Tensor, t: Tensor, teacher_inverse: Tensor, weights: Tensor
-    ) -> Tensor:
-        s, t = s.mul_(inverse[:, None, None]), t.mul_(teacher_inverse[:, None, None])
-        difference = torch.sub(s, t, out=t)
-        weighted = difference * weights[:, None]
-        images, channels = s.shape[:2]
-        error = (difference.mul_(weighted)).sum() / (images * channels)
-        if ctx.needs_input_grad[0]:
-            scale = 2 / (images * channels)
-            mean = weighted.mean((0, 2, 3), keepdim=True)
-            along = torch.mul(weighted, s, out=difference).mean((0, 2, 3), keepdim=True)
-            gradient = weighted.sub_(mean).addcmul_(s, along, value=-1).mul_(inverse[:, None, None] * scale)
-            ctx.save_for_backward(gradient)
-        return error
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (of_student,) = ctx.saved_tensors
-        return of_student * gradient, None, None, None, None, None
-
-
 def _centered(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The map without the mean of each channel, that mean, and the variance.
 

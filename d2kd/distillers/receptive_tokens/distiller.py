@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from d2kd.layers import NORMALIZATIONS, mask_weights, standardize, weighted_error
-from d2kd.layers.losses import EPS, center, weighted_standardized_error
+from d2kd.layers.losses import EPS, center
+from d2kd.layers.position_weights import weighted_standardized_error
 from d2kd.settings import setting
 from detectron2.config import CfgNode
 
