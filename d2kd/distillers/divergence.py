@@ -1,10 +1,13 @@
 """Divergences between the predictions of two classifiers, softened by a temperature."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from d2kd.layers import upcast_half
+from d2kd.layers import softplus, upcast_half
 
 
 def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
@@ -85,15 +88,30 @@ def binary_divergence(student: Tensor, teacher: Tensor, temperature: float, vali
         valid: (N, H, W) bool for logits (N, K, H, W), the positions that count; None is all.
 
     Returns:
-        A scalar; 0, and connected to the student, for tensors without elements.
+        A scalar; 0, and connected to the student, for tensors without elements. Its gradient cannot be differentiated
+        again.
     """
     student, teacher = upcast_half(student) / temperature, upcast_half(teacher) / temperature
     if valid is not None:
         student, teacher = (x.where(valid[:, None], 0) for x in (student, teacher))
-    target = teacher.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(student, target, reduction="sum")
-    entropy = F.binary_cross_entropy_with_logits(teacher, target, reduction="sum")
-    return temperature**2 * (cross_entropy - entropy)
+    divergence: Tensor = _BinaryDivergence.apply(student, teacher.detach())
+    return temperature**2 * divergence
+
+
+class _BinaryDivergence(torch.autograd.Function):
+    """The sum over all elements: softplus(s) - softplus(t) - p (s - t), p = sigmoid(t), whose slope is sigmoid(s) - p."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        target = teacher.sigmoid()
+        ctx.save_for_backward(student.sigmoid().sub_(target))
+        return softplus(student).sub_(softplus(teacher)).sub_(target.mul_(student - teacher)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradient, None
 
 
 def hard_label_cross_entropy(

@@ -7,6 +7,7 @@ from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standa
 from .masks import MASK_KINDS, RandomMasks, keep_mask
 from .position_weights import mask_weights, object_weights, weighted_error
 from .similarity import linear_cka, principal_axes, ridge_weights, standardize_channels
+from .softplus import softplus
 from .tokens import attention_saliency, gather_tokens, ranks_of, resample_saliency, scatter_tokens
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ridge_weights",
     "scatter_tokens",
     "sigmoid_focal_loss",
+    "softplus",
     "squared_error",
     "standardize",
     "standardize_channels",

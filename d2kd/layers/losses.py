@@ -138,6 +138,12 @@ def center(x: Tensor, valid: Tensor | None = None) -> CenteredMap:
     return CenteredMap(*_centered(upcast_half(x), valid))
 
 
+def channel_variance(x: Tensor) -> Tensor:
+    """Returns the biased variance (C,) of each channel of a map (N, C, H, W), float32 or more, without gradient."""
+    with torch.no_grad():
+        return (x - x.mean((0, 2, 3))[:, None, None]).square_().mean((0, 2, 3))
+
+
 def _centered(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The map without the mean of each channel, that mean, and the variance.
 

@@ -1,5 +1,6 @@
 """Alignment, normalization, masks and reductions."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import tap_pair
@@ -12,6 +13,7 @@ from d2kd.layers import (
     align_validity,
     keep_mask,
     normalize,
+    softplus,
     squared_error,
     standardize,
     standardized_error,
@@ -167,3 +169,12 @@ def test_invalid_positions_do_not_count_whatever_they_hold():
     assert torch.allclose(statistics.mean(1), torch.zeros(3), atol=1e-6)
     assert torch.allclose(statistics.square().mean(1), torch.ones(3), atol=1e-4)
     assert squared_error(x, y, "mean", torch.zeros_like(valid)).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_keeps_all_digits(dtype):
+    x = torch.cat([torch.linspace(-700, 700, 5001), torch.linspace(-20, 20, 5001), torch.tensor([0.0, -0.0, 1e30])])
+    want = np.logaddexp(0, x.double().numpy())
+    small = np.finfo(np.float32 if dtype == torch.float32 else np.float64).tiny
+    np.testing.assert_allclose(softplus(x.to(dtype)), want, rtol=4 * torch.finfo(dtype).eps, atol=small)
+    assert softplus(torch.tensor([float("nan")])).isnan().all()

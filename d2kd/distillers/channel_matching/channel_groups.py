@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from d2kd.layers import REDUCTIONS, upcast_half
-from d2kd.layers.losses import center
+from d2kd.layers.losses import channel_variance
 
 #: Below this probability of a negative value its expectation is not computed; margin = -3 sigma there.
 MIN_PROBABILITY = 1e-3
@@ -63,20 +63,22 @@ def reduce_groups(teacher: Tensor, margin: Tensor, assignment: Tensor, reducer: 
 
 
 def _largest_magnitude(teacher: Tensor, margins: Tensor, assignment: Tensor, uniform: Uniform) -> Reduced:
-    highest = lowest = teacher[:, assignment[:, 0]]
+    highest = teacher.index_select(1, assignment[:, 0])
     if assignment.shape[1] == 1:
         return Reduced(highest, margins[:, 0])
+    lowest = highest.clone()
     # channel by channel: no copy of the whole teacher map, and many times faster than an argmax over channels
     for channels in assignment.t()[1:]:
-        values = teacher[:, channels]
-        highest, lowest = torch.maximum(highest, values), torch.minimum(lowest, values)
+        values = teacher.index_select(1, channels)
+        torch.maximum(highest, values, out=highest)
+        torch.minimum(lowest, values, out=lowest)
     return Reduced(torch.where(highest >= -lowest, highest, lowest), margins.mean(dim=1))
 
 
 def _largest(teacher: Tensor, assignment: Tensor) -> Tensor:
-    highest = teacher[:, assignment[:, 0]]
+    highest = teacher.index_select(1, assignment[:, 0])
     for channels in assignment.t()[1:]:
-        highest = torch.maximum(highest, teacher[:, channels])
+        torch.maximum(highest, teacher.index_select(1, channels), out=highest)
     return highest
 
 
@@ -90,9 +92,9 @@ def _random(teacher: Tensor, margins: Tensor, assignment: Tensor, uniform: Unifo
 
 def gather_assigned(teacher: Tensor, margins: Tensor, assignment: Tensor, pick: Tensor, pick_margin: Tensor) -> Reduced:
     """The values of chosen channels: `pick` (N, Cs, H, W) and `pick_margin` (Cs,) count within a group, 0 to k - 1."""
-    reduced = teacher[:, assignment[:, 0]]
+    reduced = teacher.index_select(1, assignment[:, 0])
     for number, channels in enumerate(assignment.t()[1:], start=1):
-        reduced = torch.where(pick == number, teacher[:, channels], reduced)
+        reduced = torch.where(pick == number, teacher.index_select(1, channels), reduced)
     return Reduced(reduced, margins.gather(1, pick_margin[:, None]).squeeze(1))
 
 
@@ -103,18 +105,20 @@ REDUCERS: dict[str, Callable[[Tensor, Tensor, Tensor, Uniform], Reduced]] = {
     ),
     "sp": lambda teacher, margins, assignment, uniform: Reduced(_largest(teacher, assignment), margins.amax(dim=1)),
     "rd": _random,
-    "sm": lambda teacher, margins, assignment, uniform: Reduced(teacher[:, assignment[:, 0]], margins[:, 0]),
+    "sm": lambda teacher, margins, assignment, uniform: Reduced(
+        teacher.index_select(1, assignment[:, 0]), margins[:, 0]
+    ),
 }
 
 
 def scale_to_unit(reduced: Reduced, eps: float = 1e-6) -> Reduced:
-    """Divides every channel and its margin by the channel's standard deviation over batch and space.
+    """Divides every channel and its margin by the channel's standard deviation over batch and space, the map in place.
 
     Nothing is centered: zero is where the ReLU cuts, and has to stay there.
     """
     target = upcast_half(reduced.map)
-    scale = torch.rsqrt(center(target).variance + eps)
-    return Reduced(target * scale[:, None, None], reduced.margin.to(scale.dtype) * scale)
+    scale = torch.rsqrt(channel_variance(target) + eps)
+    return Reduced(target.mul_(scale[:, None, None]), reduced.margin.to(scale.dtype) * scale)
 
 
 def one_sided_error(student: Tensor, reduced: Reduced, reduction: str) -> Tensor:
@@ -145,10 +149,11 @@ class _OneSidedError(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, target: Tensor, margin: Tensor) -> Tensor:
         target = torch.maximum(target, margin[:, None, None])
         difference = student - target
-        # where nothing is to be learned the student is its own target
-        difference.masked_fill_((target <= 0) & (difference <= 0), 0)
+        # below a target that is not positive nothing is to be learned; as bounds, not a mask, it takes half of the time
+        lowest = target.gt_(0).mul_(torch.finfo(target.dtype).min)
+        torch.maximum(difference, lowest, out=difference)
         ctx.save_for_backward(difference)
-        return difference.square().mean()
+        return torch.mul(difference, difference, out=lowest).mean()
 
     @staticmethod
     @once_differentiable
