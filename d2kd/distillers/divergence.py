@@ -99,7 +99,7 @@ def binary_divergence(student: Tensor, teacher: Tensor, temperature: float, vali
 
 
 class _BinaryDivergence(torch.autograd.Function):
-    """The sum of softplus(s) - softplus(t) - p (s - t), p = sigmoid(t), over all elements; its slope is sigmoid(s) - p."""
+    """Sums softplus(s) - softplus(t) - p (s - t) with p = sigmoid(t), whose slope is sigmoid(s) - p."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
