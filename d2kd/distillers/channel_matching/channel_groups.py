@@ -72,7 +72,9 @@ def _largest_magnitude(teacher: Tensor, margins: Tensor, assignment: Tensor, uni
         values = teacher.index_select(1, channels)
         torch.maximum(highest, values, out=highest)
         torch.minimum(lowest, values, out=lowest)
-    return Reduced(torch.where(highest >= -lowest, highest, lowest), margins.mean(dim=1))
+    magnitude = torch.maximum(highest, lowest.neg_())
+    # with the sign of their sum; `torch.where` takes seven times as long on the CPU
+    return Reduced(magnitude.copysign_(highest.sub_(lowest)), margins.mean(dim=1))
 
 
 def _largest(teacher: Tensor, assignment: Tensor) -> Tensor:
