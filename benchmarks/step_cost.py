@@ -42,6 +42,7 @@ from torch import nn
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.distillers import ChannelMatching
 from d2kd.engine import load_config
+from d2kd.engine.host_memory import reuse_freed_memory
 from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.train_step import TrainStep
 from d2kd.modeling import DistilledModel, FeatureTaps, build_distilled_model, load_teacher, teacher_config
@@ -291,6 +292,8 @@ def main() -> None:
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
+    if args.device == "cpu":
+        reuse_freed_memory()
     if args.memory_of:
         report_memory(args)
         return

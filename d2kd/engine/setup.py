@@ -25,6 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .epochs import resolve_epochs, uses_epochs
+from .host_memory import reuse_freed_memory
 from .run_folder import claim_folder, prepare_folder
 from .scaling import drop_late_steps, needs_scaling, scale_to_batch
 
@@ -185,6 +186,8 @@ def _tell_of_schedule(solver: CfgNode, notices: list[str] | None) -> None:
 
 def _use_device(name: str) -> None:
     device = torch.device(name)
+    if device.type == "cpu":
+        reuse_freed_memory()
     if device.type != "cuda" or device.index is None:
         return
     if comm.get_world_size() > 1:
