@@ -32,7 +32,7 @@ def channel_distances(student: Tensor, teacher: Tensor, chunk_elements: int = CH
         products = student.new_zeros(cs, teacher.shape[1], dtype=upcast_half(student[:0]).dtype)
         for s, t in zip(student.split(step), teacher.split(step)):
             products = torch.addbmm(products, _unit(s), _unit(t).to(products.dtype).transpose(1, 2))
-    return 2.0 * n - 2.0 * products
+    return products.mul_(-2.0).add_(2.0 * n)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class MatchingStatistics(nn.Module):
         batch = torch.cat([*parts, images])
         if comm.get_world_size() > 1:
             dist.all_reduce(batch)
-        self.sums += torch.where(torch.isfinite(batch).all(), batch, 0.0)
+        finite = batch.sum().isfinite()
+        self.sums += batch.nan_to_num_(0.0, 0.0, 0.0).mul_(finite)
 
     def cost(self, level: int) -> Tensor:
         """Returns the sum of the distances, (Cs, Ct) in float64."""
