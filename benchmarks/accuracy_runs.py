@@ -36,7 +36,10 @@ class Bench:
         self.data = data
         self.trains = trains
         self.root = output / suite.folder / length
-        self.teacher_folder = output / suite.teacher_folder / length / "teacher"
+        # lengths of students may share a teacher: it is the dearest of all runs
+        same = [name for name, other in suite.lengths.items() if other.of_teacher == self.length.of_teacher]
+        self.teacher_folder = output / suite.teacher_folder / same[0] / "teacher"
+        self.tokens_folder = self.teacher_folder.with_name("tokens")
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         self.options = options
 
@@ -104,7 +107,7 @@ class Bench:
         tokens_file = CONFIGS / f"{self.suite.teacher}_tokens.yaml"
         command = ["tools/learn_tokens.py", "--resume", "--config-file", tokens_file]
         weights = ["MODEL.WEIGHTS", self.teacher_folder / "model_final.pth"]
-        return not (tokens and self.trains) or self.run(self.root / "tokens", [*command, *weights], result="tokens.pth")
+        return not (tokens and self.trains) or self.run(self.tokens_folder, [*command, *weights], result="tokens.pth")
 
     def student(self, name: str, seed: int, trial: str = "", changes: Sequence[Any] = ()) -> bool:
         """Trains and evaluates one student, in the folder of its row and seed, or that of a trial, with its changes."""
@@ -122,7 +125,7 @@ class Bench:
             command += ["--teacher-weights", self.teacher_folder / "model_final.pth"]
             options += ["DISTILL.TEACHER.EVAL_FIRST", False]
         if name == "ReceptiveTokens":
-            options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.root / "tokens/tokens.pth"]
+            options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.tokens_folder / "tokens.pth"]
         splits = SPLITS[:1] if trial else SPLITS  # what chooses must not see test
         return self.run(directory, [*command, *options, *changes]) and self.evaluate(
             directory, entry.config, entry.options, splits

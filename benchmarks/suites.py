@@ -11,6 +11,11 @@ class Length(NamedTuple):
     teacher_images: int
     student_images: int = 8
 
+    @property
+    def of_teacher(self) -> tuple[int, int]:
+        """What makes one teacher: its iterations, and images an iteration."""
+        return self.teacher, self.teacher_images
+
 
 class Entry(NamedTuple):
     """A row of the table: its configuration and options, whether it distils, and how many times the length it takes."""

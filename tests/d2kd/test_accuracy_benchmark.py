@@ -95,6 +95,14 @@ def test_a_suite_has_folders_of_its_own_and_may_share_a_teacher(accuracy):
     assert weights == "output/accuracy/short/teacher/model_final.pth"
 
 
+def test_lengths_with_equal_teachers_train_one(accuracy):
+    """The long runs are of the medium ones' teacher and tokens."""
+    accuracy("--length", "medium", "--seeds", 1, "--only", "ReceptiveTokens")
+    (line,) = accuracy("--length", "long", "--seeds", 1, "--only", "ReceptiveTokens")
+    assert line[line.index("--teacher-weights") + 1] == "output/accuracy/medium/teacher/model_final.pth"
+    assert "output/accuracy/medium/tokens/tokens.pth" in line
+
+
 def test_classifiers_have_their_teacher_and_their_table(accuracy, tmp_path):
     length = runpy.run_path(str(ROOT / "benchmarks/suites.py"))["SUITES"]["classification"].lengths["short"]
     page = tmp_path / "docs/benchmarks.md"
