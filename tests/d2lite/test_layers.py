@@ -29,6 +29,7 @@ from d2lite.layers import (
     nonzero_tuple,
     paste_masks_in_image,
 )
+from d2lite.layers.stem_pool import stem_pool
 
 
 def random_norm(channels: int, cls: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
@@ -463,3 +464,16 @@ def test_torchscript_compiles_mask_pasting():
     masks, boxes = torch.rand(2, 28, 28), torch.tensor([[1.0, 1.0, 5.0, 5.0], [3.0, 3.0, 30.0, 30.0]])
     scripted = torch.jit.script(paste_masks_in_image)
     assert torch.equal(scripted(masks, boxes, (50, 50)), paste_masks_in_image(masks, boxes, (50, 50)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (7, 10), (16, 9)])
+def test_stem_pool_is_a_max_pool_with_and_without_gradient(size):
+    x = torch.randn(2, 3, *size)
+    x[0, 0, 0, 0] = float("nan")
+    want = F.max_pool2d(x, 3, 2, 1)
+    for channels in (x, x.to(memory_format=torch.channels_last)):
+        assert torch.equal(stem_pool(channels).nan_to_num(7), want.nan_to_num(7))
+    trained = torch.randn(2, 3, *size, requires_grad=True)
+    (gradient,) = torch.autograd.grad(stem_pool(trained).square().sum(), trained)
+    (reference,) = torch.autograd.grad(F.max_pool2d(trained, 3, 2, 1).square().sum(), trained)
+    assert torch.equal(gradient, reference)

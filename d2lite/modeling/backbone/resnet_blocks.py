@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from d2lite.layers import CNNBlockBase, Conv2d, DeformConv, ModulatedDeformConv, get_norm
 from d2lite.layers.batch_norm import Norm
+from d2lite.layers.stem_pool import stem_pool
 
 
 class BasicStem(CNNBlockBase):
@@ -20,7 +21,7 @@ class BasicStem(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H / 4, W / 4)."""
-        return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
+        return stem_pool(F.relu_(self.conv1(x)))
 
 
 class _ResidualBlock(CNNBlockBase):
