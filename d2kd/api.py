@@ -18,6 +18,7 @@ from d2kd.config import list_settings
 from d2kd.data.loader import build_train_loader
 from d2kd.engine import DistillTrainer, argument_parser, build_optimizer, calibrate, load_start, locked, setup
 from d2kd.engine import load_config as load_yaml
+from d2kd.engine.epochs import with_iterations
 from d2kd.errors import ConfigError, did_you_mean
 from d2kd.modeling import DistilledModel
 from detectron2.config import CfgNode
@@ -144,7 +145,8 @@ def load_config(
     Arguments and errors are those of `distill`.
     """
     options = _options("load_config", data, methods, overrides, keys, config_file, imports)
-    return load_yaml(os.fspath(config_file), [*_teacher_options(teacher, teacher_weights), *options], imports)
+    cfg = load_yaml(os.fspath(config_file), [*_teacher_options(teacher, teacher_weights), *options], imports)
+    return with_iterations(cfg)
 
 
 def build_distilled_model(cfg: CfgNode) -> DistilledModel:

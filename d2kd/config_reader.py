@@ -290,7 +290,8 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
         mismatch = re.search(r"Type mismatch \(<class '(\S+)'>.* vs\. (.*)\) for config key: (\S+)", message, re.DOTALL)
         if mismatch:
             kind, value, key = mismatch.groups()
-            wanted = "a mapping of keys" if kind.endswith("CfgNode") else f"of type {kind}"
+            wanted = "a finite number" if kind == "float" else f"of type {kind}"
+            wanted = "a mapping of keys" if kind.endswith("CfgNode") else wanted
             raise ConfigError(f"In {where}: {key} is {' '.join(value.split())}; it must be {wanted}.") from error
         unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
         hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""

@@ -69,7 +69,8 @@ CORE_KEYS: dict[str, Setting] = {
     ),
     "DISTILL.BALANCE_RATIO": setting(
         0.5,
-        "Norm of each method's gradient over the task's, for BALANCE gradient; for limit, at most. A method of weight "
+        "Norm of each method's gradient over the task's, for BALANCE gradient; for limit, at most. Both norms are "
+        "smoothed over about ten measurements, but for a limit a method that rises counts at once. A method of weight "
         "0 stays at 0; DISTILL.SCHEDULE is a factor on it.",
         above=0,
         at_most=1000,

@@ -55,7 +55,8 @@ class WeightSchedule(Configurable):
     def __init__(self, *, max_iter: int, where: str = NODE, **settings: Any) -> None:
         """
         Args:
-            max_iter: length of the training in iterations; 0 where that is not known yet.
+            max_iter: length of the training in iterations; 0 where that is not known yet, and a decay to the end has
+                no value yet.
             where: the YAML node, for messages.
             settings: by name; the class declares them with their defaults.
 
@@ -63,6 +64,7 @@ class WeightSchedule(Configurable):
             ConfigError: a setting is out of range, or the schedule contradicts itself or the length.
         """
         self.configure(settings, where)
+        self.where = where
         self.first = max(self.start_iter, self.warmup_iters)
         self.last = self.end_iter or max_iter
         self._check(where, max_iter)
@@ -81,6 +83,11 @@ class WeightSchedule(Configurable):
             raise ConfigError(
                 f"{where}.{end}: the decay would end before it starts, at iteration {self.first} (START_ITER "
                 f"{self.start_iter}, WARMUP_ITERS {self.warmup_iters})."
+            )
+        elif max_iter and self.first >= max_iter:
+            raise ConfigError(
+                f"{where}: the decay would start at iteration {self.first} (START_ITER {self.start_iter}, WARMUP_ITERS "
+                f"{self.warmup_iters}), and the training has {max_iter} iterations (SOLVER.MAX_ITER)."
             )
         if max_iter and self.warmup_iters > max_iter:
             raise ConfigError(
@@ -101,7 +108,11 @@ class WeightSchedule(Configurable):
             )
 
     def factor(self, iteration: int) -> float:
-        """Returns the factor on the losses at an iteration, counted from 0."""
+        """Returns the factor on the losses at an iteration, counted from 0.
+
+        Raises:
+            ConfigError: it decays to the end of a training whose length in iterations is not known.
+        """
         if self.is_over(iteration):
             return 0.0
         if iteration < self.warmup_iters:
@@ -118,7 +129,14 @@ class WeightSchedule(Configurable):
     def is_over(self, iteration: int) -> bool:
         """Returns whether the factor is 0 at an iteration and at all later ones."""
         stopped = 0 < self.stop_iter <= iteration
-        return stopped or (self.shape != "constant" and self.floor == 0 and iteration >= self.last)
+        if stopped or self.shape == "constant":
+            return stopped
+        if not self.last:
+            raise ConfigError(
+                f"{self.where} ends with the training, whose length is given in epochs (SOLVER.MAX_EPOCHS) and has not "
+                "been counted in iterations: take the configuration from `d2kd.load_config`, or set SOLVER.MAX_ITER."
+            )
+        return self.floor == 0 and iteration >= self.last
 
     @property
     def always_one(self) -> bool:
@@ -186,8 +204,19 @@ def scale_schedules(cfg: CfgNode, nodes: Sequence[str], factor: float) -> None:
                 continue
             before = node[declared.key]
             node[declared.key] = max(declared.scaled(before, factor), min(before, 1))  # 0 would be another thing
-        if node.get("STOP_ITER") and not cfg.SOLVER.MAX_EPOCHS:  # rounding must not move it behind the end
-            node["STOP_ITER"] = max(1, min(node["STOP_ITER"], cfg.SOLVER.MAX_ITER - 1))
+        if "SHAPE" in node and not cfg.SOLVER.MAX_EPOCHS:
+            _keep_order(node, cfg.SOLVER.MAX_ITER)
+
+
+def _keep_order(node: CfgNode, max_iter: int) -> None:
+    """Undoes what rounding has moved behind the end of the training, or of the schedule."""
+    for key in ("WARMUP_ITERS", "START_ITER"):
+        node[key] = min(node[key], max(max_iter - 2, 0))
+    first = max(node["WARMUP_ITERS"], node["START_ITER"])
+    if node["END_ITER"]:
+        node["END_ITER"] = max(node["END_ITER"], first)
+    if node["STOP_ITER"]:
+        node["STOP_ITER"] = max(min(node["STOP_ITER"], max_iter - 1), first + 1)
 
 
 @config_check

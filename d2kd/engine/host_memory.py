@@ -16,9 +16,12 @@ def reuse_freed_memory() -> bool:
 
     Otherwise most of it goes back to the system at the end of every step, which gives it anew page by page: 2 to 8 %
     of the time of a training step on the CPU. The process never holds more than at its peak. Where the user has said
-    something else by one of glibc's MALLOC_* variables, and with other C libraries, nothing changes.
+    something else (MALLOC_* variables, glibc.malloc in GLIBC_TUNABLES), and with other C libraries, nothing changes.
     """
-    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+    tuned = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+    if tuned or not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):

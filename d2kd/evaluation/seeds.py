@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
+from d2kd.config import add_distill_config
 from d2kd.evaluation.image_bootstrap import bootstrap_difference, coco_matches
 from d2kd.evaluation.results import ModelResult, ResultError, load_result
 from d2kd.evaluation.statistics import CONFIDENCE, Estimate, estimate, gap_closure, paired_difference
 from d2kd.evaluation.tasks import split_variant
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 
 logger = logging.getLogger(__name__)
@@ -155,6 +157,10 @@ def _differences(first: ModelResult, second: ModelResult) -> Iterator[str]:
     ours, theirs = (_settings(model) for model in (first, second))
     if set(ours) != set(theirs):
         logger.warning("Run %r: seeds were trained by different versions of d2kd, as to their keys.", first.name)
+        cfg = get_cfg()
+        add_distill_config(cfg)
+        defaults = dict(_flat(yaml.safe_load(cfg.dump())))  # what a version without the key did
+        ours, theirs = {**defaults, **ours}, {**defaults, **theirs}
     for key in set(ours) & set(theirs) - OF_A_SEED:
         if ours[key] != theirs[key]:
             yield f"{key} is {ours[key]} and {theirs[key]}"

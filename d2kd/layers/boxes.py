@@ -15,7 +15,7 @@ def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
         eps: added to what is divided by, so that boxes without area give 0 and no NaN.
 
     Returns:
-        (M,), in float32 at least.
+        (M,), in float32 at least. Boxes without area have 0 with themselves too.
     """
     # by coordinate: products along the short axis, and slices of it, are slow
     ax0, ay0, ax1, ay1 = upcast_half(a).t().contiguous()

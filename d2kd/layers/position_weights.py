@@ -125,7 +125,8 @@ def object_weights(
 ) -> Tensor:
     """The weight of every position by the objects there: the masks of "FGD" (Yang et al., arXiv 2111.11837, 3.1).
 
-    Each object has the same weight, over all cells that its box touches, and all cells of no object have the rest.
+    Each object has the same weight, over all cells that its box touches, and all cells of no object have the rest. One
+    whose box touches none does not count.
     Where boxes overlap their weights add up (the paper takes that of the smallest). An image has the sum 1: without
     objects, or without background, all of it goes to the other.
 
@@ -149,7 +150,8 @@ def object_weights(
         masks = torch.cat([inside, ~inside.any(0, keepdim=True)]).float()[None]
         if valid is not None:
             masks = masks * valid[i]
-        each = masks.new_full((1, len(masks[0])), share / max(1, len(of_image)))
-        each[:, -1] = 1 - share if len(of_image) else 1.0
+        there = masks[0, :-1].flatten(1).any(1)  # a box without area, or outside of the map, touches no cell
+        each = (share / there.sum().clamp(min=1)).expand(1, len(masks[0])).clone()
+        each[:, -1] = torch.where(there.any(), 1 - share, 1.0)
         weights.append(mask_weights(masks, each, 0.0, mean=True))
     return torch.cat(weights)

@@ -203,7 +203,10 @@ class GradientBalance:
         self._growth_tracker = torch.where(tracker >= GROWTH_INTERVAL, 0, tracker)
 
     def _update(self, norms: Tensor, active: Tensor) -> None:
-        smoothed = torch.where(self._norms.isnan(), norms, torch.lerp(norms, self._norms, MOMENTUM))
+        known = self._norms.isfinite() & (self._norms > 0)  # an average from 0 on would be too low for long
+        smoothed = torch.where(known, torch.lerp(norms, self._norms, MOMENTUM), norms)
+        if self.limits:  # a method that jumps is above its limit at once
+            smoothed[1:] = torch.maximum(smoothed[1:], norms[1:])
         self._norms = torch.where(norms.isfinite().all() & active, smoothed, self._norms)
         if not self._measured:  # float16 may overflow at first: try again in the next iteration
             self._measured = bool((self._norms.isfinite() | ~active).all())

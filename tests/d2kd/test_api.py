@@ -188,6 +188,16 @@ def test_a_model_starts_from_its_weights_and_the_teacher(folder: Path) -> None:
     assert torch.equal(d2kd.build_distilled_model(alone).student.state_dict()[head], start[head])
 
 
+def test_lengths_in_epochs_are_iterations_in_a_loop_of_ones_own(folder: Path) -> None:
+    cfg = d2kd.load_config(
+        "student.yaml", "teacher.yaml", "teacher.pth", SOLVER__MAX_EPOCHS=3.0, DISTILL={"SCHEDULE": {"SHAPE": "linear"}}
+    )
+    loader = d2kd.build_train_loader(cfg)
+    assert cfg.SOLVER.MAX_EPOCHS == 0 and cfg.SOLVER.MAX_ITER > 1
+    losses = d2kd.build_distilled_model(cfg)(next(iter(loader)))
+    assert all(loss > 0 for name, loss in losses.items() if name.startswith("distill/"))
+
+
 @pytest.mark.parametrize("method", sorted(name for name, _ in DISTILLERS if name not in ("ReceptiveTokens",)))
 def test_every_method_works_in_a_loop_without_a_storage(folder: Path, method: str) -> None:
     cfg = d2kd.load_config(

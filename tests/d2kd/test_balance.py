@@ -64,6 +64,25 @@ def test_scales_are_smoothed_and_measured_once_a_period():
     assert seen[2] == pytest.approx(smoothed[0] / smoothed[1], rel=1e-5)
 
 
+def measured(balance, *norms):
+    """The scales after measurements of these norms, (task, A)."""
+    for both in norms:
+        balance._update(torch.tensor(both), torch.tensor([True, True]))
+    return balance.scales().item()
+
+
+def test_what_begins_without_a_gradient_comes_to_its_ratio_at_once():
+    assert measured(GradientBalance(["A"], ratio=0.5), (2.0, 0.0), (2.0, 4.0)) == pytest.approx(0.25)
+    assert measured(GradientBalance(["A"], ratio=0.5), (0.0, 4.0), (2.0, 4.0)) == pytest.approx(0.25)
+
+
+def test_a_limit_holds_when_a_gradient_jumps():
+    limits = GradientBalance(["A"], ratio=0.5, limits=True)
+    assert measured(limits, (2.0, 0.1)) == 1.0
+    assert measured(limits, (2.0, 20.0)) == pytest.approx(0.05)
+    assert 0.05 < measured(limits, (2.0, 0.1)) < 0.06  # and falls slowly
+
+
 @pytest.mark.parametrize("ratio", [None, 0.5])
 def test_logged_shares_are_those_of_the_losses_that_are_returned(ratio):
     _, feature, task, methods = toy()

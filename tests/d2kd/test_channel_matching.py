@@ -585,3 +585,11 @@ def test_published_student_has_group_norm_in_the_last_block_of_stages_that_are_n
     state = {f"backbone.bottom_up.res4.1.conv2.norm.{key}": torch.full((256,), 0.5) for key in ("weight", "bias")}
     net.load_state_dict(state, strict=False)
     assert body.res4[1].conv2.norm.bias[0].item() == 0.5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_the_error_of_no_image_is_zero_and_connected(reduction):
+    source = torch.zeros(0, 4, 3, 3, requires_grad=True)
+    loss = one_sided_error(source, Reduced(torch.zeros(0, 4, 3, 3), torch.zeros(4)), reduction)
+    loss.backward()
+    assert loss == 0 and source.grad.shape == source.shape

@@ -52,6 +52,11 @@ def test_weights_are_those_of_the_masks(share, masked):
 
 
 def test_an_image_that_is_one_object():
+    outside = torch.tensor([[4.0, 4, 4, 9], [99, 99, 120, 120]])
+    for share in (0.25, 1.0):  # boxes without area, or outside, are no objects
+        got = object_weights([outside, torch.cat([outside, BOXES[0][:1]])], (9, 8), 4, share)
+        assert torch.allclose(got[0], torch.full((9, 8), 1 / 72))
+        assert torch.equal(got[1], object_weights([BOXES[0][:1]], (9, 8), 4, share)[0])
     got = object_weights([torch.tensor([[-5.0, 0, 99, 99]])], (2, 3), 8, 0.25)
     assert got.flatten().tolist() == pytest.approx([1 / 6] * 6)
 

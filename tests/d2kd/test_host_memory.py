@@ -45,3 +45,4 @@ def test_pages_are_not_given_anew_every_step():
 
 def test_what_the_user_said_stays():
     assert faults("reuse", MALLOC_ARENA_MAX="2")[0] == 0
+    assert faults("reuse", GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072")[0] == 0

@@ -40,7 +40,7 @@ ALLOWED = {
     },
     "data": {"config", "errors", "files", "modeling", "rng"},
     "visualization": set(),
-    "evaluation": {"data", "errors", "files", "modeling", "runtime", "visualization"},
+    "evaluation": {"config", "data", "errors", "files", "modeling", "runtime", "visualization"},
     "engine": {
         "arguments",
         "config",

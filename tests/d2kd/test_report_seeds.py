@@ -163,6 +163,9 @@ def test_keys_of_another_version_and_datasets_not_used_do_not_count(runs, caplog
     second = write_run(runs / "second", 7.0, 9, DATASETS=more, NEW_KEY=1)
     assert load_seeds("x", [str(first), str(second)]).metrics["AP"] == pytest.approx(6.0)
     assert "different versions" in caplog.text
+    guarded = write_run(runs / "guarded", 7.0, 10, DATASETS=data, DISTILL={"GUARD": {"ENABLED": True}})
+    with pytest.raises(ResultError, match=r"DISTILL\.GUARD\.ENABLED is False and True"):
+        load_seeds("x", [str(first), str(guarded)])
 
 
 def test_a_pattern_without_folders_and_a_run_without_name_are_errors(runs, capsys):

@@ -165,3 +165,14 @@ def test_default_levels_are_shared_not_pooled_and_large_enough():
     assert shared_levels(dense, two_stage) == ["p3", "p4", "p5"]  # p6 is something else there
     assert shared_levels(dense, dense, image_side=128) == ["p3", "p4", "p5"]
     assert shared_levels(dense, dense, image_side=8) == ["p3", "p4", "p5", "p6", "p7"]  # never none
+
+
+def test_norms_that_take_turns_are_not_left_in_the_middle_of_one():
+    net = model(config(MODEL__RETINANET__NORM="BN")).eval()
+    for name, buffer in net.named_buffers():  # other statistics for each level
+        if "running_mean" in name and "head" in name:
+            buffer.normal_()
+    names = ["head.cls_score@0", "head.cls_score@1"]
+    with torch.no_grad():
+        first, second = (record(net, names, stop_when_done=True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in names)

@@ -11,7 +11,7 @@ from models import batch, config, write_teacher
 from runs import in_two_processes, read_checkpoint, run_training, train_in_step
 
 from d2kd.config_reader import read_config
-from d2kd.distillers import WeightSchedule
+from d2kd.distillers import WeightSchedule, weight_schedules
 from d2kd.engine.scaling import scale_to_batch, scale_to_processes
 from d2kd.errors import ConfigError
 from d2kd.modeling import build_distilled_model
@@ -58,6 +58,10 @@ WRONG = {
         "DISTILL.SCHEDULE",
         dict(STOP_ITER=5, WARMUP_ITERS=8),
     ],
+    r"DISTILL\.SCHEDULE: the decay would start at iteration 900 \(START_ITER 900, WARMUP_ITERS 0\), and": [
+        "DISTILL.SCHEDULE",
+        dict(SHAPE="linear", START_ITER=900, END_ITER=950),
+    ],
     r"DISTILL\.SCHEDULE\.WARMUP_ITERS is 901, and the training has 900 iterations \(SOLVER\.MAX_ITER\)": [
         "DISTILL.SCHEDULE",
         dict(WARMUP_ITERS=901),
@@ -82,6 +86,9 @@ def test_a_length_in_epochs_is_compared_when_it_is_known():
     cfg.SOLVER.MAX_EPOCHS = 0.0
     with pytest.raises(ConfigError, match="STOP_ITER is 900, which comes after"):
         build_distilled_model(cfg)
+    decays = WeightSchedule(max_iter=0, shape="linear", where="DISTILL.SCHEDULE")
+    with pytest.raises(ConfigError, match=r"SCHEDULE ends with the training, .* \(SOLVER.MAX_EPOCHS\)"):
+        decays.factor(0)
 
 
 def test_schedules_are_scaled_with_the_iterations():
@@ -98,6 +105,18 @@ def test_schedules_are_scaled_with_the_iterations():
     cfg.DISTILL.LOGIT_KD.SCHEDULE.update(SHAPE="constant", STOP_ITER=99)
     scale_to_batch(cfg)  # neither never, nor behind the end
     assert (cfg.SOLVER.MAX_ITER, cfg.DISTILL.SCHEDULE.STOP_ITER, cfg.DISTILL.LOGIT_KD.SCHEDULE.STOP_ITER) == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "length, keys",
+    [(10, dict(WARMUP_ITERS=6, STOP_ITER=8)), (1000, dict(SHAPE="cosine", START_ITER=998, STOP_ITER=999))],
+)
+def test_what_is_right_is_right_when_it_is_scaled(length, keys):
+    cfg = config(SOLVER__REFERENCE_BATCH=4, SOLVER__IMS_PER_BATCH=16, SOLVER__MAX_ITER=length)
+    cfg.DISTILL.SCHEDULE.update(**keys)
+    scale_to_batch(cfg)
+    (schedule,) = weight_schedules(cfg, {"LogitKD": "LOGIT_KD"}).values()  # checks itself
+    assert schedule.first < schedule.stop_iter < cfg.SOLVER.MAX_ITER
 
 
 @pytest.fixture

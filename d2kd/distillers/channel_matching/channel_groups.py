@@ -141,7 +141,7 @@ def one_sided_error(student: Tensor, reduced: Reduced, reduction: str) -> Tensor
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
     target = upcast_half(reduced.map.detach())
     error: Tensor = _OneSidedError.apply(upcast_half(student), target, reduced.margin.to(target.dtype))
-    return error * student[0].numel() if reduction == "batchmean" else error
+    return error * student.shape[1:].numel() if reduction == "batchmean" else error
 
 
 class _OneSidedError(torch.autograd.Function):
@@ -155,10 +155,10 @@ class _OneSidedError(torch.autograd.Function):
         lowest = target.gt_(0).mul_(torch.finfo(target.dtype).min)
         torch.maximum(difference, lowest, out=difference)
         ctx.save_for_backward(difference)
-        return torch.mul(difference, difference, out=lowest).mean()
+        return torch.mul(difference, difference, out=lowest).sum() / max(1, difference.numel())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (difference,) = ctx.saved_tensors
-        return difference * (2 / difference.numel() * gradient), None, None
+        return difference * (2 / max(1, difference.numel()) * gradient), None, None

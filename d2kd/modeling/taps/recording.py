@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.shufflenetv2 import InvertedResidual
 
+from detectron2.layers import CycleBatchNormList
+
 from .address import Tap, TapError, resolve_tap
 
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, Tensor.relu, Tensor.relu_}
@@ -88,13 +90,15 @@ class FeatureTaps:
         self.taps = [resolve_tap(model, name) for name in dict.fromkeys(names)]
         contexts: list[Any] = [getattr(module, "while_tapped", None) for module in model.modules()]
         self._contexts = [context for context in contexts if context is not None]
+        self._cycles = [module for module in model.modules() if isinstance(module, CycleBatchNormList)]
 
     @contextlib.contextmanager
     def recording(self, stop_when_done: bool = False) -> Iterator[dict[str, Tensor]]:
         """Yields a dict that the forward pass inside fills: tap name to tensor.
 
         Args:
-            stop_when_done: end the forward pass inside the block as soon as every tap has fired.
+            stop_when_done: end the forward pass inside the block as soon as every tap has fired, unless norms that take
+                turns (`CycleBatchNormList`) have begun one: they would go on with another one's in the next pass.
 
         Raises:
             TapError: at the end of the block, for a tap that did not fire; when it happens, for a tap that fires twice
@@ -113,6 +117,8 @@ class FeatureTaps:
             try:
                 for tap in self.taps:
                     recorder.attach(tap)
+                for module in self._cycles:
+                    recorder.watch_turns(module)
                 yield
             except _AllTapsFired:
                 pass
@@ -157,6 +163,7 @@ class _Recorder:
         self.versions: list[tuple[Tap, Tensor, int]] = []
         self.handles: list[Any] = []
         self.modes: list[_LastReluInput] = []
+        self.takes_turns = False
 
     def attach(self, tap: Tap) -> None:
         """Hooks a tap's module, so that its next forward pass is recorded."""
@@ -167,6 +174,14 @@ class _Recorder:
             self.handles.append(tap.module.register_forward_pre_hook(self._take_input(tap)))
         else:
             self.handles.append(tap.module.register_forward_hook(self._take_output(tap)))
+
+    def watch_turns(self, norms: nn.Module) -> None:
+        """Lets a pass in which these norms run go on to its end."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.takes_turns = True
+
+        self.handles.append(norms.register_forward_pre_hook(hook))
 
     def detach(self) -> None:
         """Removes all hooks, also after a forward pass that failed."""
@@ -246,7 +261,7 @@ class _Recorder:
         elif not value.is_inference():  # those have no number of times that they were written to
             self.versions.append((tap, value, value._version))
         self.features[tap.name] = value
-        if self.stop_after == len(self.features):
+        if self.stop_after == len(self.features) and not self.takes_turns:
             raise _AllTapsFired
 
 

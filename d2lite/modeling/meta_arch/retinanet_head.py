@@ -44,8 +44,9 @@ class RetinaNetHead(nn.Module):
         in_channels = input_shape[0].channels
         self.cls_subnet = self._subnet(in_channels, conv_dims, norm)
         self.bbox_subnet = self._subnet(in_channels, conv_dims, norm)
-        self.cls_score = nn.Conv2d(conv_dims[-1], num_anchors * num_classes, 3, padding=1)
-        self.bbox_pred = nn.Conv2d(conv_dims[-1], num_anchors * 4, 3, padding=1)
+        width = conv_dims[-1] if conv_dims else in_channels
+        self.cls_score = nn.Conv2d(width, num_anchors * num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(width, num_anchors * 4, 3, padding=1)
         for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
