@@ -13,7 +13,7 @@ import torch
 from d2kd.evaluation.feature_links import feature_links
 from d2kd.evaluation.report_html import page
 from d2kd.evaluation.report_images import browser_images
-from d2kd.evaluation.report_inputs import read_inputs
+from d2kd.evaluation.report_inputs import ReportInputs, read_inputs
 from d2kd.evaluation.report_pictures import (
     compare_images,
     draw_classifications,
@@ -26,7 +26,7 @@ from d2kd.evaluation.report_pictures import (
 from d2kd.evaluation.report_text import markdown
 from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
 from d2kd.evaluation.seeds import compare_seeds, draw_images
-from d2kd.evaluation.tasks import metric_named, split_variant, task_named
+from d2kd.evaluation.tasks import Metric, metric_named, split_variant, task_named
 from d2kd.evaluation.training_cost import training_cost
 from d2kd.files import finite, replacing, write_json
 from d2kd.runtime import RUNTIME
@@ -87,17 +87,11 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     count = about.num_images if num_images is None else num_images
     classifies = split_variant(task)[0] == "classification"
-    pictures: dict[str, bytes | None] = dict.fromkeys(PICTURES)
     logs = read_logs(models, task, first)
-    pictures["trade_off.png"] = draw_trade_off(models, first)
-    pictures["curves.png"] = draw_curves(models, logs, first)
+    pictures = {"trade_off.png": draw_trade_off(models, first), "curves.png": draw_curves(models, logs, first)}
     inputs = None if dataset_name is None else read_inputs(models, dataset_name, task)
-    if inputs is not None and inputs.kind == "classes":
-        pictures["predictions.png"] = draw_classifications(models, inputs, first, count)
-    elif inputs is not None and inputs.kind == "label_maps":
-        pictures["label_maps.png"] = draw_label_maps(models, inputs, first, count)
-    elif inputs is not None:
-        pictures["detections.png"] = draw_detections(models, inputs, first, count, score_threshold)
+    if inputs is not None:
+        pictures |= _draw_inputs(models, inputs, first, count, score_threshold)
     draws = drawings > 0 and dataset_name is not None and first.name == "AP"
     drawn = draw_images(models, dataset_name or "", task, drawings) if draws else None
     content = {
@@ -113,7 +107,7 @@ def write_report(
         "commands": list(commands),
         "environment": dict(describe_environment() if environment is None else environment),
         "score_threshold": score_threshold,
-        "pictures": _write_pictures(directory, pictures),
+        "pictures": _write_pictures(directory, {**dict.fromkeys(PICTURES), **pictures}),
         "features": feature_links(models, directory),
     }
     report = finite(content)
@@ -126,6 +120,17 @@ def write_report(
         temporary.write_bytes(page(apart, report, metrics, logs, images, directory).encode("utf-8", "replace"))
     logger.info("wrote %s, and report.html beside it, to look at", directory / "report.md")
     return report
+
+
+def _draw_inputs(
+    models: Mapping[str, ModelResult], inputs: ReportInputs, metric: Metric, count: int, score_threshold: float
+) -> dict[str, bytes | None]:
+    """The picture of images with what each model says of them, by its file's name."""
+    if inputs.kind == "classes":
+        return {"predictions.png": draw_classifications(models, inputs, metric, count)}
+    if inputs.kind == "label_maps":
+        return {"label_maps.png": draw_label_maps(models, inputs, metric, count)}
+    return {"detections.png": draw_detections(models, inputs, metric, count, score_threshold)}
 
 
 def _columns(models: Mapping[str, ModelResult], names: Sequence[str]) -> Sequence[str]:
