@@ -39,7 +39,7 @@ _RETINANET: dict[str, Entry] = {
     "HeadRegression": Entry("retinanet_student_HeadRegression"),
     "FeatureMimic + LogitKD": Entry("retinanet_student_FeatureMimic_LogitKD"),
     "CrossKD": Entry("retinanet_student_CrossKD"),
-    "FeatureMimic + CrossKD, decay": Entry("retinanet_student_FeatureMimic_CrossKD"),
+    "FeatureMimic + CrossKD, task 0.25": Entry("retinanet_student_FeatureMimic_CrossKD"),
     "combined, balanced": Entry("retinanet_student_combined"),
     "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
     "FeatureMimic, not inherited": Entry(
