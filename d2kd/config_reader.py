@@ -290,8 +290,8 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str) -> None:
         mismatch = re.search(r"Type mismatch \(<class '(\S+)'>.* vs\. (.*)\) for config key: (\S+)", message, re.DOTALL)
         if mismatch:
             kind, value, key = mismatch.groups()
-            wanted = "a finite number" if kind == "float" else f"of type {kind}"
-            wanted = "a mapping of keys" if kind.endswith("CfgNode") else wanted
+            kind = kind.rpartition(".")[2]
+            wanted = {"float": "a finite number", "CfgNode": "a mapping of keys"}.get(kind, f"of type {kind}")
             raise ConfigError(f"In {where}: {key} is {' '.join(value.split())}; it must be {wanted}.") from error
         unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
         hint = did_you_mean(unknown[1], dict(leaves(cfg)), cutoff=0.6) if unknown and "mean" not in message else ""

@@ -111,13 +111,13 @@ def in_two_processes(main: Callable[..., Any], *arguments: Any) -> None:
         launch(main, 2, dist_url="auto", args=tuple(map(str, arguments)))
 
 
-def train_in_step(path: str, output: str) -> None:
+def train_in_step(path: str, output: str, *options: Any) -> DistillTrainer:
     """What each of two processes does: trains from a random state of its own, and ends with the weights of the other.
 
     Raises:
         AssertionError: parameters or the state of the balance differ, or DDP looks for parameters without gradient.
     """
-    cfg = load_config(path, ["OUTPUT_DIR", output])
+    cfg = load_config(path, ["OUTPUT_DIR", output, *options])
     register_datasets(cfg)
     torch.set_num_threads(1)
     torch.manual_seed(cfg.SEED + comm.get_rank())
@@ -125,6 +125,8 @@ def train_in_step(path: str, output: str) -> None:
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert not trainer.model.find_unused_parameters
-    state = [p.double().sum().item() for p in trainer.distilled.parameters()], trainer.distilled.balance.state_dict()
-    first, second = comm.all_gather(state)
+    balance = trainer.distilled.balance
+    weights = [p.double().sum().item() for p in trainer.distilled.parameters()]
+    first, second = comm.all_gather((weights, None if balance is None else balance.state_dict()))
     assert first == second
+    return trainer

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import same_tensors
 from models import FASTER_RCNN, batch, config, write_teacher
-from runs import ROOT, command, environment, in_two_processes, read_checkpoint, run_training, tool
+from runs import ROOT, command, environment, in_two_processes, read_checkpoint, run_training, tool, train_in_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
@@ -141,16 +141,7 @@ def test_weight_zero_gives_bit_equal_student_gradients(tmp_path, base, method):
 
 
 def _two_processes(path: str, output: str, method: str) -> None:
-    cfg = load_config(path, ["OUTPUT_DIR", output, "DISTILL.METHODS", [method], "DATASETS.TEST", []])
-    register_datasets(cfg)
-    torch.set_num_threads(1)
-    torch.manual_seed(cfg.SEED + comm.get_rank())
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    assert not trainer.model.find_unused_parameters
-    checksums = comm.all_gather([p.double().sum().item() for p in trainer.distilled.parameters()])
-    assert checksums[0] == checksums[1]
+    trainer = train_in_step(path, output, "DISTILL.METHODS", [method], "DATASETS.TEST", [])
     own, other = statistics = comm.all_gather([b.double().sum().item() for b in trainer.student.buffers()])
     assert own != other  # each process has seen other images
     DistillTrainer.test = classmethod(lambda cls, cfg, model: {})
