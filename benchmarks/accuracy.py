@@ -11,7 +11,7 @@ A suite is a teacher, a student and the ways to distil it; `--suite mobilenet` h
 Teacher and baseline are shared by all methods. `--tune` tries the same number of weights for each of them, at the short
 length and with a seed that the tables do not use; what came out best is what configs/PhotoDigits says. What is finished
 is not repeated, so the program can be stopped and started, and seeds or methods added later. The tables are made of all
-finished runs.
+finished runs, and of those of the same teacher and dataset that benchmarks/results/accuracy.json has from elsewhere.
 
 Every finished run is evaluated on val, by which weights are chosen, and on test, which the tables report: into its
 folder `evaluation`, and again where the dataset has become another one. `--evaluate-only` does no more than that.
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of all suites")
     parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
     parser.add_argument("--evaluate-only", action="store_true", help="train nothing: evaluate what is finished")
-    parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
+    parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md and the records")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
     suite = SUITES[args.suite]
@@ -105,6 +105,8 @@ def main() -> None:
     text = tuning_table(bench) if args.tune else conclude(bench)
     logger.info("\n%s", text)
     if text and DOCUMENT.is_file() and not args.no_document:
+        if not args.tune:
+            bench.record()
         insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}")
     sys.exit(1 if failed else 0)
 

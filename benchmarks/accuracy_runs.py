@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accuracy_records import Records, Run
 from suites import TUNED, TUNING_SEED, Suite
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
@@ -35,7 +36,9 @@ class Bench:
         self.length = suite.lengths[length]
         self.data = data
         self.trains = trains
+        self.output = output
         self.root = output / suite.folder / length
+        self.records = Records(f"{suite.marker} {length}")
         # lengths of students may share a teacher: it is the dearest of all runs
         same = [name for name, other in suite.lengths.items() if other.of_teacher == self.length.of_teacher]
         self.teacher_folder = output / suite.teacher_folder / same[0] / "teacher"
@@ -53,6 +56,7 @@ class Bench:
         if not (directory / result).is_file():
             directory.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(line))
+            (directory / "commit.txt").write_text(commit())
             logger.info("start %s", directory)
             with open(directory / "console.txt", "a", encoding="utf-8") as console:
                 subprocess.run([sys.executable, *line], env=self.environment, stdout=console, stderr=subprocess.STDOUT)
@@ -146,15 +150,38 @@ class Bench:
         values = {n: result["metrics"].get(n, result["metrics"])[task][name] for n in result["datasets"]}
         return {n.rpartition("_")[2]: math.nan if value is None else value for n, value in values.items()}
 
-    def finished(self, name: str) -> dict[int, dict[str, float]]:
-        """The scores of every evaluated seed of a row, by seed and split."""
+    def trained(self, name: str) -> tuple[list[str], dict[int, Run]]:
+        """The command of a row's evaluated runs in this folder, without what differs between seeds, and the runs."""
         folders = {int(path.name.removeprefix("seed")): path for path in (self.root / slug(name)).glob("seed*")}
         scores = {seed: self.scores(folders[seed]) for seed in sorted(folders)}
         done = [seed for seed, found in scores.items() if "test" in found]
-        same = [seed for seed in done if without_seed(folders[seed]) == without_seed(folders[done[0]])]
-        for seed in set(done) - set(same):
-            logger.error("%s differs from %s in more than its seed: left out", folders[seed], folders[done[0]])
-        return {seed: scores[seed] for seed in same}
+        commands = {seed: self._without_seed(folders[seed]) for seed in done}
+        runs = {}
+        for seed in done:
+            if commands[seed] == commands[done[0]]:
+                runs[seed] = Run(scores[seed], read(folders[seed] / "commit.txt"))
+            else:
+                logger.error("%s differs from %s in more than its seed: left out", folders[seed], folders[done[0]])
+        return commands[done[0]] if done else [], runs
+
+    def finished(self, name: str) -> dict[int, dict[str, float]]:
+        """The scores of every evaluated seed of a row, in this folder or recorded, by seed and split."""
+        command, runs = self.trained(name)
+        if self.records.fits(checksum(self.data), self.scores(self.teacher_folder)):
+            runs = {**self.records.runs(name, command), **runs}
+        return {seed: runs[seed].scores for seed in sorted(runs)}
+
+    def record(self) -> None:
+        """Writes the evaluated runs in this folder into the repository."""
+        trained = {name: self.trained(name) for name in self.suite.entries}
+        found = {name: (command, runs) for name, (command, runs) in trained.items() if runs}
+        self.records.write(checksum(self.data), self.scores(self.teacher_folder), found)
+
+    def _without_seed(self, directory: Path) -> list[str]:
+        """The command that made a run, without what differs between seeds, and between output folders."""
+        line = json.loads(read(directory / "command.json") or "[]")
+        kept = [x for key, x in zip(["", *line], line) if key not in ("SEED", "OUTPUT_DIR")]
+        return [x.removeprefix(f"{self.output}/") for x in kept]
 
     def over(self, name: str, other: str) -> Estimate | None:
         """What a row has above another one on test: over the seeds that both have, or over images of the only one."""
@@ -175,17 +202,20 @@ class Bench:
         return bootstrap_difference(*(coco_matches(annotations, str(file), task) for file in files))
 
 
-def without_seed(directory: Path) -> list[str]:
-    """The command that made a run, without what differs from seed to seed."""
-    record = directory / "command.json"
-    line = json.loads(record.read_text()) if record.is_file() else []
-    return [x for key, x in zip(["", *line], line) if key not in ("SEED", "OUTPUT_DIR")]
+def commit() -> str:
+    """The repository's commit, with "-dirty" behind it where files differ from it; "" where there is none."""
+    line = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return (subprocess.run(line, capture_output=True, text=True).stdout or "").strip()
+
+
+def read(path: Path) -> str:
+    """A text file; "" where there is none."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def checksum(data: Path) -> str:
     """What the dataset's files are; "" for one that does not tell."""
-    path = data / "dataset.json"
-    return json.loads(path.read_text())["checksum"] if path.is_file() else ""
+    return json.loads(read(data / "dataset.json") or '{"checksum": ""}')["checksum"]
 
 
 def newer(path: Path, than: Path) -> bool:

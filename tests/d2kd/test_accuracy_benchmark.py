@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,7 @@ def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_pat
     accuracy("--seeds", 1, 2, 3, "--only", "baseline", "inherit only", "FeatureMimic")
     for path in tmp_path.glob("output/accuracy/short/**/evaluation/result.json"):
         path.unlink()
+    (tmp_path / "benchmarks/results/accuracy.json").unlink()
     assert len(accuracy("--evaluate-only", "--seeds", 1, 2, evaluations=True)) == 7
     table = json.loads((tmp_path / "output/accuracy/short/table.json").read_text())
     mimic = table["rows"]["FeatureMimic"]
@@ -176,6 +178,34 @@ def test_a_seed_of_another_command_is_left_out(accuracy, tmp_path, caplog):
     accuracy(*arguments, 1)
     table = json.loads((record.parents[2] / "table.json").read_text())
     assert list(table["rows"]["baseline"]["scores"]) == ["1"]
+
+
+def test_runs_that_are_gone_stay_in_the_table_of_their_teacher(accuracy, tmp_path):
+    (tmp_path / "docs/benchmarks.md").write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
+    record, root = tmp_path / "benchmarks/results/accuracy.json", tmp_path / "output/accuracy/short"
+
+    def rows():
+        found = json.loads((root / "table.json").read_text())["rows"]
+        return {name: list(row["scores"]) for name, row in found.items()}
+
+    accuracy("--seeds", 1, 2, "--only", "baseline", "FeatureMimic")
+    (recorded,) = json.loads(record.read_text()).values()
+    assert recorded["teacher"] == {"val": 89, "test": 90}
+    assert recorded["rows"]["FeatureMimic"]["seeds"]["2"] == {"scores": {"val": 71, "test": 72}, "commit": ""}
+    shutil.rmtree(root)
+    accuracy("--output", tmp_path / "elsewhere", "--seeds", 3, "--only", "FeatureMimic")
+    shutil.move(tmp_path / "elsewhere/short", root)
+    assert rows() == {"baseline": ["1", "2"], "FeatureMimic": ["1", "2", "3"]}
+    shutil.rmtree(root)
+    accuracy("--seeds", 4, "--only", "FeatureMimic", "--no-document", "--", "SOLVER.BASE_LR", 0.1)
+    assert rows() == {"baseline": ["1", "2"], "FeatureMimic": ["4"]}
+    for change in ({"teacher": {"val": 89, "test": 91}}, {"dataset": "another"}):
+        record.write_text(json.dumps({"accuracy short": {**recorded, **change}}))
+        shutil.rmtree(root)
+        accuracy("--seeds", 1, "--only", "FeatureMimic", "--no-document")
+        assert rows() == {"FeatureMimic": ["1"]}
+    accuracy("--seeds", 1, "--only", "FeatureMimic")
+    assert json.loads(record.read_text())["accuracy short"]["rows"].keys() == {"FeatureMimic"}
 
 
 def test_a_teacher_may_have_learned_from_another_one(accuracy):
