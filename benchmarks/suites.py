@@ -27,6 +27,10 @@ class Entry(NamedTuple):
     times: int = 1
 
 
+#: Parts of the images of three quarters of their sides or more, at 0.75 to 1.33 times their size. The teacher had none.
+_CROPS = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range", "INPUT.CROP.SIZE", "[0.75,0.75]"]
+_CROPS += ["INPUT.MIN_SIZE_TRAIN", "(96,128)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"]
+
 _RETINANET: dict[str, Entry] = {
     "baseline": Entry("retinanet_student", distils=False),
     "baseline, twice as long": Entry("retinanet_student", distils=False, ablation=True, times=2),
@@ -40,6 +44,11 @@ _RETINANET: dict[str, Entry] = {
     "FeatureMimic + LogitKD": Entry("retinanet_student_FeatureMimic_LogitKD"),
     "CrossKD": Entry("retinanet_student_CrossKD"),
     "FeatureMimic + CrossKD, task 0.25": Entry("retinanet_student_FeatureMimic_CrossKD"),
+    "baseline, random crops": Entry("retinanet_student", _CROPS, distils=False, ablation=True),
+    "FeatureMimic, random crops": Entry("retinanet_student_FeatureMimic", _CROPS, ablation=True),
+    "FeatureMimic + CrossKD, task 0.25, random crops": Entry(
+        "retinanet_student_FeatureMimic_CrossKD", _CROPS, ablation=True
+    ),
     "combined, balanced": Entry("retinanet_student_combined"),
     "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
     "FeatureMimic, not inherited": Entry(
