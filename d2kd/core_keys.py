@@ -92,6 +92,11 @@ CORE_KEYS: dict[str, Setting] = {
         "always does.",
         rule=Rule("must not hold an empty name", all),
     ),
+    "DISTILL.INIT_FROM_TEACHER.FREEZE": setting(
+        [],
+        'Modules that stay as the teacher has them: initialized as a whole and not trained, e.g. ["head"].',
+        rule=Rule("must not hold an empty name", all),
+    ),
     "DATASETS.REGISTER": setting(
         [],
         "Datasets without code: COCO files, [{NAME: my_train, JSON: path, IMAGES: directory}, ...], or another FORMAT "

@@ -119,8 +119,12 @@ def _size(model: nn.Module) -> str:
 
 
 def _frozen(model: nn.Module, cfg: CfgNode) -> str:
-    names = list(_frozen_modules(model, ""))
-    parts = [f"{_listed(names)} (MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT})"] if names else []
+    names, body = list(_frozen_modules(model, "")), architecture_of(model).bottom_up
+    stages = [name for name in names if f"{name}.".startswith(f"{body}.")]
+    others = [name for name in names if name not in stages]
+    parts = [f"{_listed(stages)} (MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT})"] if stages else []
+    why = " (DISTILL.INIT_FROM_TEACHER.FREEZE)" if cfg.DISTILL.INIT_FROM_TEACHER.FREEZE else ""
+    parts += [f"{_listed(others)}{why}"] if others else []
     norms = sum(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
     parts += [f"scales and statistics of {norms} batch norms (FrozenBN)"] if norms else []
     return "; ".join(parts) or "nothing"

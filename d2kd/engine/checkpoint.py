@@ -134,17 +134,17 @@ class DistillCheckpointer(SafeCheckpointer):
             self.checkpointables["ema"].reset()
         return rest
 
-    def advise(self, cfg: CfgNode, pretrained: Collection[str] = ()) -> None:
+    def advise(self, cfg: CfgNode, given: Collection[str] = ()) -> None:
         """Warns where a configuration does not suit the weights that a run has started from.
 
         Args:
             cfg: of the run.
-            pretrained: names of parameters that had their values before, from another library.
+            given: names of parameters that have values from elsewhere, of another library or of the teacher.
         """
         advice = None if self.source is None else input_advice(self.source, cfg)
         if advice is not None:
             logger.warning("%s", advice)
-        started = self._started_with | set(pretrained)
+        started = self._started_with | set(given)
         frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and n not in started]
         if frozen:
             logger.warning(
@@ -244,9 +244,8 @@ def load_start(cfg: CfgNode, model: nn.Module, checkpointer: DistillCheckpointer
     checkpointer = DistillCheckpointer(student) if checkpointer is None else checkpointer
     pretrained = load_pretrained_network(cfg, student)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-    checkpointer.advise(cfg, pretrained)
-    if distilled is not None:
-        initialize_student(cfg, distilled)
+    taken = None if distilled is None else initialize_student(cfg, distilled)
+    checkpointer.advise(cfg, {*pretrained, *(taken.copied if taken is not None else ())})
 
 
 def write_weights(path: str, model: nn.Module, **extra: Any) -> None:

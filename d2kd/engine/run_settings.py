@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 logger = logging.getLogger(__name__)
 
 #: What the state of a run is made for.
-FIXED = ("SOLVER.OPTIMIZER", "DATASETS.TRAIN")
+FIXED = ("SOLVER.OPTIMIZER", "DATASETS.TRAIN", "DISTILL.INIT_FROM_TEACHER.FREEZE")
 #: What the state of the loader brings along, or what was done at the start.
 RESTORED = (
     "SEED",

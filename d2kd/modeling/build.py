@@ -17,7 +17,13 @@ from .backbone import WholeNetwork
 from .balance import GradientBalance
 from .classes import ClassMatch, classes_of, in_students_order, match_classes, predicts_classes
 from .distilled_model import DistilledModel
-from .init_from_teacher import InitializationReport, init_from_teacher, plan_initialization
+from .init_from_teacher import (
+    InitializationError,
+    InitializationReport,
+    freeze_initialized,
+    init_from_teacher,
+    plan_initialization,
+)
 from .taps import pairs_of_methods, with_rests
 from .teacher import Teacher, TeacherError, load_teacher, teacher_config
 from .teacher_passes import build_passes
@@ -50,8 +56,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     with torch.random.fork_rng(devices=[]):
         teacher = build_teacher(cfg)
         matches = match_classes(classes_of(cfg), teacher.classes)
-        if cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:  # what does not fit must be known before a run begins
-            plan_initialization(student, teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
+        _prepare_initialization(cfg, student, teacher, matches)
         pairs = pairs_of_methods(cfg, methods, student, teacher.model)
         pairs = {name: _matched(name, pairs[name], student, matches) for name in methods}
         pairs |= {name: with_rests(cfg, name, pairs[name], student, teacher) for name in methods}
@@ -104,6 +109,21 @@ def plan_student(cfg: CfgNode, model: DistilledModel) -> InitializationReport:
     """Returns what `initialize_student` takes from the teacher, or would take; nothing is changed."""
     matches = match_classes(classes_of(cfg), model.teacher.classes)
     return plan_initialization(model.student, model.teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
+
+
+def _prepare_initialization(
+    cfg: CfgNode, student: nn.Module, teacher: Teacher, matches: Mapping[str, ClassMatch]
+) -> None:
+    """Freezes what `DISTILL.INIT_FROM_TEACHER.FREEZE` names, and raises for what does not fit, before a run begins."""
+    node = cfg.DISTILL.INIT_FROM_TEACHER
+    if node.ENABLED:
+        plan = plan_initialization(student, teacher.model, node.EXCLUDE, matches)
+        freeze_initialized(student, plan, node.FREEZE)
+    elif node.FREEZE:
+        raise InitializationError(
+            f"DISTILL.INIT_FROM_TEACHER.FREEZE is {list(node.FREEZE)}, and ENABLED there is False: nothing is taken "
+            "from the teacher that could stay as it is. Set ENABLED to True, or FREEZE to []."
+        )
 
 
 def _check_image_size(cfg: CfgNode, teacher: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from d2kd.errors import UserError
 
@@ -85,7 +86,7 @@ def init_from_teacher(
     exclude: Iterable[str] = (),
     classes: Mapping[str, ClassMatch] | None = None,
 ) -> InitializationReport:
-    """Copies neck and heads of the teacher into the student, once; nothing stays tied or frozen.
+    """Copies neck and heads of the teacher into the student, once; nothing stays tied.
 
     This is the "init_student" step of the official code of Yang et al., "Masked Generative Distillation" (2022), except
     that it reports what fitted, and tells classes apart by their names. Arguments and errors are those of
@@ -100,6 +101,56 @@ def init_from_teacher(
             ours[name][to] = theirs[name][source].to(ours[name])
     _log(report, classes or {})
     return report
+
+
+def freeze_initialized(student: nn.Module, plan: InitializationReport, modules: Sequence[str]) -> None:
+    """Stops the training of modules that a student takes from its teacher, so that they stay the teacher's.
+
+    With the whole head this is the reuse of the teacher's classifier by Chen et al. (SimKD, CVPR 2022, arXiv
+    2203.14001, section 3.2): the student's features have to be such that the teacher's head understands them. Batch
+    norms in them normalize by the teacher's statistics, in training too.
+
+    Args:
+        student: changed in place.
+        plan: what is initialized from the teacher.
+        modules: name prefixes, e.g. "head" or "head.cls_score".
+
+    Raises:
+        InitializationError: a prefix matches nothing, or something that is not all taken from the teacher.
+    """
+    names = list(student.state_dict())
+    for prefix in modules:
+        matched = [name for name in names if name.startswith(prefix)]
+        own = [name for name in matched if name not in plan.copied]
+        if not matched:
+            raise InitializationError(
+                f"DISTILL.INIT_FROM_TEACHER.FREEZE names {prefix!r}, but nothing in the student starts so."
+            )
+        if own:
+            raise InitializationError(
+                f"DISTILL.INIT_FROM_TEACHER.FREEZE names {prefix!r}, but {own[0]} is not taken from the teacher as a "
+                f"whole{_reason(own[0], plan)}, so it must be trained: name modules without it, or make the student's "
+                "the teacher's."
+            )
+    prefixes = tuple(modules)
+    for name, parameter in student.named_parameters():
+        if name.startswith(prefixes):
+            parameter.requires_grad_(False)
+    for name, module in student.named_modules():
+        if name.startswith(prefixes) and isinstance(module, _BatchNorm) and module.track_running_stats:
+            module.register_forward_pre_hook(_evaluate)  # not once: `train()` of any module around it would undo that
+
+
+def _evaluate(module: nn.Module, _: object) -> None:
+    module.eval()
+
+
+def _reason(name: str, plan: InitializationReport) -> str:
+    """Why a tensor of the student is not taken from the teacher, to stand behind that."""
+    shapes = {other: f": it is {ours} here and {theirs} there" for other, ours, theirs in plan.other_shape}
+    if name in plan.by_class:
+        return ": the classes differ"
+    return shapes.get(name, ": it has no such layer" if name in plan.absent else ": the student keeps its own")
 
 
 def _log(report: InitializationReport, classes: Mapping[str, ClassMatch]) -> None:

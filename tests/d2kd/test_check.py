@@ -122,6 +122,14 @@ def test_without_inheriting_it_says_so(pair):
     assert told["inherited"] == "nothing: DISTILL.INIT_FROM_TEACHER.ENABLED is False"
 
 
+def test_frozen_parts_say_which_key_froze_them(pair):
+    options = ["MODEL.BACKBONE.FREEZE_AT", 1, "DISTILL.INIT_FROM_TEACHER.FREEZE", "['head.bbox_pred.bias']"]
+    told = facts(check(pair, *options))["frozen"]
+    assert told.startswith(
+        "backbone.bottom_up.stem (MODEL.BACKBONE.FREEZE_AT 1); head.bbox_pred.bias (DISTILL.INIT_FROM_TEACHER.FREEZE)"
+    )
+
+
 def test_shares_follow_the_balance(pair):
     def ratio(wanted):
         options = [

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from helpers import same_tensors
 from models import FASTER_RCNN, config, model
+from runs import in_two_processes, make_trainer, read_checkpoint, run_training, train_in_step
 
+from d2kd.errors import UserError
 from d2kd.modeling.architectures import architecture_of
 from d2kd.modeling.classes import Classes, match_classes
-from d2kd.modeling.init_from_teacher import InitializationError, init_from_teacher
+from d2kd.modeling.init_from_teacher import (
+    InitializationError,
+    InitializationReport,
+    freeze_initialized,
+    init_from_teacher,
+    plan_initialization,
+)
 
 
 def changed(net, before):
@@ -91,3 +100,101 @@ def test_body_of_models_with_and_without_a_neck():
         MODEL__ANCHOR_GENERATOR__SIZES=[[32]],
     )
     assert architecture_of(model(plain)).bottom_up == "backbone"
+
+
+# ---- modules that stay the teacher's ----
+
+
+def frozen(modules, student=None, teacher=None, exclude=(), classes=None):
+    student = model(seed=1) if student is None else student
+    plan = plan_initialization(student, model(seed=2) if teacher is None else teacher, exclude, classes)
+    freeze_initialized(student, plan, modules)
+    return student
+
+
+def test_frozen_modules_have_no_gradient_and_all_others_do():
+    student = frozen(["head", "backbone.fpn_lateral3.bias"])
+    still = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    other = {name for name in still if not name.startswith("head.")}
+    assert other == {"backbone.fpn_lateral3.bias"}
+    assert still - other == {name for name, _ in student.named_parameters() if name.startswith("head.")}
+    assert all(parameter.requires_grad for parameter in frozen([]).parameters())
+
+
+@pytest.mark.parametrize(
+    "modules, options, reason",
+    [
+        (["heads"], {}, "'heads', but nothing in the student starts so"),
+        (["head", "backbone.bottom_up.stem"], {}, "stem.* the student keeps its own"),
+        (["head"], {"exclude": ["head.bbox_pred"]}, "head.bbox_pred.* the student keeps its own"),
+        (["head"], {"classes": matches(3, 5)}, "head.cls_score.* the classes differ"),
+        (["backbone"], {}, "backbone.bottom_up.* the student keeps its own"),
+        (["backbone.fpn"], {}, r"fpn_lateral3.weight .*\(8, 64, 1, 1\) here and \(8, 32, 1, 1\) there"),
+        (["backbone.fpn_output6"], {}, "backbone.fpn_output6.* it has no such layer"),
+    ],
+)
+def test_only_what_is_taken_as_a_whole_can_be_frozen(modules, options, reason):
+    wide = config(MODEL__RESNETS__RES2_OUT_CHANNELS=32)
+    student, teacher = model(seed=1), model(seed=2)
+    if "fpn_lateral3" in reason:
+        student = model(wide, seed=1)
+    elif "fpn_output6" in reason:
+        student.backbone.fpn_output6 = torch.nn.Conv2d(8, 8, 3)
+    elif "classes" in options:
+        teacher = model(config(MODEL__RETINANET__NUM_CLASSES=5), seed=2)
+    with pytest.raises(InitializationError, match=f"FREEZE names .*{reason}"):
+        frozen(modules, student, teacher, **options)
+    assert all(p.requires_grad for p in student.parameters()), "half of it was frozen"
+
+
+def test_batch_norms_that_are_frozen_keep_their_statistics_whoever_calls_train():
+    student, teacher = torch.nn.ModuleDict(), torch.nn.ModuleDict()
+    for network in (student, teacher):
+        network["head"] = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2))
+        network["other"] = torch.nn.BatchNorm2d(2)
+    plan = InitializationReport([f"head.{n}" for n in student["head"].state_dict()], [], [], {})
+    freeze_initialized(student, plan, ["head"])
+    before = snapshot(student)
+    images = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        student.train()
+        student["other"](student["head"](images))
+    assert changed(student, before) == {f"other.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+FROZEN = {
+    "DISTILL__METHODS": ["FeatureMimic", "CrossKD"],
+    "DISTILL__TASK_WEIGHT": 0.5,
+    "DISTILL__INIT_FROM_TEACHER__FREEZE": ["head"],
+    "SOLVER__EMA__ENABLED": True,
+}
+
+
+def test_a_training_keeps_frozen_modules_also_when_resumed(write_config, teacher, tmp_path, caplog):
+    path = write_config(**teacher, **FROZEN)
+    with caplog.at_level("WARNING", "d2kd"):
+        trainer = run_training(path, OUTPUT_DIR=str(tmp_path / "whole"))
+    assert "are frozen" not in caplog.text, "the head has the teacher's values, not random ones"
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not optimized & {id(p) for p in trainer.student.head.parameters()}
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), stop_at=3)
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    whole = read_checkpoint(tmp_path / "whole")["model"]
+    assert same_tensors(whole, read_checkpoint(tmp_path / "parts")["model"])
+    theirs = torch.load(teacher["DISTILL__TEACHER__WEIGHTS"])["model"]
+    assert all(torch.equal(whole[name], theirs[name]) for name in whole if name.startswith("head."))
+    assert not torch.equal(whole["backbone.fpn_output3.weight"], theirs["backbone.fpn_output3.weight"])
+    with pytest.raises(UserError, match=r"FREEZE was \['head'\] and is \[\], and cannot change within a run"):
+        run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DISTILL__INIT_FROM_TEACHER__FREEZE=[])
+
+
+def test_two_processes_with_frozen_modules_stay_in_step(write_config, teacher, tmp_path):
+    in_two_processes(train_in_step, write_config(**teacher, **FROZEN), tmp_path / "two")
+    ours, theirs = read_checkpoint(tmp_path / "two")["model"], torch.load(teacher["DISTILL__TEACHER__WEIGHTS"])["model"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("head."))
+
+
+def test_nothing_can_be_frozen_that_is_not_initialized(write_config, teacher):
+    path = write_config(**teacher, **FROZEN, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
+    with pytest.raises(UserError, match=r"FREEZE is \['head'\], and ENABLED there is False"):
+        make_trainer(path)
