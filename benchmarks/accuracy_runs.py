@@ -121,7 +121,10 @@ class Bench:
             return True
         command: list[Any] = ["tools/train_net.py", "--resume", "--config-file", CONFIGS / f"{entry.config}.yaml"]
         iterations = self.length.student * entry.times
-        options = ["SEED", seed, "SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0, *entry.options]
+        options: list[Any] = ["SEED", seed, "SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", 0]
+        if self.length.student_lr is not None:
+            options += ["SOLVER.BASE_LR", self.length.student_lr]
+        options += entry.options  # last: a row may have a rate of its own
         if self.suite.sets_images:
             options += ["SOLVER.IMS_PER_BATCH", self.length.student_images]
         if entry.distils:
