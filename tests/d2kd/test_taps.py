@@ -5,7 +5,7 @@ import torch
 from fakes import FakeDetector, images
 from models import FASTER_RCNN, batch, config, model
 
-from d2kd.modeling.taps import FeatureTaps, TapError, describe_taps, shared_levels, tap_names
+from d2kd.modeling.taps import FeatureTaps, TapError, describe_taps, shared_levels, shared_predictions, tap_names
 from detectron2.utils.events import EventStorage
 
 
@@ -165,6 +165,18 @@ def test_default_levels_are_shared_not_pooled_and_large_enough():
     assert shared_levels(dense, two_stage) == ["p3", "p4", "p5"]  # p6 is something else there
     assert shared_levels(dense, dense, image_side=128) == ["p3", "p4", "p5"]
     assert shared_levels(dense, dense, image_side=8) == ["p3", "p4", "p5", "p6", "p7"]  # never none
+
+
+def test_boxes_of_levels_that_are_too_small_are_no_default():
+    def found(net, kind, image_side):
+        return [ours for ours, _ in shared_predictions(net, net, kind, image_side)]
+
+    dense, two_stage = model(), model(config(FASTER_RCNN))
+    boxes, classes = ([f"head.{layer}@{n}" for n in range(5)] for layer in ("bbox_pred", "cls_score"))
+    assert found(dense, "box_deltas", 0) == found(dense, "box_deltas", 8) == boxes
+    assert found(dense, "box_deltas", 128) == boxes[:3] and found(dense, "class_logits", 128) == classes
+    regions = found(two_stage, "box_deltas", 0)
+    assert "roi_heads.box_predictor.bbox_pred" in regions and found(two_stage, "box_deltas", 8) == regions
 
 
 def test_norms_that_take_turns_are_not_left_in_the_middle_of_one():

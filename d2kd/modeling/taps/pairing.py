@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -58,7 +59,7 @@ def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module)
 
 def _shared(cfg: CfgNode, kind: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     if kind:
-        return shared_predictions(student, teacher, kind)
+        return shared_predictions(student, teacher, kind, image_side(cfg))
     return [(name, name) for name in shared_levels(student, teacher, image_side(cfg))]
 
 
@@ -82,13 +83,28 @@ def _nothing_shared(key: str, kind: str, student: nn.Module, teacher: nn.Module)
     )
 
 
-def shared_predictions(student: nn.Module, teacher: nn.Module, kind: str) -> list[tuple[str, str]]:
-    """Returns the taps of student and teacher of the predictions of a kind that both make; maybe none."""
+def shared_predictions(student: nn.Module, teacher: nn.Module, kind: str, image_side: int = 0) -> list[tuple[str, str]]:
+    """Returns the taps of student and teacher of the predictions of a kind that both make; maybe none.
+
+    Left out are boxes of the levels that `shared_levels` leaves out for their size: hardly any object is that large, so
+    the teacher has not learned those boxes, and the mean over so few of them drowns the other levels. Class scores
+    there are right, they say that there is nothing.
+    """
     ours, theirs = (
         {(p.location, p.place): p.tap for p in architecture_of(model).predictions() if p.kind == kind}
         for model in (student, teacher)
     )
-    return [(tap, theirs[place]) for place, tap in ours.items() if place in theirs]
+    shared = [where for where in ours if where in theirs]
+    if kind == "box_deltas":
+        levels = {where: _level(*where) for where in shared}
+        small = _too_small(student, [level for level in levels.values() if level], image_side)
+        shared = [where for where in shared if levels[where] not in small]
+    return [(ours[where], theirs[where]) for where in shared]
+
+
+def _level(location: str, place: Any) -> str:
+    """The feature map of a prediction, "" where it is on regions; a place may name more than its map."""
+    return "" if location != "anchor" else str(place[0] if isinstance(place, tuple) else place)
 
 
 def shared_levels(student: nn.Module, teacher: nn.Module, image_side: int = 0) -> list[str]:
@@ -101,8 +117,16 @@ def shared_levels(student: nn.Module, teacher: nn.Module, image_side: int = 0) -
     ours, theirs = architecture_of(student), architecture_of(teacher)
     pooled, shapes = ours.pooled_levels() | theirs.pooled_levels(), ours.feature_shapes()
     shared = [name for name in shapes if name in theirs.feature_shapes() and name not in pooled]
-    small = [name for name in shared if 0 < image_side < MIN_LEVEL_SIZE * (shapes[name].stride or 1)]
-    if small and len(small) < len(shared):
-        logger.info("Too small to distil by default on images of %d pixels: %s", image_side, ", ".join(small))
-        return [name for name in shared if name not in small]
-    return shared
+    small = _too_small(student, shared, image_side)
+    return [name for name in shared if name not in small]
+
+
+def _too_small(model: nn.Module, levels: Sequence[str], image_side: int) -> list[str]:
+    """Those of the levels with too few cells for images of that side; none where all have."""
+    shapes = architecture_of(model).feature_shapes()
+    cells = {name: shapes[name].stride or 1 for name in levels if name in shapes}
+    small = [name for name, stride in cells.items() if 0 < image_side < MIN_LEVEL_SIZE * stride]
+    if not small or len(small) == len(cells):
+        return []
+    logger.info("Too small to distil by default on images of %d pixels: %s", image_side, ", ".join(small))
+    return small
