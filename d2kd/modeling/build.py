@@ -56,11 +56,12 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     with torch.random.fork_rng(devices=[]):
         teacher = build_teacher(cfg)
         matches = match_classes(classes_of(cfg), teacher.classes)
-        _prepare_initialization(cfg, student, teacher, matches)
+        taken = _prepare_initialization(cfg, student, teacher, matches)
         pairs = pairs_of_methods(cfg, methods, student, teacher.model)
         pairs = {name: _matched(name, pairs[name], student, matches) for name in methods}
         pairs |= {name: with_rests(cfg, name, pairs[name], student, teacher) for name in methods}
         _check_gradients(cfg, pairs)
+        _check_predictors(cfg, student, pairs, taken)
         counted = _in_compared_iterations(cfg)
         distillers = {name: _distiller(counted, name, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
         for distiller in distillers.values():
@@ -113,17 +114,22 @@ def plan_student(cfg: CfgNode, model: DistilledModel) -> InitializationReport:
 
 def _prepare_initialization(
     cfg: CfgNode, student: nn.Module, teacher: Teacher, matches: Mapping[str, ClassMatch]
-) -> None:
-    """Freezes what `DISTILL.INIT_FROM_TEACHER.FREEZE` names, and raises for what does not fit, before a run begins."""
+) -> list[str]:
+    """Freezes what `DISTILL.INIT_FROM_TEACHER.FREEZE` names; returns the names of all that is taken from the teacher.
+
+    What does not fit raises here, before a run begins.
+    """
     node = cfg.DISTILL.INIT_FROM_TEACHER
     if node.ENABLED:
         plan = plan_initialization(student, teacher.model, node.EXCLUDE, matches)
         freeze_initialized(student, plan, node.FREEZE)
-    elif node.FREEZE:
+        return plan.copied
+    if node.FREEZE:
         raise InitializationError(
             f"DISTILL.INIT_FROM_TEACHER.FREEZE is {list(node.FREEZE)}, and ENABLED there is False: nothing is taken "
             "from the teacher that could stay as it is. Set ENABLED to True, or FREEZE to []."
         )
+    return []
 
 
 def _check_image_size(cfg: CfgNode, teacher: nn.Module) -> None:
@@ -235,3 +241,32 @@ def _check_gradients(cfg: CfgNode, pairs: Mapping[str, Sequence[TapPair]]) -> No
         if len(dead) == len(compared):
             raise MethodError(f"{text} Name other features in {key}, or set MODEL.BACKBONE.FREEZE_AT lower.")
         logger.warning("%s Take it out of %s.", text, key)
+
+
+def _check_predictors(
+    cfg: CfgNode, student: nn.Module, pairs: Mapping[str, Sequence[TapPair]], taken: Sequence[str]
+) -> None:
+    """Without the task's losses something else must make the layers that predict.
+
+    Raises:
+        MethodError: they stay as they were drawn at random.
+    """
+    if cfg.DISTILL.TASK_WEIGHT > 0 or not pairs:
+        return
+    compared = {pair.student.name.partition("@")[0] for of_method in pairs.values() for pair in of_method}
+    layers = {p.tap.partition("@")[0] for p in architecture_of(student).predictions()} - compared
+    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    still = [name for name in trained if name.rpartition(".")[0].endswith(tuple(layers))]
+    random = [name for name in still if name not in taken]
+    text = f"DISTILL.TASK_WEIGHT is 0, and no method trains {', '.join(random or still)}: "
+    if random and not cfg.MODEL.WEIGHTS:
+        raise MethodError(
+            f"{text}the student would predict with random weights. Set TASK_WEIGHT above 0, or take these layers from "
+            "the teacher (DISTILL.INIT_FROM_TEACHER, the same classes and widths)."
+        )
+    if still:
+        logger.warning(
+            "%sthe optimizer's weight decay alone changes them. DISTILL.INIT_FROM_TEACHER.FREEZE keeps what is the "
+            "teacher's as it is.",
+            text,
+        )

@@ -198,3 +198,18 @@ def test_nothing_can_be_frozen_that_is_not_initialized(write_config, teacher):
     path = write_config(**teacher, **FROZEN, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
     with pytest.raises(UserError, match=r"FREEZE is \['head'\], and ENABLED there is False"):
         make_trainer(path)
+
+
+def test_without_the_task_predictors_must_come_from_somewhere(write_config, teacher, caplog):
+    alone = {**teacher, "DISTILL__TASK_WEIGHT": 0.0, "DISTILL__METHODS": ["FeatureMimic", "CrossKD"]}
+    make_trainer(write_config("frozen", **alone, DISTILL__INIT_FROM_TEACHER__FREEZE=["head"]))
+    assert "weight decay" not in caplog.text
+    make_trainer(write_config("decays", **alone))
+    assert "trains head.cls_score.weight, head.cls_score.bias, head.bbox_pred.weight" in caplog.text
+    assert "weight decay alone changes them" in caplog.text
+    caplog.clear()
+    imitated = {**alone, "DISTILL__METHODS": ["LogitKD", "HeadRegression"]}
+    make_trainer(write_config("imitated", **imitated, DISTILL__INIT_FROM_TEACHER__ENABLED=False))
+    assert "weight decay" not in caplog.text
+    with pytest.raises(UserError, match=r"no method trains head.cls_score.weight.* random weights.* TASK_WEIGHT above"):
+        make_trainer(write_config("random", **alone, DISTILL__INIT_FROM_TEACHER__ENABLED=False))
