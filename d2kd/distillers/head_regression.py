@@ -14,6 +14,8 @@ from .predictions import PredictionDistiller
 class HeadRegression(PredictionDistiller):
     """Smooth L1 (or L1) between box deltas, over all anchors or sampled regions alike, background included.
 
+    Most of these boxes are of no object. `CrossKD` weighs each by the teacher's confidence.
+
     Example:
         >>> tap = TapInfo("head.bbox_pred@0", channels=36, stride=8)
         >>> losses = HeadRegression(pairs=[TapPair(tap, tap)])({tap.name: student_map}, {tap.name: teacher_map})

@@ -254,9 +254,11 @@ def _check_predictors(
     if cfg.DISTILL.TASK_WEIGHT > 0 or not pairs:
         return
     compared = {pair.student.name.partition("@")[0] for of_method in pairs.values() for pair in of_method}
-    layers = {p.tap.partition("@")[0] for p in architecture_of(student).predictions()} - compared
+    architecture = architecture_of(student)
+    layers = {p.tap.partition("@")[0] for p in (*architecture.predictions(), *architecture.evidence())}
+    layers |= {layer.path for layer in architecture.class_layers()}
     trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-    still = [name for name in trained if name.rpartition(".")[0].endswith(tuple(layers))]
+    still = [name for name in trained if name.rpartition(".")[0].endswith(tuple(layers - compared))]
     random = [name for name in still if name not in taken]
     text = f"DISTILL.TASK_WEIGHT is 0, and no method trains {', '.join(random or still)}: "
     if random and not cfg.MODEL.WEIGHTS:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from helpers import same_tensors
-from models import FASTER_RCNN, config, model
+from models import FASTER_RCNN, config, model, write_teacher
 from runs import in_two_processes, make_trainer, read_checkpoint, run_training, train_in_step
 
 from d2kd.errors import UserError
+from d2kd.modeling import build_distilled_model
 from d2kd.modeling.architectures import architecture_of
 from d2kd.modeling.classes import Classes, match_classes
 from d2kd.modeling.init_from_teacher import (
@@ -192,6 +193,19 @@ def test_two_processes_with_frozen_modules_stay_in_step(write_config, teacher, t
     in_two_processes(train_in_step, write_config(**teacher, **FROZEN), tmp_path / "two")
     ours, theirs = read_checkpoint(tmp_path / "two")["model"], torch.load(teacher["DISTILL__TEACHER__WEIGHTS"])["model"]
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("head."))
+
+
+def test_proposals_are_predictors_too(tmp_path, caplog):
+    named = {**write_teacher(tmp_path, config(FASTER_RCNN)), "DISTILL__TASK_WEIGHT": 0.0}
+
+    def build(*modules):
+        caplog.clear()
+        return build_distilled_model(config(FASTER_RCNN, **named, DISTILL__INIT_FROM_TEACHER__FREEZE=list(modules)))
+
+    build("roi_heads")
+    assert "no method trains proposal_generator.rpn_head.objectness_logits.weight" in caplog.text
+    build("roi_heads", "proposal_generator")
+    assert "weight decay" not in caplog.text
 
 
 def test_nothing_can_be_frozen_that_is_not_initialized(write_config, teacher):
