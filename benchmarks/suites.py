@@ -52,7 +52,7 @@ _RETINANET: dict[str, Entry] = {
     "FeatureMimic + CrossKD, task 0.25, random crops": Entry(
         "retinanet_student_FeatureMimic_CrossKD", _CROPS, ablation=True
     ),
-    "combined, balanced": Entry("retinanet_student_combined"),
+    "MaskedGenerative + CrossKD, limited": Entry("retinanet_student_combined"),
     "FeatureMimic, twice as long": Entry("retinanet_student_FeatureMimic", ablation=True, times=2),
     "FeatureMimic, not inherited": Entry(
         "retinanet_student_FeatureMimic", ["DISTILL.INIT_FROM_TEACHER.ENABLED", False], ablation=True
@@ -79,11 +79,8 @@ _RETINANET: dict[str, Entry] = {
         ["DISTILL.BALANCE", "gradient", "DISTILL.BALANCE_RATIO", 0.5, "DISTILL.SCHEDULE.SHAPE", "cosine"],
         ablation=True,
     ),
-    "combined, guarded": Entry("retinanet_student_combined", ["DISTILL.GUARD.ENABLED", True], ablation=True),
-    "combined, decays, guarded": Entry(
-        "retinanet_student_combined",
-        ["DISTILL.BALANCE_RATIO", 0.5, "DISTILL.SCHEDULE.SHAPE", "cosine", "DISTILL.GUARD.ENABLED", True],
-        ablation=True,
+    "MaskedGenerative + CrossKD, limited, guarded": Entry(
+        "retinanet_student_combined", ["DISTILL.GUARD.ENABLED", True], ablation=True
     ),
     "FeatureMimic + CrossKD": Entry(
         "retinanet_student_FeatureMimic", ["DISTILL.METHODS", "['FeatureMimic','CrossKD']"], ablation=True
@@ -290,7 +287,7 @@ TUNED = {
     "LogitKD": "DISTILL.LOGIT_KD.WEIGHT",
     "HeadRegression": "DISTILL.HEAD_REGRESSION.WEIGHT",
     "CrossKD": "DISTILL.CROSS_KD.WEIGHT",
-    "combined, balanced": "DISTILL.BALANCE_RATIO",
+    "MaskedGenerative + CrossKD, limited": "DISTILL.BALANCE_RATIO",
 }
 FACTORS = (0.25, 1.0, 4.0, 16.0)
 TUNING_SEED = 0

@@ -302,7 +302,7 @@ def test_two_processes_stay_in_step(write_config, teacher, tmp_path):
     assert read_checkpoint(tmp_path / "two")["balance"]["norms"][0] > 0
 
 
-@pytest.mark.parametrize("name, methods", [("combined", THREE), ("LogitKD", ["LogitKD"])])
+@pytest.mark.parametrize("name, methods", [("combined", ["MaskedGenerative", "CrossKD"]), ("LogitKD", ["LogitKD"])])
 def test_recipes_build_and_step(tmp_path, name, methods):
     directory = ROOT / "configs/PhotoDigits"
     torch.save(
