@@ -30,9 +30,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def forget_datasets() -> Iterator[None]:
     """Forgets the datasets that a test registers."""
-    before = set(DatasetCatalog.list())
+    before, modules = set(DatasetCatalog.list()), set(sys.modules)
     yield
     forget(set(DatasetCatalog.list()) - before)
+    for name in set(sys.modules) - modules:  # a plugin that has registered them does so again for the next test
+        folder = Path(getattr(sys.modules[name], "__file__", None) or "").parent
+        if folder == Path(__file__).parent / "plugins" and hasattr(sys.modules[name], "DatasetCatalog"):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)
