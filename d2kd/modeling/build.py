@@ -260,15 +260,18 @@ def _check_predictors(
     trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
     still = [name for name in trained if name.rpartition(".")[0].endswith(tuple(layers - compared))]
     random = [name for name in still if name not in taken]
+    if not still:
+        return
     text = f"DISTILL.TASK_WEIGHT is 0, and no method trains {', '.join(random or still)}: "
-    if random and not cfg.MODEL.WEIGHTS:
+    if not random:
+        text += (
+            "the optimizer's weight decay alone changes them. DISTILL.INIT_FROM_TEACHER.FREEZE keeps them as they are."
+        )
+    elif cfg.MODEL.WEIGHTS or isinstance(getattr(student, "backbone", None), WholeNetwork):
+        text += "they stay as the weights of the start have them, and random where those have none."
+    else:
         raise MethodError(
             f"{text}the student would predict with random weights. Set TASK_WEIGHT above 0, or take these layers from "
             "the teacher (DISTILL.INIT_FROM_TEACHER, the same classes and widths)."
         )
-    if still:
-        logger.warning(
-            "%sthe optimizer's weight decay alone changes them. DISTILL.INIT_FROM_TEACHER.FREEZE keeps what is the "
-            "teacher's as it is.",
-            text,
-        )
+    logger.warning("%s", text)

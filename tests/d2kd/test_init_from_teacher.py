@@ -227,3 +227,6 @@ def test_without_the_task_predictors_must_come_from_somewhere(write_config, teac
     assert "weight decay" not in caplog.text
     with pytest.raises(UserError, match=r"no method trains head.cls_score.weight.* random weights.* TASK_WEIGHT above"):
         make_trainer(write_config("random", **alone, DISTILL__INIT_FROM_TEACHER__ENABLED=False))
+    started = {"DISTILL__INIT_FROM_TEACHER__ENABLED": False, "MODEL__WEIGHTS": "resnet.pth"}
+    make_trainer(write_config("started", **alone, **started))
+    assert "as the weights of the start have them, and random where those have none" in caplog.text

@@ -58,9 +58,10 @@ def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module)
 
 
 def _shared(cfg: CfgNode, kind: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    side = image_side(cfg)
     if kind:
-        return shared_predictions(student, teacher, kind, image_side(cfg))
-    return [(name, name) for name in shared_levels(student, teacher, image_side(cfg))]
+        return shared_predictions(student, teacher, kind, side)
+    return [(name, name) for name in shared_levels(student, teacher, side)]
 
 
 def image_side(cfg: CfgNode) -> int:
