@@ -173,6 +173,8 @@ def _methods(cfg: CfgNode) -> list[str]:
             f"{', '.join(sorted(name for name, _ in DISTILLERS))} in DISTILL.METHODS, or set "
             "DISTILL.INIT_FROM_TEACHER.ENABLED True."
         )
+    if not methods and cfg.DISTILL.TASK_WEIGHT != 1:
+        logger.warning("DISTILL.TASK_WEIGHT has no effect: DISTILL.METHODS is [], and there is the task alone.")
     for name in methods:
         if DISTILLERS.get(name).NODE not in cfg.DISTILL:
             raise MethodError(f"{name} was registered after the configuration was read: import its file before that.")

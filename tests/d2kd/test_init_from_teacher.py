@@ -230,3 +230,12 @@ def test_without_the_task_predictors_must_come_from_somewhere(write_config, teac
     started = {"DISTILL__INIT_FROM_TEACHER__ENABLED": False, "MODEL__WEIGHTS": "resnet.pth"}
     make_trainer(write_config("started", **alone, **started))
     assert "as the weights of the start have them, and random where those have none" in caplog.text
+
+
+def test_a_weight_of_the_task_beside_no_method_is_said_to_do_nothing(teacher, caplog):
+    cfg = config(**teacher, DISTILL__METHODS=[], DISTILL__TASK_WEIGHT=0.25)
+    build_distilled_model(cfg)
+    assert "DISTILL.TASK_WEIGHT has no effect" in caplog.text
+    caplog.clear()
+    build_distilled_model(config(**teacher, DISTILL__METHODS=[]))
+    assert "no effect" not in caplog.text
