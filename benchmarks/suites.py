@@ -36,6 +36,7 @@ _CROPS += ["INPUT.MIN_SIZE_TRAIN", "(96,128)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", 
 _RETINANET: dict[str, Entry] = {
     "baseline": Entry("retinanet_student", distils=False),
     "baseline, twice as long": Entry("retinanet_student", distils=False, ablation=True, times=2),
+    "default": Entry("retinanet_student"),
     "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
     "FeatureMimic": Entry("retinanet_student_FeatureMimic"),
     "MaskedGenerative": Entry("retinanet_student_MaskedGenerative"),
@@ -115,6 +116,7 @@ _CLASSIFIER: dict[str, Entry] = {
 
 _MOBILENET: dict[str, Entry] = {
     "baseline": Entry("retinanet_mobilenet_student", distils=False),
+    "default": Entry("retinanet_mobilenet_student"),
     "inherit only": Entry("retinanet_mobilenet_student", ["DISTILL.METHODS", "[]"]),
     **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
@@ -146,6 +148,13 @@ _REPPOINTS: dict[str, Entry] = {
     "baseline": Entry("reppoints_student", distils=False),
     "inherit only": Entry("reppoints_student", ["DISTILL.METHODS", "[]"]),
     **{n: Entry(f"reppoints_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
+}
+
+_FASTER_RCNN: dict[str, Entry] = {
+    "baseline": Entry("faster_rcnn_student", distils=False),
+    "default": Entry("faster_rcnn_student"),
+    "inherit only": Entry("faster_rcnn_student", ["DISTILL.METHODS", "[]"]),
+    "FeatureMimic": Entry("faster_rcnn_student", ["DISTILL.METHODS", "['FeatureMimic']"]),
 }
 
 _SOLO: dict[str, Entry] = {
@@ -264,6 +273,16 @@ SUITES = {
         lengths={"short": Length(1000, 700, 16)},
         entries=_REPPOINTS,
         teacher_folder="reppoints",
+        sets_images=False,
+    ),
+    "faster-rcnn": Suite(
+        folder="faster-rcnn",
+        teacher="faster_rcnn_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths={"short": _DETECTION_LENGTHS["short"]},
+        entries=_FASTER_RCNN,
+        teacher_folder="faster-rcnn",
         sets_images=False,
     ),
     "solo": Suite(

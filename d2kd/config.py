@@ -6,7 +6,7 @@ are in docs/keys.md. Rules for Detectron2's own keys: `d2kd.detectron2_keys`. Re
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -155,6 +155,17 @@ def get_key(cfg: Any, key: str, default: Any = None) -> Any:
             return default
         cfg = cfg[part]
     return cfg
+
+
+def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
+    """Returns a configuration, frozen, with some whole keys set."""
+    changed = cfg.clone()
+    changed.defrost()
+    for key, value in values.items():
+        *path, name = key.split(".")
+        (get_key(changed, ".".join(path)) if path else changed)[name] = value
+    changed.freeze()
+    return changed
 
 
 def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -96,4 +96,4 @@ def _check_names(keys: Sequence[str], methods: Sequence[str]) -> None:
     for number, method in enumerate(methods):
         if method not in table["names"]["methods"] and not occurs(method):
             hint = " A method of your own: name its file with --import."
-            require_choice(f"DISTILL.METHODS[{number}]", method, sorted(table["names"]["methods"]), hint)
+            require_choice(f"DISTILL.METHODS[{number}]", method, ["auto", *sorted(table["names"]["methods"])], hint)

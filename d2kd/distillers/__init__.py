@@ -1,6 +1,6 @@
 """Distillation methods: features in, named losses out. One file a method, or a folder where it has parts of its own."""
 
-from .base import DISTILLERS, CalibrationRequest, Distiller, FeatureDistiller, FeatureMaps
+from .base import AUTO, DISTILLERS, CalibrationRequest, Distiller, FeatureDistiller, FeatureMaps
 from .channel_matching import ChannelMatching
 from .cross_kd import CrossKD
 from .feature_mimic import FeatureMimic
@@ -13,6 +13,7 @@ from .taps import AlignmentError, HeadRest, NormAffine, Prediction, TapInfo, Tap
 from .weight_schedule import WeightSchedule, scale_schedules, weight_schedules
 
 __all__ = [
+    "AUTO",
     "DISTILLERS",
     "AlignmentError",
     "CalibrationRequest",

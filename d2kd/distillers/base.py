@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from d2kd.config import RenamedKey, config_check, config_keys, declare_keys, key_settings, renamed_keys
 from d2kd.errors import ConfigError
 from d2kd.layers import NORMALIZATIONS, REDUCTIONS, align_resolution, align_validity
-from d2kd.settings import DISTINCT, Configurable, Setting, setting
+from d2kd.settings import Configurable, Rule, Setting, setting
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
@@ -21,13 +21,21 @@ from .weight_schedule import MethodSchedule, weight_schedule
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = "Distillation methods by the name that `DISTILL.METHODS` uses."
 
+#: In place of the methods: what is best for the two networks, see `d2kd.modeling.default_recipe`.
+AUTO = "auto"
+
 declare_keys(
     "DISTILL",
     METHODS=setting(
-        ["FeatureMimic"],
-        "Methods to train with, by name; several are added up. [] initializes from the teacher only.",
-        choices=lambda: sorted(name for name, _ in DISTILLERS),
-        rule=DISTINCT,
+        [AUTO],
+        "Methods to train with, by name; several are added up. [] initializes from the teacher only. auto, alone, is "
+        "the default recipe, by what fits: FeatureMimic, with CrossKD and less of the task where the heads correspond, "
+        "behind the teacher's own head where that fits the student; the log says what it came to.",
+        choices=lambda: [AUTO, *sorted(name for name, _ in DISTILLERS)],
+        rule=Rule(
+            "must name each once, and auto alone",
+            lambda values: len(set(values)) == len(values) and (len(values) == 1 or AUTO not in values),
+        ),
         hint=" A method of your own: name its file with --import.",
     ),
 )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2kd.config import with_values
 from d2kd.distillers import Distiller
 from d2kd.errors import ConfigError
 from d2kd.modeling import BalanceError, DistilledModel, GradientBalance
@@ -26,7 +27,6 @@ from detectron2.utils.events import EventStorage
 from .check_report import report
 from .hooks import calibrate
 from .run_folder import FolderError, check_folder
-from .run_settings import with_settings
 from .setup import read_arguments, start_log
 
 try:
@@ -95,7 +95,7 @@ def check_run(trainer_class: Any, args: argparse.Namespace) -> str:
     start_log(cfg, lengths, notices)
     if cfg.DISTILL.CACHE.DIR:  # nothing is written, there neither
         require_folder(cfg.DISTILL.CACHE.DIR)
-        cfg = with_settings(cfg, {"DISTILL.CACHE.DIR": ""})
+        cfg = with_values(cfg, {"DISTILL.CACHE.DIR": ""})
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     checked = type(trainer_class.__name__, (trainer_class,), {"build_hooks": lambda self: []})  # writers write
     trainer = checked(cfg)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from d2kd.config import with_values
 from d2kd.distillers import Distiller
 from d2kd.errors import ConfigError, UserError
 from d2kd.modeling import (
@@ -22,6 +23,7 @@ from d2kd.modeling import (
     load_strictly,
 )
 from d2kd.modeling.checkpoint_files import InvalidCheckpointError, read_checkpoint
+from d2kd.modeling.default_recipe import is_auto
 from d2kd.modeling.teacher_passes import build_passes
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
@@ -73,6 +75,8 @@ def load_compared_models(cfg: CfgNode, weights: str, before: str = "", with_befo
         )
     saved = _entries(weights)
     methods = saved.get("methods")
+    if methods and is_auto(cfg):
+        cfg = with_values(cfg, {"DISTILL.METHODS": list(methods)})  # what it came to then
     trained_with = methods is not None and list(methods) == list(cfg.DISTILL.METHODS) and "distillers" in saved
     if methods and not trained_with:
         logger.warning(

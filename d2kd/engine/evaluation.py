@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2kd.config import get_key
+from d2kd.config import get_key, with_values
 from d2kd.data.classes import ClassNames, class_names, require_same_classes
 from d2kd.errors import ConfigError
 from d2kd.evaluation.build import folder_of
@@ -31,7 +31,7 @@ from detectron2.utils import comm
 from .checkpoint import broadcast_buffers
 from .ema import ModelEMA
 from .run_folder import holds_a_run
-from .run_settings import with_settings, write_config
+from .run_settings import write_config
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _evaluate_weights(trainer_class: Any, cfg: CfgNode, path: str, model: nn.Mod
     again = trained and _is_result_of(cfg, path)
     comm.synchronize()
     if trained and not again:
-        cfg = with_settings(cfg, {"OUTPUT_DIR": os.path.join(cfg.OUTPUT_DIR, "evaluation")})
+        cfg = with_values(cfg, {"OUTPUT_DIR": os.path.join(cfg.OUTPUT_DIR, "evaluation")})
     results = dict(trainer_class.test(cfg, model))
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer_class.test_with_tta(cfg, model))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2kd.config import with_values
 from d2kd.data.loader import ResumableLoader, build_train_loader
 from d2kd.errors import UserError
 from detectron2.config import CfgNode
@@ -28,7 +29,7 @@ from .epochs import with_iterations
 from .hooks import CheckpointHook, InterruptHook, ProgressWriter, WallTime
 from .optimizer import build_optimizer
 from .run_folder import DISK_ERRORS
-from .run_settings import run_settings, with_settings, write_config
+from .run_settings import run_settings, write_config
 from .scaling import scale_to_processes
 from .schedule import build_lr_scheduler
 from .train_step import ADVICE, NonFiniteLossError, TrainStep, mixed_precision
@@ -66,8 +67,8 @@ class ResumableTrainer(TrainerBase):
         super().__init__()
         self.check_config(cfg)
         cfg = self.auto_scale_workers(with_iterations(cfg), comm.get_world_size())
-        self.cfg = cfg
         self.network = self.build_model(cfg)
+        self.cfg = cfg = self.settle(cfg)
         loader = self.build_train_loader(cfg)
         optimizer = self.build_optimizer(cfg, self.network)
         self._trainer = TrainStep(
@@ -107,6 +108,10 @@ class ResumableTrainer(TrainerBase):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Returns the module that the steps train: its forward pass gives a dict of losses."""
         raise NotImplementedError
+
+    def settle(self, cfg: CfgNode) -> CfgNode:
+        """Returns the configuration with what building the model has decided; all that follows is built by it."""
+        return cfg
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -224,7 +229,7 @@ class ResumableTrainer(TrainerBase):
         if not self.checkpointer.has_checkpoint():
             return False
         self.checkpointer.resume_or_load("", resume=True)
-        self.cfg = with_settings(self.cfg, self.checkpointer.in_force)
+        self.cfg = with_values(self.cfg, self.checkpointer.in_force)
         self.start_iter = self.iter + 1
         self._saved = Path(self.checkpointer.get_checkpoint_file()).stem, self.iter
         self._use_configured_schedule()

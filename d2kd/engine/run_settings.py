@@ -87,17 +87,6 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
     return in_force
 
 
-def with_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
-    """Returns a configuration with some keys set."""
-    changed = cfg.clone()
-    changed.defrost()
-    for key, value in settings.items():
-        *path, name = key.split(".")
-        get_key(changed, ".".join(path), changed)[name] = value
-    changed.freeze()
-    return changed
-
-
 def write_config(cfg: CfgNode) -> None:
     """Writes the configuration that is in force as `OUTPUT_DIR/config.yaml`."""
     with replacing(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from d2kd.config import with_values
 from d2kd.data.classes import check_classes, class_names, share_class_names
 from d2kd.data.datasets import check_datasets
 from d2kd.data.loader import build_test_loader
@@ -121,6 +122,10 @@ class DistillTrainer(ResumableTrainer):
     def detector(self) -> nn.Module:
         """The student."""
         return self.student
+
+    def settle(self, cfg: CfgNode) -> CfgNode:
+        """Returns the configuration with what the default recipe has come to (`DISTILL.METHODS` auto)."""
+        return cfg if self.distilled is None else with_values(cfg, self.distilled.recipe)
 
     def build_parts(self) -> None:
         """Makes the moving average, what evaluates, and what keeps the best checkpoint."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2kd.config import check_values
+from d2kd.config import check_values, with_values
 from d2kd.distillers import DISTILLERS, Distiller, TapPair, weight_schedules
 from d2kd.errors import ConfigError, UserError
 from detectron2.config import CfgNode
@@ -16,6 +16,7 @@ from .architectures import architecture_class, architecture_of, build_network, w
 from .backbone import WholeNetwork
 from .balance import GradientBalance
 from .classes import ClassMatch, classes_of, in_students_order, match_classes, predicts_classes
+from .default_recipe import choose_recipe, is_auto
 from .distilled_model import DistilledModel
 from .init_from_teacher import (
     InitializationError,
@@ -50,14 +51,21 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         UserError: what does not fit, with the configuration key to change.
     """
     check_values(cfg)  # also of a configuration that no file was read for
-    methods = _methods(cfg)
+    methods = [] if is_auto(cfg) else _methods(cfg)
     warn_if_unknown(cfg, "Student")
     student = build_network(cfg, "--config-file")
     with torch.random.fork_rng(devices=[]):
         teacher = build_teacher(cfg)
         matches = match_classes(classes_of(cfg), teacher.classes)
+        recipe = choose_recipe(cfg, student, teacher, matches)
+        if recipe:
+            cfg = with_values(cfg, recipe)
+            methods = _methods(cfg)
         taken = _prepare_initialization(cfg, student, teacher, matches)
         pairs = pairs_of_methods(cfg, methods, student, teacher.model)
+        for name, compared in pairs.items():
+            names = [pair.name if pair.name == pair.teacher.name else str(pair) for pair in compared]
+            logger.info("%s at %s", name, ", ".join(names))
         pairs = {name: _matched(name, pairs[name], student, matches) for name in methods}
         pairs |= {name: with_rests(cfg, name, pairs[name], student, teacher) for name in methods}
         _check_gradients(cfg, pairs)
@@ -79,6 +87,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         cfg.DISTILL.TASK_WEIGHT,
         cfg.DISTILL.TEACHER.EVERY,
         schedules,
+        recipe,
     )
 
 

@@ -34,6 +34,7 @@ class DistilledModel(nn.Module):
         task_weight: float = 1.0,
         every: int = 1,
         schedules: Mapping[str, WeightSchedule] | None = None,
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -44,6 +45,7 @@ class DistilledModel(nn.Module):
             task_weight: factor on the student's own losses.
             every: teacher and methods take part in every n-th iteration, with losses n times as large.
             schedules: of the methods' weights, by method; a method without one keeps its weight.
+            recipe: the keys that the default recipe has set, with their values; for those who ask.
         """
         super().__init__()
         self.student = student
@@ -52,6 +54,7 @@ class DistilledModel(nn.Module):
         self.task_weight = task_weight
         self.every = every
         self.schedules = {m: s for m, s in (schedules or {}).items() if not s.always_one}
+        self.recipe = dict(recipe or {})
         self._calls = 0
         self.set_balance(balance)
 

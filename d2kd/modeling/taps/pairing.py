@@ -29,8 +29,6 @@ def pairs_of_methods(
         TapError: a tap is unknown, or nothing is shared and nothing named.
     """
     names = {method: _names_of(cfg, method, student, teacher) for method in methods}
-    for method, pairs in names.items():
-        logger.info("%s at %s", method, ", ".join(s if s == t else f"{s} <- {t}" for s, t in pairs))
     ours = describe_taps(student, [s for pairs in names.values() for s, _ in pairs])
     theirs = describe_taps(teacher, [t for pairs in names.values() for _, t in pairs])
     return {method: [TapPair(ours[s], theirs[t]) for s, t in pairs] for method, pairs in names.items()}
