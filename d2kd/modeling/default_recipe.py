@@ -43,7 +43,8 @@ def choose_recipe(
     * Where the teacher's heads fit the student as a whole, with the same classes, they stay as they are (as in SimKD,
       arXiv 2203.14001), and `FeatureMimic` and `CrossKD` have four times their weights. These make gradients so large
       that they must be clipped: without, plain SGD diverges.
-    * Where the heads correspond, but differ in widths, `FeatureMimic` and `CrossKD` with a quarter of the task's weight.
+    * Where the heads correspond, but differ in widths, `FeatureMimic` and `CrossKD` beside a quarter of the
+      task's weight.
     * Else `FeatureMimic`, which suits every pair.
 
     A key that the configuration has another value for than its default keeps that value, and so does clipping.
