@@ -45,8 +45,9 @@ images, and the baseline is far from what it reaches with more time. It does not
 student gets; for that, train the students, and a teacher that beats the converged baseline, for much longer
 (`SOLVER.MAX_ITER`). One seed: other seeds and machines differ by a few AP, "inherit only" by more. "Inherit only"
 starts from the teacher's neck and head and is then trained without distillation, so the distance between it and the
-distilled student is what the distillation loss itself adds. A gap closure above 100 % means that the student has
-overtaken its teacher, which has seen more images ({teacher_images:,}) but is far from converged as well."""
+distilled student, whose head stays the teacher's, is what distillation itself adds. A gap closure above 100 % means
+that the student has overtaken its teacher, which has seen more images ({teacher_images:,}) but is far from converged
+as well."""
 
 
 class Run(NamedTuple):

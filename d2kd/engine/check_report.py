@@ -105,6 +105,8 @@ def _networks(trainer: Any, step: "Step") -> Iterator[tuple[str, str]]:
                 "methods",
                 f"{added / 1e6:.4g} M parameters of their own, trained beside the student and not a part of it",
             )
+        if distilled.recipe:
+            yield "recipe", f"auto, which comes to {', '.join(f'{k} {v}' for k, v in distilled.recipe.items())}"
     idle = [f"{level.method} at {level.tap}" for level in step.levels if level.share == 0]
     if idle:
         yield "no effect", f"{', '.join(idle)}: the gradient of this batch is 0"

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from d2kd.config import with_values
 from d2kd.errors import ConfigError, require_choice
+from d2kd.modeling import DistilledModel
 from d2kd.modeling.backbone import layer_decay_factors
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_sgd
@@ -23,15 +25,16 @@ _ADAPTIVE = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """The optimizer of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
 
+    What the default recipe sets, such as clipping, counts (`DistilledModel.recipe`).
+
     Raises:
         ConfigError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimizer or model.
     """
+    if isinstance(model, DistilledModel):
+        cfg = with_values(cfg, model.recipe)
     full_model = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
     if full_model:
-        plain = cfg.clone()
-        plain.defrost()
-        plain.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer = _build_unclipped(plain, model)
+        optimizer = _build_unclipped(with_values(cfg, {"SOLVER.CLIP_GRADIENTS.ENABLED": False}), model)
         clip_by_total_norm(optimizer, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE, cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE)
         return optimizer
     return _build_unclipped(cfg, model)

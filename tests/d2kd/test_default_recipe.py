@@ -1,13 +1,14 @@
 """The default recipe, DISTILL.METHODS [auto]: what it comes to for which pairs, and that it is nothing but that."""
 
 import pytest
+import torch
 import yaml
 from helpers import same_tensors
-from models import FASTER_RCNN, config, write_teacher
+from models import FASTER_RCNN, batch, config, write_teacher
 from runs import in_two_processes, read_checkpoint, run_training, train_in_step
 
-from d2kd.config import check_values
-from d2kd.engine import load_config
+from d2kd.config import check_values, with_values
+from d2kd.engine import build_optimizer, load_config
 from d2kd.engine.compared_models import load_compared_models
 from d2kd.errors import ConfigError, UserError
 from d2kd.modeling import build_distilled_model
@@ -118,3 +119,19 @@ def test_a_trained_student_is_compared_with_its_aligners(write_config, tmp_path)
     assert list(compared.distillers) == ["FeatureMimic", "CrossKD"]
     ours = compared.distillers["FeatureMimic"].state_dict()
     assert ours and same_tensors(ours, trainer.distilled.distillers["FeatureMimic"].state_dict())
+
+
+def test_clips_in_a_loop_of_ones_own(tmp_path):
+    def moved(**changes):
+        cfg = config(**write_teacher(tmp_path), SOLVER__BASE_LR=1.0, SOLVER__MOMENTUM=0.0, SOLVER__WEIGHT_DECAY=0.0)
+        torch.manual_seed(0)
+        net = build_distilled_model(with_values(cfg, changes)).train()
+        optimizer = build_optimizer(with_values(cfg, changes), net)
+        trained = [p for p in net.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        (1e4 * sum(net(batch()).values())).backward()
+        optimizer.step()
+        return torch.cat([(p - b).flatten() for p, b in zip(trained, before)]).norm().item()
+
+    assert moved() == pytest.approx(10, rel=1e-3)
+    assert moved(**{"DISTILL.METHODS": ["FeatureMimic"]}) > 1000
