@@ -5,6 +5,7 @@
     python benchmarks/step_cost.py --pair r101-r50 --size 512 --batch 2
     python benchmarks/step_cost.py --pair x101-r50 --height 800 --width 1333 --methods ChannelMatching
     python benchmarks/step_cost.py --pair r101-r50 --opts DISTILL.TEACHER.FOLD_NORMS True
+    python benchmarks/step_cost.py --methods auto --opts DISTILL.INIT_FROM_TEACHER.ENABLED True
 
 With --opts the distillation step has these options; the teacher that its ratio is over has none.
 
@@ -118,16 +119,18 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[dict[s
 
 def steps(cfg: CfgNode, model: DistilledModel, batch: list[dict[str, Any]]) -> dict[str, Callable[[], None]]:
     """One call of each kind."""
-    optimizers = {"student": still(cfg, model.student), "distillation": still(cfg, model)}
+    student = build_model(cfg).train()  # nothing of it is frozen for its teacher's sake
+    student.load_state_dict(model.student.state_dict())
+    optimizers = {"student": still(cfg, student), "distillation": still(cfg, model)}
     trainers = {
-        STUDENT_TRAINER: TrainStep(model.student, itertools.repeat(batch), optimizers["student"]),
+        STUDENT_TRAINER: TrainStep(student, itertools.repeat(batch), optimizers["student"]),
         TRAINER: TrainStep(model, itertools.repeat(batch), optimizers["distillation"], detector=model.student),
     }
     compared = [pair.teacher.name for method in model.distillers.values() for pair in method.pairs]
     taps = FeatureTaps(model.teacher.model, compared)
     plain = model.teacher.in_float32()
     calls: dict[str, Callable[[], None]] = {
-        "student": lambda: train(model.student, optimizers["student"], batch),
+        "student": lambda: train(student, optimizers["student"], batch),
         "teacher": lambda: plain.record(batch, taps),
         "distillation": lambda: train(model, optimizers["distillation"], batch),
         **{kind: trainer.run_step for kind, trainer in trainers.items()},

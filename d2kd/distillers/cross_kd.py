@@ -35,6 +35,8 @@ class CrossKD(Distiller):
     of the objects that it sees. Of heads on regions, class scores are a mean over the regions, and boxes are divided by
     the sum of their weights (at least 1).
     As both predictions are the teacher's, its classes and anchors need not be the student's.
+    Where all of the student's head behind the feature is the teacher's, and stays so
+    (`DISTILL.INIT_FROM_TEACHER.FREEZE`), the cross-head's predictions are the student's own: nothing runs twice.
     """
 
     CONTINUES_HEAD = True
@@ -148,6 +150,8 @@ class CrossKD(Distiller):
 
     def describe_alignment(self, level: int) -> str:
         """As in the base class."""
+        if self.pairs[level].student.prediction is not None:
+            return "none, the head is the teacher's"
         layer = describe_layer(self.align[level])
         return ", ".join(part for part in (layer, "then the rest of the teacher's head") if part)
 

@@ -10,7 +10,7 @@ from models import FASTER_RCNN, RETINANET, batch, config, write_teacher
 from d2kd.distillers.cross_kd import soft_label_focal_loss
 from d2kd.errors import UserError
 from d2kd.layers import generalized_iou
-from d2kd.modeling import build_distilled_model
+from d2kd.modeling import build_distilled_model, initialize_student
 from d2kd.modeling.taps import FeatureTaps
 from detectron2.utils.events import EventStorage
 
@@ -113,6 +113,49 @@ def test_losses_of_a_dense_head_are_the_formulas(tmp_path, box_loss):
     assert objects > 10
     got = {name: x.item() for name, x in losses_of(net).items()}
     assert got == pytest.approx({name: x / objects for name, x in sums.items()}, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "base, frozen",
+    [
+        (RETINANET, ["head"]),
+        ({**FCOS, "MODEL.FCOS.NORM": ""}, ["head"]),
+        ({**FASTER_RCNN, "MODEL.ROI_BOX_HEAD.NUM_FC": 2}, ["roi_heads"]),
+        (CASCADE, ["roi_heads", "proposal_generator"]),
+    ],
+)
+def test_behind_the_teachers_head_nothing_runs_twice_and_all_is_equal(tmp_path, base, frozen):
+    nets = {}
+    for name, modules in (("twice", []), ("once", frozen)):
+        net = distilled(tmp_path, base, DISTILL__INIT_FROM_TEACHER__FREEZE=modules)
+        initialize_student(config(base, DISTILL__INIT_FROM_TEACHER__FREEZE=modules), net)
+        torch.manual_seed(3)  # of the regions that are sampled
+        losses = list(losses_of(net).values())
+        sum(losses).backward()
+        gradients = [p.grad for n, p in net.student.named_parameters() if n.startswith("backbone.bottom_up")]
+        nets[name] = net, losses, gradients
+    (net, losses, gradients), (_, twice, of_twice) = nets["once"], nets["twice"]
+    assert losses and torch.allclose(torch.stack(losses), torch.stack(twice), rtol=1e-5, atol=0)
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max()) for a, b in zip(gradients, of_twice, strict=True)
+    )
+    assert sum(g.abs().sum() for g in gradients) > 0
+    tapped = [(pair.student.name, pair.teacher.name) for pair in net.distillers["CrossKD"].pairs]
+    assert all(ours == theirs for ours, theirs in tapped)
+
+
+def test_a_part_of_the_head_that_is_trained_runs_on_in_the_teachers(tmp_path):
+    base = {**RETINANET, "MODEL.RETINANET.NUM_CONVS": 2}
+    net = distilled(tmp_path, base, DISTILL__INIT_FROM_TEACHER__FREEZE=["head.cls_score", "head.bbox_subnet.2"])
+    assert {p.student.name.partition("@")[0] for p in net.distillers["CrossKD"].pairs} == {
+        "head.cls_subnet.1",
+        "head.bbox_subnet.1",
+    }
+    net = distilled(tmp_path, base, DISTILL__INIT_FROM_TEACHER__FREEZE=["head.cls_score", "head.cls_subnet.2"])
+    assert {p.student.name.partition("@")[0] for p in net.distillers["CrossKD"].pairs} == {
+        "head.cls_score",
+        "head.bbox_subnet.1",
+    }
 
 
 @pytest.mark.parametrize("agnostic", [False, True])

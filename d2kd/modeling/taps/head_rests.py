@@ -1,15 +1,16 @@
 """Heads that correspond: where a feature of the student's head enters the teacher's, and the frozen rest of that."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from d2kd.config import get_key
 from d2kd.distillers import DISTILLERS, HeadRest, TapPair
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 
-from ..architectures import HeadBranch, HeadLayer, architecture_of
+from ..architectures import HeadBranch, architecture_of
 from .address import TapError
 
 if TYPE_CHECKING:
@@ -18,25 +19,38 @@ if TYPE_CHECKING:
 _KINDS = {"class_logits": "classes", "box_deltas": "boxes"}
 
 
-def head_features(node: CfgNode, key: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+class _Match(NamedTuple):
+    """A branch of the student's head, and that of the teacher's head which its features enter."""
+
+    #: What is compared: a feature in the student's branch, or its prediction, where all behind the feature is the
+    #: teacher's anyway (DISTILL.INIT_FROM_TEACHER.FREEZE) and need not run twice.
+    tap: str
+    teacher: HeadBranch
+    #: Layers of the teacher's branch that are left out; None for all, and its predictor.
+    left_out: int | None
+
+
+def head_features(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     """Returns the features in the student's head, each with the teacher's prediction that it is to lead to.
 
     Args:
-        node: of the method, with POSITION and TEACHER_POSITION.
-        key: of that node, for messages.
+        cfg: with POSITION and TEACHER_POSITION in the node of the method.
+        method: by name.
+        student, teacher: what the student takes from its teacher and keeps is frozen by now.
 
     Raises:
         ConfigError: the heads are not that deep, or the method's TAPS are set.
         TapError: the heads do not correspond.
     """
+    key = f"DISTILL.{DISTILLERS.get(method).NODE}"
+    node = get_key(cfg, key)
     for name in ("TAPS", "TEACHER_TAPS"):
         if node[name]:
             raise ConfigError(
                 f"{key}.{name} is {list(node[name])}; this method finds its taps in the heads by {key}.POSITION and "
                 f"TEACHER_POSITION: set it to []."
             )
-    matched = _matched_branches(node, key, student, teacher)
-    return [(layer.tap, theirs.prediction.tap) for layer, theirs, _ in matched]
+    return [(match.tap, match.teacher.prediction.tap) for match in _matched_branches(cfg, key, student, teacher)]
 
 
 def with_rests(
@@ -46,17 +60,16 @@ def with_rests(
     cls = DISTILLERS.get(method)
     if not cls.CONTINUES_HEAD:
         return list(pairs)
-    matched = _matched_branches(cfg.DISTILL[cls.NODE], f"DISTILL.{cls.NODE}", student, teacher.model)
+    matched = _matched_branches(cfg, f"DISTILL.{cls.NODE}", student, teacher.model)
     return [
-        TapPair(pair.student, pair.teacher._replace(rest=_rest(teacher, branch, position)))
-        for pair, (_, branch, position) in zip(pairs, matched)
+        TapPair(pair.student, pair.teacher._replace(rest=_rest(teacher, match, pair.teacher.channels)))
+        for pair, match in zip(pairs, matched)
     ]
 
 
-def _matched_branches(
-    node: CfgNode, key: str, student: nn.Module, teacher: nn.Module
-) -> list[tuple[HeadLayer, HeadBranch, int]]:
-    """For each branch of the student: the layer whose feature is taken, the teacher's branch, its layers left out."""
+def _matched_branches(cfg: CfgNode, key: str, student: nn.Module, teacher: nn.Module) -> list[_Match]:
+    node = get_key(cfg, key)
+    kept = _kept_parameters(cfg, student)
     ours, theirs = (_branches(key, whose, model) for whose, model in (("student", student), ("teacher", teacher)))
     _require_same_places(key, ours, theirs)
     matched = []
@@ -79,8 +92,28 @@ def _matched_branches(
                 f"take {continued.form}: set {key}.POSITION and TEACHER_POSITION to layers of one kind, or make the "
                 "heads alike (MODEL.ROI_BOX_HEAD)."
             )
-        matched.append((ends, other, left_out))
+        if _parameters(branch, position) <= kept and _names(branch, position) == _names(other, left_out):
+            matched.append(_Match(branch.prediction.tap, other, None))
+        else:
+            matched.append(_Match(ends.tap, other, left_out))
     return matched
+
+
+def _kept_parameters(cfg: CfgNode, student: nn.Module) -> set[nn.Parameter]:
+    """What stays as the teacher has it."""
+    prefixes = tuple(cfg.DISTILL.INIT_FROM_TEACHER.FREEZE)
+    return {parameter for name, parameter in student.named_parameters() if prefixes and name.startswith(prefixes)}
+
+
+def _parameters(branch: HeadBranch, position: int) -> set[nn.Parameter]:
+    """Those behind a feature in a branch."""
+    modules = [branch.predictor, *(module for layer in branch.layers[position:] for module in layer.modules)]
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
+def _names(branch: HeadBranch, position: int) -> list[str]:
+    """Of the layers behind a feature in a branch."""
+    return [*(layer.tap for layer in branch.layers[position:]), branch.prediction.tap]
 
 
 def _branches(key: str, whose: str, model: nn.Module) -> dict[tuple[str, str, Any], HeadBranch]:
@@ -130,8 +163,12 @@ def _position(key: str, value: int, branch: HeadBranch, whose: str) -> int:
     return position
 
 
-def _rest(teacher: "Teacher", branch: HeadBranch, position: int) -> HeadRest:
-    modules = [module for layer in branch.layers[position:] for module in layer.modules]
+def _rest(teacher: "Teacher", match: _Match, channels: int) -> HeadRest:
+    """What of the teacher's head is behind the feature; `channels` are those of its prediction."""
+    branch = match.teacher
+    if match.left_out is None:
+        return HeadRest(lambda prediction: prediction, channels, branch.decode)
+    modules = [module for layer in branch.layers[match.left_out :] for module in layer.modules]
     on_regions = branch.prediction.location == "region"
 
     def run(feature: Tensor) -> Tensor:
@@ -143,4 +180,4 @@ def _rest(teacher: "Teacher", branch: HeadBranch, position: int) -> HeadRest:
             prediction: Tensor = branch.predictor(x.flatten(1) if on_regions else x)
             return prediction
 
-    return HeadRest(run, branch.layers[position - 1].channels, branch.decode)
+    return HeadRest(run, branch.layers[match.left_out - 1].channels, branch.decode)

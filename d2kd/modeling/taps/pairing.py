@@ -39,7 +39,7 @@ def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module)
     kind, key = DISTILLERS.get(method).PREDICTION, f"DISTILL.{DISTILLERS.get(method).NODE}"
     node = cfg.DISTILL[DISTILLERS.get(method).NODE]
     if DISTILLERS.get(method).CONTINUES_HEAD:
-        return head_features(node, key, student, teacher)
+        return head_features(cfg, method, student, teacher)
     if node.TAPS:
         ours, theirs = list(node.TAPS), list(node.TEACHER_TAPS or node.TAPS)
     else:
