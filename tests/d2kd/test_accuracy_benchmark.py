@@ -236,7 +236,10 @@ def test_weights_are_tried_for_the_rows_of_a_suite(accuracy, tmp_path):
     "arguments, message",
     [
         (["--suite", "classification", "--length", "long"], "the suite classification has short"),
-        (["--suite", "mobilenet", "--only", "LogitKD"], "--only LogitKD: the suite mobilenet has baseline, inherit"),
+        (
+            ["--suite", "mobilenet", "--only", "LogitKD"],
+            "--only LogitKD: the suite mobilenet has baseline, default",
+        ),
     ],
 )
 def test_what_a_suite_lacks_is_an_error(monkeypatch, capsys, arguments, message):

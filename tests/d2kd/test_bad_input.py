@@ -215,7 +215,7 @@ def test_an_error_in_two_processes_is_one_line(write_config, tmp_path):
 
 
 def test_resuming_with_other_methods(write_config, teacher, tmp_path):
-    tool("train_net", "--config-file", write_config(DATASETS__TEST=[], **teacher))
+    tool("train_net", "--config-file", write_config(DATASETS__TEST=[], DISTILL__METHODS=["FeatureMimic"], **teacher))
     others = {"['MaskedGenerative']": {"DISTILL__METHODS": ["MaskedGenerative"], **teacher}, "without a teacher": {}}
     others["['LogitKD']"] = {"DISTILL__METHODS": ["LogitKD"], **teacher}  # no state either: nothing else would fail
     for named, other in others.items():

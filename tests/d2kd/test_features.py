@@ -279,7 +279,8 @@ def call(*arguments: Any) -> Any:
 @pytest.fixture
 def student(write_config, teacher):
     """A distilled run whose aligners are convolutions; returns its folder, and the weights that it started with."""
-    path = write_config("student", MODEL__FPN__OUT_CHANNELS=4, SOLVER__MAX_ITER=2, SOLVER__WARMUP_ITERS=0, **teacher)
+    changes = {"DISTILL__METHODS": ["FeatureMimic"], "MODEL__FPN__OUT_CHANNELS": 4}
+    path = write_config("student", SOLVER__MAX_ITER=2, SOLVER__WARMUP_ITERS=0, **changes, **teacher)
     start = make_trainer(path)
     start.resume_or_load(resume=False)
     first = {key: value.clone() for key, value in start.student.state_dict().items()}

@@ -84,7 +84,9 @@ def test_without_boxes_it_says_so():
 
 def test_boxes_of_the_images_reach_the_method(tmp_path):
     named, seen = write_teacher(tmp_path, config(RETINANET)), []
-    net = build_distilled_model(config(DISTILL__FEATURE_MIMIC__FOREGROUND=0.5, **named)).train()
+    net = build_distilled_model(
+        config(DISTILL__METHODS=["FeatureMimic"], DISTILL__FEATURE_MIMIC__FOREGROUND=0.5, **named)
+    ).train()
     mimic = net.distillers["FeatureMimic"]
     plain = mimic.level_loss
     mimic.level_loss = lambda *a, **k: (seen.append(mimic.boxes), plain(*a, **k))[1]

@@ -29,7 +29,7 @@ from d2kd.plugins import import_plugins
 from detectron2.utils.events import EventStorage
 
 PLUGINS = Path(__file__).parent / "plugins"
-SALIENT = {"DISTILL__FEATURE_MIMIC__TEACHER_PASS": "SalientPass"}
+SALIENT = {"DISTILL__METHODS": ["FeatureMimic"], "DISTILL__FEATURE_MIMIC__TEACHER_PASS": "SalientPass"}
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ def test_the_log_has_lines_of_the_first_and_the_fifth_iteration():
 
 def test_a_training_logs_them(write_config, teacher, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        trainer = run_training(write_config(**teacher, DATASETS__TEST=(), SOLVER__MAX_ITER=7))
+        trainer = run_training(
+            write_config(**teacher, DISTILL__METHODS=["FeatureMimic"], DATASETS__TEST=(), SOLVER__MAX_ITER=7)
+        )
     lines = [record.getMessage() for record in caplog.records]
     assert [int(line.split("iter: ")[1].split()[0]) for line in lines if "iter: " in line] == [0, 4, 6]
     assert len([line for line in lines if line.startswith(" FeatureMimic: p3 ")]) == 3

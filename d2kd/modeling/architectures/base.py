@@ -218,8 +218,12 @@ class Architecture:
         return None
 
     def probe_size(self) -> int:
-        """Returns the side, in pixels, of a blank image that shows the shapes of features."""
-        return 128
+        """Returns the side, in pixels, of a blank image that shows the shapes of features.
+
+        Group norms of one channel a group refuse the one pixel that P7 has at 128.
+        """
+        norms = [module for module in self.model.modules() if isinstance(module, nn.GroupNorm)]
+        return 256 if any(norm.num_channels == norm.num_groups for norm in norms) else 128
 
     def loss_normalizers(self) -> dict[str, Any]:
         """Returns the running loss normalizers, by attribute; some appear with the first batch only."""

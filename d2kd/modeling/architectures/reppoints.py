@@ -1,7 +1,5 @@
 """RepPoints: class logits and two sets of points at every location."""
 
-from torch import nn
-
 from d2kd.distillers import Prediction
 
 from .base import NumClassesKey, register_architecture
@@ -15,11 +13,6 @@ class RepPoints(DenseDetector):
     CLASSES = (NumClassesKey("MODEL.REPPOINTS.NUM_CLASSES"),)
     SCORE_THRESHOLD = "MODEL.REPPOINTS.SCORE_THRESH_TEST"
     LOSS_NORMALIZERS = ()
-
-    def probe_size(self) -> int:
-        """As in the base class; group norms of one channel a group refuse the one pixel that P7 would have."""
-        norms = [module for module in self.model.modules() if isinstance(module, nn.GroupNorm)]
-        return 256 if any(norm.num_channels == norm.num_groups for norm in norms) else super().probe_size()
 
     def predictions(self) -> list[Prediction]:
         """Returns the class logits of every level, the corrections of the points, and the first points.
