@@ -1,10 +1,12 @@
 """The folder of a run: nothing of the user's is lost in it, and killed or diverged runs go on as they should."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -160,22 +162,8 @@ class Scripted(DistillTrainer):
         return super().train()
 
 
-def in_child(function):
-    """Runs a function in a fork of this process; returns its exit status."""
-    child = os.fork()
-    if not child:
-        try:
-            function()
-            os._exit(0)
-        except BaseException as error:  # noqa: BLE001
-            print(error, flush=True)
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-@pytest.fixture
-def watched_writes(monkeypatch):
-    """Every file that is put into its place is a place to die, before and after."""
+def watch_writes():
+    """Makes every file that is put into its place a place to die, before and after."""
     replace = Path.replace
 
     def watched(path, target):
@@ -184,7 +172,16 @@ def watched_writes(monkeypatch):
         Scripted.passes()
         return result
 
-    monkeypatch.setattr(Path, "replace", watched)
+    Path.replace = watched
+
+
+def run_scripted(path, output, die_at, resume):
+    """What a process of its own does: it trains, dies where it should, or says how many such places there were."""
+    torch.set_num_threads(1)
+    watch_writes()
+    Scripted.die_at = die_at
+    run_training(path, trainer_class=Scripted, resume=resume, OUTPUT_DIR=str(output))
+    (output / "places").write_text(str(Scripted.reached))
 
 
 def outcome(output):
@@ -196,7 +193,7 @@ def outcome(output):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("patience", [2, 0], ids=["stops early", "to the end"])
-def test_a_run_that_is_killed_anywhere_ends_as_the_undisturbed_one(write_config, tmp_path, watched_writes, patience):
+def test_a_run_that_is_killed_anywhere_ends_as_the_undisturbed_one(write_config, tmp_path, monkeypatch, patience):
     changes = {
         "SOLVER__MAX_ITER": 10,
         "SOLVER__STEPS": [6],
@@ -206,15 +203,15 @@ def test_a_run_that_is_killed_anywhere_ends_as_the_undisturbed_one(write_config,
         "TEST__EARLY_STOP__PATIENCE": patience,
     }
     path = write_config(SOLVER__CHECKPOINT_PERIOD=2, **changes)
-    torch.set_num_threads(1)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # else its server does not find this file
+    context = multiprocessing.get_context("forkserver")  # its server has imported all, and run nothing
+    context.set_forkserver_preload([__name__])
 
     def run(output, die_at=-1, resume=False):
-        def body():
-            Scripted.die_at, Scripted.reached = die_at, 0
-            run_training(path, trainer_class=Scripted, resume=resume, OUTPUT_DIR=str(output))
-            (output / "places").write_text(str(Scripted.reached))
-
-        return in_child(body)
+        process = context.Process(target=run_scripted, args=(path, output, die_at, resume))
+        process.start()
+        process.join()
+        return process.exitcode
 
     assert run(tmp_path / "whole") == 0
     places = int((tmp_path / "whole" / "places").read_text())
