@@ -150,14 +150,18 @@ class CrossKD(Distiller):
 
     def describe_alignment(self, level: int) -> str:
         """As in the base class."""
-        if self.pairs[level].student.prediction is not None:
+        if self._is_predicted(level):
             return "none, the head is the teacher's"
         layer = describe_layer(self.align[level])
         return ", ".join(part for part in (layer, "then the rest of the teacher's head") if part)
 
     def in_teacher_channels(self, level: int, student: Tensor) -> Tensor | None:
-        """Returns None: a feature is compared by what it leads to."""
-        return None
+        """Returns None, as a feature is compared by what it leads to; a prediction as it is."""
+        return student if self._is_predicted(level) else None
+
+    def _is_predicted(self, level: int) -> bool:
+        """Whether the student's own prediction is compared, because its head is the teacher's."""
+        return self.pairs[level].student.prediction is not None
 
 
 def soft_label_focal_loss(logits: Tensor, target: Tensor, power: float, softmax: bool = False) -> Tensor:

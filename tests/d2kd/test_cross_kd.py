@@ -134,7 +134,7 @@ def test_behind_the_teachers_head_nothing_runs_twice_and_all_is_equal(tmp_path, 
         sum(losses).backward()
         gradients = [p.grad for n, p in net.student.named_parameters() if n.startswith("backbone.bottom_up")]
         nets[name] = net, losses, gradients
-    (net, losses, gradients), (_, twice, of_twice) = nets["once"], nets["twice"]
+    (net, losses, gradients), (other, twice, of_twice) = nets["once"], nets["twice"]
     assert losses and torch.allclose(torch.stack(losses), torch.stack(twice), rtol=1e-5, atol=0)
     assert all(
         torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max()) for a, b in zip(gradients, of_twice, strict=True)
@@ -142,6 +142,10 @@ def test_behind_the_teachers_head_nothing_runs_twice_and_all_is_equal(tmp_path, 
     assert sum(g.abs().sum() for g in gradients) > 0
     tapped = [(pair.student.name, pair.teacher.name) for pair in net.distillers["CrossKD"].pairs]
     assert all(ours == theirs for ours, theirs in tapped)
+    for level in range(len(tapped)):
+        maps = torch.ones(1, 4, 2, 2)
+        assert net.distillers["CrossKD"].in_teacher_channels(level, maps) is maps
+        assert other.distillers["CrossKD"].in_teacher_channels(level, maps) is None
 
 
 def test_a_part_of_the_head_that_is_trained_runs_on_in_the_teachers(tmp_path):
