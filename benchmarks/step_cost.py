@@ -119,8 +119,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[dict[s
 
 def steps(cfg: CfgNode, model: DistilledModel, batch: list[dict[str, Any]]) -> dict[str, Callable[[], None]]:
     """One call of each kind."""
-    student = build_model(cfg).train()  # nothing of it is frozen for its teacher's sake
-    student.load_state_dict(model.student.state_dict())
+    student = model.student
+    if "DISTILL.INIT_FROM_TEACHER.FREEZE" in model.recipe:  # a plain student trains its head
+        student = build_model(cfg).train()
+        student.load_state_dict(model.student.state_dict())
     optimizers = {"student": still(cfg, student), "distillation": still(cfg, model)}
     trainers = {
         STUDENT_TRAINER: TrainStep(student, itertools.repeat(batch), optimizers["student"]),
