@@ -29,7 +29,7 @@ from d2kd.plugins import import_plugins
 from detectron2.utils.events import EventStorage
 
 PLUGINS = Path(__file__).parent / "plugins"
-SALIENT = {"DISTILL__METHODS": ["FeatureMimic"], "DISTILL__FEATURE_MIMIC__TEACHER_PASS": "SalientPass"}
+SALIENT = {"DISTILL__FEATURE_MIMIC__TEACHER_PASS": "SalientPass"}
 
 
 @pytest.fixture
@@ -340,7 +340,8 @@ def test_loss_is_the_mean_over_what_a_pass_computed(
     student: Path, stranger: Callable[..., None], normalize: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stranger("salient_pass.py")
-    trainer = build(student, **SALIENT, DISTILL__FEATURE_MIMIC__NORMALIZE=normalize)
+    changes = {"DISTILL__METHODS": ["FeatureMimic"], "DISTILL__FEATURE_MIMIC__NORMALIZE": normalize}
+    trainer = build(student, **SALIENT, **changes)
     calls = seen_by(trainer, monkeypatch)
     with EventStorage():
         losses = trainer.distilled(next(iter(trainer.data_loader)))
