@@ -38,11 +38,11 @@ def choose_recipe(
 ) -> dict[str, Any]:
     """Returns what the default recipe sets, by whole key; {} where `DISTILL.METHODS` names methods.
 
-    Of what docs/benchmarks.md compares, that which gained most in runs of all lengths and fits the two networks:
+    Of what docs/benchmarks.md compares, that which gained most in longer runs and fits the two networks:
 
     * Where the teacher's heads fit the student as a whole, with the same classes, they stay as they are (as in SimKD,
       arXiv 2203.14001), and `FeatureMimic` and `CrossKD` have four times their weights. These make gradients so large
-      that they must be clipped: without, plain SGD diverges.
+      that they must be clipped: without, plain SGD diverged in a trial.
     * Where the heads correspond, but differ in widths, `FeatureMimic` and `CrossKD` beside a quarter of the
       task's weight.
     * Else `FeatureMimic`, which suits every pair.
