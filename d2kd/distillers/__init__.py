@@ -5,6 +5,7 @@ from .channel_matching import ChannelMatching
 from .cross_kd import CrossKD
 from .feature_mimic import FeatureMimic
 from .head_regression import HeadRegression
+from .ld import LD
 from .logit_kd import LogitKD
 from .masked_generative import MaskedGenerative
 from .predictions import PredictionDistiller
@@ -25,6 +26,7 @@ __all__ = [
     "FeatureMimic",
     "HeadRegression",
     "HeadRest",
+    "LD",
     "LogitKD",
     "MaskedGenerative",
     "NormAffine",

@@ -78,8 +78,8 @@ class Distiller(Configurable, nn.Module):
         NODE: the YAML node below DISTILL, by default the class name in capitals: `CosineMimic` has COSINE_MIMIC.
         RENAMED_KEYS: what has become of former keys of the node: by key, the new one ("" for none) and how its value is
             converted.
-        PREDICTION: kind of the predictions that are compared, "class_logits" or "box_deltas"; "" compares features.
-            Decides which taps are the default.
+        PREDICTION: kind of the predictions that are compared, "class_logits" or "box_deltas", or several; "" compares
+            features. Decides which taps are the default.
         CONTINUES_HEAD: whether features in the student's head go on through the rest of the teacher's, and what comes
             out is compared with the teacher's predictions. The settings `position` and `teacher_position` then say
             where, and the `TapInfo` of the teacher has a `rest`.
@@ -91,7 +91,7 @@ class Distiller(Configurable, nn.Module):
     NODE: ClassVar[str] = ""
     NODES = {MethodSchedule.NAME: MethodSchedule}
     RENAMED_KEYS: ClassVar[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {}
-    PREDICTION: ClassVar[str] = ""
+    PREDICTION: ClassVar[str | tuple[str, ...]] = ""
     CONTINUES_HEAD: ClassVar[bool] = False
     HARD_LABELS: ClassVar[bool] = False
 

@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from d2kd.errors import ConfigError
-from d2kd.layers import generalized_iou, softplus, upcast_half
+from d2kd.layers import generalized_iou, soft_label_focal_loss, upcast_half
 from d2kd.settings import setting
 
 from .base import DISTILLERS, Distiller, FeatureMaps
+from .divergence import distance_divergence
+from .predictions import scores_of_places
 from .taps import AlignmentError, HeadRest, Prediction, TapPair, describe_layer
 
-#: Differences of probabilities count as this where their power is below 1.
-_NEAR = 1e-12
+_BOXES = ("box_deltas", "box_distribution")
 
 
 @DISTILLERS.register()
@@ -28,8 +27,9 @@ class CrossKD(Distiller):
     Class scores, with probabilities p of the cross-head and t of the teacher: |p - t|^POWER times the cross entropy of
     p to the soft label t, which is binary for heads of independent classes (the quality focal loss of arXiv 2006.04388,
     equation 2). For softmax heads it is that of the classes, weighted by half of sum |p - t|.
-    Boxes: 1 - GIoU to the teacher's box, or the L1 distance of the encoded numbers. A box weighs the square of the
-    teacher's best class probability there, so that boxes of the background hardly count.
+    Boxes: 1 - GIoU to the teacher's box, or the L1 distance of the encoded numbers; of heads that predict distributions
+    (GFL) also the divergence from the teacher's, as in the paper. A box weighs the square of the teacher's best class
+    probability there, so that boxes of the background hardly count.
 
     Both are sums over all levels, divided by the sum of the teacher's squared probabilities (at least 1), a soft count
     of the objects that it sees. Of heads on regions, class scores are a mean over the regions, and boxes are divided by
@@ -60,7 +60,12 @@ class CrossKD(Distiller):
         at_most=10,
     )
     box_weight: float = setting(1.0, "Factor on the losses of boxes, beside WEIGHT; 0 = class scores only.", at_least=0)
-    box_loss: str = setting("giou", "giou: of the decoded boxes | l1: of the encoded numbers.", choices=("giou", "l1"))
+    box_loss: str = setting(
+        "giou",
+        "giou: of the decoded boxes | l1: of the encoded numbers | kl: of the distributions of a head that predicts "
+        "such, the mean over the four sides.",
+        choices=("giou", "l1", "kl"),
+    )
 
     def __init__(self, *, pairs: Sequence[TapPair], **settings: Any) -> None:
         """
@@ -69,28 +74,28 @@ class CrossKD(Distiller):
             AlignmentError: a pair has no rest of the teacher's head, or is no prediction of classes or boxes.
         """
         super().__init__(pairs=pairs, **settings)
-        if self.box_loss == "giou" and any(_kind(p) == "box_deltas" and _rest_of(p).decode is None for p in self.pairs):
-            raise ConfigError(
-                f"DISTILL.{self.NODE}.BOX_LOSS is giou, and how boxes are encoded is unknown: set it to l1."
-            )
+        self._check_box_loss()
         self.align = nn.ModuleList([_aligner(pair) for pair in self.pairs])
-        self._scores_of = self._find_scores()
+        self._scores_of = scores_of_places(f"DISTILL.{self.NODE}", self.pairs)
+
+    def _check_box_loss(self) -> None:
+        key = f"DISTILL.{self.NODE}.BOX_LOSS is {self.box_loss}"
+        for pair in self.pairs:
+            kind = _kind(pair)
+            if self.box_loss == "giou" and kind == "box_deltas" and _rest_of(pair).decode is None:
+                raise ConfigError(f"{key}, and how boxes are encoded is unknown: set it to l1.")
+            if self.box_loss == "l1" and kind == "box_distribution":
+                raise ConfigError(f"{key}, and the teacher predicts distributions of boxes: set it to giou or kl.")
+            if self.box_loss == "kl" and kind == "box_deltas":
+                raise ConfigError(f"{key}, and the teacher predicts boxes, no distributions: set it to giou or l1.")
 
     def check_pair(self, key: str, pair: TapPair) -> None:
         """Raises AlignmentError unless the teacher's tap is a prediction that its head's rest leads to."""
-        if pair.teacher.rest is None or _kind(pair) not in ("class_logits", "box_deltas"):
+        if pair.teacher.rest is None or _kind(pair) not in ("class_logits", *_BOXES):
             raise AlignmentError(
                 f"{key}, {pair}: {type(self).__name__} continues features of the student's head in the teacher's, up "
                 "to class scores or boxes, and nothing is known of such a head here."
             )
-
-    def _find_scores(self) -> list[int]:
-        """For each pair the number of that with the classes of the same place, itself for classes."""
-        where = {_place(pair): level for level, pair in enumerate(self.pairs) if _kind(pair) == "class_logits"}
-        for pair in self.pairs:
-            if _place(pair) not in where:
-                raise AlignmentError(f"DISTILL.{self.NODE}: {pair} predicts boxes where no classes are predicted.")
-        return [where[_place(pair)] for pair in self.pairs]
 
     def forward(
         self, student: FeatureMaps, teacher: FeatureMaps, valid: FeatureMaps | None = None
@@ -143,6 +148,8 @@ class CrossKD(Distiller):
         if _kind(pair) == "class_logits":
             return soft_label_focal_loss(_trained(pair, prediction), labels, self.power, _is_softmax(pair))
         weights, ours, theirs = _boxes(pair, self._foreground(level, labels), prediction, target)
+        if self.box_loss == "kl":
+            return (weights * distance_divergence(ours, theirs)).sum()
         if self.box_loss == "l1":
             return (weights * (upcast_half(ours) - upcast_half(theirs)).abs().sum(1)).sum()
         assert rest.decode is not None
@@ -164,68 +171,12 @@ class CrossKD(Distiller):
         return self.pairs[level].student.prediction is not None
 
 
-def soft_label_focal_loss(logits: Tensor, target: Tensor, power: float, softmax: bool = False) -> Tensor:
-    """Cross entropy to probabilities, weighted by how far they are, to a power; summed.
-
-    With independent classes sum |p - t|^power (-t log p - (1 - t) log(1 - p)) (arXiv 2006.04388, equation 2); with a
-    softmax over the classes sum (sum_k |p_k - t_k| / 2)^power (-sum_k t_k log p_k).
-
-    Args:
-        logits: of p, (N, K, H, W) or (R, K).
-        target: t, the same shape; takes no gradient.
-        power: 0 or more.
-        softmax: whether the classes exclude each other.
-
-    Returns:
-        A scalar, in float32 at least.
-    """
-    logits, target = upcast_half(logits), upcast_half(target)
-    if not softmax:
-        loss: Tensor = _BinaryLoss.apply(logits, target, power)
-        return loss
-    loss = -(target * logits.log_softmax(1)).sum(1)
-    if power:  # the clamp keeps the slope of powers below 1 finite
-        loss = loss * ((logits.softmax(1) - target).abs().sum(1) / 2).clamp(min=_NEAR).pow(power)
-    return loss.sum()
-
-
-class _BinaryLoss(torch.autograd.Function):
-    """The loss of independent classes, its gradient computed at once: one map is kept for the backward pass.
-
-    With d = p - t and the cross entropy h the slope is POWER |d|^(POWER - 1) sign(d) p (1 - p) h + |d|^POWER d.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, power: float) -> Tensor:
-        p = logits.sigmoid()
-        entropy = softplus(logits).addcmul_(target, logits, value=-1)
-        difference = p - target
-        far = difference.abs()
-        weight = far if power == 1 else far.pow(power)
-        if ctx.needs_input_grad[0]:
-            gradient = weight * difference
-            if power:
-                slope = difference.sign()
-                slope = slope if power == 1 else slope.mul_(power * far.clamp(min=_NEAR).pow_(power - 1))
-                gradient.addcmul_(slope.mul_(entropy), p.addcmul_(p, p, value=-1))
-            ctx.save_for_backward(gradient)
-        return (weight * entropy).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        (of_logits,) = ctx.saved_tensors
-        return of_logits * gradient, None, None
-
-
 def _boxes(pair: TapPair, foreground: Tensor, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (M,) and encoded boxes (M, 4) of both predictions."""
+    """Weights (M,) and encoded boxes of both predictions, (M, 4), or (M, 4 * B) logits of their distances."""
     if not _on_regions(pair):
-        anchors = theirs.shape[1] // 4
+        anchors = 1 if _kind(pair) == "box_distribution" else theirs.shape[1] // 4
         weights = foreground.unflatten(1, (anchors, -1)).amax(2).flatten()
-        flat = [x.unflatten(1, (anchors, 4)).movedim(2, -1).reshape(-1, 4) for x in (ours, theirs)]
+        flat = [x.unflatten(1, (anchors, -1)).movedim(2, -1).flatten(0, -2) for x in (ours, theirs)]
         return weights.square(), flat[0], flat[1]
     weights, classes = foreground.max(1)
     if theirs.shape[1] == 4:
@@ -270,10 +221,6 @@ def _prediction(pair: TapPair) -> Prediction:
 
 def _kind(pair: TapPair) -> str:
     return _prediction(pair).kind
-
-
-def _place(pair: TapPair) -> tuple[str, Any]:
-    return _prediction(pair).location, _prediction(pair).place
 
 
 def _on_regions(pair: TapPair) -> bool:

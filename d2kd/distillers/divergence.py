@@ -114,6 +114,21 @@ class _BinaryDivergence(torch.autograd.Function):
         return slope * gradient, None
 
 
+def distance_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(t/T) || softmax(s/T)) of the distances to the four sides of a box (arXiv 2102.12252, equation 3).
+
+    Args:
+        student: (M, 4 * B) logits of B distances for each side.
+        teacher: the same shape, takes no gradient.
+        temperature: T, above 0.
+
+    Returns:
+        (M,), the mean over the sides.
+    """
+    ours, theirs = (x.unflatten(1, (4, -1)) for x in (student, teacher))
+    return temperature**2 * _categorical(ours, theirs, temperature, dim=2).sum(2).mean(1)
+
+
 def hard_label_cross_entropy(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None
 ) -> Tensor:

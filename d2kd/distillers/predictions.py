@@ -1,5 +1,7 @@
 """Base class of methods that compare predictions (logits, box deltas) instead of features: nothing is aligned."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .base import Distiller
@@ -37,14 +39,33 @@ class PredictionDistiller(Distiller):
         return False
 
 
+def scores_of_places(key: str, pairs: Sequence[TapPair]) -> list[int]:
+    """Returns for each pair the number of that with the classes of the same place, itself for classes.
+
+    Args:
+        key: of the configuration, for the error.
+        pairs: whose teacher's taps are predictions.
+
+    Raises:
+        AlignmentError: one predicts boxes where no classes are predicted.
+    """
+    of_pairs = [pair.teacher.prediction for pair in pairs]
+    where = {(p.location, p.place): i for i, p in enumerate(of_pairs) if p is not None and p.kind == "class_logits"}
+    found = [None if p is None else where.get((p.location, p.place)) for p in of_pairs]
+    for pair, number in zip(pairs, found):
+        if number is None:
+            raise AlignmentError(f"{key}: {pair} predicts boxes where no classes are predicted.")
+    return [number for number in found if number is not None]
+
+
 def check_same_meaning(where: str, student: Prediction, teacher: Prediction) -> None:
     """Raises AlignmentError if two predictions have different anchors, box encodings or classifiers."""
     ours, theirs = (f"{p.location} {p.activation} {p.kind}".replace("  ", " ") for p in (student, teacher))
     if ours != theirs:
         raise AlignmentError(f"{where}: the student's are {ours}, the teacher's {theirs}.")
-    for what, value in student.requires.items():
-        if value != teacher.requires.get(what):
+    for what in {**student.requires, **teacher.requires}:
+        have = student.requires.get(what), teacher.requires.get(what)
+        if have[0] != have[1]:
             raise AlignmentError(
-                f"{where}: student and teacher must have the same {what}, but have {value} and "
-                f"{teacher.requires.get(what)}."
+                f"{where}: student and teacher must have the same {what}, but have {have[0]} and {have[1]}."
             )

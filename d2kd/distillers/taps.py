@@ -20,7 +20,8 @@ class Prediction(NamedTuple):
 
     #: Address of the tap.
     tap: str
-    #: What is predicted: "class_logits", "box_deltas", or another word that architectures and methods agree on.
+    #: What is predicted: "class_logits", "box_deltas", "box_distribution" (of the distance to each side of a box, four
+    #: times as many logits as there are distances), or another word that architectures and methods agree on.
     kind: str
     #: Where: "anchor" (or grid cell, point: every position of a feature map), "region", "pixel" or "image" ...
     location: str
@@ -50,7 +51,7 @@ class HeadRest(NamedTuple):
     run: Callable[[Tensor], Tensor]
     #: C.
     channels: int
-    #: From box deltas (M, 4) to boxes (M, 4) XYXY in units of the anchor; None for classes.
+    #: From what is predicted of boxes, (M, 4) deltas, to boxes (M, 4) XYXY in units of the anchor; None for classes.
     decode: Callable[[Tensor], Tensor] | None = None
 
 

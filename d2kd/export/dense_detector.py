@@ -1,8 +1,9 @@
-"""RetinaNet, FCOS and RepPoints as a graph: predictions on the levels of a pyramid, decoded from anchors or points."""
+"""RetinaNet, FCOS, GFL and RepPoints as a graph: predictions on levels, decoded from anchors, cells or points."""
 
 import torch
 from torch import Tensor
 
+from d2kd.modeling.meta_arch.gfl import SIDES, expected_distances
 from d2kd.modeling.meta_arch.reppoints.points import as_points, flatten_levels
 from d2kd.modeling.meta_arch.reppoints.points import place as place_boxes
 
@@ -12,7 +13,7 @@ from .suppression import NOTHING, suppressed
 
 
 class DenseDetectorExport(DetectionExport):
-    """Base of RetinaNet and FCOS: a head on levels, whose predictions are decoded from anchors."""
+    """Base of RetinaNet, FCOS and GFL: a head on levels, whose predictions are decoded from anchors."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
@@ -94,6 +95,19 @@ class FCOSExport(DenseDetectorExport):
         for logits, deltas, centerness in zip(*self.model.head(features)):
             scores = by_anchor(logits, self.num_classes).float().sigmoid() * by_anchor(centerness, 1).float().sigmoid()
             found.append((scores.sqrt(), by_anchor(deltas, 4).float()))
+        return found
+
+
+@register_export("GFL")
+class GFLExport(DenseDetectorExport):
+    """d2kd's GFL; boxes only, without the distributions of their sides."""
+
+    def scores_and_deltas(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """See the base class."""
+        found = []
+        for logits, bins in zip(*self.model.head(features)):
+            sides = by_anchor(bins, SIDES * self.model.num_bins).float().unflatten(2, (SIDES, -1))
+            found.append((by_anchor(logits, self.num_classes).float().sigmoid(), expected_distances(sides)))
         return found
 
 

@@ -1,8 +1,8 @@
 """Pure tensor functions that several methods share; they import torch only."""
 
 from .align import align_resolution, align_validity
-from .boxes import generalized_iou
-from .focal import sigmoid_focal_loss
+from .boxes import generalized_iou, paired_iou
+from .focal import sigmoid_focal_loss, soft_label_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, standardized_error, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
 from .position_weights import mask_weights, object_weights, weighted_error
@@ -25,12 +25,14 @@ __all__ = [
     "mask_weights",
     "normalize",
     "object_weights",
+    "paired_iou",
     "principal_axes",
     "ranks_of",
     "resample_saliency",
     "ridge_weights",
     "scatter_tokens",
     "sigmoid_focal_loss",
+    "soft_label_focal_loss",
     "softplus",
     "squared_error",
     "standardize",

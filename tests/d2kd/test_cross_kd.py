@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from models import FASTER_RCNN, RETINANET, batch, config, write_teacher
 
-from d2kd.distillers.cross_kd import soft_label_focal_loss
 from d2kd.errors import UserError
-from d2kd.layers import generalized_iou
+from d2kd.layers import generalized_iou, soft_label_focal_loss
 from d2kd.modeling import build_distilled_model, initialize_student
 from d2kd.modeling.taps import FeatureTaps
 from detectron2.utils.events import EventStorage

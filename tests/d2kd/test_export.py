@@ -8,6 +8,7 @@ import torch
 from models import FASTER_RCNN, config, model
 from runs import tool
 from segmentors import PSP
+from test_gfl import GFL
 from test_reppoints import REPPOINTS
 from test_solo import DECOUPLED, SOLO
 from torch import nn
@@ -84,6 +85,7 @@ OTHERS = {
     "Mask R-CNN": MASK_RCNN,
     "Cascade R-CNN": CASCADE,
     "R-CNN of C4": C4,
+    "GFL": GFL,
     "RepPoints": REPPOINTS,
     "SOLO": SOLO,
     "decoupled SOLO": {**DECOUPLED, "MODEL.SOLO.NMS": "linear"},

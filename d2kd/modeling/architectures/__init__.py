@@ -18,6 +18,7 @@ from .base import (
 from .build import ArchitectureError, build_network
 from .classifier import ImageClassifier
 from .dense_detector import DenseDetector
+from .gfl import GFL
 from .rcnn import GeneralizedRCNN, is_region_tap
 from .reppoints import RepPoints
 from .semantic_segmentor import SemanticSegmentor
@@ -30,6 +31,7 @@ __all__ = [
     "ClassLayer",
     "NumClassesKey",
     "DenseDetector",
+    "GFL",
     "GeneralizedRCNN",
     "HeadBranch",
     "HeadLayer",

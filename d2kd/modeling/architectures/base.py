@@ -77,7 +77,8 @@ class HeadBranch(NamedTuple):
     predictor: nn.Module
     #: Input pixels a cell; 0 for heads on regions.
     stride: float = 0.0
-    #: From box deltas (M, 4) to boxes (M, 4) XYXY, in units of the anchor (or region, or cell) at the origin.
+    #: From what is predicted of boxes, (M, 4) deltas, to boxes (M, 4) XYXY, in units of the anchor (or region, or cell)
+    #: at the origin.
     decode: Callable[[Tensor], Tensor] | None = None
 
 

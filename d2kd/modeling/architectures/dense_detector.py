@@ -1,14 +1,15 @@
 """RetinaNet, FCOS and their like: a head whose layers run once a feature level, one prediction an anchor or point."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from d2kd.distillers import Prediction
 
 from .base import Architecture, HeadBranch, NumClassesKey, box_decoder, head_layers, register_architecture
 
-_SUBNETS = {"class_logits": "cls_subnet", "box_deltas": "bbox_subnet"}
+_SUBNETS = {"class_logits": "cls_subnet", "box_deltas": "bbox_subnet", "box_distribution": "bbox_subnet"}
 
 
 class DenseDetector(Architecture):
@@ -25,16 +26,24 @@ class DenseDetector(Architecture):
         """Returns the branches of classes and boxes on every level, where the head has Detectron2's two subnets."""
         branches, shapes, levels = [], self.feature_shapes(), list(self.model.head_in_features)
         for prediction in self.predictions():
-            name, is_boxes = _SUBNETS[prediction.kind], prediction.kind == "box_deltas"
+            name = _SUBNETS[prediction.kind]
             subnet = getattr(self.model.head, name, None)
             if not isinstance(subnet, nn.Sequential):
                 return []
-            layers = head_layers(f"head.{name}", subnet, levels.index(prediction.place))
-            predictor = self.model.get_submodule(prediction.tap.partition("@")[0])
-            decode = box_decoder(getattr(self.model, "box2box_transform", None)) if is_boxes else None
+            level = levels.index(prediction.place)
+            layers = head_layers(f"head.{name}", subnet, level)
+            decode = None if prediction.kind == "class_logits" else self.box_decoder()
             stride = float(shapes[prediction.place].stride or 0)
-            branches.append(HeadBranch(prediction, layers, predictor, stride, decode))
+            branches.append(HeadBranch(prediction, layers, self.predictor(prediction, level), stride, decode))
         return branches
+
+    def predictor(self, prediction: Prediction, level: int) -> nn.Module:
+        """Returns the layer that makes a prediction on a level, from a feature (N, C, H, W)."""
+        return self.model.get_submodule(prediction.tap.partition("@")[0])
+
+    def box_decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """Returns how predictions of boxes become boxes, see `HeadBranch`; None where that is unknown."""
+        return box_decoder(getattr(self.model, "box2box_transform", None))
 
     def _on_levels(self, kind: str, layer: str, activation: str = "") -> list[Prediction]:
         if not isinstance(getattr(self.model.head, layer, None), nn.Module):

@@ -6,13 +6,12 @@ from torch import nn
 
 from d2kd.config import declare_keys
 from d2kd.detectron2_keys import NORMS
-from d2kd.errors import ConfigError
 from d2kd.settings import NOT_EMPTY, setting
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch import fcos
 
-from .levels import levels_of
+from .levels import check_group_norm, levels_of
 
 
 class FCOS(fcos.FCOS):
@@ -62,11 +61,7 @@ class FCOS(fcos.FCOS):
 
 def _build_head(node: CfgNode, backbone: Backbone) -> nn.Module:
     levels = levels_of(backbone, "MODEL.FCOS.IN_FEATURES", node.IN_FEATURES)
-    if node.NORM == "GN" and levels[0].channels % 32:
-        raise ConfigError(
-            f"MODEL.FCOS.NORM is GN, which needs a multiple of 32 channels; {node.IN_FEATURES[0]} has "
-            f"{levels[0].channels} (MODEL.FPN.OUT_CHANNELS)."
-        )
+    check_group_norm("MODEL.FCOS.NORM", node.NORM, node.IN_FEATURES[0], levels[0])
     return fcos.FCOSHead(
         input_shape=levels,
         num_classes=node.NUM_CLASSES,

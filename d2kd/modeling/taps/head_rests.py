@@ -16,7 +16,7 @@ from .address import TapError
 if TYPE_CHECKING:
     from ..teacher import Teacher
 
-_KINDS = {"class_logits": "classes", "box_deltas": "boxes"}
+_KINDS = {"class_logits": "classes", "box_deltas": "boxes", "box_distribution": "distributions of boxes"}
 
 
 class _Match(NamedTuple):
@@ -120,8 +120,9 @@ def _branches(key: str, whose: str, model: nn.Module) -> dict[tuple[str, str, An
     branches = architecture_of(model).head_branches()
     if not branches:
         raise TapError(
-            f"{key}: the {whose}, a {type(model).__name__}, has no head whose layers d2kd knows, as RetinaNet, FCOS "
-            "and R-CNNs with MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead have: take the method out of DISTILL.METHODS."
+            f"{key}: the {whose}, a {type(model).__name__}, has no head whose layers d2kd knows, as RetinaNet, FCOS, "
+            "GFL and R-CNNs with MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead have: take the method out of "
+            "DISTILL.METHODS."
         )
     return {(b.prediction.kind, b.prediction.location, b.prediction.place): b for b in branches}
 

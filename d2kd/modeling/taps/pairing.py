@@ -36,17 +36,19 @@ def pairs_of_methods(
 
 def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     """The taps of student and teacher that a method compares."""
-    kind, key = DISTILLERS.get(method).PREDICTION, f"DISTILL.{DISTILLERS.get(method).NODE}"
+    kinds, key = DISTILLERS.get(method).PREDICTION, f"DISTILL.{DISTILLERS.get(method).NODE}"
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
     node = cfg.DISTILL[DISTILLERS.get(method).NODE]
     if DISTILLERS.get(method).CONTINUES_HEAD:
         return head_features(cfg, method, student, teacher)
     if node.TAPS:
         ours, theirs = list(node.TAPS), list(node.TEACHER_TAPS or node.TAPS)
     else:
-        shared = _shared(cfg, kind, student, teacher)
+        of_kinds = [_shared(cfg, kind, student, teacher) for kind in kinds]
+        shared = [pair for of_kind in of_kinds for pair in of_kind] if all(of_kinds) else []
         ours, theirs = [s for s, _ in shared], list(node.TEACHER_TAPS) or [t for _, t in shared]
     if not ours:
-        raise TapError(_nothing_shared(key, kind, student, teacher))
+        raise TapError(_nothing_shared(key, kinds[0], student, teacher))
     if len(ours) != len(theirs):
         raise TapError(
             f"{key}.TAPS names {len(ours)} features and {key}.TEACHER_TAPS {len(theirs)}; they are compared pair by "
@@ -94,7 +96,7 @@ def shared_predictions(student: nn.Module, teacher: nn.Module, kind: str, image_
         for model in (student, teacher)
     )
     shared = [where for where in ours if where in theirs]
-    if kind == "box_deltas":
+    if kind in ("box_deltas", "box_distribution"):
         levels = {where: _level(*where) for where in shared}
         small = _too_small(student, [level for level in levels.values() if level], image_side)
         shared = [where for where in shared if levels[where] not in small]

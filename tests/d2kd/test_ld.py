@@ -1,0 +1,182 @@
+"""LD, and CrossKD of heads that predict distributions: the formulas written out, what learns, what is refused."""
+
+import math
+
+import pytest
+import torch
+from models import batch, config, write_teacher
+from test_gfl import GFL
+
+from d2kd.distillers import LD, AlignmentError, CrossKD, HeadRest, Prediction, TapInfo, TapPair
+from d2kd.distillers.divergence import distance_divergence
+from d2kd.errors import ConfigError
+from d2kd.layers import generalized_iou
+from d2kd.modeling import build_distilled_model
+from d2kd.modeling.architectures import architecture_of
+from d2kd.modeling.meta_arch.gfl import as_box, expected_distances
+from d2kd.modeling.taps import FeatureTaps
+from detectron2.utils.events import EventStorage
+
+SMALL = [(64, 64)]
+
+
+def distilled(tmp_path, method="LD", teacher=None, **changes):
+    named = write_teacher(tmp_path, config({**GFL, **(teacher or {})}))
+    torch.manual_seed(0)
+    net = build_distilled_model(config(GFL, DISTILL__METHODS=[method], **changes, **named)).train()
+    with torch.no_grad():  # an untrained head sees nothing, and is sure of it
+        for head in (net.teacher.model.head, net.student.head):
+            head.cls_score.weight.mul_(8)
+            head.bbox_pred.weight.mul_(20)
+            head.cls_score.bias.fill_(-0.5)
+    return net
+
+
+def losses_of(net, images=SMALL):
+    with EventStorage():
+        losses = net(batch(images))
+    return {name.split("/")[2]: loss for name, loss in losses.items() if name.startswith("distill/")}
+
+
+def features_of(model, names, images=SMALL):
+    taps = FeatureTaps(model, names)
+    with torch.no_grad(), EventStorage(), taps.recording() as features:
+        model(batch(images))
+    return features
+
+
+def softmax(values):
+    total = sum(map(math.exp, values))
+    return [math.exp(value) / total for value in values]
+
+
+def divergence(ours, theirs, temperature):
+    """T^2 KL of the teacher's distributions to the student's, the mean over four sides of five distances."""
+    total = 0.0
+    for side in range(4):
+        s, t = (softmax([z / temperature for z in x[5 * side : 5 * side + 5]]) for x in (ours, theirs))
+        total += sum(b * math.log(b / a) for a, b in zip(s, t))
+    return temperature**2 * total / 4
+
+
+@pytest.mark.parametrize("temperature, class_weight", [(10.0, 0.0), (2.0, 3.0)])
+def test_losses_are_the_formulas(tmp_path, temperature, class_weight):
+    keys = {"DISTILL__LD__TEMPERATURE": temperature, "DISTILL__LD__CLASS_WEIGHT": class_weight}
+    net = distilled(tmp_path, **keys, DISTILL__LD__WEIGHT=0.5)
+    names = [f"head.{layer}@{i}" for layer in ("bbox_pred", "cls_score") for i in range(5)]
+    ours, theirs = (features_of(model, names) for model in (net.student, net.teacher.model))
+    sums, weight, objects = dict.fromkeys(names, 0.0), 0.0, 0.0
+    for i in range(5):
+        boxes, classes = f"head.bbox_pred@{i}", f"head.cls_score@{i}"
+        for y in range(theirs[boxes].shape[2]):
+            for x in range(theirs[boxes].shape[3]):
+                p, t = (maps[classes][0, :, y, x].sigmoid().tolist() for maps in (ours, theirs))
+                weight += max(t) ** 2
+                objects += sum(b * b for b in t)
+                pair = (maps[boxes][0, :, y, x].tolist() for maps in (ours, theirs))
+                sums[boxes] += max(t) ** 2 * divergence(*pair, temperature)
+                for a, b in zip(p, t):
+                    sums[classes] += abs(a - b) * (-b * math.log(a) - (1 - b) * math.log(1 - a))
+    want = {name: 0.5 * x / weight if "bbox" in name else 0.5 * class_weight * x / objects for name, x in sums.items()}
+    want = {name: x for name, x in want.items() if class_weight or "bbox" in name}
+    found = {name: x.item() for name, x in losses_of(net).items()}
+    assert weight > 10 and sum(sums.values()) > 0.1
+    # levels that are too small for 64 pixels are left out with the boxes of small images only
+    assert found == pytest.approx(want, rel=2e-4, abs=1e-9)
+
+
+def test_the_divergence_is_that_of_the_sides():
+    ours, theirs = torch.randn(2, 6, 20, generator=torch.Generator().manual_seed(0)).unbind()
+    want = [divergence(a, b, 3.0) for a, b in zip(ours.tolist(), theirs.tolist())]
+    assert distance_divergence(ours, theirs, 3.0).tolist() == pytest.approx(want, rel=1e-4)
+    assert distance_divergence(ours[:0], theirs[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("box_loss", ["giou", "kl"])
+def test_cross_kd_of_distributions_is_the_formula(tmp_path, box_loss):
+    net = distilled(tmp_path, "CrossKD", {"MODEL.FPN.OUT_CHANNELS": 96}, DISTILL__CROSS_KD__BOX_LOSS=box_loss)
+    method, head = net.distillers["CrossKD"], net.teacher.model.head
+    branches = architecture_of(net.teacher.model).head_branches()
+    ours = features_of(net.student, [pair.student.name for pair in method.pairs])
+    theirs = features_of(net.teacher.model, [pair.teacher.name for pair in method.pairs])
+    found = losses_of(net)
+    objects = sum(theirs[f"head.cls_score@{i}"].sigmoid().square().sum() for i in range(5))
+    for i in range(5):
+        branch, feature = branches[5 + i], method.pairs[5 + i].student.name
+        with torch.no_grad():
+            x = method.align[5 + i](ours[feature])
+            for layer in branch.layers[1:]:
+                for module in layer.modules:
+                    x = module(x)
+            x = (head.bbox_pred(x, i), theirs[f"head.bbox_pred@{i}"])
+        weights = theirs[f"head.cls_score@{i}"].sigmoid().amax(1).square().flatten()
+        flat = [z.movedim(1, -1).reshape(-1, 20) for z in x]
+        if box_loss == "kl":
+            of_cells = torch.tensor([divergence(a, b, 1.0) for a, b in zip(*(z.tolist() for z in flat))])
+        else:
+            of_cells = 1 - generalized_iou(*(as_box(expected_distances(z.view(-1, 4, 5))) for z in flat))
+        want = (weights * of_cells).sum() / objects
+        assert found[feature].item() == pytest.approx(want.item(), rel=1e-3)
+    assert sum(found.values()) > 0.1
+
+
+@pytest.mark.parametrize("method", ["LD", "CrossKD"])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_the_student_learns_and_the_teacher_nothing(tmp_path, method, precision):
+    net = distilled(tmp_path, method, DISTILL__CROSS_KD__BOX_LOSS="kl")
+    with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+        losses = losses_of(net, [(64, 64), (96, 64)])
+    sum(losses.values()).backward()
+    assert all(x.isfinite() for x in losses.values()) and sum(losses.values()) > 0
+    assert all(p.grad is None for p in net.teacher.model.parameters())
+    learned = {name for name, p in net.student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("bottom_up" in name for name in learned) and any("bbox_subnet.0" in name for name in learned)
+    assert any("bbox_pred" in name for name in learned) == (method == "LD")
+    assert not any("cls_score" in name for name in learned)  # of LD: the classes weigh, and are not followed
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path):
+    net = distilled(tmp_path, DISTILL__LD__CLASS_WEIGHT=1.0)
+    net.student.load_state_dict(net.teacher.model.state_dict())
+    for part in (net.student.backbone, net.student.head):  # batch norms keep to their averages
+        part.eval()
+    assert all(abs(loss.item()) < 1e-6 for loss in losses_of(net).values())
+
+
+def test_with_weight_zero_the_student_learns_nothing_of_it(tmp_path):
+    losses = losses_of(distilled(tmp_path, DISTILL__LD__WEIGHT=0.0))
+    assert losses and all(loss.item() == 0 for loss in losses.values())
+
+
+def test_classes_of_another_order_weigh_by_their_names(tmp_path):
+    """Where the teacher has other classes and nobody knows which, its confidence says nothing."""
+    with pytest.raises(ValueError, match="LD compares class scores: the student has 3 classes"):
+        distilled(tmp_path, teacher={"MODEL.GFL.NUM_CLASSES": 5}, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
+
+
+def pair(kind, channels, place="p3", decode=None):
+    tap = f"head.{kind}@0"
+    rest = HeadRest(lambda x: x, channels, decode)
+    activation = "sigmoid" if kind == "class_logits" else ""
+    info = TapInfo(tap, channels, 8, Prediction(tap, kind, "anchor", place, activation), rest=rest)
+    return TapPair(info, info)
+
+
+def test_distances_without_classes_are_refused():
+    with pytest.raises(AlignmentError, match=r"DISTILL\.LD\.TAPS: .* predicts boxes where no classes are predicted"):
+        LD(pairs=[pair("class_logits", 3, "p4"), pair("box_distribution", 20)])
+    with pytest.raises(ConfigError, match=r"LD\.CLASS_WEIGHT"):
+        LD(pairs=[pair("class_logits", 3), pair("box_distribution", 20)], class_weight=-1.0)
+
+
+@pytest.mark.parametrize(
+    "kind, box_loss, words",
+    [
+        ("box_deltas", "kl", "is kl, and the teacher predicts boxes, no distributions: set it to giou or l1"),
+        ("box_distribution", "l1", "is l1, and the teacher predicts distributions of boxes: set it to giou or kl"),
+        ("box_deltas", "giou", "is giou, and how boxes are encoded is unknown: set it to l1"),
+    ],
+)  # fmt: skip
+def test_losses_of_boxes_that_do_not_fit_the_head(kind, box_loss, words):
+    with pytest.raises(ConfigError, match=rf"BOX_LOSS {words}"):
+        CrossKD(pairs=[pair("class_logits", 3), pair(kind, 20)], box_loss=box_loss)
