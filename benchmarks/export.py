@@ -33,6 +33,7 @@ from detectron2.modeling import build_model
 NETWORKS = {
     "RetinaNet R50": "COCO/retinanet_R50_1x.yaml",
     "FCOS R50": "COCO/fcos_R50_1x.yaml",
+    "GFL R50": "COCO/gfl_R50_1x.yaml",
     "RepPoints R50": "COCO/reppoints_R50_1x.yaml",
     "Faster R-CNN R50": "COCO/faster_rcnn_R50_1x.yaml",
     "Mask R-CNN R50": "COCO/mask_rcnn_R50_1x.yaml",

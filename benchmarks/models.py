@@ -43,6 +43,7 @@ MODELS = {
         ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True],
     ),
     "fcos_R50": ("configs/COCO/fcos_R50_1x.yaml", []),
+    "gfl_R50": ("configs/COCO/gfl_R50_1x.yaml", []),
     "reppoints_R50": ("configs/COCO/reppoints_R50_1x.yaml", []),
     "solo_R50": ("configs/COCO/solo_R50_1x.yaml", []),
     "solo_decoupled_R50": ("configs/COCO/solo_decoupled_R50_3x.yaml", []),

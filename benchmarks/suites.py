@@ -157,6 +157,14 @@ _FASTER_RCNN: dict[str, Entry] = {
     "FeatureMimic": Entry("faster_rcnn_student", ["DISTILL.METHODS", "['FeatureMimic']"]),
 }
 
+_GFL: dict[str, Entry] = {
+    "baseline": Entry("gfl_student", distils=False),
+    "default": Entry("gfl_student"),
+    "inherit only": Entry("gfl_student", ["DISTILL.METHODS", "[]"]),
+    "FeatureMimic": Entry("gfl_student", ["DISTILL.METHODS", "['FeatureMimic']"]),
+    **{n: Entry(f"gfl_student_{n}") for n in ("LD", "CrossKD")},
+}
+
 _SOLO: dict[str, Entry] = {
     "baseline": Entry("solo_student", distils=False),
     "inherit only": Entry("solo_student", ["DISTILL.METHODS", "[]"]),
@@ -285,6 +293,16 @@ SUITES = {
         teacher_folder="faster-rcnn",
         sets_images=False,
     ),
+    "gfl": Suite(
+        folder="gfl",
+        teacher="gfl_teacher",
+        metric="bbox/AP",
+        called="AP",
+        lengths={"short": _DETECTION_LENGTHS["short"]},
+        entries=_GFL,
+        teacher_folder="gfl",
+        sets_images=False,
+    ),
     "solo": Suite(
         folder="solo",
         teacher="solo_teacher",
@@ -306,6 +324,7 @@ TUNED = {
     "LogitKD": "DISTILL.LOGIT_KD.WEIGHT",
     "HeadRegression": "DISTILL.HEAD_REGRESSION.WEIGHT",
     "CrossKD": "DISTILL.CROSS_KD.WEIGHT",
+    "LD": "DISTILL.LD.WEIGHT",
     "MaskedGenerative + CrossKD, limited": "DISTILL.BALANCE_RATIO",
 }
 FACTORS = (0.25, 1.0, 4.0, 16.0)

@@ -6,7 +6,8 @@ from typing import Any
 from .base import Context, Stage
 
 #: Suites, in the order that they are begun in, and runs at a time.
-SUITES, JOBS, SEEDS = ("detection", "masked-resnet", "classification", "segmentation", "solo", "reppoints"), 10, (1, 2)
+SUITES = ("detection", "gfl", "masked-resnet", "classification", "segmentation", "solo", "reppoints")
+JOBS, SEEDS = 10, (1, 2)
 
 
 def run(context: Context) -> None:
