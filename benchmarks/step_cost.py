@@ -54,6 +54,7 @@ from detectron2.utils.events import EventStorage
 
 PAIRS = {
     "quickstart": ("configs/PhotoDigits/retinanet_student.yaml", "configs/PhotoDigits/retinanet_teacher.yaml", 128, 8),
+    "gfl": ("configs/PhotoDigits/gfl_student.yaml", "configs/PhotoDigits/gfl_teacher.yaml", 128, 8),
     "r50-r18": ("configs/COCO/retinanet_R18_1x.yaml", "configs/COCO/retinanet_R50_RGB_1x.yaml", 512, 2),
     "r101-r50": ("configs/COCO/retinanet_R50_1x.yaml", "configs/COCO/retinanet_R101.yaml", 512, 2),
     "x101-r50": ("configs/COCO/retinanet_R50_1x.yaml", "configs/COCO/retinanet_X101.yaml", 512, 2),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from test_fcos_vit import VIT_RCNN
+from test_gfl import GFL
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -107,6 +108,12 @@ def waits(tmp_path, base, methods, teacher=None, **changes):
 )
 def test_a_step_of_a_dense_detector_waits_for_its_losses_alone(tmp_path, methods, changes):
     assert waits(tmp_path, RETINANET, methods, **changes)[0] == LOG
+
+
+def test_a_step_of_gfl_waits_for_its_losses_and_the_number_of_its_foreground(tmp_path):
+    changes = {"DISTILL__LD__CLASS_WEIGHT": 1.0, "DISTILL__CROSS_KD__BOX_LOSS": "kl"}
+    found, _ = waits(tmp_path, GFL, ["LD", "CrossKD"], teacher={**GFL, "MODEL.FPN.OUT_CHANNELS": 96}, **changes)
+    assert found == {**LOG, "modeling/meta_arch/gfl/model.py losses nonzero": 1}
 
 
 def test_a_step_on_the_regions_of_the_student_waits_for_its_losses_alone(tmp_path, monkeypatch):

@@ -147,17 +147,18 @@ class GFL(DenseDetector):
         """Gives the cells of all levels, R in total, to the objects of each of N images.
 
         Returns:
-            (N, R) int64, a class in [0, K), or K for background; and (N, R, 4) the object's box, 0 for background.
+            (N, R) int64, a class in [0, K), or K for background; and (N, R, 4) the object's box, any for background.
         """
         labels, boxes = [], []
         together, per_level = Boxes.cat(list(cells)).tensor, [len(of_level) for of_level in cells]
         for truth in gt_instances:
             objects = truth.gt_boxes.tensor.to(together.dtype)
             matches = assign_by_statistics(together, per_level, objects, self.anchor_scale, self.candidates_per_level)
-            foreground = matches >= 0
             label, box = torch.full_like(matches, self.num_classes), torch.zeros_like(together)
-            label[foreground] = truth.gt_classes[matches[foreground]]
-            box[foreground] = objects[matches[foreground]]
+            if len(truth):  # no mask as index: its size is a number that the host would wait for
+                index = matches.clamp(min=0)
+                label = torch.where(matches >= 0, truth.gt_classes[index], self.num_classes)
+                box = objects[index]
             labels.append(label)
             boxes.append(box)
         return torch.stack(labels), torch.stack(boxes)
