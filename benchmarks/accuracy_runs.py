@@ -24,6 +24,8 @@ logger = logging.getLogger("d2kd.benchmarks.accuracy")
 
 CONFIGS = Path("configs/PhotoDigits")
 SPLITS = ("val", "test")  # the first one chooses weights, the second one is reported
+#: A run below this part of its teacher's score has diverged: it is counted, but is in no mean and no difference.
+DIVERGED = 0.05
 
 
 class Bench:
@@ -167,12 +169,17 @@ class Bench:
                 logger.error("%s differs from %s in more than its seed: left out", folders[seed], folders[done[0]])
         return commands[done[0]] if done else [], runs
 
-    def finished(self, name: str) -> dict[int, dict[str, float]]:
+    def evaluated(self, name: str) -> dict[int, dict[str, float]]:
         """The scores of every evaluated seed of a row, in this folder or recorded, by seed and split."""
         command, runs = self.trained(name)
         if self.records.fits(checksum(self.data), self.scores(self.teacher_folder)):
             runs = {**self.records.runs(name, command), **runs}
         return {seed: runs[seed].scores for seed in sorted(runs)}
+
+    def finished(self, name: str) -> dict[int, dict[str, float]]:
+        """The same, without the seeds that have diverged."""
+        least = DIVERGED * self.scores(self.teacher_folder).get("test", 0.0)
+        return {seed: scores for seed, scores in self.evaluated(name).items() if not scores["test"] < least}
 
     def record(self) -> None:
         """Writes the evaluated runs in this folder into the repository."""

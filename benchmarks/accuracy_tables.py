@@ -37,6 +37,7 @@ def summary(bench: Bench) -> dict[str, Any]:
             others = name not in ("baseline", "inherit only")
             described[name] = {
                 "scores": rows[name],
+                "diverged": [seed for seed in bench.evaluated(name) if seed not in scores],
                 "mean": estimate(list(scores.values())),
                 "over_baseline": bench.over(name, "baseline") if name != "baseline" else None,
                 "over_inherit_only": bench.over(name, "inherit only") if others else None,
@@ -63,7 +64,8 @@ def table(bench: Bench, content: Mapping[str, Any]) -> str:
         scores = [found["test"] for found in row["scores"].values()]
         spread = f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else "one seed"
         closure = row["gap_closure"]
-        cells = [name, str(len(scores)), f"{row['mean'].mean:.1f}" if row["mean"] else "-", spread]
+        lost = f", {len(row['diverged'])} diverged" if row["diverged"] else ""
+        cells = [name, f"{len(scores)}{lost}", f"{row['mean'].mean:.1f}" if row["mean"] else "-", spread]
         cells += [difference_text(row[key]) for key in columns.values()]
         lines.append([*cells, closure.text(".0f", 100, " %") if closure else "-"])
     teacher = content["teacher"].get("test", math.nan)

@@ -170,6 +170,24 @@ def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_pat
     )
 
 
+def test_a_run_that_diverged_is_counted_and_is_in_no_mean(accuracy, tmp_path):
+    page, root = tmp_path / "docs/benchmarks.md", tmp_path / "output/accuracy/short"
+    page.write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
+    accuracy("--seeds", 1, 2, 3, "--only", "baseline", "FeatureMimic", "--no-document")
+    result = root / "baseline/seed2/evaluation/result.json"
+    content = json.loads(result.read_text())
+    for metrics in content["metrics"].values():
+        metrics["bbox"]["AP"] = 0.1
+    result.write_text(json.dumps(content))
+    accuracy("--evaluate-only")
+    rows = json.loads((root / "table.json").read_text())["rows"]
+    assert rows["baseline"]["diverged"] == [2] and rows["FeatureMimic"]["diverged"] == []
+    assert rows["FeatureMimic"]["over_baseline"]["mean"] == 20 and rows["FeatureMimic"]["over_baseline"]["count"] == 2
+    assert "| baseline | 2, 1 diverged | 52.0 | 51.0 to 53.0 |" in page.read_text()
+    recorded = json.loads((tmp_path / "benchmarks/results/accuracy.json").read_text())["accuracy short"]
+    assert recorded["rows"]["baseline"]["seeds"]["2"]["scores"]["test"] == 0.1
+
+
 def test_a_seed_of_another_command_is_left_out(accuracy, tmp_path, caplog):
     arguments = ("--suite", "classification", "--only", "baseline", "--seeds")
     accuracy(*arguments, 1, 2)
