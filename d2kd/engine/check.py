@@ -53,7 +53,8 @@ class Level:
     tap: str
     student: tuple[int, ...] = ()
     teacher: tuple[int, ...] = ()
-    loss: float = float("nan")
+    #: None where the method has none of this pair, and only looks at it.
+    loss: float | None = None
     #: Norm of its gradient over the sum of the norms of the task and of all levels, on what the backbone gives to the
     #: heads and on the taps in the backbone; None where nothing was measured.
     share: float | None = None

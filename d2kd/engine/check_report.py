@@ -62,7 +62,7 @@ def table(step: "Step") -> list[str]:
 
 
 def _row(level: "Level") -> list[str]:
-    loss = f"{level.loss:.4g}"
+    loss = "-" if level.loss is None else f"{level.loss:.4g}"
     if level.level is None:
         return [level.method, level.tap, "", "", "", "", "", loss, _percent(level.share)]
     pair = level.distiller.pairs[level.level]

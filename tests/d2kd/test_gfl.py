@@ -1,6 +1,7 @@
 """GFL from YAML: its definitions on cases made by hand, taps, runs, processes, errors."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from helpers import same_tensors
 from models import RETINANET, batch, config, model, write_teacher
 from runs import ROOT, in_two_processes, read_checkpoint, run_training, train_in_step
+from test_check import check
 from test_reppoints import grid, literal_iou, one_image
 from torch import Tensor, nn
 
@@ -327,6 +329,13 @@ def test_a_distilled_run_resumes_bit_equal_and_logs_all_losses(paths, tmp_path):
     for name in ("loss_dfl", "num_pos_cells", "LD/head.bbox_pred@0", "CrossKD/head.bbox_subnet.", "LogitKD/head.cls"):
         assert name in logged
     assert "LD/head.cls_score" not in logged
+
+
+@pytest.mark.usefixtures("forget_datasets")
+def test_check_shows_no_loss_where_ld_only_looks(paths):
+    rows = [re.split(r" {2,}", line) for line in check(paths).splitlines() if line.startswith("LD ")]
+    losses = {row[1]: row[7] for row in rows}
+    assert losses["head.cls_score@0"] == "-" and float(losses["head.bbox_pred@0"]) > 0
 
 
 def test_two_processes_stay_in_step(paths, tmp_path):
