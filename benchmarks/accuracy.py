@@ -16,7 +16,7 @@ finished runs, and of those of the same teacher and dataset that benchmarks/resu
 Every finished run is evaluated on val, by which weights are chosen, and on test, which the tables report: into its
 folder `evaluation`, and again where the dataset has become another one. `--evaluate-only` does no more than that.
 Differences are paired by seed, those of one seed are drawn over images; where 0 is in their interval they are called
-noise. A run that ends below a twentieth of its teacher's score has diverged: the table counts it, and no mean has it.
+noise. A detector that ends below a twentieth of its teacher's AP has diverged: the table counts it, and no mean has it.
 `table.json` beside the runs has all of it.
 """
 

@@ -24,8 +24,9 @@ logger = logging.getLogger("d2kd.benchmarks.accuracy")
 
 CONFIGS = Path("configs/PhotoDigits")
 SPLITS = ("val", "test")  # the first one chooses weights, the second one is reported
-#: A run below this part of its teacher's score has diverged: it is counted, but is in no mean and no difference.
-DIVERGED = 0.05
+#: A detector below this part of its teacher's AP, or without one, has diverged: it is counted, but is in no mean and no
+#: difference. What is right by chance is no sign of having learned, so it cannot be told of other metrics.
+DIVERGED, WITHOUT_CHANCE = 0.05, ("bbox/AP", "segm/AP")
 
 
 class Bench:
@@ -178,8 +179,10 @@ class Bench:
 
     def finished(self, name: str) -> dict[int, dict[str, float]]:
         """The same, without the seeds that have diverged."""
-        least = DIVERGED * self.scores(self.teacher_folder).get("test", 0.0)
-        return {seed: scores for seed, scores in self.evaluated(name).items() if not scores["test"] < least}
+        found, teacher = self.evaluated(name), self.scores(self.teacher_folder).get("test", math.nan)
+        if self.suite.metric not in WITHOUT_CHANCE or math.isnan(teacher):
+            return found
+        return {seed: scores for seed, scores in found.items() if scores["test"] >= DIVERGED * teacher}
 
     def record(self) -> None:
         """Writes the evaluated runs in this folder into the repository."""

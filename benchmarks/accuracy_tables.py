@@ -33,11 +33,12 @@ def summary(bench: Bench) -> dict[str, Any]:
     base = of_test["baseline"]
     described = {}
     for name, scores in of_test.items():
-        if scores:
+        evaluated = bench.evaluated(name)
+        if evaluated:
             others = name not in ("baseline", "inherit only")
             described[name] = {
                 "scores": rows[name],
-                "diverged": [seed for seed in bench.evaluated(name) if seed not in scores],
+                "diverged": [seed for seed in evaluated if seed not in scores],
                 "mean": estimate(list(scores.values())),
                 "over_baseline": bench.over(name, "baseline") if name != "baseline" else None,
                 "over_inherit_only": bench.over(name, "inherit only") if others else None,
@@ -62,7 +63,7 @@ def table(bench: Bench, content: Mapping[str, Any]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, row in rows.items():
         scores = [found["test"] for found in row["scores"].values()]
-        spread = f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else "one seed"
+        spread = f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else "one seed" if scores else "-"
         closure = row["gap_closure"]
         lost = f", {len(row['diverged'])} diverged" if row["diverged"] else ""
         cells = [name, f"{len(scores)}{lost}", f"{row['mean'].mean:.1f}" if row["mean"] else "-", spread]

@@ -78,8 +78,8 @@ class Distiller(Configurable, nn.Module):
         NODE: the YAML node below DISTILL, by default the class name in capitals: `CosineMimic` has COSINE_MIMIC.
         RENAMED_KEYS: what has become of former keys of the node: by key, the new one ("" for none) and how its value is
             converted.
-        PREDICTION: kind of the predictions that are compared, "class_logits" or "box_deltas", or several; "" compares
-            features. Decides which taps are the default.
+        PREDICTION: kind of the predictions that are compared, "class_logits", "box_deltas" or "box_distribution", or
+            several of them; "" compares features. Decides which taps are the default.
         CONTINUES_HEAD: whether features in the student's head go on through the rest of the teacher's, and what comes
             out is compared with the teacher's predictions. The settings `position` and `teacher_position` then say
             where, and the `TapInfo` of the teacher has a `rest`.
@@ -192,6 +192,10 @@ class Distiller(Configurable, nn.Module):
 
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raises UserError if the method was prepared for another teacher than this one, whose weights are loaded."""
+
+    def teaches(self, level: int) -> bool:
+        """Returns whether a pair has a loss; some may be looked at only."""
+        return True
 
     def calibration_request(self) -> CalibrationRequest | None:
         """Returns what the method wants to see before the next step; None for nothing."""

@@ -82,8 +82,9 @@ class CrossKD(Distiller):
         key = f"DISTILL.{self.NODE}.BOX_LOSS is {self.box_loss}"
         for pair in self.pairs:
             kind = _kind(pair)
-            if self.box_loss == "giou" and kind == "box_deltas" and _rest_of(pair).decode is None:
-                raise ConfigError(f"{key}, and how boxes are encoded is unknown: set it to l1.")
+            if self.box_loss == "giou" and kind in _BOXES and _rest_of(pair).decode is None:
+                other = "l1" if kind == "box_deltas" else "kl"
+                raise ConfigError(f"{key}, and how boxes are encoded is unknown: set it to {other}.")
             if self.box_loss == "l1" and kind == "box_distribution":
                 raise ConfigError(f"{key}, and the teacher predicts distributions of boxes: set it to giou or kl.")
             if self.box_loss == "kl" and kind == "box_deltas":
@@ -91,7 +92,8 @@ class CrossKD(Distiller):
 
     def check_pair(self, key: str, pair: TapPair) -> None:
         """Raises AlignmentError unless the teacher's tap is a prediction that its head's rest leads to."""
-        if pair.teacher.rest is None or _kind(pair) not in ("class_logits", *_BOXES):
+        of_regions = _on_regions(pair) and _kind(pair) == "box_distribution"
+        if pair.teacher.rest is None or _kind(pair) not in ("class_logits", *_BOXES) or of_regions:
             raise AlignmentError(
                 f"{key}, {pair}: {type(self).__name__} continues features of the student's head in the teacher's, up "
                 "to class scores or boxes, and nothing is known of such a head here."

@@ -115,7 +115,7 @@ class _BinaryDivergence(torch.autograd.Function):
 
 
 def distance_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(t/T) || softmax(s/T)) of the distances to the four sides of a box (arXiv 2102.12252, equation 3).
+    """T^2 KL(softmax(t/T) || softmax(s/T)) of the distance to each side of a box (as in arXiv 2102.12252, equation 3).
 
     Args:
         student: (M, 4 * B) logits of B distances for each side.
@@ -123,7 +123,7 @@ def distance_divergence(student: Tensor, teacher: Tensor, temperature: float = 1
         temperature: T, above 0.
 
     Returns:
-        (M,), the mean over the sides.
+        (M,), the mean over the four sides.
     """
     ours, theirs = (x.unflatten(1, (4, -1)) for x in (student, teacher))
     return temperature**2 * _categorical(ours, theirs, temperature, dim=2).sum(2).mean(1)

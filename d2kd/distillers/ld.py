@@ -12,21 +12,21 @@ from d2kd.settings import setting
 from .base import DISTILLERS, FeatureMaps
 from .divergence import distance_divergence
 from .predictions import PredictionDistiller, scores_of_places
-from .taps import TapPair
+from .taps import AlignmentError, TapPair
 
 
 @DISTILLERS.register()
 class LD(PredictionDistiller):
     """Localization distillation (Zheng et al., arXiv 2102.12252), for heads that predict distributions of distances.
 
-    The loss of a cell is T^2 KL of the teacher's distributions to the student's, the mean over the four sides
-    (equation 3). The paper takes cells that learn an object, and those around them that it calls valuable, and weighs
-    both by hand. Here each cell weighs the square of the teacher's best class probability there, which says where its
-    boxes are worth following without ground truth, and the background hardly counts. The sum is divided by that of the
-    weights over all levels (at least 1).
+    The loss of a cell is T^2 KL of the teacher's distributions to the student's, the mean over the four sides (equation
+    3, which is of one side; T^2 keeps the gradient's size when T changes). The paper takes cells that learn an object,
+    and those around them that it calls valuable. Here each cell weighs the square of the teacher's best class
+    probability there, which says where its boxes are worth following without ground truth, and the background hardly
+    counts. The sum is divided by that of the weights over all levels (at least 1).
 
-    With CLASS_WEIGHT the classes follow too, as in the logit mimicking of arXiv 2204.05957: |p - t| times the binary
-    cross entropy of the student's probability p to the teacher's t, divided by the sum of the squared t (at least 1).
+    With CLASS_WEIGHT the classes follow too, by the loss that `CrossKD` has: |p - t| times the binary cross entropy of
+    the student's probability p to the teacher's t, divided by the sum of the squared t (at least 1).
 
     Example:
         >>> cls = Prediction("head.cls_score@0", "class_logits", "anchor", "p3", "sigmoid")
@@ -52,7 +52,26 @@ class LD(PredictionDistiller):
             ConfigError: a setting is out of range.
         """
         super().__init__(pairs=pairs, **settings)
+        if not any(self._is_box(pair) for pair in self.pairs):
+            raise AlignmentError(f"DISTILL.{self.NODE}.TAPS names no distances to the sides of boxes.")
         self._scores_of = scores_of_places(f"DISTILL.{self.NODE}.TAPS", self.pairs)
+
+    def check_pair(self, key: str, pair: TapPair) -> None:
+        """Raises AlignmentError unless both predict the same distances, or scores of classes that exclude no other."""
+        super().check_pair(key, pair)
+        prediction = pair.teacher.prediction
+        if prediction is not None and prediction.kind == "class_logits" and prediction.activation != "sigmoid":
+            raise AlignmentError(
+                f"{key}, {pair}: LD weighs by the scores of sigmoid heads; this is {prediction.activation}."
+            )
+
+    def teaches(self, level: int) -> bool:
+        """As in the base class: classes are followed with CLASS_WEIGHT only."""
+        return self._is_box(self.pairs[level]) or self.class_weight > 0
+
+    @staticmethod
+    def _is_box(pair: TapPair) -> bool:
+        return pair.teacher.prediction is not None and pair.teacher.prediction.kind == "box_distribution"
 
     def forward(
         self, student: FeatureMaps, teacher: FeatureMaps, valid: FeatureMaps | None = None
@@ -66,13 +85,13 @@ class LD(PredictionDistiller):
         losses = {}
         for level, pair in enumerate(self.pairs):
             (s, t), scores = maps[level], self._scores_of[level]
-            if scores != level:
+            if not self.teaches(level):
+                continue
+            if self._is_box(pair):
                 ours, theirs = (x.movedim(1, -1).flatten(0, -2) for x in (s, t))
                 divergence = distance_divergence(ours, theirs, self.temperature)
                 loss = (weights[scores].flatten() * divergence).sum() / weight
-            elif self.class_weight:
-                loss = self.class_weight * soft_label_focal_loss(s, labels[level], 1.0) / objects
             else:
-                continue
+                loss = self.class_weight * soft_label_focal_loss(s, labels[level], 1.0) / objects
             losses[pair.name] = self.weight_of(level) * loss
         return losses

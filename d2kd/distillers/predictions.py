@@ -17,6 +17,13 @@ class PredictionDistiller(Distiller):
     def check_pair(self, key: str, pair: TapPair) -> None:
         """Raises AlignmentError unless the two networks predict the same numbers, at equal strides."""
         ours, theirs = pair
+        kinds = (self.PREDICTION,) if isinstance(self.PREDICTION, str) else self.PREDICTION
+        for tap in pair:
+            if tap.prediction is not None and kinds != ("",) and tap.prediction.kind not in kinds:
+                raise AlignmentError(
+                    f"{key}, {pair}: {tap.name} predicts {tap.prediction.kind}; {type(self).__name__} compares "
+                    f"{' and '.join(kinds)}."
+                )
         if ours.prediction is not None and theirs.prediction is not None:
             check_same_meaning(f"{key}, {pair}", ours.prediction, theirs.prediction)
         if ours.channels != theirs.channels or ours.is_vector != theirs.is_vector:
@@ -47,15 +54,19 @@ def scores_of_places(key: str, pairs: Sequence[TapPair]) -> list[int]:
         pairs: whose teacher's taps are predictions.
 
     Raises:
-        AlignmentError: one predicts boxes where no classes are predicted.
+        AlignmentError: nothing is known of one, or there are boxes of a place and not its classes.
     """
-    of_pairs = [pair.teacher.prediction for pair in pairs]
-    where = {(p.location, p.place): i for i, p in enumerate(of_pairs) if p is not None and p.kind == "class_logits"}
-    found = [None if p is None else where.get((p.location, p.place)) for p in of_pairs]
-    for pair, number in zip(pairs, found):
-        if number is None:
-            raise AlignmentError(f"{key}: {pair} predicts boxes where no classes are predicted.")
-    return [number for number in found if number is not None]
+    known = [pair.teacher.prediction for pair in pairs]
+    where = {(p.location, p.place): i for i, p in enumerate(known) if p is not None and p.kind == "class_logits"}
+    found = []
+    for pair, prediction in zip(pairs, known):
+        if prediction is None:
+            raise AlignmentError(f"{key}, {pair}: it is unknown what is predicted there.")
+        if (prediction.location, prediction.place) not in where:
+            place = f"{prediction.location} {prediction.place or ''}".strip()
+            raise AlignmentError(f"{key}, {pair}: the class logits of the same place ({place}) must be named too.")
+        found.append(where[prediction.location, prediction.place])
+    return found
 
 
 def check_same_meaning(where: str, student: Prediction, teacher: Prediction) -> None:
@@ -66,6 +77,7 @@ def check_same_meaning(where: str, student: Prediction, teacher: Prediction) -> 
     for what in {**student.requires, **teacher.requires}:
         have = student.requires.get(what), teacher.requires.get(what)
         if have[0] != have[1]:
+            ours, theirs = ("nothing that is known" if value is None else value for value in have)
             raise AlignmentError(
-                f"{where}: student and teacher must have the same {what}, but have {have[0]} and {have[1]}."
+                f"{where}: student and teacher must have the same {what}, but have {ours} and {theirs}."
             )

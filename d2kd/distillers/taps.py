@@ -51,7 +51,8 @@ class HeadRest(NamedTuple):
     run: Callable[[Tensor], Tensor]
     #: C.
     channels: int
-    #: From what is predicted of boxes, (M, 4) deltas, to boxes (M, 4) XYXY in units of the anchor; None for classes.
+    #: From what is predicted of boxes, (M, 4) deltas or (M, 4 * B) logits of distances, to boxes (M, 4) XYXY in units
+    #: of the anchor; None for classes.
     decode: Callable[[Tensor], Tensor] | None = None
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2kd.modeling.meta_arch.gfl import SIDES, expected_distances
+from d2kd.modeling.meta_arch.gfl import SIDES, box_distances
 from d2kd.modeling.meta_arch.reppoints.points import as_points, flatten_levels
 from d2kd.modeling.meta_arch.reppoints.points import place as place_boxes
 
@@ -106,8 +106,8 @@ class GFLExport(DenseDetectorExport):
         """See the base class."""
         found = []
         for logits, bins in zip(*self.model.head(features)):
-            sides = by_anchor(bins, SIDES * self.model.num_bins).float().unflatten(2, (SIDES, -1))
-            found.append((by_anchor(logits, self.num_classes).float().sigmoid(), expected_distances(sides)))
+            distances = box_distances(by_anchor(bins, SIDES * self.model.num_bins))
+            found.append((by_anchor(logits, self.num_classes).float().sigmoid(), distances))
         return found
 
 

@@ -1,7 +1,7 @@
 """Builds a distilled model from a configuration: student, teacher, methods, and the student's initialization."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,9 +69,9 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
         pairs = {name: _matched(name, pairs[name], student, matches) for name in methods}
         pairs |= {name: with_rests(cfg, name, pairs[name], student, teacher) for name in methods}
         _check_gradients(cfg, pairs)
-        _check_predictors(cfg, student, pairs, taken)
         counted = _in_compared_iterations(cfg)
         distillers = {name: _distiller(counted, name, pairs[name]).to(cfg.MODEL.DEVICE) for name in methods}
+        _check_predictors(cfg, student, distillers.values(), taken)
         for distiller in distillers.values():
             distiller.check_teacher(teacher.model)
     passes = build_passes(cfg, student, teacher, pairs)
@@ -224,7 +224,7 @@ def _matched(
         softmax = pair.student.prediction is not None and pair.student.prediction.activation == "softmax"
         if match.known is None or (fewer and softmax):
             raise MethodError(
-                f"{method} compares class scores: the student has {match.student} ({match.student.key}), the teacher "
+                f"{method} looks at class scores: the student has {match.student} ({match.student.key}), the teacher "
                 f"{match.teacher} ({match.teacher.key} of DISTILL.TEACHER.CONFIG_FILE). Give both the same classes, or "
                 f"take {method} out of DISTILL.METHODS."
             )
@@ -255,16 +255,17 @@ def _check_gradients(cfg: CfgNode, pairs: Mapping[str, Sequence[TapPair]]) -> No
 
 
 def _check_predictors(
-    cfg: CfgNode, student: nn.Module, pairs: Mapping[str, Sequence[TapPair]], taken: Sequence[str]
+    cfg: CfgNode, student: nn.Module, distillers: Collection[Distiller], taken: Sequence[str]
 ) -> None:
     """Without the task's losses something else must make the layers that predict.
 
     Raises:
         MethodError: they stay as they were drawn at random.
     """
-    if cfg.DISTILL.TASK_WEIGHT > 0 or not pairs:
+    if cfg.DISTILL.TASK_WEIGHT > 0 or not distillers:
         return
-    compared = {pair.student.name.partition("@")[0] for of_method in pairs.values() for pair in of_method}
+    taught = [pair for d in distillers for level, pair in enumerate(d.pairs) if d.teaches(level)]
+    compared = {pair.student.name.partition("@")[0] for pair in taught}
     architecture = architecture_of(student)
     layers = {p.tap.partition("@")[0] for p in (*architecture.predictions(), *architecture.evidence())}
     layers |= {layer.path for layer in architecture.class_layers()}

@@ -186,6 +186,15 @@ def test_a_run_that_diverged_is_counted_and_is_in_no_mean(accuracy, tmp_path):
     assert "| baseline | 2, 1 diverged | 52.0 | 51.0 to 53.0 |" in page.read_text()
     recorded = json.loads((tmp_path / "benchmarks/results/accuracy.json").read_text())["accuracy short"]
     assert recorded["rows"]["baseline"]["seeds"]["2"]["scores"]["test"] == 0.1
+    for seed in (1, 2, 3):  # without a detection there is no AP
+        for metrics in content["metrics"].values():
+            metrics["bbox"]["AP"] = None if seed < 3 else 0.0
+        (root / f"baseline/seed{seed}/evaluation/result.json").write_text(json.dumps(content))
+    (tmp_path / "benchmarks/results/accuracy.json").unlink()
+    accuracy("--evaluate-only")
+    rows = json.loads((root / "table.json").read_text())["rows"]
+    assert rows["baseline"]["diverged"] == [1, 2, 3] and rows["FeatureMimic"]["over_baseline"] is None
+    assert "| baseline | 0, 3 diverged | - | - |" in page.read_text()
 
 
 def test_a_seed_of_another_command_is_left_out(accuracy, tmp_path, caplog):

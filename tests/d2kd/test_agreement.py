@@ -126,7 +126,7 @@ def test_the_same_number_of_other_classes_is_not_taken_for_the_same(tmp_path, na
     net = model(seed=7)
     cfg, student = distilled(tmp_path, RETINANET, net.state_dict(), class_names("x", "y", "z"), [])
     assert "head.cls_score.weight" not in initialize_student(cfg, student).copied
-    with pytest.raises(UserError, match=r"LogitKD compares class scores.*\(a, b, c\).*teacher 3 classes \(x, y, z\)"):
+    with pytest.raises(UserError, match=r"LogitKD looks at class scores.*\(a, b, c\).*teacher 3 classes \(x, y, z\)"):
         distilled(tmp_path, RETINANET, net.state_dict(), class_names("x", "y", "z"), ["LogitKD"])
 
 

@@ -14,7 +14,8 @@ from test_check import check
 from test_reppoints import grid, literal_iou, one_image
 from torch import Tensor, nn
 
-from d2kd.distillers import AlignmentError
+from d2kd.distillers import AlignmentError, Prediction
+from d2kd.distillers.predictions import check_same_meaning
 from d2kd.engine import load_config
 from d2kd.errors import ConfigError
 from d2kd.layers import generalized_iou, paired_iou
@@ -75,7 +76,7 @@ def literal_assign(cells: Tensor, per_level: list[int], boxes: Tensor, scale: fl
         for i, value in iou.items():
             a, b, _ = middle[i]
             inside = box[0] < a < box[2] and box[1] < b < box[3]
-            if inside and value >= mean + deviation and value > held[i]:
+            if inside and value >= min(mean + deviation, max(iou.values())) and value > held[i]:
                 owner[i], held[i] = number, value
     return owner
 
@@ -94,7 +95,15 @@ def test_the_assigner_is_its_definition(seed, scale, count):
     found = assign_by_statistics(cells, per_level, boxes, scale, count)
     assert found.tolist() == literal_assign(cells, per_level, boxes, scale, count)
     assert len(set(found.tolist())) > 4
-    assert assign_by_statistics(cells[:1], [1], boxes, scale, count).isfinite().all()  # a deviation of one number
+
+
+def test_one_candidate_and_equal_ones_have_a_threshold():
+    """Of one number there is no deviation, and the mean of equal ones may be above them by rounding."""
+    cell = torch.tensor([[-4.0, -4, 4, 4]])
+    assert assign_by_statistics(cell, [1], torch.tensor([[-3.0, -2, 5, 6]])).tolist() == [0]
+    cells = torch.cat([cell + shift for shift in torch.tensor([[0.0, 0, 0, 0], [8, 0, 8, 0], [0, 8, 0, 8]])])
+    for side in torch.linspace(9, 20, 40).tolist():  # inside of all three anchors, of 64 pixels
+        assert 0 in assign_by_statistics(cells, [3], torch.tensor([[-4.0, -4, side - 4, side - 4]]), 8.0, 3)
 
 
 def test_distances_are_means_of_their_distributions():
@@ -117,7 +126,7 @@ def test_the_loss_of_distances_is_the_cross_entropy_to_both_neighbours(distance,
 
 
 def test_losses_are_the_formulas(net):
-    """Equations 4 and 6, number by number; boxes are those of the distances, in strides around the cell."""
+    """Equations 2 and 6, number by number; boxes are those of the distances, in strides around the cell."""
     torch.manual_seed(0)
     levels = [torch.zeros(1, 1, side, side) for side in (4, 2, 1, 1, 1)]
     cells = Boxes.cat(net.anchor_generator(levels)[:2]).tensor
@@ -172,6 +181,14 @@ def test_detections_are_the_best_boxes_at_every_size(net):
     assert len(plain) == 100 and (plain.scores.diff() <= 0).all()
     assert plain.scores[0].item() == pytest.approx(max(x.sigmoid().max().item() for x in levels[0]))
     torch.testing.assert_close(large.pred_boxes.tensor, plain.pred_boxes.tensor * torch.tensor([4.0, 2, 4, 2]))
+    best = [x.sigmoid().max().item() for x in levels[0]]
+    level = best.index(max(best))
+    _, y, x = (i.item() for i in torch.unravel_index(levels[0][level][0].argmax(), levels[0][level][0].shape))
+    stride, sides = 8 * 2**level, levels[1][level][0, :, y, x].view(4, 5)
+    left, top, right, bottom = (stride * d for d in expected_distances(sides).tolist())
+    box = Boxes(torch.tensor([[stride * x - left, stride * y - top, stride * x + right, stride * y + bottom]]))
+    box.clip((96, 128))
+    torch.testing.assert_close(plain.pred_boxes.tensor[:1], box.tensor, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("inputs", [one_image([], []), [*one_image([], []), *one_image([], [])]], ids=["one", "two"])
@@ -292,6 +309,7 @@ def test_a_student_starts_from_the_teachers_head():
         (RETINANET, GFL, "LogitKD", "same (place of cells|anchors|meaning of a score)"),
         (GFL, RETINANET, "LogitKD", "same (place of cells|anchors|meaning of a score)"),
         (GFL, RETINANET, "HeadRegression", "make no box_deltas at the same places"),
+        (RETINANET, {**RETINANET, "MODEL.FPN.OUT_CHANNELS": 12}, "LD", "make no box_distribution at the same places"),
         (GFL, RETINANET, "LD", "make no box_distribution at the same places"),
         (GFL, {**GFL, "MODEL.GFL.NUM_BINS": 6}, "LD", r"same distances that are told apart \(MODEL\.GFL\.NUM_BINS\)"),
         (GFL, {**GFL, "MODEL.GFL.CELL_OFFSET": 0.5}, "LD", r"same place of cells .*OFFSET\), but have 0\.0 and 0\.5"),
@@ -303,6 +321,33 @@ def test_predictions_that_mean_something_else_are_not_compared(tmp_path, student
     keys = {"DISTILL__METHODS": [method], "DISTILL__INIT_FROM_TEACHER__ENABLED": False}
     with pytest.raises((AlignmentError, ValueError), match=words):
         build_distilled_model(config(student, **keys, **named))
+
+
+def test_other_taps_than_those_of_a_method_are_refused(tmp_path):
+    boxes = {"TAPS": ["head.bbox_pred@0"]}
+    for base, method, taps, words in (
+        (
+            GFL,
+            "HeadRegression",
+            boxes,
+            "predicts box_distribution; HeadRegression compares box_deltas",
+        ),
+        (RETINANET, "LD", boxes, "predicts box_deltas; LD compares box_distribution and class_logits"),
+        (GFL, "LD", boxes, r"class logits of the same place \(anchor p3\) must be named too"),
+        (GFL, "LD", {"TAPS": ["p3"]}, "TAPS names no distances to the sides of boxes"),
+        (GFL, "LD", {"TAPS": ["head.cls_score@0"]}, "TAPS names no distances to the sides of boxes"),
+    ):
+        node = {"LD": "LD", "HeadRegression": "HEAD_REGRESSION"}[method]
+        keys = {"DISTILL__METHODS": [method], **{f"DISTILL__{node}__{key}": value for key, value in taps.items()}}
+        with pytest.raises(AlignmentError, match=words):
+            build_distilled_model(config(base, **keys, **write_teacher(tmp_path, config(base))))
+
+
+def test_what_only_the_teacher_asks_for_is_asked_for_too():
+    plain = Prediction("a", "class_logits", "anchor", "p3", "sigmoid")
+    check_same_meaning("here", plain, plain)
+    with pytest.raises(AlignmentError, match="here: .* same unit, but have nothing that is known and pixels"):
+        check_same_meaning("here", plain, plain._replace(requires={"unit": "pixels"}))
 
 
 # ---- runs ----

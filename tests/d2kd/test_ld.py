@@ -10,7 +10,7 @@ from test_gfl import GFL
 from d2kd.distillers import LD, AlignmentError, CrossKD, HeadRest, Prediction, TapInfo, TapPair
 from d2kd.distillers.divergence import distance_divergence
 from d2kd.errors import ConfigError
-from d2kd.layers import generalized_iou
+from d2kd.layers import generalized_iou, soft_label_focal_loss
 from d2kd.modeling import build_distilled_model
 from d2kd.modeling.architectures import architecture_of
 from d2kd.modeling.meta_arch.gfl import as_box, expected_distances
@@ -145,13 +145,38 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path):
 
 def test_with_weight_zero_the_student_learns_nothing_of_it(tmp_path):
     losses = losses_of(distilled(tmp_path, DISTILL__LD__WEIGHT=0.0))
-    assert losses and all(loss.item() == 0 for loss in losses.values())
+    assert losses and all(loss.item() == 0 and not loss.requires_grad for loss in losses.values())
 
 
-def test_classes_of_another_order_weigh_by_their_names(tmp_path):
+def test_the_students_classes_weigh_whatever_their_order_in_the_teacher():
+    """Of a teacher with more classes, a box of one that the student does not know weighs nothing."""
+    classes, boxes = pair("class_logits", 3), pair("box_distribution", 20)
+    classes = TapPair(classes.student, classes.teacher._replace(order=(3, 0, 1)))
+    method = LD(pairs=[boxes, classes], class_weight=1.0, weight=1.0, temperature=2.0)
+    generator = torch.Generator().manual_seed(0)
+    s, t, p, q = (torch.randn(1, n, 2, 2, generator=generator) for n in (20, 20, 3, 4))
+    q[0, 2] = 10.0  # sure of the one that the student does not have
+    found = method({boxes.name: s, classes.name: p}, {boxes.teacher.name: t, classes.teacher.name: q})
+    q = q[:, [3, 0, 1]].sigmoid()
+    weights = q.amax(1).square().flatten()
+    flat = [x.movedim(1, -1).reshape(-1, 20) for x in (s, t)]
+    want = (weights * distance_divergence(*flat, 2.0)).sum() / weights.sum().clamp(min=1)
+    torch.testing.assert_close(found[boxes.name], want)
+    want = soft_label_focal_loss(p, q, 1.0) / q.square().sum().clamp(min=1)
+    torch.testing.assert_close(found[classes.name], want)
+
+
+def test_unknown_classes_are_refused(tmp_path):
     """Where the teacher has other classes and nobody knows which, its confidence says nothing."""
-    with pytest.raises(ValueError, match="LD compares class scores: the student has 3 classes"):
+    with pytest.raises(ValueError, match="LD looks at class scores: the student has 3 classes"):
         distilled(tmp_path, teacher={"MODEL.GFL.NUM_CLASSES": 5}, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
+
+
+def test_a_head_that_ld_alone_would_leave_random_is_refused(tmp_path):
+    keys = {"DISTILL__TASK_WEIGHT": 0.0, "DISTILL__INIT_FROM_TEACHER__ENABLED": False}
+    with pytest.raises(ValueError, match=r"TASK_WEIGHT is 0, and no method trains head\.cls_score"):
+        distilled(tmp_path, **keys)
+    distilled(tmp_path, **keys, DISTILL__LD__CLASS_WEIGHT=1.0)
 
 
 def pair(kind, channels, place="p3", decode=None):
@@ -163,7 +188,7 @@ def pair(kind, channels, place="p3", decode=None):
 
 
 def test_distances_without_classes_are_refused():
-    with pytest.raises(AlignmentError, match=r"DISTILL\.LD\.TAPS: .* predicts boxes where no classes are predicted"):
+    with pytest.raises(AlignmentError, match=r"DISTILL\.LD\.TAPS, .*: the class logits of the same place \(anchor"):
         LD(pairs=[pair("class_logits", 3, "p4"), pair("box_distribution", 20)])
     with pytest.raises(ConfigError, match=r"LD\.CLASS_WEIGHT"):
         LD(pairs=[pair("class_logits", 3), pair("box_distribution", 20)], class_weight=-1.0)
@@ -174,6 +199,7 @@ def test_distances_without_classes_are_refused():
     [
         ("box_deltas", "kl", "is kl, and the teacher predicts boxes, no distributions: set it to giou or l1"),
         ("box_distribution", "l1", "is l1, and the teacher predicts distributions of boxes: set it to giou or kl"),
+        ("box_distribution", "giou", "is giou, and how boxes are encoded is unknown: set it to kl"),
         ("box_deltas", "giou", "is giou, and how boxes are encoded is unknown: set it to l1"),
     ],
 )  # fmt: skip

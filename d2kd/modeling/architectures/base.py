@@ -77,8 +77,8 @@ class HeadBranch(NamedTuple):
     predictor: nn.Module
     #: Input pixels a cell; 0 for heads on regions.
     stride: float = 0.0
-    #: From what is predicted of boxes, (M, 4) deltas, to boxes (M, 4) XYXY, in units of the anchor (or region, or cell)
-    #: at the origin.
+    #: From what is predicted of boxes, (M, 4) deltas or (M, 4 * B) logits of distances, to boxes (M, 4) XYXY, in units
+    #: of the anchor (or region, or cell) at the origin.
     decode: Callable[[Tensor], Tensor] | None = None
 
 

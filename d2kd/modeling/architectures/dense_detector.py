@@ -32,7 +32,7 @@ class DenseDetector(Architecture):
                 return []
             level = levels.index(prediction.place)
             layers = head_layers(f"head.{name}", subnet, level)
-            decode = None if prediction.kind == "class_logits" else self.box_decoder()
+            decode = None if prediction.kind == "class_logits" else self.decoder_of_boxes()
             stride = float(shapes[prediction.place].stride or 0)
             branches.append(HeadBranch(prediction, layers, self.predictor(prediction, level), stride, decode))
         return branches
@@ -41,7 +41,7 @@ class DenseDetector(Architecture):
         """Returns the layer that makes a prediction on a level, from a feature (N, C, H, W)."""
         return self.model.get_submodule(prediction.tap.partition("@")[0])
 
-    def box_decoder(self) -> Callable[[Tensor], Tensor] | None:
+    def decoder_of_boxes(self) -> Callable[[Tensor], Tensor] | None:
         """Returns how predictions of boxes become boxes, see `HeadBranch`; None where that is unknown."""
         return box_decoder(getattr(self.model, "box2box_transform", None))
 

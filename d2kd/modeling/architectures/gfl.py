@@ -5,9 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from d2kd.distillers import Prediction
-from d2kd.layers import upcast_half
 
-from ..meta_arch.gfl import SIDES, as_box, expected_distances
+from ..meta_arch.gfl import as_box, box_distances
 from .base import NumClassesKey, register_architecture
 from .dense_detector import DenseDetector
 
@@ -39,9 +38,9 @@ class GFL(DenseDetector):
         predictor = super().predictor(prediction, level)
         return predictor if prediction.kind == "class_logits" else _OnLevel(predictor, level)
 
-    def box_decoder(self) -> Callable[[Tensor], Tensor]:
+    def decoder_of_boxes(self) -> Callable[[Tensor], Tensor]:
         """As in the base class."""
-        return lambda logits: as_box(expected_distances(upcast_half(logits).unflatten(1, (SIDES, -1))))
+        return lambda logits: as_box(box_distances(logits))
 
 
 class _OnLevel(nn.Module):

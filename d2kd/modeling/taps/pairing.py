@@ -48,7 +48,8 @@ def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module)
         shared = [pair for of_kind in of_kinds for pair in of_kind] if all(of_kinds) else []
         ours, theirs = [s for s, _ in shared], list(node.TEACHER_TAPS) or [t for _, t in shared]
     if not ours:
-        raise TapError(_nothing_shared(key, kinds[0], student, teacher))
+        lacking = next((kind for kind, found in zip(kinds, of_kinds) if not found), kinds[0])
+        raise TapError(_nothing_shared(key, lacking, student, teacher))
     if len(ours) != len(theirs):
         raise TapError(
             f"{key}.TAPS names {len(ours)} features and {key}.TEACHER_TAPS {len(theirs)}; they are compared pair by "

@@ -1,8 +1,8 @@
 """META_ARCHITECTURE "GFL" (arXiv 2006.04388): a detector that predicts how certain each side of a box is."""
 
 from .assigner import BACKGROUND, assign_by_statistics
-from .distribution import as_box, distribution_focal_loss, expected_distances
-from .head import SIDES, GFLHead
+from .distribution import SIDES, as_box, box_distances, distribution_focal_loss, expected_distances
+from .head import GFLHead
 from .model import GFL
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SIDES",
     "as_box",
     "assign_by_statistics",
+    "box_distances",
     "distribution_focal_loss",
     "expected_distances",
 ]

@@ -18,8 +18,8 @@ def assign_by_statistics(
 
     Around the center of every cell lies a square anchor. On each level the cells nearest to the center of an object
     are its candidates. It is learned by those whose center is inside it and whose anchor's IoU with it reaches the mean
-    over all its candidates plus their standard deviation. A cell that several objects want learns the one that it
-    overlaps most, of equal ones the first; of cells equally near the first is the candidate.
+    over all its candidates plus their (sample) standard deviation. A cell that several objects want learns the one that
+    it overlaps most, of equal ones the first; of cells equally near the first is the candidate.
 
     Args:
         cells: (R, 4) XYXY, squares of the size of the stride around the centers of cells, level by level.
@@ -44,7 +44,8 @@ def assign_by_statistics(
     index = torch.cat(nearest, dim=1)
     of_candidates = overlaps.gather(1, index)
     deviation = of_candidates.std(dim=1, correction=min(1, index.shape[1] - 1))
-    threshold = of_candidates.mean(dim=1) + deviation
+    # of equal overlaps the mean may be above all of them, by rounding
+    threshold = torch.minimum(of_candidates.mean(dim=1) + deviation, of_candidates.amax(dim=1))
     x, y = centers[index].unbind(dim=2)
     x0, y0, x1, y1 = (side[:, None] for side in boxes.unbind(dim=1))
     inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)

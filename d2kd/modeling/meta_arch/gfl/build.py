@@ -2,6 +2,7 @@
 
 from d2kd.config import declare_keys
 from d2kd.detectron2_keys import NORMS
+from d2kd.errors import ConfigError
 from d2kd.settings import NOT_EMPTY, setting
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
@@ -18,9 +19,14 @@ def build_head(node: CfgNode, backbone: Backbone) -> GFLHead:
         backbone: whose features IN_FEATURES names.
 
     Raises:
-        ConfigError: the backbone lacks one of them, or NORM does not fit their channels.
+        ConfigError: the backbone lacks one of them or does not tell its stride, or NORM does not fit their channels.
     """
     levels = levels_of(backbone, "MODEL.GFL.IN_FEATURES", node.IN_FEATURES)
+    if not all(level.stride for level in levels):
+        raise ConfigError(
+            f"MODEL.GFL.IN_FEATURES is {list(node.IN_FEATURES)}, and the backbone (MODEL.BACKBONE.NAME) does not tell "
+            "all of their strides (`output_shape`), which distances are measured in."
+        )
     check_group_norm("MODEL.GFL.NORM", node.NORM, node.IN_FEATURES[0], levels[0])
     return GFLHead(
         input_shape=levels,

@@ -1,9 +1,13 @@
-"""Distances that are predicted as distributions over whole numbers of strides (arXiv 2006.04388, section 3.2)."""
+"""Distances that are predicted as distributions over whole numbers of strides (arXiv 2006.04388, section 3)."""
 
 import torch
 from torch import Tensor
 
-#: How far distances that are learned stay below the largest one that can be told, in strides.
+from d2kd.layers import upcast_half
+
+#: Of a box.
+SIDES = 4
+#: How far distances that are learned stay below the largest one that can be told, in strides; as released.
 MARGIN = 0.1
 
 
@@ -18,6 +22,11 @@ def expected_distances(logits: Tensor) -> Tensor:
     """
     steps = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
     return (logits.softmax(dim=-1) * steps).sum(dim=-1)
+
+
+def box_distances(logits: Tensor) -> Tensor:
+    """Returns the distances to the sides of boxes, (..., 4) in strides, of (..., 4 * B) logits; in float32 at least."""
+    return expected_distances(upcast_half(logits).unflatten(-1, (SIDES, -1)))
 
 
 def as_box(distances: Tensor) -> Tensor:

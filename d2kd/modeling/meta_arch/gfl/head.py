@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-#: Sides of a box.
-SIDES = 4
+from .distribution import SIDES
 
 
 class LevelScaledConv2d(nn.Conv2d):

@@ -19,15 +19,15 @@ from detectron2.utils.events import get_event_storage
 from ..processes import mean_over_processes
 from .assigner import assign_by_statistics
 from .build import build_head
-from .distribution import as_box, distribution_focal_loss, expected_distances
-from .head import SIDES
+from .distribution import SIDES, as_box, box_distances, distribution_focal_loss
 
 
 class GFL(DenseDetector):
     """Every cell of a pyramid predicts classes, and a distribution of the distance to each side of a box.
 
     The score of a class is the overlap of that box with the object, so that there is no centerness beside it. Objects
-    are given to cells by ATSS (arXiv 1912.02424). A cell is represented by a box of the size of the stride around its
+    are given to cells by ATSS (arXiv 1912.02424); what the padding of a batch adds to an image learns the background. A
+    cell is represented by a box of the size of the stride around its
     center, as in Detectron2's FCOS.
     """
 
@@ -78,7 +78,7 @@ class GFL(DenseDetector):
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         shapes = backbone.output_shape()
-        strides = [int(shapes[name].stride or 1) for name in head_in_features]
+        strides = [int(shapes[name].stride) for name in head_in_features]
         self.anchor_generator = DefaultAnchorGenerator(
             sizes=[[stride] for stride in strides], aspect_ratios=[1.0], strides=strides, offset=cell_offset
         )
@@ -172,15 +172,15 @@ class GFL(DenseDetector):
             labels, boxes: see `label_cells`.
 
         Returns:
-            "loss_cls": the quality focal loss (equation 4), divided by the number of foreground cells. "loss_box_reg",
+            "loss_cls": the quality focal loss (equation 2), divided by the number of foreground cells. "loss_box_reg",
             1 - GIoU, and "loss_dfl", the distribution focal loss (equation 6): weighted by the best score of a cell,
             divided by the sum of these weights. All are divided by 1 at least.
         """
         image, index = (labels < self.num_classes).nonzero(as_tuple=True)
         get_event_storage().put_scalar("num_pos_cells", len(image) / len(labels))
-        sides = bins[image, index].unflatten(1, (SIDES, -1))
+        found = bins[image, index]
         distances = self.box2box_transform.get_deltas(cells[index], boxes[image, index])
-        predicted, wanted = as_box(expected_distances(sides)), as_box(distances)
+        predicted, wanted = as_box(box_distances(found)), as_box(distances)
         quality = torch.zeros_like(logits)
         quality[image, index, labels[image, index]] = paired_iou(predicted.detach(), wanted)
         weights = logits[image, index].detach().sigmoid().amax(dim=1)
@@ -188,7 +188,8 @@ class GFL(DenseDetector):
         foreground, weight = mean_over_processes(totals).clamp(min=1)
         loss_cls = soft_label_focal_loss(logits, quality, self.quality_focal_loss_beta)
         loss_box = (weights * (1 - generalized_iou(predicted, wanted))).sum()
-        loss_dfl = (weights * distribution_focal_loss(sides, distances).mean(dim=1)).sum()
+        of_sides = distribution_focal_loss(found.unflatten(1, (SIDES, -1)), distances)
+        loss_dfl = (weights * of_sides.mean(dim=1)).sum()
         return {
             "loss_cls": loss_cls / foreground,
             "loss_box_reg": self.box_loss_weight * loss_box / weight,
@@ -202,7 +203,7 @@ class GFL(DenseDetector):
         cells = self.anchor_generator(features)
         logits, bins = self._transpose_dense_predictions(predictions, [self.num_classes, SIDES * self.num_bins])
         scores = [upcast_half(of_level).sigmoid() for of_level in logits]
-        distances = [expected_distances(upcast_half(of_level).unflatten(2, (SIDES, -1))) for of_level in bins]
+        distances = [box_distances(of_level) for of_level in bins]
         results = []
         for i, image_size in enumerate(images.image_sizes):
             found = self._decode_multi_level_predictions(
