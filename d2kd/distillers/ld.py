@@ -36,7 +36,6 @@ class LD(PredictionDistiller):
     """
 
     PREDICTION = ("box_distribution", "class_logits")
-    DEFAULTS = {"WEIGHT": 0.25}
 
     temperature: float = setting(
         10.0, "Divides the logits of distances; their loss is multiplied by its square.", above=0, at_most=1000

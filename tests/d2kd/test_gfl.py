@@ -438,6 +438,6 @@ def test_recipes_have_the_published_numbers(name, depth, schedule):
     assert (node.SCORE_THRESH_TEST, node.NMS_THRESH_TEST, node.TOPK_CANDIDATES_TEST) == (0.05, 0.6, 1000)
     if "LD" in name:
         assert (cfg.DISTILL.LD.TEMPERATURE, cfg.DISTILL.LD.CLASS_WEIGHT) == (10.0, 0.0)
-        assert pytest.approx(0.25 / 17, rel=0.01) == cfg.DISTILL.LD.WEIGHT
     if "CrossKD" in name:
-        assert cfg.DISTILL.CROSS_KD.BOX_LOSS == "kl"
+        assert (cfg.DISTILL.CROSS_KD.BOX_LOSS, cfg.DISTILL.CROSS_KD.BOX_WEIGHT) == ("kl", 4.0)
+    assert cfg.DISTILL.INIT_FROM_TEACHER.ENABLED == (not cfg.DISTILL.TEACHER.CONFIG_FILE)
