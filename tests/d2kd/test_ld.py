@@ -135,6 +135,16 @@ def test_the_student_learns_and_the_teacher_nothing(tmp_path, method, precision)
     assert not any("cls_score" in name for name in learned)  # of LD: the classes weigh, and are not followed
 
 
+def test_it_works_in_a_loop_without_a_storage(tmp_path):
+    net = distilled(tmp_path, DISTILL__BALANCE="gradient")
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(net(batch()).values()).backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in net.student.parameters())
+
+
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path):
     net = distilled(tmp_path, DISTILL__LD__CLASS_WEIGHT=1.0)
     net.student.load_state_dict(net.teacher.model.state_dict())

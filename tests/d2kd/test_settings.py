@@ -26,7 +26,12 @@ def test_constructor_and_yaml_have_the_same_defaults(method):
     if METHODS[method].CONTINUES_HEAD:
         scores = Prediction("p3", "class_logits", "anchor", "p3", "sigmoid")
         pair = TapPair(pair.student, pair.teacher._replace(prediction=scores, rest=HeadRest(torch.nn.Identity(), 4)))
-    built = METHODS[method](pairs=[pair], **given)
+    pairs = [pair]
+    if method == "LD":  # of known predictions alone
+        kinds = (("class_logits", "sigmoid"), ("box_distribution", ""))
+        known = [Prediction(kind, kind, "anchor", "p3", activation) for kind, activation in kinds]
+        pairs = [TapPair(*(tap._replace(name=x.tap, prediction=x) for tap in pair)) for x in known]
+    built = METHODS[method](pairs=pairs, **given)
     node = config().DISTILL[METHODS[method].NODE]
     for name, declared in METHODS[method].SETTINGS.items():
         if not declared.config_only and name not in given:
