@@ -177,6 +177,12 @@ class Distiller(Configurable, nn.Module):
         return cls(**cls.from_config(cfg, pairs))
 
     @classmethod
+    def predictions(cls) -> tuple[str, ...]:
+        """Returns the kinds in `PREDICTION`; none for a method that compares features."""
+        kinds = (cls.PREDICTION,) if isinstance(cls.PREDICTION, str) else cls.PREDICTION
+        return tuple(kind for kind in kinds if kind)
+
+    @classmethod
     def takes_validity(cls) -> bool:
         """Returns whether `level_loss` has a `valid` argument, so that the teacher may compute parts of a map only."""
         return "valid" in inspect.signature(cls.level_loss).parameters

@@ -17,9 +17,9 @@ class PredictionDistiller(Distiller):
     def check_pair(self, key: str, pair: TapPair) -> None:
         """Raises AlignmentError unless the two networks predict the same numbers, at equal strides."""
         ours, theirs = pair
-        kinds = (self.PREDICTION,) if isinstance(self.PREDICTION, str) else self.PREDICTION
+        kinds = self.predictions()
         for tap in pair:
-            if tap.prediction is not None and kinds != ("",) and tap.prediction.kind not in kinds:
+            if tap.prediction is not None and kinds and tap.prediction.kind not in kinds:
                 raise AlignmentError(
                     f"{key}, {pair}: {tap.name} predicts {tap.prediction.kind}; {type(self).__name__} compares "
                     f"{' and '.join(kinds)}."

@@ -36,8 +36,7 @@ def pairs_of_methods(
 
 def _names_of(cfg: CfgNode, method: str, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     """The taps of student and teacher that a method compares."""
-    kinds, key = DISTILLERS.get(method).PREDICTION, f"DISTILL.{DISTILLERS.get(method).NODE}"
-    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    kinds, key = DISTILLERS.get(method).predictions() or ("",), f"DISTILL.{DISTILLERS.get(method).NODE}"
     node = cfg.DISTILL[DISTILLERS.get(method).NODE]
     if DISTILLERS.get(method).CONTINUES_HEAD:
         return head_features(cfg, method, student, teacher)

@@ -16,6 +16,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
+from ..dense_arguments import dense_arguments
 from ..processes import mean_over_processes
 from .assigner import assign_by_statistics
 from .build import build_head
@@ -109,8 +110,6 @@ class GFL(DenseDetector):
         return {
             "backbone": backbone,
             "head": build_head(node, backbone),
-            "head_in_features": list(node.IN_FEATURES),
-            "num_classes": node.NUM_CLASSES,
             "num_bins": node.NUM_BINS,
             "cell_offset": node.CELL_OFFSET,
             "anchor_scale": node.ANCHOR_SCALE,
@@ -118,14 +117,7 @@ class GFL(DenseDetector):
             "quality_focal_loss_beta": node.QUALITY_FOCAL_LOSS_BETA,
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
             "distribution_loss_weight": node.DISTRIBUTION_LOSS_WEIGHT,
-            "test_score_thresh": node.SCORE_THRESH_TEST,
-            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": node.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "vis_period": cfg.VIS_PERIOD,
-            "input_format": cfg.INPUT.FORMAT,
+            **dense_arguments(cfg, node),
         }
 
     def forward_training(

@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
+from ..dense_arguments import dense_arguments
 from ..processes import mean_over_processes
 from .assigners import IGNORED, assign_by_distance, assign_by_overlap
 from .build import build_head
@@ -113,9 +114,7 @@ class RepPoints(DenseDetector):
         return {
             "backbone": backbone,
             "head": build_head(node, backbone),
-            "head_in_features": list(node.IN_FEATURES),
             "point_transform": build_transform(node.TRANSFORM, node.MOMENT_MULTIPLIER),
-            "num_classes": node.NUM_CLASSES,
             "base_scale": node.BASE_SCALE,
             "locations_per_object": node.LOCATIONS_PER_OBJECT,
             "iou_thresholds": node.IOU_THRESHOLDS,
@@ -124,14 +123,7 @@ class RepPoints(DenseDetector):
             "smooth_l1_beta": node.SMOOTH_L1_BETA,
             "initial_loss_weight": node.INITIAL_LOSS_WEIGHT,
             "refined_loss_weight": node.REFINED_LOSS_WEIGHT,
-            "test_score_thresh": node.SCORE_THRESH_TEST,
-            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": node.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "vis_period": cfg.VIS_PERIOD,
-            "input_format": cfg.INPUT.FORMAT,
+            **dense_arguments(cfg, node),
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]], **kwargs: Any) -> Any:
