@@ -45,7 +45,8 @@ def seed_notes(report: Mapping[str, Any]) -> str:
         f"In brackets: {confidence:.0f} % intervals (Student's t over seeds). Differences and gap closures are those "
         f"of runs with the same seed; {NOISE} means that 0 is in the interval. The teacher counts as given, and "
         "nothing is corrected for the number of comparisons: of twenty differences that are none, one is expected to "
-        "look like one. Metrics and times are means over seeds; pictures and curves are those of the first one."
+        "look like one. Gap closure is the mean gain over the mean gap of these runs, and unbounded where that gap is "
+        f"{NOISE}. Metrics and times are means over seeds; pictures and curves are those of the first one."
         + (images if any(of["over"] == "images" for of in found) else "")
     )
 

@@ -38,13 +38,40 @@ def test_pairs_take_out_what_a_seed_does_to_both():
     assert paired_difference({5: 1.0}, baseline) is None
 
 
-def test_gap_closure_is_the_mean_over_seeds_and_needs_a_better_teacher():
+def test_gap_closure_is_the_mean_gain_over_the_mean_gap_and_needs_a_better_teacher():
     baseline = {1: 50.0, 2: 60.0}
     found = gap_closure({1: 65.0, 2: 75.0, 3: 0.0}, baseline, 80.0)
-    assert found.mean == pytest.approx((15 / 30 + 15 / 20) / 2) and found.count == 2
-    assert gap_closure({1: 65.0, 2: 75.0}, baseline, 60.0) is None
-    assert gap_closure({1: 65.0}, baseline, 60.0).mean == pytest.approx(1.5)
-    assert gap_closure({1: 65.0}, baseline, math.nan) is None
+    assert found.mean == pytest.approx((15 + 15) / (30 + 20)) and found.count == 2
+    assert gap_closure({1: 65.0, 2: 75.0}, baseline, 55.0) is None
+    assert gap_closure({1: 65.0}, baseline, 60.0) == Estimate(1.5)
+    assert gap_closure({1: 65.0}, baseline, math.nan) is None and gap_closure({3: 65.0}, baseline, 80.0) is None
+
+
+def test_gap_closure_is_bounded_by_ratios_that_the_seeds_cannot_tell_from_it():
+    baseline = {1: 50.0, 2: 54.0, 3: 49.0, 4: 52.0}
+    student = {1: 65.0, 2: 66.0, 3: 66.5, 4: 64.0}
+    found = gap_closure(student, baseline, 80.0)
+    for ratio in (found.low, found.high):  # just so far that what is left has 0 at an end of its interval
+        left = estimate([student[seed] - base - ratio * (80 - base) for seed, base in baseline.items()])
+        assert min(abs(left.low), abs(left.high)) == pytest.approx(0, abs=1e-9)
+    assert found.low < found.mean < found.high
+
+
+def test_gap_closure_has_no_bounds_where_the_gap_is_noise():
+    baseline = {1: 79.0, 2: 70.0, 3: 78.9}
+    found = gap_closure({1: 80.0, 2: 80.0, 3: 80.0}, baseline, 80.0)
+    assert found == Estimate(1.0, count=3) and found.within_noise is None
+    assert found.text(".0f", 100, " %") == "100 [unbounded] %"
+
+
+def test_the_bounds_of_a_gap_closure_hold_the_truth_as_often_as_they_say():
+    rng, held = np.random.default_rng(0), []
+    for _ in range(2000):
+        base, noise = rng.normal(60, 2, 3), rng.normal(0, 1, 3)
+        student = {n: 75.0 + one for n, one in enumerate(noise)}  # of a gap of 20, 15
+        found = gap_closure(student, dict(enumerate(base.tolist())), 80.0)
+        held.append(found.low is None or found.low <= 0.75 <= found.high)
+    assert 0.93 < statistics.mean(held) < 0.97
 
 
 def test_text_has_the_bounds():
