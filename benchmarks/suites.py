@@ -163,6 +163,7 @@ _GFL: dict[str, Entry] = {
     "inherit only": Entry("gfl_student", ["DISTILL.METHODS", "[]"]),
     "FeatureMimic": Entry("gfl_student", ["DISTILL.METHODS", "['FeatureMimic']"]),
     **{n: Entry(f"gfl_student_{n}") for n in ("LD", "CrossKD")},
+    "FeatureMimic + LD": Entry("gfl_student_LD", ["DISTILL.METHODS", "['FeatureMimic','LD']"]),
 }
 
 _SOLO: dict[str, Entry] = {
