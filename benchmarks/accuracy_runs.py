@@ -216,9 +216,18 @@ class Bench:
 
 
 def commit() -> str:
-    """The repository's commit, with "-dirty" behind it where files differ from it; "" where there is none."""
-    line = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return (subprocess.run(line, capture_output=True, text=True).stdout or "").strip()
+    """The repository's commit, with "-dirty" behind it where files differ from it; "" where there is none.
+
+    What this program writes itself, when it is finished, does not count.
+    """
+    written = [":!docs/benchmarks.md", ":!benchmarks/results"]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    name = _git("describe", "--always", "--exclude=*")
+    return f"{name}-dirty" if name and changed else name
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def read(path: Path) -> str:
