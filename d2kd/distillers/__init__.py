@@ -8,7 +8,7 @@ from .head_regression import HeadRegression
 from .ld import LD
 from .logit_kd import LogitKD
 from .masked_generative import MaskedGenerative
-from .predictions import PredictionDistiller
+from .predictions import PredictionDistiller, check_same_meaning
 from .receptive_tokens import ReceptiveTokens
 from .taps import AlignmentError, HeadRest, NormAffine, Prediction, TapInfo, TapPair, build_aligner
 from .weight_schedule import WeightSchedule, scale_schedules, weight_schedules
@@ -37,6 +37,7 @@ __all__ = [
     "TapPair",
     "WeightSchedule",
     "build_aligner",
+    "check_same_meaning",
     "scale_schedules",
     "weight_schedules",
 ]

@@ -182,6 +182,7 @@ def _inherited(cfg: CfgNode, model: DistilledModel, plan: InitializationReport) 
         yield "not inherited", f"{_modules(unknown)}: {sides}"
     if plan.absent:
         yield "not inherited", f"{_modules(plan.absent)}: the teacher has no such layer"
+    yield from (("read otherwise", why) for why in plan.other_meaning.values())
     kept = [f"{architecture_of(model.student).bottom_up}: the student's own backbone"]
     kept += [f"{name}: DISTILL.INIT_FROM_TEACHER.EXCLUDE" for name in cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE]
     yield from (("not inherited", text) for text in kept)

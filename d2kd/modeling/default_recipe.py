@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 
 from .architectures import architecture_of
 from .classes import ClassMatch
-from .init_from_teacher import InitializationReport, plan_initialization
+from .init_from_teacher import InitializationReport, plan_initialization, why_not_the_teachers
 from .taps import pairs_of_methods, with_rests
 from .teacher import Teacher
 
@@ -103,6 +103,4 @@ def _why_own_head(cfg: CfgNode, student: nn.Module, plan: InitializationReport) 
     """Why the teacher's heads cannot be the student's; "" where they can."""
     if not cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:
         return "DISTILL.INIT_FROM_TEACHER.ENABLED is False."
-    heads = tuple(f"{name}." for name in _heads(student))
-    own = [name for name in student.state_dict() if name.startswith(heads) and name not in plan.copied]
-    return f"{own[0]} is not taken from the teacher." if own else ""
+    return why_not_the_teachers(plan, [f"{name}." for name in _heads(student)], student.state_dict())

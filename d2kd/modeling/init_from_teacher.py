@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from d2kd.distillers import AlignmentError, check_same_meaning
 from d2kd.errors import UserError
 
-from .architectures import architecture_of
+from .architectures import Architecture, architecture_of
 from .classes import ClassMatch, class_rows, predicts_classes
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,10 @@ class InitializationReport(NamedTuple):
     # of layers that predict classes, where the models have other ones or in another order: the places in the student's
     # and the teacher's outputs that stand for the same; empty where nothing does
     by_class: dict[str, tuple[list[int], list[int]]]
+    # names of the teacher, outside its bottom-up network, that the student lacks
+    left: Sequence[str] = ()
+    # by path of a prediction layer that both have: why equal outputs of it mean something else in the student
+    other_meaning: Mapping[str, str] = MappingProxyType({})
 
 
 def plan_initialization(
@@ -60,7 +66,10 @@ def plan_initialization(
     architecture = architecture_of(student)
     differ = {kind: match for kind, match in (classes or {}).items() if not match.same}
     class_layers = {layer.path: layer for layer in architecture.class_layers() if layer.kind in differ}
-    report = InitializationReport(copied=[], other_shape=[], absent=[], by_class={})
+    other = architecture_of(teacher)
+    left = [name for name in theirs if name not in ours and not name.startswith(f"{other.bottom_up}.")]
+    meanings = _other_meanings(architecture, other)
+    report = InitializationReport(copied=[], other_shape=[], absent=[], by_class={}, left=left, other_meaning=meanings)
     for name in [n for n in ours if not n.startswith((f"{architecture.bottom_up}.", *kept))]:
         layer = class_layers.get(name.rpartition(".")[0])
         if name not in theirs:
@@ -77,6 +86,39 @@ def plan_initialization(
         else:
             report.copied.append(name)
     return report
+
+
+def _other_meanings(student: Architecture, teacher: Architecture) -> dict[str, str]:
+    """Of layers that both have: the first reason why the student makes something else of the same numbers."""
+    theirs = {(p.tap.partition("@")[0], p.kind, p.location, p.place): p for p in teacher.meanings()}
+    found: dict[str, str] = {}
+    for ours in student.meanings():
+        path = ours.tap.partition("@")[0]
+        other = theirs.get((path, ours.kind, ours.location, ours.place))
+        if other is not None and path not in found:
+            try:
+                check_same_meaning(path, ours, other)
+            except AlignmentError as error:
+                found[path] = str(error)
+    return found
+
+
+def why_not_the_teachers(plan: InitializationReport, modules: Iterable[str], names: Iterable[str]) -> str:
+    """Why modules of a student are not the teacher's as a whole, in a sentence; "" where they are.
+
+    Args:
+        plan: what is initialized from the teacher.
+        modules: name prefixes, e.g. "head".
+        names: all of the student's state.
+    """
+    prefixes = tuple(modules)
+    own = [name for name in names if name.startswith(prefixes) and name not in plan.copied]
+    if own:
+        return f"{own[0]} is not taken from the teacher as a whole{_reason(own[0], plan)}."
+    left = [name for name in plan.left if name.startswith(prefixes)]
+    if left:
+        return f"The teacher has {left[0]} too, and the student no such layer."
+    return next((why for path, why in plan.other_meaning.items() if path.startswith(prefixes)), "")
 
 
 @torch.no_grad()
@@ -116,21 +158,19 @@ def freeze_initialized(student: nn.Module, plan: InitializationReport, modules: 
         modules: name prefixes, e.g. "head" or "head.cls_score".
 
     Raises:
-        InitializationError: a prefix matches nothing, or something that is not all taken from the teacher.
+        InitializationError: a prefix matches nothing, or something that is not the teacher's as a whole: tensors of
+            its own, layers that it lacks, or outputs that it reads otherwise (anchors, encoding of boxes).
     """
     names = list(student.state_dict())
     for prefix in modules:
-        matched = [name for name in names if name.startswith(prefix)]
-        own = [name for name in matched if name not in plan.copied]
-        if not matched:
+        if not any(name.startswith(prefix) for name in names):
             raise InitializationError(
                 f"DISTILL.INIT_FROM_TEACHER.FREEZE names {prefix!r}, but nothing in the student starts so."
             )
-        if own:
+        if why := why_not_the_teachers(plan, [prefix], names):
             raise InitializationError(
-                f"DISTILL.INIT_FROM_TEACHER.FREEZE names {prefix!r}, but {own[0]} is not taken from the teacher as a "
-                f"whole{_reason(own[0], plan)}, so it must be trained: name modules without it, or make the student's "
-                "the teacher's."
+                f"DISTILL.INIT_FROM_TEACHER.FREEZE names {prefix!r}, which is not the teacher's and must be trained. "
+                f"{why} Name modules without it, or make the student's the teacher's."
             )
     prefixes = tuple(modules)
     for name, parameter in student.named_parameters():
@@ -165,10 +205,16 @@ def _log(report: InitializationReport, classes: Mapping[str, ClassMatch]) -> Non
             ours,
             theirs,
         )
+    copied = {name.rpartition(".")[0] for name in report.copied}
+    for path, why in report.other_meaning.items():
+        if any(f"{module}.".startswith(f"{path}.") for module in copied):
+            logger.warning("Initialized from the teacher, though what it predicts means something else here: %s", why)
     if report.by_class:
         _log_classes(report, [match for match in classes.values() if not match.same])
     if report.absent:
         logger.info("Not initialized from the teacher, which has no such layer: %s", modules(report.absent))
+    if report.left:
+        logger.info("The teacher has layers that the student lacks: %s", modules(report.left))
     if not report.copied and not any(places for places, _ in report.by_class.values()):
         logger.warning("Nothing of the teacher fits: the student keeps its own initialization.")
 

@@ -24,6 +24,7 @@ FROZEN = {
 }
 CLIPPED = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 3.0}
 TRAINED = {"DISTILL.METHODS": ["FeatureMimic", "CrossKD"], "DISTILL.TASK_WEIGHT": 0.25}
+OTHER_SIZES = [[20], [40], [80], [160], [320]]
 PLAIN = {"DISTILL.METHODS": ["FeatureMimic"]}
 
 
@@ -33,7 +34,9 @@ PLAIN = {"DISTILL.METHODS": ["FeatureMimic"]}
         ({}, {}, FROZEN, ""),
         ({}, {"MODEL.RESNETS.RES2_OUT_CHANNELS": 32}, FROZEN, ""),
         ({}, {"MODEL.FPN.OUT_CHANNELS": 12}, TRAINED, "head.cls_subnet.0.weight is not taken from the teacher"),
-        ({}, {"MODEL.RETINANET.NUM_CONVS": 2}, FROZEN, ""),
+        ({}, {"MODEL.RETINANET.NUM_CONVS": 2}, TRAINED, "The teacher has head.cls_subnet.2.weight too"),
+        ({}, {"MODEL.ANCHOR_GENERATOR.SIZES": OTHER_SIZES}, TRAINED, "must have the same anchors"),
+        ({}, {"MODEL.RETINANET.BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0)}, TRAINED, "the same encoding of boxes"),
         ({"MODEL.RETINANET.NUM_CONVS": 2}, {}, TRAINED, "head.cls_subnet.2.weight is not taken"),
         ({"MODEL.RETINANET.NUM_CLASSES": 2}, {}, PLAIN, "the classes differ"),
         ({}, {"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]]}, TRAINED, "head.cls_score.weight is not taken"),
@@ -57,6 +60,27 @@ def test_comes_to_what_fits(student, teacher, recipe, reason, tmp_path, caplog):
     prefixes = {**recipe, **student}.get("DISTILL.INIT_FROM_TEACHER.FREEZE", ["nothing"])
     assert frozen == [n for n, _ in net.student.named_parameters() if n.startswith(tuple(prefixes))]
     assert "DISTILL.METHODS is auto, and comes to METHODS" in caplog.text and reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    "teacher, reason",
+    [
+        ({"MODEL.ROI_BOX_HEAD.NUM_FC": 2}, "The teacher has roi_heads.box_head.fc2.weight too"),
+        ({"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)}, "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"),
+        ({"MODEL.RPN.BBOX_REG_WEIGHTS": (2.0, 2.0, 1.0, 1.0)}, "MODEL.RPN.BBOX_REG_WEIGHTS"),
+        (
+            {"MODEL.ANCHOR_GENERATOR.SIZES": OTHER_SIZES},
+            "objectness_logits: student and teacher must have the same anchors",
+        ),
+        ({"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}, "softmax class_logits, the teacher's region sigmoid"),
+    ],
+)
+def test_trains_heads_of_an_rcnn_that_are_read_otherwise(teacher, reason, tmp_path, caplog):
+    named = write_teacher(tmp_path, config(FASTER_RCNN, **{k.replace(".", "__"): v for k, v in teacher.items()}))
+    with caplog.at_level("INFO", "d2kd"):
+        net = build_distilled_model(config(FASTER_RCNN, **named))
+    assert net.recipe == TRAINED and reason in caplog.text
+    assert all(p.requires_grad for p in net.student.roi_heads.parameters())
 
 
 def test_keeps_proposals_and_region_heads_of_an_rcnn(tmp_path):

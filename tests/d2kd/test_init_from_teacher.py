@@ -132,6 +132,8 @@ def test_frozen_modules_have_no_gradient_and_all_others_do():
         (["backbone"], {}, "backbone.bottom_up.* the student keeps its own"),
         (["backbone.fpn"], {}, r"fpn_lateral3.weight .*\(8, 64, 1, 1\) here and \(8, 32, 1, 1\) there"),
         (["backbone.fpn_output6"], {}, "backbone.fpn_output6.* it has no such layer"),
+        (["head.cls_subnet"], {}, "The teacher has head.cls_subnet.2.weight too"),
+        (["head.bbox_pred"], {}, "must have the same encoding of boxes"),
     ],
 )
 def test_only_what_is_taken_as_a_whole_can_be_frozen(modules, options, reason):
@@ -141,6 +143,10 @@ def test_only_what_is_taken_as_a_whole_can_be_frozen(modules, options, reason):
         student = model(wide, seed=1)
     elif "fpn_output6" in reason:
         student.backbone.fpn_output6 = torch.nn.Conv2d(8, 8, 3)
+    elif "cls_subnet" in reason:
+        teacher = model(config(MODEL__RETINANET__NUM_CONVS=2), seed=2)
+    elif "encoding" in reason:
+        teacher = model(config(MODEL__RETINANET__BBOX_REG_WEIGHTS=(10.0, 10.0, 5.0, 5.0)), seed=2)
     elif "classes" in options:
         teacher = model(config(MODEL__RETINANET__NUM_CLASSES=5), seed=2)
     with pytest.raises(InitializationError, match=f"FREEZE names .*{reason}"):

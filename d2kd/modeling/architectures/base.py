@@ -181,6 +181,10 @@ class Architecture:
         """Returns the layers that say at every place whether there is an object, or what the pixels are of."""
         return [p for p in self.predictions() if p.kind == "class_logits" and p.location in ("anchor", "pixel")]
 
+    def meanings(self) -> list[Prediction]:
+        """Returns all that is known of what layers predict, and what else decides how it is read."""
+        return [*self.predictions(), *self.evidence()]
+
     def class_layers(self) -> list[ClassLayer]:
         """Returns the layers with outputs for every class, by their path: those of `predictions` here."""
         named = dict(self.model.named_modules())

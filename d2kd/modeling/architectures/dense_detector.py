@@ -51,16 +51,10 @@ class DenseDetector(Architecture):
         requires = {"encoding of boxes (BBOX_REG_WEIGHTS)": box_encoding(self.model)} if kind == "box_deltas" else {}
         return [
             Prediction(
-                f"head.{layer}@{i}", kind, "anchor", level, activation, requires={**self._anchors(i), **requires}
+                f"head.{layer}@{i}", kind, "anchor", level, activation, requires={**anchors(self.model, i), **requires}
             )
             for i, level in enumerate(self.model.head_in_features)
         ]
-
-    def _anchors(self, level: int) -> dict[str, str]:
-        cells = list(getattr(getattr(self.model, "anchor_generator", None), "cell_anchors", ()))
-        boxes = cells[level].tolist() if cells else []
-        sizes = ", ".join(f"{x1 - x0:.4g}x{y1 - y0:.4g}" for x0, y0, x1, y1 in boxes)
-        return {"anchors (width x height; MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS)": sizes}
 
 
 @register_architecture("RetinaNet")
@@ -77,6 +71,14 @@ class FCOS(DenseDetector):
 
     CLASSES = (NumClassesKey("MODEL.FCOS.NUM_CLASSES"),)
     SCORE_THRESHOLD = "MODEL.FCOS.SCORE_THRESH_TEST"
+
+
+def anchors(module: nn.Module, level: int) -> dict[str, str]:
+    """Returns what must be the same of a module's anchors on a level, as in `Prediction.requires`."""
+    cells = list(getattr(getattr(module, "anchor_generator", None), "cell_anchors", ()))
+    boxes = cells[level].tolist() if cells else []
+    sizes = ", ".join(f"{x1 - x0:.4g}x{y1 - y0:.4g}" for x0, y0, x1, y1 in boxes)
+    return {"anchors (width x height; MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS)": sizes}
 
 
 def box_encoding(module: nn.Module) -> Any:

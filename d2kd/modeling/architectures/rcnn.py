@@ -1,5 +1,6 @@
 """R-CNNs: a box head that works on regions, once or in the stages of a cascade."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .base import (
     head_layers,
     register_architecture,
 )
-from .dense_detector import box_encoding
+from .dense_detector import anchors, box_encoding
 
 _PER_REGION = ("roi_heads.box_predictor", "roi_heads.box_head")
 
@@ -126,6 +127,10 @@ class GeneralizedRCNN(Architecture):
         """Returns the objectness of the region proposal network, on every level."""
         return _objectness(self.model)
 
+    def meanings(self) -> list[Prediction]:
+        """As in the base class, with the boxes of the region proposal network."""
+        return [*super().meanings(), *_deltas_of_proposals(self.model)]
+
     def class_layers(self) -> list[ClassLayer]:
         """Returns those of the box predictors and of the mask head."""
         masks = "roi_heads.mask_head.predictor"
@@ -143,13 +148,31 @@ class ProposalNetwork(Architecture):
         """Returns the objectness, on every level."""
         return _objectness(self.model)
 
+    def meanings(self) -> list[Prediction]:
+        """As in the base class, with the boxes of proposals."""
+        return [*super().meanings(), *_deltas_of_proposals(self.model)]
+
 
 def _objectness(model: Any) -> list[Prediction]:
+    return _of_proposals(model, "objectness_logits", "objectness", {})
+
+
+def _deltas_of_proposals(model: Any) -> list[Prediction]:
+    """The boxes of the region proposal network, which no method compares."""
+    encoding = box_encoding(model.proposal_generator) if hasattr(model, "proposal_generator") else None
+    requires = {"encoding of boxes (MODEL.RPN.BBOX_REG_WEIGHTS)": encoding}
+    return _of_proposals(model, "anchor_deltas", "box_deltas", requires)
+
+
+def _of_proposals(model: Any, layer: str, kind: str, requires: Mapping[str, Any]) -> list[Prediction]:
     proposals: Any = getattr(model, "proposal_generator", None)
-    if not isinstance(getattr(getattr(proposals, "rpn_head", None), "objectness_logits", None), nn.Module):
+    if not isinstance(getattr(getattr(proposals, "rpn_head", None), layer, None), nn.Module):
         return []
-    tap = "proposal_generator.rpn_head.objectness_logits"
-    return [Prediction(f"{tap}@{i}", "objectness", "anchor", level) for i, level in enumerate(proposals.in_features)]
+    tap = f"proposal_generator.rpn_head.{layer}"
+    return [
+        Prediction(f"{tap}@{i}", kind, "anchor", level, requires={**anchors(proposals, i), **requires})
+        for i, level in enumerate(proposals.in_features)
+    ]
 
 
 def is_region_tap(tap: str) -> bool:
