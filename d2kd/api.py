@@ -16,7 +16,7 @@ from torch import nn
 from d2kd import modeling
 from d2kd.config import list_settings
 from d2kd.data.loader import build_train_loader
-from d2kd.engine import DistillTrainer, argument_parser, build_optimizer, calibrate, load_start, locked, setup
+from d2kd.engine import DistillTrainer, argument_parser, build_optimizer, calibrate, load_start, setup_training
 from d2kd.engine import load_config as load_yaml
 from d2kd.engine.epochs import with_iterations
 from d2kd.errors import ConfigError, did_you_mean
@@ -198,8 +198,7 @@ def _train(
                 f"distill() needs a teacher, and {args.config_file} names none: give its YAML and checkpoint, "
                 "teacher=... and teacher_weights=...; d2kd.train() trains the student alone."
             )
-        cfg = setup(args)
-        with locked(cfg.OUTPUT_DIR):
+        with setup_training(args) as cfg:
             trainer = DistillTrainer(cfg)
             trainer.resume_or_load(resume=resume)
             trainer.train()

@@ -61,6 +61,8 @@ def main(args: argparse.Namespace) -> None:
     log_runtime()
     if not os.path.isfile(args.source):
         raise CheckpointError(f"There is no checkpoint {args.source}.")
+    if os.path.realpath(args.source) == os.path.realpath(args.target):
+        raise CheckpointError(f"{args.target} is the checkpoint that is exported: name another file to write.")
     if args.format:
         _export_format(args)
         return

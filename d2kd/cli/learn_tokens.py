@@ -15,15 +15,14 @@ from .mistakes import stop_at_mistakes
 
 def main(args: argparse.Namespace) -> None:
     """One process of the run."""
-    from d2kd.engine import locked, setup
+    from d2kd.engine import setup_training
     from d2kd.token_learning import TokenTrainer
 
     if args.eval_only:
         raise ConfigError("--eval-only: tokens are not evaluated; see the pictures in OUTPUT_DIR/masks.")
     if args.weights:
         args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
-    cfg = setup(args)
-    with locked(cfg.OUTPUT_DIR):
+    with setup_training(args) as cfg:
         trainer = TokenTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()

@@ -23,21 +23,20 @@ def main(args: argparse.Namespace) -> Any:
     trainer_class = engine.DistillTrainer
     if args.check:
         return engine.check_run(trainer_class, args)
+    if not (args.eval_only or args.eval_teacher):
+        with engine.setup_training(args) as cfg:
+            trainer = trainer_class(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            return trainer.train()
     cfg = engine.setup(args)
-    if args.eval_only or args.eval_teacher:
-        trainer_class.check_config(cfg, ("TEST",))
+    trainer_class.check_config(cfg, ("TEST",))
     if args.eval_teacher:
         if not is_distillation(cfg):
             raise ConfigError("--eval-teacher needs a teacher: --teacher-config and --teacher-weights.")
         if args.eval_only:
             return engine.evaluate_teacher_and_student(trainer_class, cfg, args.resume)
         return engine.evaluate_teacher(trainer_class, cfg)
-    if args.eval_only:
-        return engine.evaluate_student(trainer_class, cfg, args.resume)
-    with engine.locked(cfg.OUTPUT_DIR):
-        trainer = trainer_class(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
+    return engine.evaluate_student(trainer_class, cfg, args.resume)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -9,8 +9,8 @@ from .hooks import calibrate
 from .launching import launch_tool, run_tool
 from .optimizer import build_optimizer
 from .resumable_trainer import ResumableTrainer
-from .run_folder import FolderError, locked
-from .setup import load_config, log_runtime, setup
+from .run_folder import FolderError
+from .setup import load_config, log_runtime, setup, setup_training
 from .train_step import NonFiniteLossError
 from .trainer import DistillTrainer
 
@@ -31,10 +31,10 @@ __all__ = [
     "evaluate_teacher",
     "evaluate_teacher_and_student",
     "launch_tool",
-    "locked",
     "load_config",
     "load_start",
     "log_runtime",
     "run_tool",
     "setup",
+    "setup_training",
 ]

@@ -163,6 +163,11 @@ class DistillCheckpointer(SafeCheckpointer):
         checkpoint = {**checkpoint, "model": weights}
         if not self._resuming:
             return self._load_start(checkpoint)
+        if "trainer" in self.checkpointables and "trainer" not in self._loaded:
+            raise CheckpointError(
+                "it has weights alone, as exported ones have, and nothing of a training that could go on (to start one "
+                "from them: MODEL.WEIGHTS)"
+            )
         if checkpoint.get("methods") != self.about["methods"]:
             raise CheckpointError(
                 f"it was written {_with(checkpoint.get('methods'))}, and this run is one {_with(self.about['methods'])}"

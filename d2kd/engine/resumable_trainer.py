@@ -28,7 +28,7 @@ from .checkpoint import DistillCheckpointer, gather_process_states, load_process
 from .epochs import with_iterations
 from .hooks import CheckpointHook, InterruptHook, ProgressWriter, WallTime
 from .optimizer import build_optimizer
-from .run_folder import DISK_ERRORS
+from .run_folder import DISK_ERRORS, forget_replaced_run
 from .run_settings import run_settings, write_config
 from .scaling import scale_to_processes
 from .schedule import build_lr_scheduler
@@ -216,6 +216,12 @@ class ResumableTrainer(TrainerBase):
         """Runs one iteration."""
         self._trainer.iter = self.iter
         self._trainer.run_step()
+
+    def after_step(self) -> None:
+        """Calls the hooks; after the first iteration nothing of the run that this one replaces is kept any more."""
+        super().after_step()
+        if self.iter == self.start_iter and comm.is_main_process():
+            forget_replaced_run(self.cfg.OUTPUT_DIR)
 
     @property
     def finished(self) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,21 +22,29 @@ except ImportError:  # Windows has no such locks
 
 logger = logging.getLogger(__name__)
 
-#: What runs write, as patterns; logs and configurations stay.
+#: What belongs to a run, as patterns; its log stays.
 _WRITTEN = (
+    "config.yaml",
     "last_checkpoint",
     "model_*.pth",
     "unsound_*.pth",
     "metrics.json",
     "result.json",
+    "benchmark.json",
     "tokens.pth",
-    "inference*",
-    "teacher",
-    "evaluation",
-    "masks",
-    "features",
+    "inference",
+    "inference_*",
+    "masks/*_[0-9]*.png",
     "events.out.tfevents.*",
 )
+#: Likewise in folders that have the first of these files, and are no runs of their own.
+_WRITTEN_BELOW = {
+    "teacher": ("result.json", "inference"),
+    "evaluation": ("result.json", "config.yaml", "log.txt", "inference", "inference_*"),
+    "features": ("features.json", "*.png"),
+}
+#: Where the files of a run are until the one that replaces it has come through its first iteration.
+_SET_ASIDE = ".replaced"
 #: Left by writes that were killed: see `d2kd.files.replacing`, and Detectron2's runtime.
 _LEFT_OVER = re.compile(r"\..*\.\d+\.tmp(\..*)?|.*\.tmp\d+")
 
@@ -114,19 +122,83 @@ def check_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
         )
 
 
-def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
-    """Sees to it that a training finds in its folder only what belongs to it; arguments, errors: see `check_folder`."""
-    check_folder(cfg, resume, overwrite)
-    remove_left_overs(cfg.OUTPUT_DIR)
-    if not resume and holds_a_run(cfg.OUTPUT_DIR):
-        _remove_run(cfg.OUTPUT_DIR)
+@contextlib.contextmanager
+def claimed_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> Iterator[list[str]]:
+    """Gives a training a folder with nothing in it but what belongs to it, and keeps other runs out until it ends.
+
+    What another run has left there (`overwrite`) is set aside, until `forget_replaced_run` or the end of the block;
+    after an error before that it is put back, as if this training had not been started.
+
+    Returns:
+        What has been done to the folder, for a log that is not there yet.
+
+    Raises:
+        FolderError: see `check_folder` and `locked`.
+    """
+    folder = cfg.OUTPUT_DIR
+    with locked(folder):
+        if not comm.is_main_process():
+            yield []
+            return
+        notices = []
+        if _put_back(folder):
+            notices = [f"{folder} has its former run again: the one that was to replace it was killed as it started."]
+        check_folder(cfg, resume, overwrite)
+        remove_left_overs(folder)
+        if not resume and holds_a_run(folder):
+            _move(_files_of_run(folder), folder, os.path.join(folder, _SET_ASIDE))
+            _remove_empty_folders(folder)
+        try:
+            yield notices
+        except BaseException:
+            _put_back(folder)
+            raise
+        forget_replaced_run(folder)
 
 
-def _remove_run(folder: str) -> None:
-    gone = [path for pattern in _WRITTEN for path in Path(folder).glob(pattern)]
-    for path in gone:
+def forget_replaced_run(folder: str) -> None:
+    """Removes what `claimed_folder` has set aside, if it has."""
+    aside = Path(folder, _SET_ASIDE)
+    if aside.is_dir():
+        count = sum(1 for path in aside.rglob("*") if path.is_file())
+        shutil.rmtree(aside)
+        logger.warning("--overwrite: removed %d files of another run from %s", count, folder)
+
+
+def _files_of_run(folder: str) -> list[Path]:
+    """Files and folders that a run has written, or an evaluation of it."""
+    own = [path for pattern in _WRITTEN for path in Path(folder).glob(pattern)]
+    for name, patterns in _WRITTEN_BELOW.items():
+        below = Path(folder, name)
+        if (below / patterns[0]).is_file() and not holds_a_run(str(below)):
+            own += [path for pattern in patterns for path in below.glob(pattern)]
+    return [path for path in own if not holds_a_run(str(path))]
+
+
+def _move(paths: Iterable[Path], source: str, target: str) -> None:
+    for path in paths:
+        to = Path(target, path.relative_to(source))
+        to.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(to)
+
+
+def _remove_empty_folders(folder: str) -> None:
+    for name in ("masks", *_WRITTEN_BELOW):
+        below = Path(folder, name)
+        if below.is_dir() and not any(below.iterdir()):
+            below.rmdir()
+
+
+def _put_back(folder: str) -> bool:
+    """Gives a folder the run again that was set aside, in place of what another has begun; whether there was one."""
+    aside = Path(folder, _SET_ASIDE)
+    if not aside.is_dir():
+        return False
+    for path in _files_of_run(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    logger.warning("--overwrite: removed %d files and folders of another run from %s", len(gone), folder)
+    _move([path for path in aside.rglob("*") if path.is_file()], str(aside), folder)
+    shutil.rmtree(aside)
+    return True
 
 
 def remove_left_overs(folder: str) -> None:

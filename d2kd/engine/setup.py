@@ -26,34 +26,62 @@ from detectron2.utils.logger import setup_logger
 
 from .epochs import resolve_epochs, uses_epochs
 from .host_memory import reuse_freed_memory
-from .run_folder import claim_folder, prepare_folder
+from .run_folder import claimed_folder, prepare_folder
 from .scaling import drop_late_steps, needs_scaling, scale_to_batch
 
 logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Returns the configuration from the arguments, with logging, seeds and the datasets of `DATASETS.REGISTER` set up.
+    """Returns the configuration from the arguments of an evaluation, with logging, seeds and the datasets of
+    `DATASETS.REGISTER` set up.
+
+    Raises:
+        ConfigError: see `read_arguments`.
+        FolderError: OUTPUT_DIR cannot be written into.
+    """
+    cfg, told = _read(args)
+    comm.synchronize()
+    _start(cfg, args, told, keeps_config=True)
+    return cfg
+
+
+@contextlib.contextmanager
+def setup_training(args: argparse.Namespace) -> Iterator[CfgNode]:
+    """Gives the configuration of a training, set up as by `setup`, and its folder to itself until the end of the block.
+
+    Another run that was there (`--overwrite`) is there again after an error before the first iteration is done.
 
     Raises:
         ConfigError: see `read_arguments`.
         FolderError: OUTPUT_DIR cannot be this run's.
     """
+    cfg, (lengths, notices) = _read(args)
+    comm.synchronize()  # every process has read what may be set aside now
+    with claimed_folder(cfg, args.resume, getattr(args, "overwrite", False)) as done:
+        if comm.is_main_process() and not args.resume:
+            fetch_start(cfg)
+        comm.synchronize()
+        _start(cfg, args, (lengths, [*done, *notices]), keeps_config=args.resume)
+        yield cfg
+
+
+_Told = tuple[list[str], list[str]]
+
+
+def _read(args: argparse.Namespace) -> tuple[CfgNode, _Told]:
+    """The configuration, and what is to be logged about it; OUTPUT_DIR is there."""
     notices: list[str] = []  # for the log, which is not there yet
     cfg, lengths = read_arguments(args, notices)
-    only_evaluates = _only_evaluates(args)
     if comm.is_main_process():
         prepare_folder(cfg.OUTPUT_DIR)
-        if not only_evaluates:
-            if not args.resume:
-                fetch_start(cfg)
-            claim_folder(cfg, args.resume, getattr(args, "overwrite", False))
-    comm.synchronize()
-    start_log(cfg, lengths, notices, cfg.OUTPUT_DIR)
-    starts_anew = not (only_evaluates or getattr(args, "resume", False))
-    with contextlib.nullcontext() if starts_anew else _keeping_config(cfg):
+    return cfg, (lengths, notices)
+
+
+def _start(cfg: CfgNode, args: argparse.Namespace, told: _Told, keeps_config: bool) -> None:
+    start_log(cfg, *told, cfg.OUTPUT_DIR)
+    with _keeping_config(cfg) if keeps_config else contextlib.nullcontext():
         default_setup(cfg, args)
-    return cfg
 
 
 def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNode, list[str]]:

@@ -19,6 +19,8 @@ from .base import ExportError
 
 logger = logging.getLogger(__name__)
 
+_MARK = "# Written by d2kd export.\n"
+
 
 def export_plain(
     cfg: CfgNode,
@@ -38,7 +40,8 @@ def export_plain(
         The files.
 
     Raises:
-        ExportError: plain Detectron2 does not have the model, or builds another one from the YAML.
+        ExportError: plain Detectron2 does not have the model, or builds another one from the YAML; or one of the files
+            beside STUDENT.pth is there, and not of an earlier export.
     """
     target, names = Path(target), dict(class_names or {})
     require_detectron2s_own(cfg)
@@ -46,14 +49,28 @@ def export_plain(
     plain.MODEL.WEIGHTS = target.name
     listed = next((list(value) for value in names.values() if value), [])
     files = [target, target.with_suffix(".yaml"), *([target.with_suffix(".txt")] if listed else [])]
+    _require_free(files)
     with contextlib.ExitStack() as stack:
         weights, text, *lines = (stack.enter_context(replacing(file)) for file in files)
         write_checkpoint(weights, {"model": model.state_dict(), "class_names": names})
-        text.write_text(plain.dump(), encoding="utf-8")
+        text.write_text(_MARK + plain.dump(), encoding="utf-8")
         if listed:
             lines[0].write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
         _verify(model, text, weights)
     return files
+
+
+def _require_free(files: Sequence[Path]) -> None:
+    """Refuses to write over a YAML or a list of somebody's own, such as the YAML of the run."""
+    target, config, *_ = files
+    if config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
+        return
+    for file in files[1:]:
+        if file.exists():
+            raise ExportError(
+                f"{file} is there, which --format torch writes beside {target.name}, and is not of an earlier export: "
+                f"choose another name or folder than {target}."
+            )
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:

@@ -335,6 +335,19 @@ def test_torch_writes_what_plain_detectron2_loads(tmp_path):
     build_model(plain).load_state_dict(torch.load(files[0], weights_only=True)["model"], strict=False)
 
 
+def test_torch_writes_over_an_earlier_export_and_over_nothing_else(tmp_path):
+    cfg = config(FASTER_RCNN)
+    net, target = model(cfg), tmp_path / "student.pth"
+    for name in ("student.yaml", "student.txt"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ExportError, match=rf"{name} is there.* not of an earlier export"):
+            export_plain(cfg, net, target, NAMES)
+        assert (tmp_path / name).read_text() == "mine" and not target.exists()
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        assert all(file.exists() for file in export_plain(cfg, net, target, NAMES))
+
+
 def test_torch_refuses_what_plain_detectron2_does_not_have(tmp_path):
     cfg = detector("FCOS")
     with pytest.raises(ExportError, match="META_ARCHITECTURE is FCOS, which plain Detectron2 does not have"):
@@ -357,6 +370,8 @@ def test_the_command_exports_and_tells_what_is_wrong_in_one_line(tmp_path):
     for words, message in (
         ((target, "--format", "torchscript"), "--format needs --config-file"),
         ((tmp_path / "x.onnx", "--format", "torchscript", "--config-file", yaml), "ends in .pt or .ts"),
+        ((weights,), "is the checkpoint that is exported"),
+        ((tmp_path / "student.pth", "--format", "torch", "--config-file", yaml), "student.yaml is there"),
         ((yaml / "x.pt", "--format", "torchscript", "--config-file", yaml), "cannot be written"),
     ):
         done = tool("export_student", weights, *words, check=False)

@@ -18,8 +18,8 @@ from runs import ROOT, command, environment, make_trainer, read_checkpoint, run_
 from test_bad_input import error_of
 
 from d2kd.cli import train
-from d2kd.engine import DistillTrainer, NonFiniteLossError, argument_parser, locked
-from d2kd.engine.run_folder import FolderError, prepare_folder, remove_left_overs
+from d2kd.engine import DistillTrainer, NonFiniteLossError, argument_parser
+from d2kd.engine.run_folder import FolderError, claimed_folder, locked, prepare_folder, remove_left_overs
 from d2kd.errors import UserError
 from d2kd.modeling.checkpoint_files import checksum, write_checkpoint
 
@@ -46,6 +46,76 @@ def test_another_run_is_not_written_over(write_config, tmp_path):
     lines = (output / "metrics.json").read_text().splitlines()
     assert len(lines) == 1  # nothing of the run before is left in it
     run_tool(path, output, "--resume")
+
+
+def contents(folder):
+    """All files but the log, which goes on."""
+    files = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file() and p.name not in ("log.txt", ".lock")}
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+@pytest.mark.parametrize("wrong", ["teacher", "classes", "step"])
+def test_a_start_that_fails_leaves_the_run_that_it_was_to_replace(write_config, teacher, tmp_path, wrong, monkeypatch):
+    output = tmp_path / "out"
+    run_tool(write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[]), output)
+    before = contents(output)
+    changes, message = {
+        "teacher": ({**teacher, "DISTILL__TEACHER__WEIGHTS": str(tmp_path / "missing.pth")}, "missing.pth"),
+        "classes": ({"MODEL__RETINANET__NUM_CLASSES": 7}, "NUM_CLASSES"),
+        "step": ({}, "in the first step"),
+    }[wrong]
+    path = write_config(wrong, DATASETS__TEST=[], **changes)
+
+    def fail(trainer):
+        raise UserError("in the first step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "run_step", fail)
+        with pytest.raises(UserError, match=message):
+            run_tool(path, output, "--overwrite")
+    assert contents(output) == before
+    run_tool(write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[]), output, "--overwrite")
+    assert not (output / ".replaced").exists()
+
+
+def test_overwriting_removes_what_the_run_has_written_and_nothing_else(write_config, tmp_path):
+    path, output = write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[]), tmp_path / "out"
+    run_tool(path, output)
+    kept = [
+        "teacher/last_checkpoint",
+        "teacher/result.json",
+        "masks/mine.png",
+        "features/mine.png",
+        "evaluation/notes.txt",
+    ]
+    gone = ["benchmark.json", "masks/p3_0.png", "evaluation/result.json", "evaluation/inference/boxes.json"]
+    for name in (*kept, *gone):
+        (output / name).parent.mkdir(exist_ok=True, parents=True)
+        (output / name).write_text("{}")
+    run_tool(path, output, "--overwrite")
+    assert [name for name in kept if not (output / name).exists()] == []
+    assert [name for name in gone if (output / name).exists()] == []
+
+
+def test_a_run_is_there_again_after_the_start_that_was_to_replace_it_was_killed(write_config, tmp_path):
+    path, output = write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[]), tmp_path / "out"
+    run_tool(path, output)
+    before = contents(output)
+    killed = claimed_folder(config(OUTPUT_DIR=str(output)), resume=False, overwrite=True)
+    killed.__enter__()  # and never left
+    (output / "model_0000000.pth").write_text("of the killed one")
+    assert set(contents(output)) & set(before) == set()
+    with claimed_folder(config(OUTPUT_DIR=str(output)), resume=True, overwrite=False) as done:
+        assert contents(output) == before and "has its former run again" in done[0]
+
+
+def test_weights_alone_are_no_run_to_go_on_with(write_config, tmp_path):
+    path, output = write_config(SOLVER__MAX_ITER=2, DATASETS__TEST=[]), tmp_path / "out"
+    run_tool(path, output)
+    write_checkpoint(output / "model_best.pth", {"model": read_checkpoint(output)["model"]})
+    (output / "last_checkpoint").write_text("model_best.pth")
+    with pytest.raises(UserError, match=r"Cannot resume from .*model_best\.pth: it has weights alone"):
+        run_tool(path, output, "--resume")
 
 
 @pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "DISTILL.TEACHER.WEIGHTS"])
@@ -91,8 +161,12 @@ def test_two_runs_in_one_folder_at_once(write_config, tmp_path):
         while not (output / "model_0000002.pth").exists():
             assert time.time() < deadline and first.poll() is None
             time.sleep(0.05)
-        with pytest.raises(FolderError, match="Another run is writing into OUTPUT_DIR"), locked(str(output)):
-            pass
+        before = sorted(output.glob("model_*.pth"))
+        for flag in ("--overwrite", "--resume"):
+            with pytest.raises(FolderError, match="Another run is writing into OUTPUT_DIR"):
+                run_tool(path, output, flag, "SOLVER.MAX_ITER", "7")
+        assert set(before) <= set(output.glob("model_*.pth"))
+        assert "MAX_ITER: 100000" in (output / "config.yaml").read_text()
     finally:
         first.send_signal(signal.SIGTERM)
         assert first.wait(60) == 143
