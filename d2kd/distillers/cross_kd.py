@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2kd.errors import ConfigError
-from d2kd.layers import generalized_iou, soft_label_focal_loss, upcast_half
+from d2kd.layers import generalized_iou, mean_over_processes, soft_label_focal_loss, upcast_half
 from d2kd.settings import setting
 
 from .base import DISTILLERS, Distiller, FeatureMaps
@@ -106,7 +106,7 @@ class CrossKD(Distiller):
         maps = [self.aligned(level, student, teacher) for level in range(len(self.pairs))]
         labels = {level: _soft_labels(self.pairs[level], maps[level][1]) for level in dict.fromkeys(self._scores_of)}
         dense = [labels[level].square().sum() for level in labels if not _on_regions(self.pairs[level])]
-        objects = sum(dense[1:], start=dense[0]).clamp(min=1) if dense else None
+        objects = mean_over_processes(sum(dense[1:], start=dense[0])).clamp(min=1) if dense else None
         losses = {}
         for level, pair in enumerate(self.pairs):
             scores = labels[self._scores_of[level]]
@@ -116,7 +116,8 @@ class CrossKD(Distiller):
             elif _kind(pair) == "class_logits":
                 loss = loss / max(1, len(scores))
             else:
-                loss = loss / self._foreground(level, scores).amax(1).square().sum().clamp(min=1)
+                foreground = self._foreground(level, scores).amax(1).square().sum()
+                loss = loss / mean_over_processes(foreground).clamp(min=1)
             factor = 1.0 if _kind(pair) == "class_logits" else self.box_weight
             losses[pair.name] = self.weight_of(level) * factor * loss
         return losses

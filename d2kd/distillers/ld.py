@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2kd.layers import soft_label_focal_loss, upcast_half
+from d2kd.layers import mean_over_processes, soft_label_focal_loss, upcast_half
 from d2kd.settings import setting
 
 from .base import DISTILLERS, FeatureMaps
@@ -79,8 +79,8 @@ class LD(PredictionDistiller):
         maps = [self.aligned(level, student, teacher) for level in range(len(self.pairs))]
         labels = {level: upcast_half(maps[level][1]).sigmoid() for level in dict.fromkeys(self._scores_of)}
         weights = {level: t.amax(1).square() for level, t in labels.items()}
-        weight = torch.stack([w.sum() for w in weights.values()]).sum().clamp(min=1)
-        objects = torch.stack([t.square().sum() for t in labels.values()]).sum().clamp(min=1)
+        sums = [torch.stack([w.sum(), labels[level].square().sum()]) for level, w in weights.items()]
+        weight, objects = mean_over_processes(torch.stack(sums).sum(0)).clamp(min=1)
         losses = {}
         for level, pair in enumerate(self.pairs):
             (s, t), scores = maps[level], self._scores_of[level]

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from d2kd.errors import ConfigError
+from d2kd.layers import mean_over_processes
 from d2kd.settings import setting
 
 from .base import DISTILLERS, FeatureMaps
@@ -84,7 +85,7 @@ class LogitKD(PredictionDistiller):
             logits = [_classes(pair.student, self.teacher_feature(level, teacher)) for level, pair in dense]
             known = [(valid or {}).get(pair.teacher.name) for _, pair in dense]
             counts = [soft_count(x if k is None else x.where(k[:, None], -1e4)) for x, k in zip(logits, known)]
-            objects = sum(counts[1:], start=counts[0]).clamp(min=1)
+            objects = mean_over_processes(sum(counts[1:], start=counts[0])).clamp(min=1)
             losses.update({pair.name: losses[pair.name] / objects for _, pair in dense})
         return losses
 

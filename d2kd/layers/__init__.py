@@ -6,6 +6,7 @@ from .focal import sigmoid_focal_loss, soft_label_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, standardized_error, upcast_half
 from .masks import MASK_KINDS, RandomMasks, keep_mask
 from .position_weights import mask_weights, object_weights, weighted_error
+from .processes import mean_over_processes
 from .similarity import linear_cka, principal_axes, ridge_weights, standardize_channels
 from .softplus import softplus
 from .tokens import attention_saliency, gather_tokens, ranks_of, resample_saliency, scatter_tokens
@@ -23,6 +24,7 @@ __all__ = [
     "keep_mask",
     "linear_cka",
     "mask_weights",
+    "mean_over_processes",
     "normalize",
     "object_weights",
     "paired_iou",

@@ -75,12 +75,22 @@ class GradientBalance:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, methods: Sequence[str]) -> Optional["GradientBalance"]:
-        """What `DISTILL.BALANCE`, `GUARD` and `LOG_GRADIENT_SHARE` ask for; None if that is nothing."""
+        """What `DISTILL.BALANCE`, `GUARD` and `LOG_GRADIENT_SHARE` ask for; None if that is nothing.
+
+        Raises:
+            BalanceError: they compare with the task's gradient, which has no weight.
+        """
         node = cfg.DISTILL
         ratio = None if node.BALANCE == "fixed" else node.BALANCE_RATIO
         guard = GradientGuard.from_config(cfg, methods)
         if not methods or (ratio is None and guard is None and node.LOG_GRADIENT_SHARE == 0):
             return None
+        if node.TASK_WEIGHT == 0 and (ratio is not None or guard is not None):
+            key, off = ("DISTILL.BALANCE", '"fixed"') if ratio is not None else ("DISTILL.GUARD.ENABLED", "False")
+            raise BalanceError(
+                f"{key} compares methods with the task, and DISTILL.TASK_WEIGHT is 0: set it above 0, or {key} to "
+                f"{off}."
+            )
         periods = {"period": node.BALANCE_PERIOD, "log_period": node.LOG_GRADIENT_SHARE}
         return cls(methods, ratio=ratio, limits=node.BALANCE == "limit", guard=guard, **periods)
 
@@ -180,6 +190,11 @@ class GradientBalance:
         loss_scale = self._loss_scale if half else torch.ones_like(self._loss_scale)
         with torch.autocast(device.type, enabled=False):
             first = _gradients(terms[0], features, loss_scale)
+            if all(x is None for x in first) and (self.ratio is not None or self.guard is not None):
+                raise BalanceError(
+                    "DISTILL.BALANCE and DISTILL.GUARD compare methods with the task, and no loss of the task depends "
+                    "on the tapped features: choose taps that lead to predictions."
+                )
             squares = [_squared_norm(first, features)]
             products = []
             for losses in terms[1:]:

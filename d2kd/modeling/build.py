@@ -98,10 +98,16 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         UserError: it cannot be built or loaded, or does not take these images.
     """
     teacher_cfg = teacher_config(cfg)
+    formats = {cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT}
+    if len(formats) > 1 and formats != {"RGB", "BGR"}:
+        raise TeacherError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, and {teacher_cfg.INPUT.FORMAT} in {cfg.DISTILL.TEACHER.CONFIG_FILE}: "
+            "the teacher gets the student's images, of which only RGB and BGR are exchanged. Give both one format."
+        )
     teacher = Teacher(
         *load_teacher(teacher_cfg),
         precision=cfg.DISTILL.TEACHER.PRECISION,
-        swap_channels={cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT} == {"RGB", "BGR"},
+        swap_channels=len(formats) > 1,
     )
     _check_image_size(cfg, teacher.model)
     return teacher

@@ -1,6 +1,7 @@
 """DistilledModel: a student that learns from its task and a teacher's features; at inference, the student alone."""
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,14 @@ class DistilledModel(nn.Module):
         self.recipe = dict(recipe or {})
         self._calls = 0
         self.set_balance(balance)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DistilledModel":
+        # copies share the teacher, which is frozen; taps name its modules before it comes itself
+        memo |= {id(module): module for network in self.passes.dense.networks for module in network.modules()}
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
     def set_balance(self, balance: GradientBalance | None, also: Sequence[str] = ()) -> None:
         """Sets what measures, logs or scales the methods' gradients; None does neither.

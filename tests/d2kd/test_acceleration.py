@@ -87,6 +87,13 @@ def test_sequences_and_biases_are_folded_and_what_is_shared_or_more_than_a_norm_
     torch.testing.assert_close(network(x), want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_convolution_whose_output_is_wanted_keeps_it():
+    network = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))).eval()
+    x = torch.randn(2, 3, 16, 16)
+    want = network[0](x)
+    assert fold_norms(network, [network[0]]) == 0 and torch.equal(network[0](x), want)
+
+
 def test_maps_are_channels_last(teacher):
     maps = DensePass(teacher, PYRAMID, Acceleration(channels_last=True))(batch()).maps
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in maps.values())

@@ -1,5 +1,6 @@
 """What must agree between data, teacher, student and checkpoint: classes by name, limits, settings of a resumed run."""
 
+import copy
 import logging
 from pathlib import Path
 
@@ -403,3 +404,34 @@ def test_evaluating_a_teacher_that_is_loaded(write_config, teacher, monkeypatch)
     monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda cls, cfg, net: seen.append(net) or {}))
     evaluate_teacher(DistillTrainer, trainer.cfg, trainer.distilled.teacher)
     assert seen == [trainer.distilled.teacher.model]
+
+
+# --- images -------------------------------------------------------------------------------------------------
+
+GRAY = {"INPUT__FORMAT": "L", "MODEL__PIXEL_MEAN": [110.0], "MODEL__PIXEL_STD": [58.0]}
+
+
+@pytest.mark.parametrize("changes", [{"INPUT__FORMAT": "YUV-BT.601"}, {"INPUT__FORMAT": "HSV"}, GRAY])
+def test_images_that_the_teacher_cannot_get_are_refused(changes, tmp_path):
+    named = write_teacher(tmp_path, config(**changes))
+    with pytest.raises(UserError, match=rf"INPUT.FORMAT is BGR, and {changes['INPUT__FORMAT']} in .*teacher.yaml"):
+        build_distilled_model(config(**named))
+
+
+def test_students_and_teachers_in_gray(tmp_path):
+    net = build_distilled_model(config(**GRAY, **write_teacher(tmp_path, config(**GRAY)))).train()
+    with EventStorage():
+        losses = net([{**x, "image": x["image"][:1]} for x in batch()])
+    assert any(name.startswith("distill/") for name in losses) and all(x.isfinite() for x in losses.values())
+
+
+def test_a_copy_of_a_distilled_model_trains_and_shares_its_teacher(tmp_path):
+    net = build_distilled_model(config(**write_teacher(tmp_path), DISTILL__METHODS=["FeatureMimic", "CrossKD"])).train()
+    other = copy.deepcopy(net)
+    ours = {id(tensor) for tensor in other.parameters()}
+    assert other.teacher is net.teacher and not ours & {id(tensor) for tensor in net.parameters()}
+    with EventStorage():
+        losses, theirs = net(batch()), other(batch())
+    assert losses == theirs
+    sum(theirs.values()).backward()
+    assert all(p.grad is None for p in net.parameters()) and any(p.grad is not None for p in other.parameters())

@@ -189,6 +189,20 @@ def test_frozen_features_are_an_error():
         GradientBalance(["A"], ratio=1.0)({}, {"A": {}}, [torch.zeros(2)])
 
 
+def test_a_task_that_does_not_depend_on_the_features_is_an_error():
+    _, feature, task, methods = toy()
+    apart = {"loss": torch.ones(2, requires_grad=True).sum()}
+    with EventStorage(), pytest.raises(BalanceError, match="no loss of the task depends on the tapped features"):
+        GradientBalance(["A", "B"], ratio=1.0)(apart, methods, [feature])
+
+
+@pytest.mark.parametrize("key", ["DISTILL__BALANCE", "DISTILL__GUARD__ENABLED"])
+def test_a_task_of_no_weight_is_nothing_to_compare_with(key):
+    cfg = config(**{key: "limit" if key.endswith("BALANCE") else True}, DISTILL__TASK_WEIGHT=0.0)
+    with pytest.raises(BalanceError, match=rf"{key.replace('__', '.')} compares .*TASK_WEIGHT is 0"):
+        GradientBalance.from_config(cfg, ["A"])
+
+
 def test_fixed_and_silent_costs_nothing():
     assert GradientBalance.from_config(config(), ["A"]) is None
     assert GradientBalance.from_config(config(DISTILL__BALANCE="gradient"), []) is None
@@ -321,3 +335,12 @@ def test_module_paths_in_the_backbone_share_its_gradient(tmp_path, tap):
     keys = {"DISTILL__FEATURE_MIMIC__TAPS": [tap], "DISTILL__BALANCE": "gradient"}
     net = build_distilled_model(config(**write_teacher(tmp_path), **keys))
     assert net._balanced_taps == [tap]
+
+
+@pytest.mark.parametrize("tap", ["res4.0.conv2", "stem.conv1", "res4.pre_relu"])
+def test_taps_inside_the_backbone_have_the_tasks_gradient(tmp_path, tap):
+    keys = {"DISTILL__FEATURE_MIMIC__TAPS": [tap], "DISTILL__METHODS": ["FeatureMimic"], "DISTILL__BALANCE": "gradient"}
+    net = build_distilled_model(config(**write_teacher(tmp_path), **keys, DISTILL__LOG_GRADIENT_SHARE=1)).train()
+    with EventStorage() as storage:
+        net(batch())
+    assert logged_values(storage, "gradient_share/")["task"] == pytest.approx(2 / 3, rel=1e-4)

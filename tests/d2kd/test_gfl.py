@@ -73,10 +73,11 @@ def literal_assign(cells: Tensor, per_level: list[int], boxes: Tensor, scale: fl
         iou = {i: literal_iou(box, [a - h, b - h, a + h, b + h]) for i in candidates for a, b, h in [middle[i]]}
         mean = sum(iou.values()) / len(iou)
         deviation = math.sqrt(sum((v - mean) ** 2 for v in iou.values()) / max(1, len(iou) - 1))
+        equal = max(iou.values()) - min(iou.values()) < 1e-9  # the mean of equal ones is that, but for rounding
         for i, value in iou.items():
             a, b, _ = middle[i]
             inside = box[0] < a < box[2] and box[1] < b < box[3]
-            if inside and value >= min(mean + deviation, max(iou.values())) and value > held[i]:
+            if inside and (equal or value >= mean + deviation) and value > held[i]:
                 owner[i], held[i] = number, value
     return owner
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from models import batch, config, write_teacher
+from runs import in_two_processes
 from test_gfl import GFL
 
-from d2kd.distillers import LD, AlignmentError, CrossKD, HeadRest, Prediction, TapInfo, TapPair
+from d2kd.distillers import LD, AlignmentError, CrossKD, HeadRest, LogitKD, Prediction, TapInfo, TapPair
 from d2kd.distillers.divergence import distance_divergence
 from d2kd.errors import ConfigError
 from d2kd.layers import generalized_iou, soft_label_focal_loss
@@ -15,6 +16,7 @@ from d2kd.modeling import build_distilled_model
 from d2kd.modeling.architectures import architecture_of
 from d2kd.modeling.meta_arch.gfl import as_box, expected_distances
 from d2kd.modeling.taps import FeatureTaps
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 SMALL = [(64, 64)]
@@ -216,3 +218,28 @@ def test_distances_without_classes_are_refused():
 def test_losses_of_boxes_that_do_not_fit_the_head(kind, box_loss, words):
     with pytest.raises(ConfigError, match=rf"BOX_LOSS {words}"):
         CrossKD(pairs=[pair("class_logits", 3), pair(kind, 20)], box_loss=box_loss)
+
+
+def _mean_losses(path):
+    """What each of two processes does with an image of two, of which the teacher is sure in 36 cells and in 2."""
+    torch.manual_seed(0)
+    pairs = [pair("class_logits", 3), pair("box_distribution", 20)]
+    methods = [LD(pairs=pairs, class_weight=1.0), LogitKD(pairs=pairs[:1]), CrossKD(pairs=pairs, box_loss="kl")]
+    teacher, student = ({p.student.name: torch.randn(2, p.student.channels, 16, 16) for p in pairs} for _ in range(2))
+    scores = teacher[pairs[0].student.name].sub_(6)
+    scores[0, 0, :6, :6] = scores[1, 0, 8, 8:10] = 4.0
+    mine = slice(comm.get_rank(), None, comm.get_world_size())
+    teacher, student = ({name: x[mine] for name, x in maps.items()} for maps in (teacher, student))
+    losses = [torch.stack(list(method(student, teacher).values())).sum() for method in methods]
+    values = torch.stack(losses).detach()
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+    if comm.is_main_process():
+        torch.save(values / comm.get_world_size(), path)
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    in_two_processes(_mean_losses, tmp_path / "two.pth")
+    _mean_losses(str(tmp_path / "one.pth"))
+    two, one = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("two", "one"))
+    torch.testing.assert_close(two, one)

@@ -55,6 +55,11 @@ def test_a_layer_of_a_block_gives_what_it_gave_before_the_relu_and_the_sum_in_pl
     if training:
         (gradient,) = torch.autograd.grad(later[tap].square().sum(), net.backbone.bottom_up.stem.conv1.weight)
         assert gradient.abs().sum() > 0
+        assert torch.equal(later["p3"], record(net, ["p3"], train=True)["p3"])
+        with EventStorage(), FeatureTaps(net, [tap]).recording() as features:
+            losses = sum(net(batch()).values())
+        (gradient,) = torch.autograd.grad(losses, features[tap])  # the task's, as all behind it gets a copy
+        assert gradient.abs().sum() > 0
 
 
 def test_what_is_written_over_elsewhere_is_an_error():

@@ -493,3 +493,25 @@ def test_a_classifier_that_cannot_be_is_one_line_with_the_key(options, message):
 def test_images_of_several_sizes_are_an_error():
     with pytest.raises(ConfigError, match="images of one size"):
         classifier()([*images(1, 64), *images(1, 32)])
+
+
+def test_units_of_shufflenet_go_on_with_what_is_tapped():
+    model = classifier("shufflenet_v2_x1_0", "torchvision").eval()
+    want = model(images(1, 64))[0]["scores"]
+    with FeatureTaps(model, ["res4.pre_relu"]).recording() as features:
+        found = model(images(1, 64))[0]["scores"]
+    assert torch.equal(found, want)
+    (gradient,) = torch.autograd.grad(found.square().sum(), features["res4.pre_relu"])
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050"])
+def test_an_activation_of_squeeze_and_excitation_is_no_map_of_a_stage(name):
+    model = classifier(name, "timm")
+    with pytest.raises(TapError, match=r"res4\.pre_relu': the last activation .* is not on its map of .* of 1 x 1"):
+        describe_taps(model, ["res4.pre_relu"])
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_that_transform_their_input_do_so_as_torchvision_does_with_weights(name):
+    assert classifier(name, "torchvision").backbone.net.transform_input

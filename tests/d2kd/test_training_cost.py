@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import d2kd  # noqa: F401
 from d2kd.evaluation.report import ModelResult, write_report
 from d2kd.evaluation.seeds import merge_seeds
 from d2kd.evaluation.training_cost import training_cost
+from d2kd.modeling.teacher_passes.clock import TeacherClock
 
 
 def run(folder: Path, name: str, curve: dict[int, float], seconds: float, teacher: float | None) -> ModelResult:
@@ -81,3 +83,25 @@ def test_the_report_has_the_columns_where_a_run_has_told(tmp_path):
     untold = {name: ModelResult(name, {"AP": 1.0}) for name in ("baseline", "distilled")}
     write_report(str(tmp_path / "untold"), untold, environment={})
     assert "teacher's share" not in Path(tmp_path, "untold/report.md").read_text()
+
+
+def test_a_clock_that_nobody_reads_keeps_what_is_under_way_alone(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            self.done = True
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.done
+
+        def elapsed_time(self, end):
+            return 500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = TeacherClock()
+    for _ in range(10):
+        with clock(torch.device("cuda")):
+            pass
+    assert len(clock._running) == 1 and clock.take() == pytest.approx(5.0) and clock.take() == 0

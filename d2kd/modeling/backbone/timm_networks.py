@@ -182,9 +182,10 @@ def _strides_of(network: nn.Module, name: str) -> list[int] | None:
     """The strides that a network of features has on images of another size than its own; None where nothing tells."""
     nhwc = gives_nhwc(network)
     try:
-        network(torch.zeros(1, 3, 256, 320))
+        channels = image_channels(network)
+        network(torch.zeros(1, channels, 256, 320))
         # a side that the patches of all networks divide, 14 pixels and powers of 2
-        return [round(448 / maps.shape[1 if nhwc else 2]) for maps in network(torch.zeros(1, 3, 448, 448))]
+        return [round(448 / maps.shape[1 if nhwc else 2]) for maps in network(torch.zeros(1, channels, 448, 448))]
     except Exception as error:
         own = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
         try:
@@ -195,6 +196,11 @@ def _strides_of(network: nn.Module, name: str) -> list[int] | None:
             f"MODEL.TIMM.NAME {name} takes images of {own[1]} x {own[2]} pixels only ({first_line(error)}): take "
             "another network as a backbone, or see MODEL.TIMM.ARGS."
         ) from error
+
+
+def image_channels(network: nn.Module) -> int:
+    """Returns the channels of the images that a network takes: those of its first convolution."""
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def gives_nhwc(network: nn.Module) -> bool:
@@ -359,7 +365,7 @@ def _parameters_up_to(network: nn.Module, stages: Mapping[str, Stage], freeze_at
     was_training = network.training
     names, parameters = zip(*network.named_parameters())
     with handle, torch.enable_grad():
-        network.eval()(torch.zeros(1, 3, side, side, device=parameters[0].device))
+        network.eval()(torch.zeros(1, image_channels(network), side, side, device=parameters[0].device))
         network.train(was_training)
         if not isinstance(kept[0], torch.Tensor):
             raise ConfigError(

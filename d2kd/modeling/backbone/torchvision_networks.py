@@ -45,6 +45,11 @@ declare_keys(  # BACKBONE.NAME "build_torchvision_network"
 )
 
 
+#: They bring images normalized as for torchvision's other networks to what TensorFlow's weights of theirs expect.
+#: torchvision does that where it loads these weights itself; here they may come later.
+_TRANSFORMS_INPUT = ("googlenet", "inception_v3")
+
+
 class TorchvisionNetwork(WholeNetwork):
     """A whole classifier of torchvision."""
 
@@ -74,8 +79,9 @@ class TorchvisionNetwork(WholeNetwork):
 
         check_torchvision_name(name)
         self.name = name
+        own = {"transform_input": True} if name in _TRANSFORMS_INPUT else {}
         try:
-            net = models.get_model(name, weights=None, num_classes=num_classes, **(arguments or {}))
+            net = models.get_model(name, weights=None, num_classes=num_classes, **{**own, **(arguments or {})})
         except Exception as error:
             raise ConfigError(
                 f"MODEL.TORCHVISION.NAME {name} cannot be built so: {first_line(error)}. Check its ARGS."

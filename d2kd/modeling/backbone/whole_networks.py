@@ -24,6 +24,7 @@ from .timm_networks import (
     first_line,
     freeze,
     gives_nhwc,
+    image_channels,
     layers_to_the_end,
     network_stages,
     set_norms,
@@ -101,7 +102,7 @@ class WholeNetwork(Backbone):
         """The shape of the logits of a blank image."""
         was_training = self.training
         try:
-            blank = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
+            blank = torch.zeros(1, image_channels(self.net), side, side, device=next(self.parameters()).device)
             return tuple(self.eval()(blank)["class_logits"].shape)
         finally:
             self.train(was_training)

@@ -69,7 +69,7 @@ declare_keys(  # META_ARCHITECTURE "FCOS", best with BACKBONE.NAME "build_fcos_r
     IN_FEATURES=setting(
         ["p3", "p4", "p5", "p6", "p7"], "Levels of the pyramid that the head takes, finest first.", rule=NOT_EMPTY
     ),
-    NUM_CONVS=setting(4, "Convolutions in each of the two branches of the head.", at_least=0),
+    NUM_CONVS=setting(4, "Convolutions in each of the two branches of the head.", at_least=1),
     NORM=setting("GN", "Normalization in the head.", choices=NORMS),
     CENTER_SAMPLING_RADIUS=setting(
         1.5,

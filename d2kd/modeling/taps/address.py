@@ -34,7 +34,7 @@ class Tap(NamedTuple):
     channels_last: bool = False
     # the module gives tokens (N, L, C), so many before those of the patches, which lie on a square grid
     prefix_tokens: int | None = None
-    # it is copied as it fires: what follows, like the ReLU and the sum in Detectron2's blocks, writes over it
+    # what follows gets a copy: it writes over it, like the ReLU and the sum in Detectron2's blocks
     copied: bool = False
 
 

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -212,18 +212,31 @@ class _Recorder:
                 raise TapError(
                     f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
                 )
-            value = _before_activation(module, mode.value, output)
+            if isinstance(output, Tensor) and output.dim() == 4 and mode.value.shape[-2:] != output.shape[-2:]:
+                raise TapError(
+                    f"Tap {tap.name!r}: the last activation in the last block ({type(module).__name__}) of that stage "
+                    f"is not on its map of {_size(output)} cells, but on one of {_size(mode.value)} (of squeeze-and-"
+                    "excitation, say). Use the tap of the stage itself."
+                )
+            if isinstance(module, InvertedResidual):
+                value = _before_activation(mode.value, output)
+                self._store(tap, value)
+                return _after_activation(value, mode.activation) if self.replace is None else self._refuse(tap, module)
+            value = mode.value
             self._store(tap, value.permute(0, 3, 1, 2) if mode.channels_last else value)
             if self.replace is None:
                 return None
             if mode.result is not output or mode.channels_last:
-                raise TapError(
-                    f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(module).__name__}) does "
-                    "not give the block's output. Use the tap of the stage itself."
-                )
+                self._refuse(tap, module)
             return mode.activation(self.replace(tap.name, mode.value))
 
         return hook
+
+    def _refuse(self, tap: Tap, block: nn.Module) -> NoReturn:
+        raise TapError(
+            f"Tap {tap.name!r} cannot be replaced: the last ReLU of its block ({type(block).__name__}) does not give "
+            "the block's output. Use the tap of the stage itself."
+        )
 
     def _take_input(self, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         calls = itertools.count()
@@ -232,7 +245,9 @@ class _Recorder:
             if tap.call not in (next(calls), None):
                 return None
             self._store(tap, args[0])
-            return None if self.replace is None else (self.replace(tap.name, args[0]), *args[1:])
+            if self.replace is not None:
+                return (self.replace(tap.name, args[0]), *args[1:])
+            return (args[0].clone(), *args[1:]) if tap.copied else None
 
         return hook
 
@@ -245,7 +260,9 @@ class _Recorder:
             value = output if tap.key is None else output[tap.key]
             value = _as_map(tap, value)
             self._store(tap, value)
-            return None if self.replace is None else _put(tap, output, self.replace(tap.name, value))
+            if self.replace is not None:
+                return _put(tap, output, self.replace(tap.name, value))
+            return _put(tap, output, value.clone()) if tap.copied else None
 
         return hook
 
@@ -256,24 +273,29 @@ class _Recorder:
             raise TapError(
                 f"Tap {tap.name!r} fires more than once in a forward pass: choose a call, e.g. '{tap.name}@0'."
             )
-        if tap.copied and self.replace is None:
-            value = value.clone()
-        elif not value.is_inference():  # those have no number of times that they were written to
+        if not value.is_inference():  # those have no number of times that they were written to
             self.versions.append((tap, value, value._version))
         self.features[tap.name] = value
         if self.stop_after == len(self.features) and not self.takes_turns:
             raise _AllTapsFired
 
 
-def _before_activation(block: nn.Module, value: Tensor, output: Any) -> Tensor:
-    """The map of a block before its last activation, which got `value`.
+def _before_activation(value: Tensor, output: Tensor) -> Tensor:
+    """The map of a unit of ShuffleNetV2 before its last activation, which got `value`.
 
-    A unit of ShuffleNetV2 activates one half of its channels and interleaves it with the other, that it passes on
-    (arXiv 1807.11164, figure 3): the map is its output with that half as it was before.
+    It activates one half of its channels and interleaves it with the other, that it passes on (arXiv 1807.11164, figure
+    3): the map is its output with that half as it was before.
     """
-    if isinstance(block, InvertedResidual):
-        return torch.stack([output[:, 0::2], value], dim=2).flatten(1, 2)
-    return value
+    return torch.stack([output[:, 0::2], value], dim=2).flatten(1, 2)
+
+
+def _after_activation(value: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The output of such a unit from that map, so that all behind depends on it."""
+    return torch.stack([value[:, 0::2], activation(value[:, 1::2])], dim=2).flatten(1, 2)
+
+
+def _size(x: Tensor) -> str:
+    return " x ".join(map(str, x.shape[-2:]))
 
 
 def _put(tap: Tap, output: Any, value: Tensor) -> Any:

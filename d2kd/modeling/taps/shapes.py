@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2kd.distillers import NormAffine, TapInfo
 from d2kd.rng import preserve_rng_state
@@ -34,7 +34,9 @@ def _shapes(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, floa
     """Channels and strides (0 for vectors) of tapped features, and whether a gradient passes them."""
     device = next(model.parameters()).device
     side = architecture_of(model).probe_size()
-    blank = torch.zeros(3, side, side, dtype=torch.uint8, device=device)
+    mean: Tensor | None = getattr(model, "pixel_mean", None)
+    channels = 3 if mean is None else mean.numel()  # of images in gray, say
+    blank = torch.zeros(channels, side, side, dtype=torch.uint8, device=device)
     widths: list[int] = []
     handle = model.get_submodule("backbone").register_forward_pre_hook(
         lambda module, args: widths.append(args[0].shape[-1])

@@ -121,7 +121,10 @@ def fold_norms(model: nn.Module, keep: Sequence[nn.Module] = ()) -> int:
     count = 0
     for convolution, norm, remove in list(_convolutions_with_norms(model)):
         shared = places.count(id(convolution)) > 1 or places.count(id(norm)) > 1
-        if shared or type(norm) not in _FOLDED_TYPES or norm.running_var is None or id(norm) in kept:
+        if shared or type(norm) not in _FOLDED_TYPES or norm.running_var is None:
+            continue
+        # a layer of Detectron2 ends with its norm, one in front of a neighbor gives what that gets
+        if id(norm) in kept or (id(convolution) in kept and getattr(convolution, "norm", None) is not norm):
             continue
         weight, bias = fuse_conv_bn_weights(
             convolution.weight,

@@ -23,6 +23,7 @@ class TeacherClock:
             start.record()
             yield
             end.record()
+            self._add_finished()  # whoever never takes the seconds keeps no more events than are under way
             self._running.append((start, end))
         else:
             began = time.perf_counter()
@@ -31,8 +32,11 @@ class TeacherClock:
 
     def take(self) -> float:
         """Returns the seconds since the last call, without the blocks that a GPU has not finished yet."""
+        self._add_finished()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _add_finished(self) -> None:
         while self._running and self._running[0][1].query():
             start, end = self._running.popleft()
             self._seconds += start.elapsed_time(end) / 1000
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detectron2.utils import comm
 
@@ -31,6 +31,11 @@ class DensePass(TeacherPass):
         self._faster = (acceleration or Acceleration()).of(teacher, self.taps)
         self._taps = FeatureTaps(self._faster.model, self.taps)
         self._unchecked = self._faster is not teacher or teacher.precision != torch.float32
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The teacher's network, and what runs in its place."""
+        return [self.teacher.model, self._faster.model]
 
     def __call__(
         self, batched_inputs: BatchedInputs, guidance: Any = None, dense: Mapping[str, Tensor] | None = None

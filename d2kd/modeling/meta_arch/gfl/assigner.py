@@ -44,8 +44,10 @@ def assign_by_statistics(
     index = torch.cat(nearest, dim=1)
     of_candidates = overlaps.gather(1, index)
     deviation = of_candidates.std(dim=1, correction=min(1, index.shape[1] - 1))
+    threshold = of_candidates.mean(dim=1) + deviation
     # of equal overlaps the mean may be above all of them, by rounding
-    threshold = torch.minimum(of_candidates.mean(dim=1) + deviation, of_candidates.amax(dim=1))
+    best = of_candidates.amax(dim=1)
+    threshold = torch.where(threshold - best <= 1e-6, torch.minimum(threshold, best), threshold)
     x, y = centers[index].unbind(dim=2)
     x0, y0, x1, y1 = (side[:, None] for side in boxes.unbind(dim=1))
     inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2kd.layers import generalized_iou, paired_iou, soft_label_focal_loss, upcast_half
+from d2kd.layers import generalized_iou, mean_over_processes, paired_iou, soft_label_focal_loss, upcast_half
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
@@ -17,7 +17,6 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
 from ..dense_arguments import dense_arguments
-from ..processes import mean_over_processes
 from .assigner import assign_by_statistics
 from .build import build_head
 from .distribution import SIDES, as_box, box_distances, distribution_focal_loss

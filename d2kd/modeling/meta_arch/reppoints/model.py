@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2kd.layers import sigmoid_focal_loss
+from d2kd.layers import mean_over_processes, sigmoid_focal_loss
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
@@ -16,7 +16,6 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
 from ..dense_arguments import dense_arguments
-from ..processes import mean_over_processes
 from .assigners import IGNORED, assign_by_distance, assign_by_overlap
 from .build import build_head
 from .head import PointMaps

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from d2kd.config import config_check, declare_keys
 from d2kd.detectron2_keys import NORMS
 from d2kd.errors import ConfigError
-from d2kd.layers import upcast_half
+from d2kd.layers import mean_over_processes, upcast_half
 from d2kd.settings import Rule, setting
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
@@ -17,7 +17,6 @@ from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from detectron2.utils import comm
 
 from ..levels import levels_of
-from ..processes import mean_over_processes
 from .decoding import NMS, Masks, Sizes, Thresholds, detect, point_nms
 from .head import BaseSOLOHead, DecoupledSOLOHead, MaskMaps, SOLOHead, head_strides
 from .losses import COUNT_EPS, dice_losses, focal_loss_sum
