@@ -4,6 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+#: The metric of segmentors with a "-" in its own name, as Detectron2 has it.
+_HYPHENATED = "min(IoU, B-Iou)"
 #: Metrics of COCO over objects of some sizes, by their last letter, and these sizes in pixels.
 _SIZES = {"s": "small objects (below 32x32)", "m": "medium objects (32x32 to 96x96)", "l": "large objects (from 96x96)"}
 #: Names of classes that a line tells.
@@ -35,13 +37,18 @@ def explain_nan(
     return lines
 
 
+def class_of_metric(name: str) -> str:
+    """Returns the class that a metric is of, "cat" of "AP-cat"; "" for those over all classes."""
+    return name.replace(_HYPHENATED, "").partition("-")[2]
+
+
 def _numbers(metrics: Any) -> list[tuple[str, float]]:
     return [(n, v) for n, v in metrics.items() if isinstance(v, float)] if isinstance(metrics, Mapping) else []
 
 
 def _reasons(missing: list[str], dataset: str) -> list[str]:
-    classes = list(dict.fromkeys(name.partition("-")[2] for name in missing if "-" in name))
-    overall = [name for name in missing if "-" not in name]
+    classes = list(dict.fromkeys(of_class for name in missing if (of_class := class_of_metric(name))))
+    overall = [name for name in missing if not class_of_metric(name)]
     reasons = []
     for name in overall:
         size = _SIZES.get(name[-1]) if name[:-1] in ("AP", "AR") else None

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from d2kd.evaluation.missing import class_of_metric
+
 #: So many classes are listed; of more, those that differ most.
 MAX_CLASSES = 100
 SHOWN_CLASSES = 20
@@ -32,8 +34,8 @@ def side_by_side(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str:
     values = [{(*path, name): value for path, name, value in _numbers(results)} for results in (teacher, student)]
     names = list(dict.fromkeys([*values[0], *values[1]]))
     rows = [(name[-1], Row("/".join(name), *(v.get(name, math.nan) for v in values))) for name in names]
-    main = [row for metric, row in rows if "-" not in metric]
-    classes = [row for metric, row in rows if "-" in metric]
+    main = [row for metric, row in rows if not class_of_metric(metric)]
+    classes = [row for metric, row in rows if class_of_metric(metric)]
     note = ""
     if len(classes) > MAX_CLASSES:
         differing = [row for row in classes if math.isfinite(row.difference)]

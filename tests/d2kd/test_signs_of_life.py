@@ -82,6 +82,8 @@ def test_no_predictions_are_explained():
         ({"AP": 3.0, "APs": NAN, "AP-cat": NAN, "AP-dog": 3.0}, ["APs is nan", "nan for cat, of which my_val has no"]),
         ({"AP": NAN, "AP50": NAN, "APs": NAN}, ["AP is nan, as my_val has no ground truth for it"]),
         ({"mIoU": 3.0, "IoU-car": NAN, "ACC-car": NAN}, ["nan for car, of which"]),
+        ({"min(IoU, B-Iou)": 3.0, "min(IoU, B-Iou)-T-bar": NAN}, ["task: nan for T-bar, of which"]),
+        ({"min(IoU, B-Iou)": NAN}, ["min(IoU, B-Iou) is nan, as my_val has no ground truth"]),
         ({"top1": 3.0, **{f"top1-{n}": NAN for n in range(7)}}, ["nan for 0, 1, 2, 3, 4 and 2 more, of which"]),
         ({"AR@100": 3.0, "note": "text"}, []),
     ],
