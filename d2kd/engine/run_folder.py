@@ -43,8 +43,9 @@ _WRITTEN_BELOW = {
     "evaluation": ("result.json", "config.yaml", "log.txt", "inference", "inference_*"),
     "features": ("features.json", "*.png"),
 }
-#: Where the files of a run are until the one that replaces it has come through its first iteration.
-_SET_ASIDE = ".replaced"
+#: Where the files of a run are until the one that replaces it has come through its first iteration; on their way there
+#: and back; and where they are removed. Folders change names at once, so that a run may be killed anywhere.
+_SET_ASIDE, _MOVING, _FORGOTTEN = ".replaced", ".replaced.moving", ".replaced.forgotten"
 #: Left by writes that were killed: see `d2kd.files.replacing`, and Detectron2's runtime.
 _LEFT_OVER = re.compile(r"\..*\.\d+\.tmp(\..*)?|.*\.tmp\d+")
 
@@ -146,8 +147,7 @@ def claimed_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> Iterator[list
         check_folder(cfg, resume, overwrite)
         remove_left_overs(folder)
         if not resume and holds_a_run(folder):
-            _move(_files_of_run(folder), folder, os.path.join(folder, _SET_ASIDE))
-            _remove_empty_folders(folder)
+            _set_aside(folder)
         try:
             yield notices
         except BaseException:
@@ -158,11 +158,13 @@ def claimed_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> Iterator[list
 
 def forget_replaced_run(folder: str) -> None:
     """Removes what `claimed_folder` has set aside, if it has."""
-    aside = Path(folder, _SET_ASIDE)
+    aside, forgotten = Path(folder, _SET_ASIDE), Path(folder, _FORGOTTEN)
     if aside.is_dir():
         count = sum(1 for path in aside.rglob("*") if path.is_file())
-        shutil.rmtree(aside)
+        aside.rename(forgotten)
         logger.warning("--overwrite: removed %d files of another run from %s", count, folder)
+    if forgotten.is_dir():
+        shutil.rmtree(forgotten)
 
 
 def _files_of_run(folder: str) -> list[Path]:
@@ -182,7 +184,9 @@ def _move(paths: Iterable[Path], source: str, target: str) -> None:
         path.rename(to)
 
 
-def _remove_empty_folders(folder: str) -> None:
+def _set_aside(folder: str) -> None:
+    _move(_files_of_run(folder), folder, os.path.join(folder, _MOVING))
+    Path(folder, _MOVING).rename(Path(folder, _SET_ASIDE))
     for name in ("masks", *_WRITTEN_BELOW):
         below = Path(folder, name)
         if below.is_dir() and not any(below.iterdir()):
@@ -191,18 +195,22 @@ def _remove_empty_folders(folder: str) -> None:
 
 def _put_back(folder: str) -> bool:
     """Gives a folder the run again that was set aside, in place of what another has begun; whether there was one."""
-    aside = Path(folder, _SET_ASIDE)
-    if not aside.is_dir():
+    aside, moving = Path(folder, _SET_ASIDE), Path(folder, _MOVING)
+    if aside.is_dir():
+        for path in _files_of_run(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        aside.rename(moving)
+    if not moving.is_dir():
         return False
-    for path in _files_of_run(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _move([path for path in aside.rglob("*") if path.is_file()], str(aside), folder)
-    shutil.rmtree(aside)
+    _move([path for path in moving.rglob("*") if path.is_file()], str(moving), folder)
+    shutil.rmtree(moving)
     return True
 
 
 def remove_left_overs(folder: str) -> None:
     """Removes what killed writes have left in a folder."""
+    if Path(folder, _FORGOTTEN).is_dir():
+        shutil.rmtree(Path(folder, _FORGOTTEN))
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if path.is_file() and _LEFT_OVER.fullmatch(path.name):
             logger.info("Removed %s, which a killed write has left", path)

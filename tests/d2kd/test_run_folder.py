@@ -1,9 +1,11 @@
 """The folder of a run: nothing of the user's is lost in it, and killed or diverged runs go on as they should."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,14 @@ from test_bad_input import error_of
 
 from d2kd.cli import train
 from d2kd.engine import DistillTrainer, NonFiniteLossError, argument_parser
-from d2kd.engine.run_folder import FolderError, claimed_folder, locked, prepare_folder, remove_left_overs
+from d2kd.engine.run_folder import (
+    FolderError,
+    claimed_folder,
+    forget_replaced_run,
+    locked,
+    prepare_folder,
+    remove_left_overs,
+)
 from d2kd.errors import UserError
 from d2kd.modeling.checkpoint_files import checksum, write_checkpoint
 
@@ -97,16 +106,44 @@ def test_overwriting_removes_what_the_run_has_written_and_nothing_else(write_con
     assert [name for name in gone if (output / name).exists()] == []
 
 
-def test_a_run_is_there_again_after_the_start_that_was_to_replace_it_was_killed(write_config, tmp_path):
+def test_a_run_is_there_again_wherever_the_start_that_was_to_replace_it_was_killed(write_config, tmp_path, monkeypatch):
     path, output = write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[]), tmp_path / "out"
     run_tool(path, output)
-    before = contents(output)
-    killed = claimed_folder(config(OUTPUT_DIR=str(output)), resume=False, overwrite=True)
-    killed.__enter__()  # and never left
-    (output / "model_0000000.pth").write_text("of the killed one")
-    assert set(contents(output)) & set(before) == set()
-    with claimed_folder(config(OUTPUT_DIR=str(output)), resume=True, overwrite=False) as done:
-        assert contents(output) == before and "has its former run again" in done[0]
+    before, rename = contents(output), Path.rename
+    cfg = config(OUTPUT_DIR=str(output))
+    steps, starts = iter(range(1000)), []  # kept: one that is collected is left, not killed
+
+    def killed(path, target):
+        if next(steps) == dies_at:
+            raise SystemExit
+        return rename(path, target)
+
+    for dies_at in range(30):  # before each of the files and folders that are moved there and back
+        steps = iter(range(1000))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed)
+            for _ in range(2):
+                starts.append(claimed_folder(cfg, resume=False, overwrite=True))
+                with contextlib.suppress(SystemExit):
+                    starts[-1].__enter__()
+                    (output / "model_0000000.pth").write_text("of the killed one")
+        with claimed_folder(cfg, resume=True, overwrite=False):
+            assert contents(output) == before, dies_at
+    assert next(steps) < dies_at, "it was never killed at the last of them"
+
+
+def test_a_run_that_was_replaced_is_forgotten_wherever_that_was_killed(write_config, tmp_path, monkeypatch):
+    path, output = write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[]), tmp_path / "out"
+    run_tool(path, output)
+    cfg = config(OUTPUT_DIR=str(output))
+    start = claimed_folder(cfg, resume=False, overwrite=True)
+    start.__enter__()
+    (output / "metrics.json").write_text("of the new one")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shutil, "rmtree", lambda path: sys.exit())
+        forget_replaced_run(str(output))
+    with claimed_folder(cfg, resume=True, overwrite=False) as done:
+        assert not done and {str(name) for name in contents(output)} == {"metrics.json"}
 
 
 def test_weights_alone_are_no_run_to_go_on_with(write_config, tmp_path):
