@@ -251,6 +251,25 @@ def test_masks_are_compared_and_drawn_as_outlines(tmp_path, register):
     assert corners.min(0) == pytest.approx([15, 10], abs=0.1) and corners.max(0) == pytest.approx([20, 15], abs=0.1)
 
 
+@pytest.mark.parametrize("width, height", [(1280, 853), (3000, 2000)])  # 853 / 1280 of 640 is no whole number
+def test_masks_of_photographs_that_are_shown_smaller_are_compared(tmp_path, register, width, height):
+    records = images(tmp_path / "images", 1)
+    Image.new("RGB", (width, height)).save(records[0]["file_name"])
+    x, y, across, down = box = [100, 100, 400, 300]
+    polygon = [x, y, x + across, y, x + across, y + down, x, y + down]
+    annotation = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "segmentation": [polygon]}
+    records[0] |= {"width": width, "height": height, "annotations": [annotation]}
+    register(records, thing_classes=NAMES)
+    (rle,) = mask_util.frPyObjects([polygon], height, width)
+    mask = {"size": rle["size"], "counts": rle["counts"].decode()}
+    found = [{"image_id": 0, "category_id": 0, "bbox": box, "score": 0.9, "segmentation": mask}]
+    run = write_run(tmp_path / "run", {"segm": {"AP": 100.0}}, FILE, found)
+    models = {"x": load_result("x", str(run), dataset_name=DATASET, task="segm")}
+    write_report(str(tmp_path / "out"), models, dataset_name=DATASET, environment={}, task="segm")
+    (image,) = content_of((tmp_path / "out/report.html").read_text(encoding="utf-8"))["images"]
+    assert max(image["width"], image["height"]) == 640 and [d["finds"] for d in image["found"]["x"]] == [0]
+
+
 def test_costs_of_a_benchmark_are_in_table_and_plots(tmp_path, caplog):
     for name, latency in (("teacher", 41.5), ("distilled", 9.25)):
         run = write_run(tmp_path / name, {"bbox": {"AP": 30.0}})
