@@ -17,7 +17,7 @@ from d2kd.errors import ConfigError
 from d2kd.evaluation.build import folder_of
 from d2kd.evaluation.missing import explain_nan
 from d2kd.evaluation.side_by_side import side_by_side
-from d2kd.files import write_json
+from d2kd.files import file_checksum, write_json
 from d2kd.modeling import Teacher, TeacherError, build_network, load_strictly, load_teacher, teacher_config
 from d2kd.modeling.architectures import architecture_class, architecture_of, check_test_augmentation
 from d2kd.modeling.classes import Classes, classes_of, match_classes
@@ -230,6 +230,8 @@ def _is_result_of(cfg: CfgNode, weights: str) -> bool:
 def _write_result(cfg: CfgNode, results: Results, model: nn.Module, weights: str) -> None:
     params = sum(p.numel() for p in model.parameters())
     content = {"metrics": results, "datasets": list(cfg.DATASETS.TEST), "params": params, "weights": weights}
+    # a training may go on, and put other weights into this file
+    content["weights_checksum"] = file_checksum(weights) if os.path.isfile(weights) else None
     write_json(os.path.join(cfg.OUTPUT_DIR, "result.json"), content)
 
 

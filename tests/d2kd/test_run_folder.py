@@ -21,6 +21,7 @@ from d2kd.cli import train
 from d2kd.engine import DistillTrainer, NonFiniteLossError, argument_parser, locked
 from d2kd.engine.run_folder import FolderError, prepare_folder, remove_left_overs
 from d2kd.errors import UserError
+from d2kd.files import file_checksum
 from d2kd.modeling.checkpoint_files import checksum, write_checkpoint
 
 
@@ -129,6 +130,7 @@ def test_evaluations_leave_a_training_and_its_result_alone(write_config, tmp_pat
     assert (output / "config.yaml").read_bytes() == config_yaml
     result = json.loads((output / "evaluation" / "result.json").read_text())
     assert result["datasets"] == ["digits_val"] and "AP" in result["metrics"]["bbox"]
+    assert result["weights_checksum"] == file_checksum(output / "model_0000002.pth")
     assert (output / "evaluation" / "inference" / "coco_instances_results.json").exists()
 
 
