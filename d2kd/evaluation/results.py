@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class ModelResult:
     name: str  # the key in report.json: "teacher", "baseline", "inherit", "distilled" or another
     metrics: Mapping[str, float]  # of one task, as from its evaluator, e.g. {"AP": 24.8, ...}; percent
     label: str = ""  # what tables and pictures call it; the name by default
+    dataset: str | None = None  # that the metrics and the predictions are of
+    curve_dataset: str | None = None  # that the metrics in metrics.json are of: evaluated while training
     metrics_file: str | None = None  # the training's metrics.json, for the curves
     metrics_scope: str | None = None  # what stands before the metrics there; the task by default
     predictions_file: str | None = None  # what the evaluator wrote, for the pictures
@@ -118,6 +120,8 @@ def load_result(
         name=name,
         label=label,
         metrics={k: math.nan if v is None else v for k, v in metrics.items()},
+        dataset=_evaluated_on(content, dataset_name),
+        curve_dataset=_evaluated_on(trained, dataset_name),
         metrics_file=existing("metrics.json"),
         metrics_scope=scope if evaluated == directory else None,
         predictions_file=next(filter(None, (existing(path, evaluated) for path in files)), None),
@@ -190,6 +194,12 @@ def _is_evaluation_of(folder: Path, checkpoint: Path) -> bool:
     return same and not (checkpoint.is_file() and checkpoint.stat().st_mtime > (folder / "result.json").stat().st_mtime)
 
 
+def _evaluated_on(content: Mapping[str, Any], dataset_name: str | None) -> str | None:
+    """The dataset that metrics of a result are of; None where that is not told."""
+    datasets = content.get("datasets") or ()
+    return dataset_name if dataset_name in datasets else datasets[0] if len(datasets) == 1 else None
+
+
 def _datasets(directory: Path) -> Sequence[str]:
     found = _known(directory).get("datasets")
     return found if isinstance(found, list) else ()
@@ -235,6 +245,21 @@ def _require_dataset(
         raise ResultError(
             f"Run {name!r}: {path} is an evaluation on {', '.join(datasets)}: say on which of them the runs are "
             "compared (--dataset)."
+        )
+
+
+def require_same_dataset(models: Iterable[ModelResult]) -> None:
+    """Checks that the metrics of models are of the same dataset, as far as they tell.
+
+    Raises:
+        ResultError: they are not.
+    """
+    names = {run.dataset: model.name for model in models for run in model.runs or (model,) if run.dataset is not None}
+    if len(names) > 1:
+        (one, first), (other, second), *_ = names.items()
+        raise ResultError(
+            f"Run {first!r} was evaluated on {one}, and {second!r} on {other}: say on which dataset they are compared "
+            "(--dataset), and evaluate there what has not been (d2kd eval, with DATASETS.TEST and an OUTPUT_DIR)."
         )
 
 

@@ -15,6 +15,7 @@ import d2kd  # noqa: F401
 from d2kd.cli.report import run
 from d2kd.evaluation.report import ModelResult, compare, load_result, write_report
 from d2kd.evaluation.results import ResultError
+from d2kd.evaluation.seeds import merge_seeds
 from d2kd.visualization import detection_grid, read_predictions, read_training_log
 from d2kd.visualization.curves import smooth
 from d2kd.visualization.detections import (
@@ -203,6 +204,20 @@ def test_runs_that_were_evaluated_on_other_images_are_refused(tmp_path):
     assert load_result("baseline", str(tmp_path / "run"), dataset_name="digits_val").metrics["AP"] == 3.0
     with pytest.raises(ResultError, match=r"evaluation on digits_val, not on coco_2017_val\. Evaluate it there"):
         load_result("baseline", str(tmp_path / "run"), dataset_name="coco_2017_val")
+
+
+def test_runs_that_were_evaluated_on_different_images_are_not_compared(tmp_path):
+    for name, dataset in (("baseline", "va"), ("inherit", None), ("distilled", "vb")):
+        path = write_run(tmp_path / name, 3.0) / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **({"datasets": [dataset]} if dataset else {})}))
+    loaded = {name: load_result(name, str(tmp_path / name)) for name in ("baseline", "inherit", "distilled")}
+    message = r"Run 'baseline' was evaluated on va, and 'distilled' on vb: .*\(--dataset\)"
+    for distilled in (loaded["distilled"], merge_seeds([model("distilled", 3.0), loaded["distilled"]])):
+        with pytest.raises(ResultError, match=message):
+            write_report(str(tmp_path / "out"), {**loaded, "distilled": distilled})
+    assert not (tmp_path / "out").exists()
+    del loaded["distilled"]
+    write_report(str(tmp_path / "out"), loaded)  # an older result does not tell its dataset
 
 
 def test_training_log_survives_interruption_and_resume(tmp_path):
