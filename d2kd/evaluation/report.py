@@ -102,6 +102,7 @@ def write_report(
         "task": task,
         "models": {name: _model_json(model) for name, model in models.items()},
         **compare(models, first.name),
+        "curve_datasets": {name: models[name].curve_dataset for name, log in logs.items() if len(log.metric)},
         "training_cost": training_cost(models, task, first.name),
         **compare_seeds(models, first.name, drawn),
         "right_alone": compare_images(models) if classifies else None,

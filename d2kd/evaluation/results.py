@@ -196,7 +196,7 @@ def _is_evaluation_of(folder: Path, checkpoint: Path) -> bool:
 
 def _evaluated_on(content: Mapping[str, Any], dataset_name: str | None) -> str | None:
     """The dataset that metrics of a result are of; None where that is not told."""
-    datasets = content.get("datasets") or ()
+    datasets = content.get("datasets") or []
     return dataset_name if dataset_name in datasets else datasets[0] if len(datasets) == 1 else None
 
 

@@ -193,6 +193,7 @@ def test_what_a_run_was_evaluated_on_later_is_found(runs):
     result.write_text(json.dumps(content))
     found = load_result("distilled", str(folder), dataset_name="test")
     assert found.metrics == {"AP": 2.0} and found.seed == 1 and found.iterations == 100
+    assert found.dataset == "test" and found.curve_dataset == "val"
     assert found.predictions_file == str(inside / "coco_instances_results.json")
     assert load_result("distilled", str(folder), dataset_name="val").metrics["AP"] == 14.0
     result.write_text(json.dumps({**content, "weights": "another.pth"}))
