@@ -128,7 +128,8 @@ def drawn(tmp_path):
         folder = write_run(tmp_path / name, 1.0 if name == "baseline" else 2.0, 1) / "inference"
         folder.mkdir()
         (folder / "coco_instances_results.json").write_text(json.dumps(found))
-    DatasetCatalog.register("val", list)
+    records = [{"file_name": image["file_name"], "image_id": image["id"]} for image in truth["images"]]
+    DatasetCatalog.register("val", lambda: records)
     MetadataCatalog.get("val").set(
         json_file=str(tmp_path / "truth.json"),
         thing_classes=["0", "1", "2"],
