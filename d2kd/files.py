@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -69,6 +70,15 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes JSON; numbers that it does not know (the AP of a class without objects is NaN) become null."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def file_checksum(path: str | Path) -> str:
+    """What tells a file from others, by its content: about a second for a gigabyte."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def finite(value: Any) -> Any:

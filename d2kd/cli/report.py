@@ -114,7 +114,8 @@ def main(args: argparse.Namespace, command: str) -> None:
     """Writes the report, and in it `command`, the line that made it.
 
     Raises:
-        ResultError: a run has no result, or none of the task; or what should be seeds of one differ in more than that.
+        ResultError: a run has no result, or none of the task; runs were evaluated on different datasets; or what should
+            be seeds of one differ in more than that.
         DatasetError: see `make_dataset_known`.
         ConfigError: `--drawings` cannot be done.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from d2kd.config import get_key, with_values
@@ -17,7 +18,7 @@ from d2kd.errors import ConfigError
 from d2kd.evaluation.build import folder_of
 from d2kd.evaluation.missing import explain_nan
 from d2kd.evaluation.side_by_side import side_by_side
-from d2kd.files import write_json
+from d2kd.files import file_checksum, write_json
 from d2kd.modeling import Teacher, TeacherError, build_network, load_strictly, load_teacher, teacher_config
 from d2kd.modeling.architectures import architecture_class, architecture_of, check_test_augmentation
 from d2kd.modeling.classes import Classes, classes_of, match_classes
@@ -31,7 +32,7 @@ from detectron2.utils import comm
 from .checkpoint import broadcast_buffers
 from .ema import ModelEMA
 from .run_folder import holds_a_run
-from .run_settings import write_config
+from .run_settings import other_predictions, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,8 @@ def evaluate_student(trainer_class: Any, cfg: CfgNode, resume: bool) -> dict[str
     """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`; every key must fit.
 
     Writes `result.json` and predictions for reports: into `OUTPUT_DIR`, or `OUTPUT_DIR/evaluation` where a training has
-    its own there. The training's result is not written anew; its predictions are, if it is the same evaluation again.
+    its own there. The training's result is not written anew; its predictions are, if it is the same evaluation again:
+    of the same weights on the same test sets, under the same settings.
 
     Raises:
         ConfigError: there is nothing to evaluate.
@@ -205,31 +207,43 @@ def _load_student(cfg: CfgNode, resume: bool) -> tuple[str, nn.Module]:
 
 def _evaluate_weights(trainer_class: Any, cfg: CfgNode, path: str, model: nn.Module) -> dict[str, Any]:
     trained = holds_a_run(cfg.OUTPUT_DIR)
-    again = trained and _is_result_of(cfg, path)
+    difference = _difference_to_result(cfg, path) if trained else None
     comm.synchronize()
-    if trained and not again:
-        cfg = with_values(cfg, {"OUTPUT_DIR": os.path.join(cfg.OUTPUT_DIR, "evaluation")})
+    if difference is not None:
+        folder = os.path.join(cfg.OUTPUT_DIR, "evaluation")
+        logger.info("Predictions and result go to %s: the run of %s %s.", folder, cfg.OUTPUT_DIR, difference)
+        cfg = with_values(cfg, {"OUTPUT_DIR": folder})
     results = dict(trainer_class.test(cfg, model))
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer_class.test_with_tta(cfg, model))
-    if comm.is_main_process() and not again:
+    if comm.is_main_process() and (difference is not None or not trained):
         write_config(cfg)
         _write_result(cfg, results, model, path)
     return results
 
 
-def _is_result_of(cfg: CfgNode, weights: str) -> bool:
-    """Whether these weights on these test sets are what the `result.json` of OUTPUT_DIR is about."""
+def _difference_to_result(cfg: CfgNode, weights: str) -> str | None:
+    """Why these weights on these test sets are not what the `result.json` of OUTPUT_DIR is about; None if they are."""
     folder = Path(cfg.OUTPUT_DIR)
-    if not (folder / "result.json").is_file() or not os.path.exists(weights):
-        return False
-    same = os.path.realpath(weights) == os.path.realpath(folder / "model_final.pth")
-    return same and json.loads((folder / "result.json").read_text()).get("datasets") == list(cfg.DATASETS.TEST)
+    try:
+        datasets = json.loads((folder / "result.json").read_text())["datasets"]
+        setting = other_predictions(cfg)
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return "has no result and configuration to compare with"
+    if os.path.realpath(weights) != os.path.realpath(folder / "model_final.pth"):
+        return f"has the result of model_final.pth, not of {weights}"
+    if datasets != list(cfg.DATASETS.TEST):
+        return (
+            f"has the result on {', '.join(map(str, datasets)) or 'no dataset'}, not on {', '.join(cfg.DATASETS.TEST)}"
+        )
+    return None if setting is None else f"was evaluated with other settings ({setting})"
 
 
 def _write_result(cfg: CfgNode, results: Results, model: nn.Module, weights: str) -> None:
     params = sum(p.numel() for p in model.parameters())
     content = {"metrics": results, "datasets": list(cfg.DATASETS.TEST), "params": params, "weights": weights}
+    # a training may go on, and put other weights into this file
+    content["weights_checksum"] = file_checksum(weights) if os.path.isfile(weights) else None
     write_json(os.path.join(cfg.OUTPUT_DIR, "result.json"), content)
 
 

@@ -1,14 +1,17 @@
-"""What of a run's settings must stay when it is resumed, and what lies in its checkpoint and has no effect any more."""
+"""What of a run's settings must stay when it is resumed, has no effect any more, or decides what weights predict."""
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from d2kd.config import get_key
+import yaml
+
+from d2kd.config import add_distill_config, get_key, leaves
 from d2kd.errors import UserError
 from d2kd.files import replacing
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,24 @@ FREE = (
     "DISTILL.TEACHER.WEIGHTS",
     "DISTILL.TEACHER.EVERY",
     "DATALOADER.DRAWS",
+)
+#: What decides the predictions of given weights: nodes of the configuration,
+_PREDICTING = ("INPUT.", "MODEL.", "TEST.")
+#: but for what in them is of the training alone, or tells the weights.
+_NOT_PREDICTING = (
+    "INPUT.COLOR_AUG_SSD",
+    "INPUT.CROP.",
+    "INPUT.MAX_SIZE_TRAIN",
+    "INPUT.MIN_SIZE_TRAIN",
+    "INPUT.RANDOM_FLIP",
+    "MODEL.BACKBONE.FREEZE_AT",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "TEST.BEST_CHECKPOINT.",
+    "TEST.EARLY_STOP.",
+    "TEST.EVAL_EPOCHS",
+    "TEST.EVAL_PERIOD",
+    "TEST.EXPECTED_RESULTS",
 )
 #: Counted by what is done, so a key of its own: the loader's position is in batches.
 _IMAGES = "SOLVER.IMS_PER_BATCH x SOLVER.ACCUMULATE"
@@ -85,6 +106,35 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
     for key, value in in_force.items():
         logger.warning("%s %r has no effect on a resumed run: %r is in force.", key, changed[key][1], value)
     return in_force
+
+
+def other_predictions(cfg: CfgNode) -> str | None:
+    """Returns a setting by which the same weights predict otherwise than in the run of OUTPUT_DIR; None without any.
+
+    Raises:
+        OSError, ValueError, yaml.YAMLError: the `config.yaml` of the run cannot be read.
+    """
+    defaults = get_cfg()
+    add_distill_config(defaults)
+    file = Path(cfg.OUTPUT_DIR, "config.yaml")
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(written, dict):
+        raise ValueError(f"{file} holds no configuration")
+    known, before, now = (
+        _predicting(content, cfg.DATASETS.TEST)
+        for content in (yaml.safe_load(defaults.dump()), written, yaml.safe_load(cfg.dump()))
+    )
+    before = {**known, **before}  # what a version without a key did
+    changed = next((key for key, value in now.items() if key in before and value != before[key]), None)
+    return None if changed is None else f"{changed} is {now[changed]!r}, and was {before[changed]!r}"
+
+
+def _predicting(content: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, Any]:
+    """Of a configuration every key that decides predictions on some datasets, with its value."""
+    found = dict(leaves(CfgNode(content)))
+    deciding = {k: v for k, v in found.items() if k.startswith(_PREDICTING) and not k.startswith(_NOT_PREDICTING)}
+    register = found.get("DATASETS.REGISTER") or ()
+    return {**deciding, "DATASETS.REGISTER": [entry for entry in register if entry.get("NAME") in datasets]}
 
 
 def write_config(cfg: CfgNode) -> None:

@@ -6,7 +6,6 @@ first weights, is not in it and may be more: several seeds (`d2kd.evaluation.sta
 
 import contextlib
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d2kd.data.coco import read_coco
+from d2kd.data.coco import CocoFile, read_coco
 from d2kd.evaluation.coco import NumberedCOCO
+from d2kd.evaluation.results import ResultError
 from d2kd.evaluation.statistics import CONFIDENCE, Estimate
+from d2kd.visualization.detections import read_results
 
 #: COCO's: recalls at which precision is read.
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -45,10 +46,17 @@ def coco_matches(annotations: str, predictions: str, task: str = "bbox") -> list
 
     Returns:
         The matches of every class, in the order of the classes.
+
+    Raises:
+        ResultError: predictions are damaged, or not of this dataset.
     """
-    truth = NumberedCOCO(read_coco(annotations))
-    with open(predictions, encoding="utf-8") as file:
-        found = json.load(file)
+    file = read_coco(annotations)
+    truth = NumberedCOCO(file)
+    try:
+        found = read_results(predictions)
+        _require_known(found, file, task)
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{predictions} is damaged, or not of {annotations} ({error}). Evaluate anew.") from error
     if task == "segm":  # COCO takes the size of an object from its mask then
         found = [{key: value for key, value in entry.items() if key != "bbox"} for entry in found]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -59,6 +67,17 @@ def coco_matches(annotations: str, predictions: str, task: str = "bbox") -> list
     number = len(evaluation.params.imgIds)
     of_classes = [evaluation.evalImgs[start : start + number] for start in range(0, len(evaluation.evalImgs), number)]
     return [_of_class(images) for images in of_classes]
+
+
+def _require_known(found: Sequence[dict[str, Any]], file: CocoFile, task: str) -> None:
+    images, categories = {image["id"] for image in file.images}, {category["id"] for category in file.categories}
+    for number, result in enumerate(found):
+        if result["image_id"] not in images:
+            raise ValueError(f"entry {number} is of image {result['image_id']!r}, which the dataset does not have")
+        if result["category_id"] not in categories:
+            raise ValueError(f"entry {number} is of category {result['category_id']}, which the dataset does not have")
+        if task == "segm" and result.get("segmentation") is None:
+            raise ValueError(f"entry {number} has no mask")
 
 
 def _of_class(found: Sequence[dict[str, Any] | None]) -> ClassMatches:

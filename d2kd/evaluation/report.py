@@ -24,7 +24,7 @@ from d2kd.evaluation.report_pictures import (
     read_logs,
 )
 from d2kd.evaluation.report_text import markdown
-from d2kd.evaluation.results import ModelResult, compare, load_result, told_apart
+from d2kd.evaluation.results import ModelResult, compare, load_result, require_same_dataset, told_apart
 from d2kd.evaluation.seeds import compare_seeds, draw_images
 from d2kd.evaluation.tasks import Metric, metric_named, split_variant, task_named
 from d2kd.evaluation.training_cost import training_cost
@@ -77,9 +77,11 @@ def write_report(
 
     Raises:
         ValueError: there is no model.
+        ResultError: models were evaluated on different datasets.
     """
     if not models:
         raise ValueError("write_report: no model to report on; give at least one")
+    require_same_dataset(models.values())
     about = task_named(task, next(iter(models.values())).metrics)
     metrics = _columns(models, about.columns) if metrics is None else metrics
     first = metric_named(metrics[0])
@@ -100,6 +102,7 @@ def write_report(
         "task": task,
         "models": {name: _model_json(model) for name, model in models.items()},
         **compare(models, first.name),
+        "curve_datasets": {name: models[name].curve_dataset for name, log in logs.items() if len(log.metric)},
         "training_cost": training_cost(models, task, first.name),
         **compare_seeds(models, first.name, drawn),
         "right_alone": compare_images(models) if classifies else None,

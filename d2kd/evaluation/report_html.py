@@ -17,7 +17,7 @@ import numpy as np
 
 from d2kd.evaluation.report_plots import STYLES, Cost, curves, swatch, trade_off
 from d2kd.evaluation.report_seeds import NOISE, seed_notes, seed_table
-from d2kd.evaluation.report_text import class_values, findings, main_table
+from d2kd.evaluation.report_text import class_values, curve_note, findings, main_table
 from d2kd.evaluation.results import ModelResult
 from d2kd.evaluation.seeds import estimate_in
 from d2kd.evaluation.tasks import metric_named, split_variant, task_named
@@ -196,7 +196,7 @@ def _plots(
     values = {titles[name]: logs[name].metric if name in logs else nothing for name in models}
     note = "Task loss, without distillation terms."
     yield _plot("Loss while training", curves(losses, "loss", logarithmic=True), note)
-    yield _plot(f"{metric.title} while training", curves(values, metric.axis, marked=True), "")
+    yield _plot(f"{metric.title} while training", curves(values, metric.axis, marked=True), curve_note(models, report))
 
 
 def _exported(models: Mapping[str, ModelResult], scores: Mapping[str, float], unit: str) -> list[Cost]:

@@ -47,6 +47,7 @@ class Picture(NamedTuple):
     height: int
     width: int
     scale: float  # of these to those of the file
+    size: tuple[int, int]  # (height, width) of the file
 
 
 def browser_images(models: Mapping[str, ModelResult], inputs: ReportInputs, threshold: float) -> Json:
@@ -142,7 +143,7 @@ def _notes(
 
 def _with_detections(inputs: ReportInputs, record: dict[str, Any], lowest: float) -> Json:
     picture = _picture(inputs, record)
-    size = round(picture.height / picture.scale), round(picture.width / picture.scale)
+    size = picture.size  # masks of another one, by a rounded pixel, have nothing in common
     truth = objects_of(record)
     models = {}
     draws_masks = False
@@ -250,13 +251,14 @@ def _with_classes(inputs: ReportInputs, record: dict[str, Any], _: float) -> Jso
 def _picture(inputs: ReportInputs, record: Mapping[str, Any]) -> Picture:
     side = MAX_SIDES[inputs.kind]
     image = detection_utils.read_image(record["file_name"], format="BGR")
-    scale = min(1.0, side / max(image.shape[:2]))
+    height, width = image.shape[:2]
+    scale = min(1.0, side / max(height, width))
     if scale < 1:
-        size = tuple(max(1, round(length * scale)) for length in image.shape[1::-1])
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        smaller = tuple(max(1, round(length * scale)) for length in (width, height))
+        image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
     quality = 92 if max(image.shape) < SMALL else 82
     encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-    return Picture(_data_uri("jpeg", encoded), image.shape[0], image.shape[1], scale)
+    return Picture(_data_uri("jpeg", encoded), image.shape[0], image.shape[1], scale, (height, width))
 
 
 def _shown(picture: Picture) -> Json:

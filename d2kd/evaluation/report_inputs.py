@@ -1,19 +1,22 @@
 """What the pictures of a report are made of: images of a dataset and what models predict for them, read once."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from d2kd.data.classes import class_names_of
 from d2kd.data.images import image_problem, label_map_problem
-from d2kd.evaluation.results import ModelResult
+from d2kd.evaluation.results import ModelResult, ResultError
 from d2kd.evaluation.tasks import split_variant, task_named
 from d2kd.visualization import LabelPredictions, read_classifications, read_predictions
+from d2kd.visualization.classifications import Answers
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 logger = logging.getLogger(__name__)
 
 Records = Sequence[dict[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,66 @@ class ReportInputs:
 
 
 def read_inputs(models: Mapping[str, ModelResult], dataset_name: str, task: str) -> ReportInputs | None:
-    """Reads a dataset and the predictions of models; None where there are none, or none that can be drawn."""
+    """Reads a dataset and the predictions of models; None where there are none, or none that can be drawn.
+
+    Raises:
+        ResultError: predictions are damaged, or not of this dataset as it is now.
+    """
     base = split_variant(task)[0]
     kind = {"classification": "classes", "sem_seg": "label_maps"}.get(base, "detections")
-    files = {name: model.predictions_file for name, model in models.items() if model.predictions_file}
-    if not files or task_named(task).predictions is None:
+    known = {name: model for name, model in models.items() if model.predictions_file}
+    if not known or task_named(task).predictions is None:
         return None
     records = list(DatasetCatalog.get(dataset_name))
     metadata = MetadataCatalog.get(dataset_name)
-    if kind == "classes":
-        said = {name: read_classifications(file) for name, file in files.items()}
-        return ReportInputs(kind, dataset_name, records, metadata, said)
-    if kind == "label_maps":
-        records.sort(key=lambda record: str(record["file_name"]))
-        maps = {name: LabelPredictions(file, metadata) for name, file in files.items()}
-        return ReportInputs(kind, dataset_name, records, metadata, maps)
-    records.sort(key=lambda record: str(record["image_id"]))
-    found = {name: read_predictions(file, metadata) for name, file in files.items()}
-    return ReportInputs(kind, dataset_name, records, metadata, found, base == "segm")
+    of_image = "file_name" if kind == "label_maps" else "image_id"
+    images = {record[of_image]: record for record in records}
+
+    def read(path: str) -> Any:
+        found: Any
+        if kind == "classes":
+            found = read_classifications(path)
+        else:
+            found = LabelPredictions(path, metadata) if kind == "label_maps" else read_predictions(path, metadata)
+        other = next((image for image in found if image not in images), None)
+        if other is not None and kind != "label_maps":
+            raise ValueError(f"there is an image {other!r}, which {dataset_name} does not have")
+        if other is not None:  # the images may have been moved
+            logger.warning("%s has label maps that are not shown: %s has no image %s", path, dataset_name, other)
+        if kind == "classes":
+            _require_classes(found, images, class_names_of(dataset_name))
+        return found
+
+    predictions = {name: read_of(model, read) for name, model in known.items()}
+    if kind != "classes":
+        records.sort(key=lambda record: str(record[of_image]))
+    return ReportInputs(kind, dataset_name, records, metadata, predictions, base == "segm")
+
+
+def read_of(model: ModelResult, read: Callable[[str], T]) -> T:
+    """Reads the predictions of a model, which has some.
+
+    Raises:
+        ResultError: `read` finds them damaged, or not of the dataset.
+    """
+    path = model.predictions_file
+    assert path is not None
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        raise ResultError(
+            f"Run {model.name!r}: {path} is damaged, or of another dataset ({error}). Evaluate the run anew "
+            "(d2kd eval, with an OUTPUT_DIR), and compare that."
+        ) from error
+
+
+def _require_classes(answers: Answers, records: Mapping[Any, dict[str, Any]], names: Sequence[str] | None) -> None:
+    for image, answer in answers.items():
+        label = records[image]["label"]
+        if answer.label != label:
+            raise ValueError(f"the image {image!r} is of class {label} now, and was of class {answer.label}")
+        if names is not None and not all(0 <= number < len(names) for number in answer.classes):
+            raise ValueError(f"the image {image!r} has classes {list(answer.classes)}, and there are {len(names)}")
 
 
 def problem_of(record: Mapping[str, Any], decode: bool = False) -> str | None:

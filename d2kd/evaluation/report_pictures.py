@@ -10,8 +10,8 @@ import numpy as np
 
 from d2kd.data.classes import class_names_of
 from d2kd.data.images import read_label_map
-from d2kd.evaluation.report_inputs import ReportInputs, evenly_spread, readable
-from d2kd.evaluation.results import ModelResult
+from d2kd.evaluation.report_inputs import ReportInputs, evenly_spread, read_of, readable
+from d2kd.evaluation.results import ModelResult, ResultError
 from d2kd.evaluation.tasks import Metric
 from d2kd.visualization import (
     NO_LABEL,
@@ -111,15 +111,32 @@ def draw_classifications(
 def draw_label_maps(
     models: Mapping[str, ModelResult], inputs: ReportInputs, metric: Metric, count: int
 ) -> bytes | None:
-    """Images with the true and the models' label maps, and where these are wrong, as PNG; None without an image."""
+    """Images with the true and the models' label maps, and where these are wrong, as PNG; None without an image.
+
+    Raises:
+        ResultError: a label map is not of the size of its image.
+    """
     known = [record for record in inputs.records if "sem_seg_file_name" in record]
     records = readable(evenly_spread(known, count))
     if not records:
         return None
     truths = [true_labels(record, inputs.metadata) for record in records]
+    for name, of_model in inputs.predictions.items():
+        for record, truth in zip(records, truths):
+            _require_size(models[name], record, of_model.get(record["file_name"]), truth)
     maps = {_heading(models[name], metric): of_model for name, of_model in inputs.predictions.items()}
     colors = inputs.metadata.get("stuff_colors")
     return _png(label_map_grid(records, truths, inputs.metadata.stuff_classes, maps, colors))
+
+
+def _require_size(model: ModelResult, record: Mapping[str, Any], labels: np.ndarray | None, truth: np.ndarray) -> None:
+    if labels is not None and labels.shape != truth.shape:
+        (height, width), (true_height, true_width) = labels.shape, truth.shape
+        raise ResultError(
+            f"Run {model.name!r}: {model.predictions_file} has a label map of {width}x{height} for "
+            f"{record['file_name']}, which is {true_width}x{true_height}. Evaluate the run anew (d2kd eval, with an "
+            "OUTPUT_DIR), and compare that."
+        )
 
 
 def true_labels(record: Mapping[str, Any], metadata: Any) -> np.ndarray:
@@ -139,11 +156,14 @@ def compare_images(models: Mapping[str, ModelResult]) -> dict[str, int] | None:
     Returns:
         `images`, how many both have seen; `distilled` and `baseline`, on how many each alone is right. None where one
         of both has no predictions.
+
+    Raises:
+        ResultError: predictions are damaged.
     """
-    files = [models[name].predictions_file for name in ("distilled", "baseline") if name in models]
-    if len(files) < 2 or None in files:
+    students = [models[name] for name in ("distilled", "baseline") if name in models]
+    if len(students) < 2 or not all(student.predictions_file for student in students):
         return None
-    distilled, baseline = (read_classifications(file) for file in files if file is not None)
+    distilled, baseline = (read_of(student, read_classifications) for student in students)
     both = [(distilled[image], baseline[image]) for image in distilled if image in baseline]
     return {
         "images": len(both),

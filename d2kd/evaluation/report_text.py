@@ -31,7 +31,11 @@ def markdown(models: Mapping[str, ModelResult], report: Mapping[str, Any], metri
     if "trade_off.png" in report["pictures"]:
         parts += ["## Cost", "![Metric against milliseconds an image](trade_off.png)"]
     if "curves.png" in report["pictures"]:
-        parts += ["## Training", "![Loss and validation metric over iterations](curves.png)"]
+        parts += [
+            "## Training",
+            curve_note(models, report),
+            "![Loss and validation metric over iterations](curves.png)",
+        ]
     if "detections.png" in report["pictures"]:
         parts += [
             "## Detections",
@@ -167,6 +171,22 @@ def findings(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> li
             f"{alone['distilled']:,}, and the other way round on {alone['baseline']:,}."
         )
     return found
+
+
+def curve_note(models: Mapping[str, ModelResult], report: Mapping[str, Any]) -> str:
+    """Of which datasets the curves of the metric are, where these are not those of the tables; else ""."""
+    of_curves = report["curve_datasets"]
+    if all(dataset == models[name].dataset for name, dataset in of_curves.items()):
+        return ""
+    titles: dict[str, list[str]] = {}
+    for name, dataset in of_curves.items():
+        titles.setdefault(dataset or "a dataset that is not known", []).append(models[name].title)
+    metric = metric_named(report["metric"]).title
+    tables = next((model.dataset for model in models.values() if model.dataset), "another one")
+    if len(titles) == 1:
+        return f"Curves of {metric} are of {next(iter(titles))}, and the tables of {tables}."
+    each = "; ".join(f"{dataset} ({', '.join(of)})" for dataset, of in titles.items())
+    return f"Curves of {metric} are of different datasets, not to be compared: {each}. The tables are of {tables}."
 
 
 def class_table(models: Mapping[str, ModelResult], name: str) -> str:

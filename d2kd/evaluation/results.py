@@ -6,13 +6,14 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from d2kd.errors import UserError
 from d2kd.evaluation.tasks import first_task, metric_named, split_variant, task_named
+from d2kd.files import file_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class ModelResult:
     name: str  # the key in report.json: "teacher", "baseline", "inherit", "distilled" or another
     metrics: Mapping[str, float]  # of one task, as from its evaluator, e.g. {"AP": 24.8, ...}; percent
     label: str = ""  # what tables and pictures call it; the name by default
+    dataset: str | None = None  # that the metrics and the predictions are of
+    curve_dataset: str | None = None  # that the metrics in metrics.json are of: evaluated while training
     metrics_file: str | None = None  # the training's metrics.json, for the curves
     metrics_scope: str | None = None  # what stands before the metrics there; the task by default
     predictions_file: str | None = None  # what the evaluator wrote, for the pictures
@@ -88,7 +91,7 @@ def load_result(
         name: "teacher", "baseline", "inherit", "distilled" or another.
         output_dir: holds `result.json` and, if they exist, `metrics.json`, `config.yaml`, the evaluator's predictions
             in `inference/`, `model_final.pth` and `benchmark.json`. What the run was evaluated on later, as
-            benchmarks/accuracy.py and `d2kd eval` do, is found in `evaluation/`.
+            benchmarks/accuracy.py and `d2kd eval` do, is found in `evaluation/`, if `model_final.pth` is the same.
         label: what the report calls the model.
         dataset_name: which results to take of a run that was evaluated on several datasets.
         task: which metrics to take.
@@ -117,6 +120,8 @@ def load_result(
         name=name,
         label=label,
         metrics={k: math.nan if v is None else v for k, v in metrics.items()},
+        dataset=_evaluated_on(content, dataset_name),
+        curve_dataset=_evaluated_on(trained, dataset_name),
         metrics_file=existing("metrics.json"),
         metrics_scope=scope if evaluated == directory else None,
         predictions_file=next(filter(None, (existing(path, evaluated) for path in files)), None),
@@ -150,7 +155,10 @@ def choose_task(name: str, output_dir: str, dataset_name: str | None = None) -> 
 
 def _read_result(name: str, directory: Path, dataset_name: str | None) -> dict[str, Any]:
     content = _read(name, directory)
-    _require_dataset(name, directory / "result.json", content.get("datasets"), dataset_name)
+    later = directory / "evaluation"
+    stale = dataset_name in _datasets(later)
+    hint = f" What {later} holds is of other weights than {directory / 'model_final.pth'}." if stale else ""
+    _require_dataset(name, directory / "result.json", content.get("datasets"), dataset_name, hint)
     return content
 
 
@@ -162,7 +170,8 @@ def _read(name: str, directory: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ResultError(f"Run {name!r}: {path} is no JSON ({error}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+    sound = isinstance(content, dict) and isinstance(content.get("datasets") or [], list)
+    if not sound or not isinstance(content.get("metrics"), dict):
         raise ResultError(f"Run {name!r}: {path} holds no metrics; it is not what a run of d2kd writes.")
     return content
 
@@ -170,18 +179,39 @@ def _read(name: str, directory: Path) -> dict[str, Any]:
 def _evaluation_folder(directory: Path, dataset_name: str | None) -> Path:
     """Where the results on a dataset are: those that the run ended with, else those of a later evaluation of it."""
     later = directory / "evaluation"
-    found, weights = _datasets(later)
-    same = os.path.realpath(weights) == os.path.realpath(directory / "model_final.pth")
-    return later if same and dataset_name in found and dataset_name not in _datasets(directory)[0] else directory
+    if dataset_name in _datasets(directory) or dataset_name not in _datasets(later):
+        return directory
+    return later if _is_evaluation_of(later, directory / "model_final.pth") else directory
 
 
-def _datasets(directory: Path) -> tuple[Sequence[str], str]:
-    """The datasets of a result, and the checkpoint that was evaluated; without any where it is not to be read."""
+def _is_evaluation_of(folder: Path, checkpoint: Path) -> bool:
+    """Whether an evaluation is of the weights that a checkpoint has now: the run may have been trained on since."""
+    content = _known(folder)
+    if content.get("weights_checksum") and checkpoint.is_file():
+        return content["weights_checksum"] == file_checksum(checkpoint)
+    same = os.path.realpath(content.get("weights") or "") == os.path.realpath(checkpoint)
+    # earlier versions have written no checksum
+    return same and not (checkpoint.is_file() and checkpoint.stat().st_mtime > (folder / "result.json").stat().st_mtime)
+
+
+def _evaluated_on(content: Mapping[str, Any], dataset_name: str | None) -> str | None:
+    """The dataset that metrics of a result are of; None where that is not told."""
+    datasets = content.get("datasets") or []
+    return dataset_name if dataset_name in datasets else datasets[0] if len(datasets) == 1 else None
+
+
+def _datasets(directory: Path) -> Sequence[str]:
+    found = _known(directory).get("datasets")
+    return found if isinstance(found, list) else ()
+
+
+def _known(directory: Path) -> Mapping[str, Any]:
+    """What a result tells; nothing where it is not to be read."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads((directory / "result.json").read_text())
         if isinstance(content, dict):
-            return content.get("datasets") or (), content.get("weights") or ""
-    return (), ""
+            return content
+    return {}
 
 
 def _metrics_of(content: Mapping[str, Any], dataset_name: str | None, task: str) -> tuple[Mapping[str, Any], str]:
@@ -202,16 +232,34 @@ def _by_task(content: Mapping[str, Any], dataset_name: str | None) -> Mapping[st
     return found if isinstance(found, Mapping) else content["metrics"]
 
 
-def _require_dataset(name: str, path: Path, datasets: Sequence[str] | None, dataset_name: str | None) -> None:
+def _require_dataset(
+    name: str, path: Path, datasets: Sequence[str] | None, dataset_name: str | None, hint: str
+) -> None:
     if datasets is not None and dataset_name is not None and dataset_name not in datasets:
         raise ResultError(
             f"Run {name!r}: {path} is an evaluation on {', '.join(datasets) or 'no dataset'}, not "
-            f"on {dataset_name}. Evaluate it there (d2kd eval, with DATASETS.TEST and an OUTPUT_DIR), and compare that."
+            f"on {dataset_name}.{hint} Evaluate it there (d2kd eval, with DATASETS.TEST and an OUTPUT_DIR), and "
+            "compare that."
         )
     if datasets is not None and dataset_name is None and len(datasets) > 1:
         raise ResultError(
             f"Run {name!r}: {path} is an evaluation on {', '.join(datasets)}: say on which of them the runs are "
             "compared (--dataset)."
+        )
+
+
+def require_same_dataset(models: Iterable[ModelResult]) -> None:
+    """Checks that the metrics of models are of the same dataset, as far as they tell.
+
+    Raises:
+        ResultError: they are not.
+    """
+    names = {run.dataset: model.name for model in models for run in model.runs or (model,) if run.dataset is not None}
+    if len(names) > 1:
+        (one, first), (other, second), *_ = names.items()
+        raise ResultError(
+            f"Run {first!r} was evaluated on {one}, and {second!r} on {other}: say on which dataset they are compared "
+            "(--dataset), and evaluate there what has not been (d2kd eval, with DATASETS.TEST and an OUTPUT_DIR)."
         )
 
 

@@ -21,15 +21,17 @@ def training_cost(models: Mapping[str, ModelResult], task: str, metric: str) -> 
 
     Returns:
         `level`: the metric that all students have come to, the lowest of their last values; None for fewer than two
-        students. `models`: by name, `iteration_s`, `teacher_share` (0 to 1 of the time of the steps) and
-        `to_level_s`: seconds of training until the first evaluation with at least that metric. What is not known is
-        None.
+        students, and where their metrics are of another dataset than their curves. `models`: by name, `iteration_s`,
+        `teacher_share` (0 to 1 of the time of the steps) and `to_level_s`: seconds of training until the first
+        evaluation with at least that metric. What is not known is None.
     """
     if all(model.teacher_time_s is None for model in models.values()):
         return None
     students = {name: model for name, model in models.items() if name != "teacher"}
-    last = [run.metrics.get(metric, math.nan) for model in students.values() for run in model.runs or (model,)]
-    level = min(last) if len(students) > 1 and all(map(math.isfinite, last)) else None
+    runs = [run for model in students.values() for run in model.runs or (model,)]
+    last = [run.metrics.get(metric, math.nan) for run in runs]
+    comparable = all(run.dataset == run.curve_dataset for run in runs)
+    level = min(last) if len(students) > 1 and comparable and all(map(math.isfinite, last)) else None
     costs = {}
     for name, model in models.items():
         wall, teacher = model.wall_time_s, model.teacher_time_s

@@ -1,6 +1,5 @@
 """What several classifiers say about the same images: a sheet of images, each with the words beside it."""
 
-import json
 import math
 import unicodedata
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from d2kd.visualization.prediction_files import is_id, is_list_of, is_number, is_whole, read_entries
 from detectron2.data import detection_utils
 
 TILE = 168  # largest side of an image in pixels
@@ -53,9 +53,15 @@ class Line(NamedTuple):
 
 
 def read_classifications(path: str) -> dict[Hashable, Classified]:
-    """Reads classification_predictions.json: the best classes of every image, by its id."""
-    with open(path) as file:
-        return {e["image_id"]: Classified(e["label"], e["classes"], e["scores"]) for e in json.load(file)}
+    """Reads classification_predictions.json: the best classes of every image, by its id.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged; the message says where.
+    """
+    numbers = is_list_of(is_number)
+    required = {"image_id": is_id, "label": is_whole, "classes": is_list_of(is_whole), "scores": numbers}
+    return {e["image_id"]: Classified(e["label"], e["classes"], e["scores"]) for e in read_entries(path, required)}
 
 
 def differing(

@@ -1,6 +1,5 @@
 """Ground truth and the detections of several models, boxes and masks, side by side on the same images."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from d2kd.visualization.classifications import printable
 from d2kd.visualization.matching import Objects, bitmap, detected, judge, match, objects_of
 from d2kd.visualization.points import draw_points
+from d2kd.visualization.prediction_files import is_box, is_id, is_number, is_points, is_rle, is_whole, read_entries
 from detectron2.data import detection_utils
 
 TILE = 384  # width of a tile in pixels
@@ -77,6 +77,17 @@ def detection_grid(
     return np.vstack([*rows, _legend(rows[0].shape[1])])
 
 
+def read_results(path: str) -> list[dict[str, Any]]:
+    """Reads COCO's result format (coco_instances_results.json).
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or of another format; the message says where.
+    """
+    required = {"image_id": is_id, "category_id": is_whole, "bbox": is_box, "score": is_number}
+    return read_entries(path, required, {"segmentation": is_rle, "points": is_points})
+
+
 def read_predictions(path: str, metadata: Any) -> dict[Any, list[dict[str, Any]]]:
     """Reads COCO's result format (coco_instances_results.json).
 
@@ -87,17 +98,20 @@ def read_predictions(path: str, metadata: Any) -> dict[Any, list[dict[str, Any]]
     Returns:
         By image id, a list of `{"box": XYXY, "label": contiguous class id, "score", "mask": RLE or None}`, with the
         "points" [[x, y], ...] of models that have written them.
+
+    Raises:
+        OSError, ValueError: see `read_results`; or the dataset has no such category.
     """
-    to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
+    to_contiguous, classes = (metadata.get(f"thing_{key}") for key in ("dataset_id_to_contiguous_id", "classes"))
     by_image: dict[Any, list[dict[str, Any]]] = {}
-    with open(path) as file:
-        results = json.load(file)
-    for result in results:
+    for number, result in enumerate(read_results(path)):
         x, y, width, height = result["bbox"]
         category = result["category_id"]
-        label = category if to_contiguous is None else to_contiguous[category]
+        label = category if to_contiguous is None else to_contiguous.get(category)
+        if label is None or (classes is not None and not 0 <= label < len(classes)):
+            raise ValueError(f"entry {number} is of category {category}, which the dataset does not have")
         item = {"box": [x, y, x + width, y + height], "label": label, "score": result["score"]}
-        if "points" in result:
+        if result.get("points") is not None:
             item["points"] = result["points"]
         item["mask"] = result.get("segmentation")
         by_image.setdefault(result["image_id"], []).append(item)

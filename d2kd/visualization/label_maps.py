@@ -1,7 +1,6 @@
 """True label maps and those of several models, side by side over the same images, and where they differ."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -11,6 +10,7 @@ from pycocotools import mask as mask_util
 from detectron2.data import detection_utils
 
 from .detections import FONT, GAP, header, pad_tile, resize, tile_scale
+from .prediction_files import is_name, is_rle, is_whole, read_entries
 
 #: BGR
 WRONG, RIGHT, IGNORED = (60, 60, 235), (80, 200, 60), (128, 128, 128)
@@ -65,17 +65,31 @@ class LabelPredictions:
         Args:
             path: the file.
             metadata: of the dataset; maps category ids to labels.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is damaged, or the dataset has no such category; the message says where.
         """
         to_label = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
         self._maps: dict[str, dict[int, Any]] = {}
-        with open(path) as file:
-            results = json.load(file)
-        for result in results:
+        classes = metadata.get("stuff_classes")
+        required = {"file_name": is_name, "category_id": is_whole, "segmentation": is_rle}
+        for number, result in enumerate(read_entries(path, required)):
             label = to_label.get(result["category_id"], result["category_id"])
-            self._maps.setdefault(result["file_name"], {})[label] = result["segmentation"]
+            if classes is not None and not 0 <= label < len(classes):
+                raise ValueError(
+                    f"entry {number} is of category {result['category_id']}, which the dataset does not have"
+                )
+            masks = self._maps.setdefault(result["file_name"], {})
+            if masks and next(iter(masks.values()))["size"] != result["segmentation"]["size"]:
+                raise ValueError(f"entry {number} has a mask of another size than others of {result['file_name']}")
+            masks[label] = result["segmentation"]
 
     def __contains__(self, file_name: str) -> bool:
         return file_name in self._maps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
 
     def get(self, file_name: str) -> np.ndarray | None:
         """The label map of an image, int (H, W), `NO_LABEL` where there is none; None for an unknown image."""
@@ -103,7 +117,7 @@ class LabelPredictions:
 def read_label_predictions(path: str, metadata: Any) -> dict[str, np.ndarray]:
     """All label maps of `LabelPredictions` at once, int (H, W) by the path of the image."""
     predictions = LabelPredictions(path, metadata)
-    return {file_name: labels for file_name in predictions._maps if (labels := predictions.get(file_name)) is not None}
+    return {file_name: labels for file_name in predictions if (labels := predictions.get(file_name)) is not None}
 
 
 def class_colors(count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import cv2
@@ -281,6 +282,8 @@ def test_names_are_those_of_class_folders(runs, tmp_path, monkeypatch, forget_da
     (runs["teacher"] / "config.yaml").write_text(json.dumps(config))
     content = json.loads((runs["teacher"] / "result.json").read_text())
     (runs["teacher"] / "result.json").write_text(json.dumps({**content, "datasets": ["folders_val"]}))
+    said = [{**prediction(label, label), "image_id": label + 1} for label in range(len(NAMES))]
+    (runs["teacher"] / "inference/classification_predictions.json").write_text(json.dumps(said))
     monkeypatch.setattr("sys.argv", ["d2kd report"])
     text, content = report_of({"teacher": runs["teacher"]}, tmp_path / "out", "--dataset", "folders_val")
     assert "predictions.png" in content["pictures"]
@@ -346,3 +349,28 @@ def test_long_names_are_broken_and_never_cut(dataset):
 def test_names_in_letters_that_opencv_lacks():
     assert printable("Zürich, crème") == "Zurich, creme"
     assert printable("猫", "class 4") == "class 4" and printable("a\nb", "class 5") == "class 5"
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"image_id": 7}, "there is an image 7, which test_report_pictures does not have"),
+        ({"label": 4}, "the image 3 is of class 3 now, and was of class 4"),
+        ({"classes": [6, 1]}, "the image 3 has classes [6, 1], and there are 6"),
+        ({"scores": None}, "entry 3 has 'scores' None"),
+        ({"classes": ["ant"]}, "entry 3 has 'classes' ['ant']"),
+        (None, "Expecting value"),
+    ],
+)
+def test_predictions_that_are_damaged_or_of_another_dataset_are_an_error(runs, dataset, tmp_path, changes, what):
+    path = runs["baseline"] / "inference/classification_predictions.json"
+    said = json.loads(path.read_text())
+    path.write_text("[" if changes is None else json.dumps([*said[:3], {**said[3], **changes}, *said[4:]]))
+    loaded = {name: load_result(name, str(folder), task="classification") for name, folder in runs.items()}
+    with pytest.raises(
+        ResultError, match=re.escape(f"Run 'baseline': {path} is damaged, or of another dataset ({what}")
+    ):
+        write_report(str(tmp_path / "out"), loaded, dataset_name=DATASET, task="classification")
+    if changes is None:  # also without pictures
+        with pytest.raises(ResultError, match="is damaged"):
+            write_report(str(tmp_path / "out"), loaded, task="classification")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from d2kd.evaluation.image_bootstrap import average_precision, bootstrap_difference, coco_matches
+from d2kd.evaluation.results import ResultError
 
 
 @pytest.fixture
@@ -70,3 +72,20 @@ def test_a_model_without_detections_has_no_ap_to_lose(files, tmp_path):
     matches = coco_matches(files[0], str(tmp_path / "none.json"))
     assert average_precision(matches, np.ones(IMAGES, int)) == 0
     assert np.isnan(average_precision(matches, np.zeros(IMAGES, int)))
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"image_id": 999}, "entry 0 is of image 999, which"),
+        ({"category_id": 999}, "entry 0 is of category 999, which"),
+        ({"bbox": None}, "entry 0 has 'bbox' None"),
+        ({}, "entry 0 has no mask"),
+        (None, "Expecting value"),
+    ],
+)
+def test_damaged_predictions_are_named(files, changes, what):
+    first, *rest = json.loads(Path(files[1]).read_text())
+    Path(files[1]).write_text("[" if changes is None else json.dumps([{**first, **changes}, *rest]))
+    with pytest.raises(ResultError, match=re.escape(f"{files[1]} is damaged, or not of {files[0]} ({what}")):
+        coco_matches(*files[:2], "bbox" if changes else "segm")

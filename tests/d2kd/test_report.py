@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ import d2kd  # noqa: F401
 from d2kd.cli.report import run
 from d2kd.evaluation.report import ModelResult, compare, load_result, write_report
 from d2kd.evaluation.results import ResultError
+from d2kd.evaluation.seeds import merge_seeds
 from d2kd.visualization import detection_grid, read_predictions, read_training_log
 from d2kd.visualization.curves import smooth
 from d2kd.visualization.detections import (
@@ -205,6 +207,20 @@ def test_runs_that_were_evaluated_on_other_images_are_refused(tmp_path):
         load_result("baseline", str(tmp_path / "run"), dataset_name="coco_2017_val")
 
 
+def test_runs_that_were_evaluated_on_different_images_are_not_compared(tmp_path):
+    for name, dataset in (("baseline", "va"), ("inherit", None), ("distilled", "vb")):
+        path = write_run(tmp_path / name, 3.0) / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **({"datasets": [dataset]} if dataset else {})}))
+    loaded = {name: load_result(name, str(tmp_path / name)) for name in ("baseline", "inherit", "distilled")}
+    message = r"Run 'baseline' was evaluated on va, and 'distilled' on vb: .*\(--dataset\)"
+    for distilled in (loaded["distilled"], merge_seeds([model("distilled", 3.0), loaded["distilled"]])):
+        with pytest.raises(ResultError, match=message):
+            write_report(str(tmp_path / "out"), {**loaded, "distilled": distilled})
+    assert not (tmp_path / "out").exists()
+    del loaded["distilled"]
+    write_report(str(tmp_path / "out"), loaded)  # an older result does not tell its dataset
+
+
 def test_training_log_survives_interruption_and_resume(tmp_path):
     path = tmp_path / "metrics.json"
     records = [
@@ -246,6 +262,42 @@ def test_detections_within_a_crowd_of_their_class_do_not_count():
     boxes = [([0, 0, 10, 9], 0, 0.2), ([20, 20, 40, 40], 0, 0.9), ([20, 20, 40, 40], 1, 0.8), ([45, 0, 90, 9], 0, 0.7)]
     found, finds = judge([{"box": b, "label": label, "score": score} for b, label, score in boxes], record, 0.1)
     assert [p["score"] for p in found] == [0.8, 0.7, 0.2] and finds.tolist() == [-1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"category_id": 6}, "entry 1 is of category 6, which the dataset does not have"),
+        ({"image_id": 17}, "there is an image 17, which test_report_digits does not have"),
+        ({"bbox": [1, 2, 3]}, "entry 1 has 'bbox' [1, 2, 3]"),
+        ({"score": "high"}, "entry 1 has 'score' 'high'"),
+        ({"segmentation": {"size": [3]}}, "entry 1 has 'segmentation'"),
+        ({"points": [[1, 2], [3]]}, "entry 1 has 'points'"),
+        ("score", "entry 1 has no 'score'"),
+        ("[{", "Expecting property name"),
+        ("{}", "it holds no list"),
+        ("[3]", "entry 0 is 3, not a prediction"),
+    ],
+)
+def test_detections_that_are_damaged_or_of_another_dataset_are_an_error(tmp_path, dataset, changes, what):
+    path = write_run(tmp_path / "run", 3.0) / "inference/coco_instances_results.json"
+    first, second, *_ = json.loads(path.read_text())
+    if isinstance(changes, dict):
+        path.write_text(json.dumps([first, {**second, **changes}]))
+    elif changes in second:
+        path.write_text(json.dumps([first, {key: value for key, value in second.items() if key != changes}]))
+    else:
+        path.write_text(changes)
+    models = {"x": load_result("x", str(tmp_path / "run"))}
+    with pytest.raises(ResultError, match=re.escape(f"Run 'x': {path} is damaged, or of another dataset ({what}")):
+        write_report(str(tmp_path / "out"), models, dataset_name=DATASET)
+
+
+def test_detections_of_a_diverged_model_can_be_drawn(tmp_path, dataset):
+    path = write_run(tmp_path / "run", 3.0) / "inference/coco_instances_results.json"
+    found = {"image_id": 0, "category_id": 5, "bbox": [math.nan] * 4, "score": math.nan, "segmentation": None}
+    path.write_text(json.dumps([found]))
+    write_report(str(tmp_path / "out"), {"x": load_result("x", str(tmp_path / "run"))}, dataset_name=DATASET)
 
 
 def test_grid_colors_right_and_wrong_and_hides_low_scores(tmp_path, dataset):

@@ -19,6 +19,7 @@ import d2kd  # noqa: F401
 from d2kd.evaluation import report_html, report_images
 from d2kd.evaluation.report import ModelResult, load_result, write_report
 from d2kd.evaluation.report_plots import Cost, axis, curves, trade_off
+from d2kd.evaluation.results import ResultError
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
@@ -251,6 +252,25 @@ def test_masks_are_compared_and_drawn_as_outlines(tmp_path, register):
     assert corners.min(0) == pytest.approx([15, 10], abs=0.1) and corners.max(0) == pytest.approx([20, 15], abs=0.1)
 
 
+@pytest.mark.parametrize("width, height", [(1280, 853), (3000, 2000)])  # 853 / 1280 of 640 is no whole number
+def test_masks_of_photographs_that_are_shown_smaller_are_compared(tmp_path, register, width, height):
+    records = images(tmp_path / "images", 1)
+    Image.new("RGB", (width, height)).save(records[0]["file_name"])
+    x, y, across, down = box = [100, 100, 400, 300]
+    polygon = [x, y, x + across, y, x + across, y + down, x, y + down]
+    annotation = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "segmentation": [polygon]}
+    records[0] |= {"width": width, "height": height, "annotations": [annotation]}
+    register(records, thing_classes=NAMES)
+    (rle,) = mask_util.frPyObjects([polygon], height, width)
+    mask = {"size": rle["size"], "counts": rle["counts"].decode()}
+    found = [{"image_id": 0, "category_id": 0, "bbox": box, "score": 0.9, "segmentation": mask}]
+    run = write_run(tmp_path / "run", {"segm": {"AP": 100.0}}, FILE, found)
+    models = {"x": load_result("x", str(run), dataset_name=DATASET, task="segm")}
+    write_report(str(tmp_path / "out"), models, dataset_name=DATASET, environment={}, task="segm")
+    (image,) = content_of((tmp_path / "out/report.html").read_text(encoding="utf-8"))["images"]
+    assert max(image["width"], image["height"]) == 640 and [d["finds"] for d in image["found"]["x"]] == [0]
+
+
 def test_costs_of_a_benchmark_are_in_table_and_plots(tmp_path, caplog):
     for name, latency in (("teacher", 41.5), ("distilled", 9.25)):
         run = write_run(tmp_path / name, {"bbox": {"AP": 30.0}})
@@ -418,6 +438,33 @@ def test_a_browser_shows_switches_and_sorts(tmp_path, register):
     wide = "seen.across = document.documentElement.scrollWidth"
     phone = visit(tmp_path / "out/report.html", wide, (375, 800))
     assert phone["problems"] == [] and phone["across"] <= phone["width"] == 375
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({}, "has a label map of 16x8 for"),
+        ({"category_id": 7}, "(entry 1 is of category 7, which the dataset does not have)"),
+        ({"segmentation": {"size": [2, 2], "counts": "04"}}, "(entry 1 has a mask of another size than others of"),
+        ({"segmentation": None}, "(entry 1 has 'segmentation' None)"),
+    ],
+)
+def test_label_maps_that_are_damaged_or_of_another_dataset_are_an_error(tmp_path, register, caplog, changes, what):
+    (record,) = images(tmp_path / "images", 1, annotated=False)
+    record["sem_seg_file_name"] = str(tmp_path / "labels.png")
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(record["sem_seg_file_name"])
+    register([record], stuff_classes=NAMES)
+    rle = mask_util.encode(np.ones((8, 16), np.uint8, order="F"))
+    mask = {"size": rle["size"], "counts": rle["counts"].decode()}
+    said = {"file_name": record["file_name"], "category_id": 0, "segmentation": mask}
+    moved = {**said, "file_name": "elsewhere.png"}  # is no error: where images lie may change
+    run = write_run(
+        tmp_path / "run", {"sem_seg": {"mIoU": 5.0}}, "sem_seg_predictions.json", [said, {**said, **changes}, moved]
+    )
+    models = {"x": load_result("x", str(run), dataset_name=DATASET, task="sem_seg")}
+    with pytest.raises(ResultError, match=f"Run 'x': .*{re.escape(what)}"):
+        write_report(str(tmp_path / "out"), models, dataset_name=DATASET, task="sem_seg")
+    assert changes or f"not shown: {DATASET} has no image elsewhere.png" in caplog.text
 
 
 def test_a_browser_shows_label_maps(tmp_path, register):

@@ -1,6 +1,8 @@
 """Reports of several seeds: means, paired differences, noise, and runs that are no seeds of one another."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from runs import forget
 from d2kd.cli.report import run
 from d2kd.evaluation.results import ResultError, load_result
 from d2kd.evaluation.seeds import load_seeds
+from d2kd.files import file_checksum
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
@@ -125,7 +128,8 @@ def drawn(tmp_path):
         folder = write_run(tmp_path / name, 1.0 if name == "baseline" else 2.0, 1) / "inference"
         folder.mkdir()
         (folder / "coco_instances_results.json").write_text(json.dumps(found))
-    DatasetCatalog.register("val", list)
+    records = [{"file_name": image["file_name"], "image_id": image["id"]} for image in truth["images"]]
+    DatasetCatalog.register("val", lambda: records)
     MetadataCatalog.get("val").set(
         json_file=str(tmp_path / "truth.json"),
         thing_classes=["0", "1", "2"],
@@ -190,8 +194,28 @@ def test_what_a_run_was_evaluated_on_later_is_found(runs):
     result.write_text(json.dumps(content))
     found = load_result("distilled", str(folder), dataset_name="test")
     assert found.metrics == {"AP": 2.0} and found.seed == 1 and found.iterations == 100
+    assert found.dataset == "test" and found.curve_dataset == "val"
     assert found.predictions_file == str(inside / "coco_instances_results.json")
     assert load_result("distilled", str(folder), dataset_name="val").metrics["AP"] == 14.0
     result.write_text(json.dumps({**content, "weights": "another.pth"}))
     with pytest.raises(ResultError, match="an evaluation on val, not on test"):
         load_result("distilled", str(folder), dataset_name="test")
+
+
+def test_an_evaluation_of_weights_that_were_trained_on_is_not_taken(runs):
+    folder = runs / "distilled/seed1"
+    weights, result = folder / "model_final.pth", folder / "evaluation/result.json"
+    weights.write_bytes(b"at 100 iterations")
+    result.parent.mkdir()
+    content = {"metrics": {"bbox": {"AP": 2.0}}, "datasets": ["test"], "weights": "moved/model_final.pth"}
+    result.write_text(json.dumps({**content, "weights_checksum": file_checksum(weights)}))
+    assert load_result("distilled", str(folder), dataset_name="test").metrics == {"AP": 2.0}  # wherever it lies now
+    earlier = {**content, "weights": str(weights)}  # an earlier version tells no checksum
+    for number, written in enumerate(({**earlier, "weights_checksum": file_checksum(weights)}, earlier)):
+        result.write_text(json.dumps(written))
+        assert load_result("distilled", str(folder), dataset_name="test").metrics == {"AP": 2.0}
+        weights.write_bytes(b"at %d00 iterations" % (3 + number))
+        os.utime(weights, (time.time() + 60,) * 2)
+        with pytest.raises(ResultError, match=r"on val, not on test\. What \S+ holds is of other weights than \S+\. "):
+            load_result("distilled", str(folder), dataset_name="test")
+        os.utime(weights, (time.time() - 60,) * 2)

@@ -30,6 +30,7 @@ from d2kd.engine.run_folder import (
     remove_left_overs,
 )
 from d2kd.errors import UserError
+from d2kd.files import file_checksum
 from d2kd.modeling.checkpoint_files import checksum, write_checkpoint
 
 
@@ -240,7 +241,31 @@ def test_evaluations_leave_a_training_and_its_result_alone(write_config, tmp_pat
     assert (output / "config.yaml").read_bytes() == config_yaml
     result = json.loads((output / "evaluation" / "result.json").read_text())
     assert result["datasets"] == ["digits_val"] and "AP" in result["metrics"]["bbox"]
+    assert result["weights_checksum"] == file_checksum(output / "model_0000002.pth")
     assert (output / "evaluation" / "inference" / "coco_instances_results.json").exists()
+
+
+def test_an_evaluation_under_other_settings_leaves_predictions_alone(write_config, tmp_path):
+    path, output = write_config(), tmp_path / "student"
+    run_training(path)
+
+    def evaluate(*options):
+        weights = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(output)]
+        train.main(argument_parser().parse_args(["--config-file", str(path), "--eval-only", *weights, *options]))
+        return (output / "log.txt").read_text()
+
+    predictions = output / "inference/coco_instances_results.json"
+    before = predictions.read_bytes()
+    predictions.unlink()
+    evaluate("TEST.EVAL_PERIOD", "3", "INPUT.MIN_SIZE_TRAIN", "(32,)")  # nothing that the weights notice
+    assert predictions.read_bytes() == before and not (output / "evaluation").exists()
+    for key, value in (("INPUT.MIN_SIZE_TEST", "32"), ("TEST.DETECTIONS_PER_IMAGE", "2")):
+        log = evaluate(key, value)
+        assert predictions.read_bytes() == before
+        assert json.loads((output / "evaluation/result.json").read_text())["metrics"]["bbox"]
+        assert f"go to {output / 'evaluation'}: the run of" in log and f"({key} is {value}, and was" in log
+    (output / "config.yaml").write_text("[")
+    assert "has no result and configuration to compare with" in evaluate() and predictions.read_bytes() == before
 
 
 # --- killed anywhere ----------------------------------------------------------------------------------------

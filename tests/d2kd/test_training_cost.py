@@ -1,6 +1,7 @@
 """Columns of a report: time of an iteration, the teacher's share, and time until the same result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,24 @@ def test_a_clock_that_nobody_reads_keeps_what_is_under_way_alone(monkeypatch):
         with clock(torch.device("cuda")):
             pass
     assert len(clock._running) == 1 and clock.take() == pytest.approx(5.0) and clock.take() == 0
+
+
+@pytest.mark.parametrize(
+    "trained_on, said",
+    [
+        (("va", "va"), "Curves of AP are of va, and the tables of vb."),
+        (("va", "vb"), "not to be compared: va (baseline student); vb (distilled student). The tables are of vb."),
+        (("vb", "vb"), ""),
+        (("va", None), "va (baseline student); a dataset that is not known (distilled student). The"),
+    ],
+)
+def test_curves_of_another_dataset_do_not_tell_the_time_to_a_metric(tmp_path, trained_on, said):
+    models = {
+        name: replace(model, dataset="vb", curve_dataset=dataset)
+        for (name, model), dataset in zip(students(tmp_path).items(), trained_on)
+    }
+    report = write_report(str(tmp_path / "report"), models, environment={})
+    assert report["training_cost"]["level"] == (None if said else 20.0)
+    for kind in ("md", "html"):
+        text = Path(tmp_path, "report", f"report.{kind}").read_text()
+        assert (said in text and "time to" not in text) if said else "Curves of AP" not in text
