@@ -15,11 +15,11 @@ from PIL import Image
 from runs import tool
 
 from d2kd.data.classes import check_classes
-from d2kd.data.coco import DatasetError, load_coco, usable_segmentation, validate_coco_json
+from d2kd.data.coco import DatasetError, load_coco, read_coco, usable_segmentation, validate_coco_json
 from d2kd.data.datasets import check_datasets, register_datasets
 from d2kd.data.images import LabelMapError, LabelRange, image_problem, read_label_map
 from d2kd.data.mapper import ImageMapper, wrap_mapper
-from d2kd.evaluation.coco import CocoEvaluator
+from d2kd.evaluation.coco import CocoEvaluator, NumberedCOCO
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
@@ -410,6 +410,21 @@ def test_objects_whose_boxes_are_all_empty(split, tmp_path):
     cfg.TEST.BEST_CHECKPOINT.METRIC = "bbox/AP"
     with pytest.raises(DatasetError, match=r"METRIC is 'bbox/AP', which tells nothing .* iscrowd 1 or an empty box"):
         check_datasets(cfg, ("TEST",))
+
+
+@pytest.mark.parametrize("sides", [[-20, 10], [10, -20], [-20, -10], [0, 10]])
+def test_boxes_without_area_pass_the_evaluation_as_they_pass_the_check(sides, split, tmp_path):
+    for annotation in split.annotations:
+        del annotation["area"]
+    split.annotations[0]["bbox"] = [30, 30, *sides]
+    assert check(split, tmp_path, evaluated=True).num_objects == 3
+    path, name = str(tmp_path / "val.json"), f"negative_{tmp_path.name}"
+    load_coco(path, str(tmp_path / "val"), name)
+    MetadataCatalog.get(name).json_file = path
+    x, y, width, height = split.annotations[1]["bbox"]
+    for truth in (CocoEvaluator(name)._coco_api, NumberedCOCO(read_coco(path))):
+        assert [truth.anns[i]["area"] for i in (1, 2)] == [0, width * height]
+    MetadataCatalog.pop(name)
 
 
 def test_files_that_are_listed_twice_are_a_warning(split, tmp_path, caplog):
