@@ -9,15 +9,16 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from cases import EXIF_ORIENTATION, SIZE, encode, runs_of, sound_split, write_case
+from cases import EXIF_ORIENTATION, SIZE, decode, encode, runs_of, sound_split, write_case
 from models import RETINANET, config
-from PIL import Image
+from PIL import Image, ImageOps
 from runs import tool
 
 from d2kd.data.classes import check_classes
 from d2kd.data.coco import DatasetError, load_coco, read_coco, usable_segmentation, validate_coco_json
 from d2kd.data.datasets import check_datasets, register_datasets
-from d2kd.data.images import LabelMapError, LabelRange, image_problem, read_label_map
+from d2kd.data.images import LabelMapError, LabelRange, image_problem, image_size, read_label_map
+from d2kd.data.images import read_image as whole_image
 from d2kd.data.mapper import ImageMapper, wrap_mapper
 from d2kd.evaluation.coco import CocoEvaluator, NumberedCOCO
 from detectron2.data import MetadataCatalog
@@ -109,6 +110,24 @@ def test_exif_orientation_of_a_png_file(size, wrong, behind, tmp_path):
     else:
         height, width = guarded(record)["image"].shape[1:]
         assert height > width
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_files_are_turned_once(orientation, tmp_path):
+    path, exif = str(tmp_path / "a.tiff"), Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    noise().convert("L").save(path, exif=exif)
+    upright = np.array(ImageOps.exif_transpose(decode(encode(noise().convert("L"), exif=exif))))
+    size = upright.shape[::-1]
+    assert image_size(path) == size
+    assert image_problem(path, size) is None and image_problem(path, size, decode=True) is None
+    np.testing.assert_array_equal(read_label_map(path), upright)
+    record = {"file_name": path, "width": size[0], "height": size[1]}
+    np.testing.assert_array_equal(whole_image(path, "BGR")[..., 0], upright)
+    guarded = wrap_mapper(ImageMapper(config(INPUT__MIN_SIZE_TEST=0), False), "error")
+    assert guarded(record)["image"].shape[1:] == upright.shape
+    assert "swapped" in image_problem(path, size[::-1])
+    assert ("by its EXIF orientation" in image_problem(path, size[::-1])) == (orientation > 4)
 
 
 def test_the_check_before_training_decodes_no_sound_png(tmp_path, monkeypatch):

@@ -491,15 +491,16 @@ def test_bad_augmentation_arguments():
 # --- Images and annotations --------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_image_turns_upright(tmp_path, orientation):
+def test_read_image_turns_upright(tmp_path, orientation, kind):
     upright = random_image(8, 6)
     method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # the stored image, as PIL's methods
     stored = Image.fromarray(upright) if method is None else Image.fromarray(upright).transpose(method)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(utils.read_image(str(tmp_path / "a.png"), "RGB"), upright)
+    stored.save(tmp_path / f"a.{kind}", exif=exif)
+    np.testing.assert_array_equal(utils.read_image(str(tmp_path / f"a.{kind}"), "RGB"), upright)
 
 
 def test_read_image_formats(tmp_path):
