@@ -108,7 +108,7 @@ def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = Non
 
     Args:
         path: that the path manager knows.
-        dtype: of the result; None keeps the file's.
+        dtype: of the result; None keeps the file's, and has uint8 for 1 bit.
         labels: that it may have.
 
     Returns:
@@ -123,7 +123,8 @@ def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = Non
         problem = _label_problem(image)
         if problem is None:
             image.load()
-            found.append(np.array(_upright(image), dtype=dtype))
+            values = np.array(_upright(image), dtype=dtype)
+            found.append(values.astype(np.uint8) if values.dtype == bool else values)
             problem = None if labels is None else _range_problem(found[0], labels)
         return problem
 
