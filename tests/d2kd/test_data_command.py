@@ -12,6 +12,7 @@ import yaml
 from models import config
 from photographs import CLASSES, SIZES, entry, write_photographs, write_voc, write_yolo
 from PIL import Image
+from test_cli import program
 
 from d2kd import cli
 from d2kd.data.datasets import register_datasets
@@ -254,6 +255,14 @@ def test_label_maps_that_training_leaves_out_are_told(labeled, capsys):
         path.write_bytes(b"no image")
     assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip", "DATASETS.TEST", "[]") == 0
     assert "images: none can be read" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_printed_as_what_stands_for_them(labeled):
+    (labeled / "crops/train/b").rename(labeled / "crops/train/caf\udce9")
+    (labeled / "crops/val/b").rename(labeled / "crops/val/caf\udce9")
+    path = write_labeled(labeled, "folders", "classifier_student")
+    ended = program("data", "check", "--config-file", path, "MODEL.CLASSIFIER.NUM_CLASSES", 2, "MODEL.DEVICE", "cpu")
+    assert ended.returncode == 0 and "fewer than 10 images: 2 of 2 (a: 1, caf\\udce9: 1)." in ended.stdout
 
 
 def test_class_folders_are_counted_and_drawn(labeled, capsys):
