@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from .coco import DatasetError
+from .text_files import read_text
 
 
 def class_names(where: str, value: Any) -> list[str]:
@@ -18,12 +19,15 @@ def class_names(where: str, value: Any) -> list[str]:
         value: of the key; None where there is none.
 
     Raises:
-        DatasetError: it is none of them, or a name is missing or twice.
+        DatasetError: it is none of them, or a name is missing, no text, or twice.
     """
     shown = repr(value)
     if isinstance(value, str):
         value = _read(where, value)
-    names = [str(name) for name in value] if isinstance(value, (list, tuple)) else []
+    names: list[str] = list(value) if isinstance(value, (list, tuple)) else []
+    for label, name in enumerate(names):
+        if not isinstance(name, str):
+            raise DatasetError(f"{where}: the name of class {label} is {name!r}, which is no text: put it in quotes.")
     if not names or any(not name.strip() for name in names):
         raise DatasetError(f"{where} is {shown}; it must list the names of the classes, that of label 0 first.")
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -42,15 +46,13 @@ def _read(where: str, path: str) -> Any:
     found = next((p for p in (os.path.expanduser(path), os.path.join(root, path)) if os.path.isfile(p)), None)
     if found is None:
         raise DatasetError(f"{where} is {path!r}, and there is no such file: name it, or list the classes.")
-    with open(found, encoding="utf-8") as file:
-        if not found.lower().endswith((".yaml", ".yml")):
-            return [line.strip() for line in file if line.strip()]
-        try:
-            content = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise DatasetError(
-                f"{where} is {path!r}, which is no YAML ({str(error).partition(chr(10))[0]})."
-            ) from error
+    text = read_text(found, lambda message: DatasetError(f"{where}: {message}"))
+    if not found.lower().endswith((".yaml", ".yml")):
+        return [line.strip() for line in text.split("\n") if line.strip()]
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DatasetError(f"{where} is {path!r}, which is no YAML ({str(error).partition(chr(10))[0]}).") from error
     names = content.get("names") if isinstance(content, Mapping) else None
     if isinstance(names, Mapping):
         if set(names) != set(range(len(names))):

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from models import config, model
 from photographs import CLASSES, entry, write_photographs, write_voc, write_yolo
 from PIL import Image
@@ -284,7 +285,7 @@ WRONG = {
         "yolo",
         lambda f: (f / LABELS).write_bytes(b"\xff\xfe0"),
         {},
-        r"train_01.txt cannot be read \('utf-8' codec",
+        r"train_01.txt is no UTF-8 text, first in line 1: save it in that encoding",
     ),
     "an image that tells no size": (
         "yolo",
@@ -329,6 +330,18 @@ WRONG = {
         lambda f: edit(f / "voc/ImageSets/Main/train.txt", text="\n"),
         {},
         r"Main/train.txt lists no images",
+    ),
+    "split in another encoding": (
+        "voc",
+        lambda f: (f / "voc/ImageSets/Main/train.txt").write_bytes(b"train_01\ncaf\xe9\n"),
+        {},
+        r"Main/train.txt is no UTF-8 text, first in line 2: save it in that encoding",
+    ),
+    "XML of an unknown encoding": (
+        "voc",
+        lambda f: edit(f / XML, text='<?xml version="1.0" encoding="ansi"?><annotation/>'),
+        {},
+        r"train_01.xml cannot be read as XML \(unknown encoding: ansi\)",
     ),
     "split of one class": (
         "voc",
@@ -470,3 +483,27 @@ def test_class_names_may_be_in_a_file(tmp_path):
     (tmp_path / "data.yaml").write_text("names: [cup\n")
     with pytest.raises(DatasetError, match="which is no YAML"):
         class_names("CLASSES", str(tmp_path / "data.yaml"))
+
+
+@pytest.mark.parametrize(
+    "file, content", [("names.txt", "caf\u00e9\nleaf\n"), ("data.yaml", "names: [caf\u00e9, leaf]\n")]
+)
+def test_class_names_are_utf8_with_or_without_a_mark(file, content, tmp_path):
+    path = tmp_path / file
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(content, encoding=encoding)
+        assert class_names("CLASSES", str(path)) == ["caf\u00e9", "leaf"]
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text(content, encoding=encoding)
+        with pytest.raises(DatasetError, match=rf"CLASSES: \S+{file} is no UTF-8 text, first in line 1: save it in"):
+            class_names("CLASSES", str(path))
+
+
+@pytest.mark.parametrize("value", [None, 3, False, 0.5, ["a"]])
+def test_a_class_name_that_is_no_text_is_an_error(value, tmp_path):
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"names": {0: "cup", 1: value}}))
+    for given in (["cup", value], str(tmp_path / "data.yaml")):
+        with pytest.raises(
+            DatasetError, match=rf"^CLASSES: the name of class 1 is {re.escape(repr(value))}, which is no"
+        ):
+            class_names("CLASSES", given)

@@ -678,6 +678,14 @@ def test_load_coco_json_bad_annotations(tmp_path, name):
     assert len(load_coco_json(minival, "")[0]["annotations"]) == 2
 
 
+def test_load_coco_json_in_any_unicode_encoding(tmp_path):
+    path = write_coco(tmp_path / "a.json")
+    content = (tmp_path / "a.json").read_text()
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "a.json").write_text(content, encoding=encoding)
+        assert len(load_coco_json(path, "")) == 1
+
+
 def test_load_coco_json_says_what_it_drops(tmp_path, caplog):
     anno = {"image_id": 7, "category_id": 5, "bbox": [1, 1, 8, 8]}
     annos = [{**anno, "id": 1, "segmentation": [[1, 2]]}, {**anno, "id": 2, "image_id": 8}, {**anno, "id": 3}]

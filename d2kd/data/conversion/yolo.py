@@ -17,6 +17,7 @@ from d2kd.errors import did_you_mean
 from ..coco import DatasetError, short
 from ..folders import IMAGE_SUFFIXES, files_by_key
 from ..images import image_problem, image_size
+from ..text_files import read_text
 from .source import ConvertedSource, plain_number
 
 logger = logging.getLogger(__name__)
@@ -178,11 +179,7 @@ class _LabelFile:
         return True  # as was listed
 
     def open(self) -> io.StringIO:
-        try:
-            with open(self.path, encoding="utf-8-sig") as file:
-                lines = file.read().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise self.source.error(f"{self.path} cannot be read ({error}).") from error
+        lines = read_text(self.path, self.source.error).split("\n")
         for number, line in enumerate(lines, 1):
             values = len(line.split())
             if values and values != 5 and (values < 7 or values % 2 == 0):
