@@ -105,6 +105,21 @@ def test_boxes_may_stand_beside_polygons(tmp_path, forget_datasets):
         checked(cfg_of(tmp_path, "yolo", MODEL__MASK_ON=True, DATASETS__TEST=[]))
 
 
+@pytest.mark.parametrize("shape", [(4, 2), (1, 2), (17, 3)])
+def test_key_points_behind_boxes_are_left_out(photographs, caplog, shape):
+    expected = records_of(photographs, "coco")
+    edit(photographs / "data.yaml", "names:", f"kpt_shape: {list(shape)}\nnames:")
+    for path in (photographs / "labels/train").iterdir():
+        points = " 0.4 0.6" if shape[1] == 2 else " 0.4 0.6 2"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*(line + points * shape[0] for line in lines[:-1]), lines[-1]]))
+    with caplog.at_level(logging.INFO):
+        assert records_of(photographs, "yolo") == expected
+    assert [r.getMessage() for r in caplog.records if "kpt_shape" in r.getMessage()] == [
+        "Dataset 'yolo_train': CLASSES has a kpt_shape; boxes are read, and key points left out"
+    ]
+
+
 @pytest.mark.parametrize("size", [(640, 480), (6599, 4001), (37, 6600)])
 def test_boxes_of_coco_come_out_exactly(size):
     random = np.random.default_rng(0)
@@ -271,6 +286,21 @@ WRONG = {
         lambda f: edit(f / LABELS, text="0 .1 .1 .3 .1 .2 .5 .4\n"),
         {},
         r"line 1, has 8 values",
+    ),
+    "other key points than CLASSES says": (
+        "yolo",
+        lambda f: (
+            edit(f / "data.yaml", "names:", "kpt_shape: [2, 2]\nnames:")
+            or edit(f / LABELS, text="0 .5 .5 .1 .1 .2 .5 .4 .6 .2 .2\n")
+        ),
+        {},
+        r"line 1, has 11 values .* By the kpt_shape \[2, 2\] of CLASSES it must have 5, or 9 with key points",
+    ),
+    "no shape of key points": (
+        "yolo",
+        lambda f: edit(f / "data.yaml", "names:", "kpt_shape: [2, 4]\nnames:"),
+        {},
+        r"CLASSES is '\S+data.yaml', whose kpt_shape is \[2, 4\]; it must be the number of key points",
     ),
     "no number": (
         "yolo",
