@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from d2kd.data.folders import IMAGE_SUFFIXES
+from d2kd.data.folders import IMAGE_SUFFIXES, walk
 from d2kd.data.images import image_problem
 from d2kd.errors import UserError
 
@@ -166,9 +166,8 @@ def _matches(given: str) -> Iterator[tuple[str, str]]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    for where, below, names in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
+    for where, names in walk(folder):
+        yield from (os.path.join(where, name) for name in names)
 
 
 def _unused(name: str, pictures: set[str], is_video: bool) -> str:

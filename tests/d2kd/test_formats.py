@@ -18,6 +18,7 @@ from d2kd.data.classes import check_classes
 from d2kd.data.conversion.source import plain_number
 from d2kd.data.conversion.yolo import _box
 from d2kd.data.datasets import DatasetError, check_datasets, register_datasets
+from d2kd.data.folders import walk
 from d2kd.data.loader import build_test_loader, build_train_loader
 from d2kd.errors import UserError
 from d2kd.evaluation.build import build_evaluator
@@ -214,6 +215,21 @@ def test_yolo_takes_the_size_of_an_image_as_it_is_shown(photographs):
     first = records_of(photographs, "yolo")[0]
     assert (first["width"], first["height"]) == (111, 75) and first["annotations"][0]["bbox"] == [0, 0, 111, 75]
     checked(cfg_of(photographs, "yolo"))
+
+
+def test_links_are_followed_but_not_into_circles(photographs):
+    expected = len(records_of(photographs, "yolo", "val"))
+    for kind in ("", "labels/"):
+        folder = photographs / f"{kind}train"
+        (folder / "more").symlink_to(photographs / f"{kind}val")  # its images count
+        for name in ("round", "round_again"):
+            (folder / name).symlink_to(folder)
+            (photographs / f"{kind}val" / name).symlink_to(folder)
+        (folder / "above").symlink_to(photographs)
+        (folder / "itself").symlink_to(folder / "itself")
+    found = [name for _, names in walk(str(photographs / "train")) for name in names]
+    assert found.count("train_01.jpg") == 1
+    assert len(records_of(photographs, "yolo")) == 7 + expected
 
 
 def test_voc_without_sizes_takes_those_of_the_images(photographs):

@@ -482,6 +482,16 @@ def test_inputs_are_found_once_in_order_and_have_names_of_their_own(tmp_path, mo
     assert videos == [Video(0, "camera0"), Video("clip.MP4", "clip.MP4")]
 
 
+def test_links_in_circles_are_not_followed(tmp_path):
+    folder = tmp_path / "a/b"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_text("")
+    for name in "cdefg":  # with one way more at each of 40 levels, this would not end
+        (folder / name).symlink_to(tmp_path / "a")
+    images, _ = find_inputs([str(tmp_path / "a")])
+    assert [image.name for image in images] == ["b/1.jpg"]
+
+
 def test_no_two_inputs_share_a_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a").mkdir()
