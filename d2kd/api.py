@@ -308,7 +308,7 @@ def _data_keys(function: str, data: Mapping[str, Data], cfg: CfgNode) -> dict[st
     registered, keys = list(cfg.DATASETS.REGISTER), {}
     for split, given in data.items():
         names = []
-        for entry in _each(given):
+        for entry in _each(f'{function}(): data["{split}"]', given):
             if isinstance(entry, str):
                 names.append(entry)
                 continue
@@ -320,8 +320,17 @@ def _data_keys(function: str, data: Mapping[str, Data], cfg: CfgNode) -> dict[st
     return {"DATASETS.REGISTER": registered, **keys}
 
 
-def _each(given: Data) -> Iterable[str | Mapping[str, Any]]:
-    return [given] if isinstance(given, (str, Mapping)) else given
+def _each(where: str, given: Data) -> Iterable[str | Mapping[str, Any]]:
+    """The datasets that are given."""
+    entries = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for entry in entries:
+        is_entry = isinstance(entry, Mapping) and all(isinstance(key, str) for key in entry)
+        if not (is_entry or isinstance(entry, str)):
+            raise ConfigError(
+                f"{where} has {entry!r}; it is the name of a dataset, an entry of DATASETS.REGISTER such as "
+                '{"JSON": "train.json", "IMAGES": "images"}, or a list of them.'
+            )
+    return entries
 
 
 def _name(split: str, entry: Mapping[str, Any]) -> str:

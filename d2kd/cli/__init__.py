@@ -5,6 +5,7 @@ all that needs it) inside its functions.
 """
 
 import importlib
+import io
 import sys
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command, by default that of the command line; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be nothing that can be printed
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("-h", "--help"):
         print(usage())

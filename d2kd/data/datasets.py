@@ -19,10 +19,12 @@ from d2kd.data.coco import CocoSummary, DatasetError, load_coco, validate_coco_j
 from d2kd.data.conversion import (
     ConvertedSource,
     VocAnnotations,
+    YoloClasses,
     YoloLabels,
     use_of_difficult,
     voc_first_pixel,
     voc_split,
+    yolo_classes,
 )
 from d2kd.data.segmentation import LabelMaps, ignored_label, label_suffix
 from d2kd.errors import did_you_mean, require_choice
@@ -103,8 +105,8 @@ def register_coco(name: str, json_file: str, images: str) -> None:
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
-@register_dataset_format("yolo", paths=("IMAGES", "LABELS"), values={"CLASSES": class_names})
-def register_yolo(name: str, images: str, labels: str, classes: list[str]) -> None:
+@register_dataset_format("yolo", paths=("IMAGES", "LABELS"), values={"CLASSES": yolo_classes})
+def register_yolo(name: str, images: str, labels: str, classes: YoloClasses) -> None:
     """Registers a folder of images and one of their label files, as the YOLO family has them."""
     YoloLabels(name, images, labels, classes).register()
 

@@ -1,10 +1,49 @@
 """Files of a folder and of those below it, by which images and what belongs to them are paired."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 #: Endings of image files, in any case.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields a folder, then those below it, each with the names of its files, sorted; hidden ones are left out.
+
+    Links are followed, but not back to a folder that they lie in.
+    """
+    yield from _walk(root, ())
+
+
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    real = os.path.realpath(folder)
+    if leads_back(real, above):
+        return
+    below: list[str] = []
+    names: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (below if is_folder(entry) else names).append(entry.name)
+    except OSError:  # it may not be read
+        return
+    yield folder, sorted(names)
+    for name in sorted(below):
+        yield from _walk(os.path.join(folder, name), (*above, real))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether an entry is a folder, or a link to one; not for links to themselves, at which `is_dir` fails."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def leads_back(real: str, above: Sequence[str]) -> bool:
+    """Returns whether a folder is one of those that led to it, or holds one of them; all without links."""
+    return any(folder == real or folder.startswith(real.rstrip(os.sep) + os.sep) for folder in above)
 
 
 def files_by_key(
@@ -25,11 +64,10 @@ def files_by_key(
     if not os.path.isdir(root):
         raise error(f"{root}, which should hold the {what}, is no folder.")
     found: dict[str, str] = {}
-    for folder, below, names in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(names):
+    for folder, names in walk(root):
+        for name in names:
             stem, ending = os.path.splitext(name)
-            if name.startswith(".") or ending.lower() not in endings or not stem.endswith(suffix):
+            if ending.lower() not in endings or not stem.endswith(suffix):
                 continue
             key = os.path.relpath(os.path.join(folder, stem.removesuffix(suffix)), root)
             if key in found:

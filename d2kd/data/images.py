@@ -15,6 +15,11 @@ from detectron2.utils.file_io import PathManager
 logger = logging.getLogger(__name__)
 
 _EXIF_ORIENTATION = 0x0112
+#: Orientations by which width and height are swapped.
+_SIDEWAYS = (5, 6, 7, 8)
+#: Pillow turns these upright when it loads them; the tag, and the size until then, are those of before or after,
+#: depending on its version.
+_TURNED_BY_LOADING = "TIFF"
 #: How the formats end whose cut files are told apart by it.
 _ENDINGS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 #: Bytes at the end of a file in which its ending must be.
@@ -103,7 +108,7 @@ def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = Non
 
     Args:
         path: that the path manager knows.
-        dtype: of the result; None keeps the file's.
+        dtype: of the result; None keeps the file's, and has uint8 for 1 bit.
         labels: that it may have.
 
     Returns:
@@ -118,7 +123,8 @@ def read_label_map(path: str, dtype: Any = None, labels: LabelRange | None = Non
         problem = _label_problem(image)
         if problem is None:
             image.load()
-            found.append(np.array(_upright(image), dtype=dtype))
+            values = np.array(_upright(image), dtype=dtype)
+            found.append(values.astype(np.uint8) if values.dtype == bool else values)
             problem = None if labels is None else _range_problem(found[0], labels)
         return problem
 
@@ -212,26 +218,35 @@ def _range_problem(found: np.ndarray, labels: LabelRange) -> str | None:
 def _size_problem(image: Image.Image, size: Size | None, whose: str) -> str | None:
     if image.format == "PNG" and size == image.size[::-1] != image.size:
         image.load()  # the tag may stand behind the pixels
+    orientation = _orientation(image)
     upright = _upright_size(image)
     if size is None or size == upright:
         return None
     text = f"is {upright[0]} x {upright[1]} (width x height), but {whose} {size[0]} x {size[1]}"
     if size != upright[::-1]:
         return text
-    if upright == image.size:
+    if orientation not in _SIDEWAYS:
         return f"{text}: width and height are swapped"
     return (
-        f"{text}: width and height are swapped by its EXIF orientation {_orientation(image)}. List the size of the "
+        f"{text}: width and height are swapped by its EXIF orientation {orientation}. List the size of the "
         "image as it is shown, with boxes that fit, or remove the tag"
     )
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if _orientation(image) is not None else image
+    """The image upright; it is loaded."""
+    if image.format == _TURNED_BY_LOADING or _orientation(image) is None:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def _upright_size(image: Image.Image) -> Size:
-    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+    if _orientation(image) not in _SIDEWAYS:
+        return image.size
+    if image.format == _TURNED_BY_LOADING:
+        image.load()
+        return image.size
+    return image.size[::-1]
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from d2kd.data.loader import ResumableLoader, build_train_loader
 from d2kd.data.mapper import raise_failures
 from d2kd.errors import ConfigError
 from d2kd.modeling import build_distilled_model, is_distillation
+from d2kd.modeling.feature_cache import FRESH, FeatureCache
 from d2kd.modeling.teacher_passes import CachedDensePass
 from detectron2.config import CfgNode
 
@@ -42,7 +44,7 @@ def build_cache(cfg: CfgNode, iterations: int = 0) -> Built:
         iterations: of the training, in the second case; 0 for all.
 
     Raises:
-        UserError: there is no teacher, or nothing that can be kept.
+        UserError: there is no teacher, nothing that can be kept, or no room for all of it.
     """
     if not is_distillation(cfg) or not cfg.DISTILL.CACHE.DIR:
         missing = "DISTILL.TEACHER.CONFIG_FILE" if cfg.DISTILL.CACHE.DIR else "DISTILL.CACHE.DIR"
@@ -57,12 +59,33 @@ def build_cache(cfg: CfgNode, iterations: int = 0) -> Built:
     dense.cache.start()
     batches, number = _batches(cfg, loader, dense.cache.reader.alone, iterations)
     device = torch.device(cfg.MODEL.DEVICE)
+    cache, started = dense.cache, time.time()
     for batch in tqdm(batches, total=number, desc="batches", mininterval=1.0):
         dense([{**x, "image": x["image"].to(device)} for x in batch])
-    dense.cache.flush()
-    cache = dense.cache
+        _require_room(cache, started)
+    cache.flush()
+    _require_room(cache, started)
     logger.info("%d images were there, %d were computed: %s", cache.hits, cache.misses, cache.store.folder)
     return Built(cache.hits, cache.misses)
+
+
+def _require_room(cache: FeatureCache, started: float) -> None:
+    """
+    Raises:
+        ConfigError: something could not be written, or entries of this build had to make room for others of it.
+    """
+    problem = cache.unkept
+    if not problem and cache.store.newest_removed >= started - FRESH:  # an entry's time of use is renewed so seldom
+        problem = "together they are more than DISTILL.CACHE.MAX_GB"
+    if not problem:
+        return
+    cache.flush()
+    count = sum(1 for _ in cache.store.entries(cache.collection))
+    raise ConfigError(
+        f"DISTILL.CACHE.DIR {cache.store.folder} cannot keep the features of all images ({problem}): it holds those of "
+        f"{count:,}, which trainings read. Make room, raise DISTILL.CACHE.MAX_GB, or set DISTILL.CACHE.DTYPE to "
+        "float16 or int8, and build it again."
+    )
 
 
 def _batches(cfg: CfgNode, loader: ResumableLoader, alone: bool, iterations: int) -> tuple[Iterable[Any], int]:

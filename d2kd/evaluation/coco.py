@@ -52,7 +52,8 @@ class NumberedCOCO(COCO):
             "area": area_of(file, annotation),
         }
         if numbered["area"] is None:
-            numbered["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+            width, height = annotation["bbox"][2:]
+            numbered["area"] = max(width, 0) * max(height, 0)
         try:
             size = file.images[image - 1]["height"], file.images[image - 1]["width"]
             numbered["segmentation"] = usable_segmentation(annotation.get("segmentation"), *size)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from d2kd.data.coco import DatasetError
+from d2kd.data.coco import DatasetError, short
 from d2kd.data.images import image_problem
 from d2kd.data.mapper import build_mapper, wrap_mapper
 from d2kd.errors import ConfigError
@@ -144,7 +145,7 @@ def compare_features(
     for number, (file, s) in enumerate(zip(files, seen)):
         rows = [_row(tap, number, columns, ends[tap.pair.name]) for tap in taps]
         drawn = feature_picture(
-            s.image, rows, end, f"Features over {s.file.name}", [*_alignments(taps), _NUMBERS, *notes]
+            s.image, rows, end, f"Features over {short(s.file.name)}", [*_alignments(taps), _NUMBERS, *notes]
         )
         pictures[file] = cv2.imencode(".png", drawn, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
     content = {
@@ -255,7 +256,8 @@ def _file_names(names: Sequence[str]) -> list[str]:
     """A PNG file for each image, in one folder, no two alike."""
     files: list[str] = []
     for name in names:
-        stem = os.path.splitext(name)[0].replace(os.sep, "_")
+        # bytes that are no UTF-8 cannot stand in the links of a report
+        stem = re.sub("[\ud800-\udfff]", "_", os.path.splitext(name)[0].replace(os.sep, "_"))
         file, number = f"{stem}.png", 1
         while file in files:
             number += 1

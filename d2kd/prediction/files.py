@@ -16,6 +16,7 @@ from d2kd.errors import UserError
 from d2kd.files import replacing
 
 from .classes import ClassList, numbered
+from .inputs import is_utf8, picture_name
 from .panoptic import PanopticMap, annotation, id_picture, panoptic_file
 from .predictor import Prediction
 
@@ -28,8 +29,6 @@ DETECTIONS, LABELS, CLASSES = (
 )
 PICTURES, LABEL_MAPS, PANOPTIC = "pictures", "label_maps", "panoptic"
 COLUMNS = ("file", "frame", "class_id", "class", "score", "x0", "y0", "x1", "y1", "pixels")
-#: Endings of pictures that keep their name; those of other images get .png behind theirs.
-_KEPT = (".png", ".jpg", ".jpeg")
 
 
 class OutputError(UserError):
@@ -102,8 +101,9 @@ class ResultFiles:
 
     def _open(self, name: str) -> TextIO:
         temporary = self._stack.enter_context(replacing(self.folder / name))
-        # newlines are the table's own
-        file = self._stack.enter_context(open(temporary, "w", encoding="utf-8", newline=""))
+        # newlines are the table's own; names of files may be no UTF-8, and JSON reads what stands for their bytes
+        opened = open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="")
+        file = self._stack.enter_context(opened)
         self._files[name] = file
         return file
 
@@ -198,10 +198,8 @@ class ResultFiles:
     # ---- pictures ----
 
     def picture_path(self, name: str, *, is_video: bool = False) -> Path:
-        """Returns where the picture of an input goes: its own name, with an ending that is written."""
-        if is_video:
-            return self.folder / PICTURES / (name if name.lower().endswith(".mp4") else f"{name}.mp4")
-        return self.folder / PICTURES / (name if name.lower().endswith(_KEPT) else f"{name}.png")
+        """Returns where the picture of an input goes."""
+        return self.folder / PICTURES / picture_name(name, is_video=is_video)
 
     def add_picture(self, name: str, picture: np.ndarray) -> None:
         """Writes the picture of an image.
@@ -251,6 +249,8 @@ class ResultFiles:
             OutputError: it cannot be written.
         """
         path = self.picture_path(name, is_video=True)
+        if not is_utf8(str(path)):
+            raise OutputError(f"--output: {str(path)!r} is not UTF-8, and OpenCV cannot write it: name another folder.")
         writer: cv2.VideoWriter | None = None
         size = 0, 0
         with _told(self.folder), replacing(path) as temporary:

@@ -9,12 +9,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from d2kd.data.folders import IMAGE_SUFFIXES
+from d2kd.data.folders import IMAGE_SUFFIXES, walk
 from d2kd.data.images import image_problem
 from d2kd.errors import UserError
 
 #: Endings of files that are taken for videos; others are if they are no images.
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
+#: Endings of pictures that keep their name; those of other images get .png behind theirs.
+_KEPT = (".png", ".jpg", ".jpeg")
 _GLOB = frozenset("*?[")
 #: Frames a second where a video does not tell, or tells what cannot be.
 _USUAL_RATE, _LARGEST_RATE = 25.0, 1000.0
@@ -26,7 +28,7 @@ class InputError(UserError):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image, and its place in the folders of results: a relative path, which no other input has."""
+    """An image, and its place in the folders of results: a relative path, which gives a `picture_name` of its own."""
 
     path: str
     name: str
@@ -72,6 +74,8 @@ class Video:
         capture.release()
 
     def _open(self) -> cv2.VideoCapture:
+        if not is_utf8(self.path):
+            raise InputError(f"Video {self.path!r} has a name that is not UTF-8, which OpenCV cannot open: rename it.")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said here, in one line
         before = cv2.utils.logging.getLogLevel()
         cv2.utils.logging.setLogLevel(0)
@@ -94,6 +98,21 @@ class Video:
         return "It is damaged, or of a kind that OpenCV does not decode; convert it, e.g. to MP4."
 
 
+def is_utf8(path: str | int) -> bool:
+    """Returns whether OpenCV can take a path: at bytes that are no UTF-8 it ends the program."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def picture_name(name: str, *, is_video: bool) -> str:
+    """Returns what the picture of an input is called: its own name, with an ending that is written."""
+    kept, ending = ((".mp4",), ".mp4") if is_video else (_KEPT, ".png")
+    return name if name.lower().endswith(kept) else f"{name}{ending}"
+
+
 def find_inputs(
     paths: Sequence[str], camera: int | None = None, without: str | None = None
 ) -> tuple[list[ImageFile], list[Video]]:
@@ -110,15 +129,16 @@ def find_inputs(
     """
     images: list[ImageFile] = []
     videos = [] if camera is None else [Video(camera, f"camera{camera}")]
-    seen, names = set[str](), {video.name for video in videos}
+    seen, pictures = set[str](), {picture_name(video.name, is_video=True) for video in videos}
     for given in paths:
         for path, name in _matches(given):
             real = os.path.realpath(path)
             if real in seen or (without and Path(os.path.realpath(without)) in Path(real).parents):
                 continue
             seen.add(real)
-            name = _unused(name, names)
-            if _is_video(path):
+            is_video = _is_video(path)
+            name = _unused(name, pictures, is_video)
+            if is_video:
                 videos.append(Video(path, name))
             else:
                 images.append(ImageFile(path, name))
@@ -146,19 +166,18 @@ def _matches(given: str) -> Iterator[tuple[str, str]]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    for where, below, names in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
+    for where, names in walk(folder):
+        yield from (os.path.join(where, name) for name in names)
 
 
-def _unused(name: str, names: set[str]) -> str:
-    """The name, with a number where another input has it."""
+def _unused(name: str, pictures: set[str], is_video: bool) -> str:
+    """The name, with a number where its picture is another input's too."""
     stem, ending = os.path.splitext(name)
     number = 1
-    while name in names:
+    while picture_name(name, is_video=is_video) in pictures:
         number += 1
         name = f"{stem}_{number}{ending}"
-    names.add(name)
+    pictures.add(picture_name(name, is_video=is_video))
     return name
 
 

@@ -1,16 +1,18 @@
 """Pictures of the masks while tokens are learned."""
 
+import itertools
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
+from d2kd.data.mapper import build_mapper, wrap_mapper
 from d2kd.files import replacing
 from d2kd.visualization.tokens import MaskRow, mask_picture
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.engine.train_loop import HookBase
 
 #: A mask whose values vary by less over an image does not select places.
@@ -20,19 +22,24 @@ FLAT_RANGE = 0.1
 class MaskPictures(HookBase):
     """Draws the masks over a few training images: as PNG files, and into the event storage (TensorBoard)."""
 
-    def __init__(self, cfg: CfgNode, period: int, dicts: list[dict[str, Any]]) -> None:
+    def __init__(self, cfg: CfgNode, period: int, records: Iterable[dict[str, Any]], count: int) -> None:
         """
         Args:
-            cfg: of the teacher; decides size and channel order of its input.
+            cfg: of the teacher; decides size and channel order of its input, and what an image that cannot be read is.
             period: iterations between pictures; there are some at the end in any case. 0 or less draws only those.
-            dicts: the images, in Detectron2's format.
+            records: the training images, in Detectron2's format.
+            count: how many are drawn: the first ones that are not left out.
+
+        Raises:
+            DatasetError: (when drawing) an image cannot be read, and DATASETS.ON_BAD_IMAGE is error.
         """
         self.period = period
         self.directory = os.path.join(cfg.OUTPUT_DIR, "masks")
         self.image_format = cfg.INPUT.FORMAT
-        self.dicts = dicts
+        self.records = records
+        self.count = count
         self._range: dict[str, np.ndarray] = {}
-        self.mapper = DatasetMapper(cfg, is_train=False)
+        self.mapper = wrap_mapper(build_mapper(cfg, is_train=False), cfg.DATASETS.ON_BAD_IMAGE)
 
     def after_step(self) -> None:
         """Draws where it is time."""
@@ -45,8 +52,8 @@ class MaskPictures(HookBase):
     def draw(self, name: str) -> None:
         """Writes `masks/<name>_<number of the image>.png`."""
         self._range.clear()
-        for number, record in enumerate(self.dicts):
-            data = self.mapper(dict(record))
+        inputs = (data for record in self.records if (data := self.mapper(record)) is not None)
+        for number, data in enumerate(itertools.islice(inputs, self.count)):
             picture = mask_picture(_bgr(data["image"], self.image_format), self._rows(data))
             with replacing(os.path.join(self.directory, f"{name}_{number}.png")) as path:
                 cv2.imwrite(str(path), picture)

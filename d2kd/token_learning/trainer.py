@@ -1,6 +1,5 @@
 """TokenTrainer: learns the receptive tokens of a teacher, the first stage of the method."""
 
-import itertools
 import logging
 import os
 from collections import deque
@@ -93,8 +92,8 @@ class TokenTrainer(ResumableTrainer):
         ret: list[HookBase | None] = [_CheckTaps(), *super().extra_hooks()]
         if comm.is_main_process():
             node = self.cfg.DISTILL.RECEPTIVE_TOKENS.LEARN
-            shown = list(itertools.islice(self.data_loader.records, node.PICTURES))
-            self._pictures = MaskPictures(self.cfg, self.cfg.SOLVER.CHECKPOINT_PERIOD, shown)
+            period, records = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.data_loader.records
+            self._pictures = MaskPictures(self.cfg, period, records, node.PICTURES)
             ret += [self._pictures, hooks.CallbackHook(after_train=lambda _: self._write_tokens())]
         return ret
 

@@ -45,7 +45,8 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
         image = Image.open(f)
         # before EXIF data is asked for, which decodes PNG files too, but in vain the second time: half an image
         image.load()
-        return convert_PIL_to_numpy(_apply_exif_orientation(image), format)
+        # Pillow has turned TIFF files by that, and some versions of it leave the tag
+        return convert_PIL_to_numpy(image if image.format == "TIFF" else _apply_exif_orientation(image), format)
 
 
 def _apply_exif_orientation(image: Image.Image) -> Image.Image:

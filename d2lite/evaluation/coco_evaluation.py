@@ -293,7 +293,8 @@ def _load_ground_truth(dataset_name: str, metadata: Any, output_dir: str | None,
         coco_api.createIndex()
     for annotation in coco_api.dataset.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        width, height = annotation["bbox"][2:]
+        annotation.setdefault("area", max(width, 0) * max(height, 0))
     return coco_api
 
 

@@ -9,17 +9,18 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from cases import EXIF_ORIENTATION, SIZE, encode, runs_of, sound_split, write_case
+from cases import EXIF_ORIENTATION, SIZE, decode, encode, runs_of, sound_split, write_case
 from models import RETINANET, config
-from PIL import Image
+from PIL import Image, ImageOps
 from runs import tool
 
 from d2kd.data.classes import check_classes
-from d2kd.data.coco import DatasetError, load_coco, usable_segmentation, validate_coco_json
+from d2kd.data.coco import DatasetError, load_coco, read_coco, usable_segmentation, validate_coco_json
 from d2kd.data.datasets import check_datasets, register_datasets
-from d2kd.data.images import LabelMapError, LabelRange, image_problem, read_label_map
+from d2kd.data.images import LabelMapError, LabelRange, image_problem, image_size, read_label_map
+from d2kd.data.images import read_image as whole_image
 from d2kd.data.mapper import ImageMapper, wrap_mapper
-from d2kd.evaluation.coco import CocoEvaluator
+from d2kd.evaluation.coco import CocoEvaluator, NumberedCOCO
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
@@ -109,6 +110,24 @@ def test_exif_orientation_of_a_png_file(size, wrong, behind, tmp_path):
     else:
         height, width = guarded(record)["image"].shape[1:]
         assert height > width
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_files_are_turned_once(orientation, tmp_path):
+    path, exif = str(tmp_path / "a.tiff"), Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    noise().convert("L").save(path, exif=exif)
+    upright = np.array(ImageOps.exif_transpose(decode(encode(noise().convert("L"), exif=exif))))
+    size = upright.shape[::-1]
+    assert image_size(path) == size
+    assert image_problem(path, size) is None and image_problem(path, size, decode=True) is None
+    np.testing.assert_array_equal(read_label_map(path), upright)
+    record = {"file_name": path, "width": size[0], "height": size[1]}
+    np.testing.assert_array_equal(whole_image(path, "BGR")[..., 0], upright)
+    guarded = wrap_mapper(ImageMapper(config(INPUT__MIN_SIZE_TEST=0), False), "error")
+    assert guarded(record)["image"].shape[1:] == upright.shape
+    assert "swapped" in image_problem(path, size[::-1])
+    assert ("by its EXIF orientation" in image_problem(path, size[::-1])) == (orientation > 4)
 
 
 def test_the_check_before_training_decodes_no_sound_png(tmp_path, monkeypatch):
@@ -410,6 +429,21 @@ def test_objects_whose_boxes_are_all_empty(split, tmp_path):
     cfg.TEST.BEST_CHECKPOINT.METRIC = "bbox/AP"
     with pytest.raises(DatasetError, match=r"METRIC is 'bbox/AP', which tells nothing .* iscrowd 1 or an empty box"):
         check_datasets(cfg, ("TEST",))
+
+
+@pytest.mark.parametrize("sides", [[-20, 10], [10, -20], [-20, -10], [0, 10]])
+def test_boxes_without_area_pass_the_evaluation_as_they_pass_the_check(sides, split, tmp_path):
+    for annotation in split.annotations:
+        del annotation["area"]
+    split.annotations[0]["bbox"] = [30, 30, *sides]
+    assert check(split, tmp_path, evaluated=True).num_objects == 3
+    path, name = str(tmp_path / "val.json"), f"negative_{tmp_path.name}"
+    load_coco(path, str(tmp_path / "val"), name)
+    MetadataCatalog.get(name).json_file = path
+    x, y, width, height = split.annotations[1]["bbox"]
+    for truth in (CocoEvaluator(name)._coco_api, NumberedCOCO(read_coco(path))):
+        assert [truth.anns[i]["area"] for i in (1, 2)] == [0, width * height]
+    MetadataCatalog.pop(name)
 
 
 def test_files_that_are_listed_twice_are_a_warning(split, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.cache_building import build_cache
 from d2kd.errors import ConfigError
 from d2kd.modeling import Teacher, build_distilled_model
-from d2kd.modeling.feature_cache import FOUND
+from d2kd.modeling.feature_cache import FOUND, GB, FeatureStore
 from d2kd.modeling.teacher_passes import Acceleration, CachedDensePass, DensePass
 from d2kd.modeling.teacher_passes.build import _dense_pass
 from detectron2.modeling import build_model
@@ -304,6 +305,51 @@ def test_after_it_is_built_a_training_runs_no_teacher(write_config, teacher, tmp
     for seed in (1, 9):
         assert cache_of(run_training(path, SEED=seed)).misses == 0
     assert build_cache(cfg).computed == 0
+
+
+def build_with(write_config, teacher, folder, **changes):
+    cfg = load_config(str(write_config(**MIMIC, **teacher, DISTILL__CACHE__DIR=str(folder), **changes)))
+    register_datasets(cfg)
+    return build_cache(cfg)
+
+
+def test_what_does_not_fit_is_not_built(write_config, teacher, tmp_path):
+    folder = tmp_path / "cache"
+    build_with(write_config, teacher, folder)
+    size = sum(entry.size for entry in FeatureStore(folder, 0).entries())
+    count = len(entries(folder))
+    for share, words in (
+        (0.5, "together they are more than DISTILL.CACHE.MAX_GB"),
+        (0.01, "one takes 0.00 MB, more than"),
+    ):
+        other = tmp_path / f"cache_{share}"
+        with pytest.raises(ConfigError, match=rf"cannot keep the features of all images \({words}") as error:
+            build_with(write_config, teacher, other, DISTILL__CACHE__MAX_GB=share * size / GB)
+        held = len(entries(other))
+        assert held < count and f"it holds those of {held}, which trainings read" in str(error.value)
+    # entries of long ago make room for others without a word
+    for entry in FeatureStore(folder, 0).entries():
+        os.utime(entry.path, (1e9, 1e9))
+    built = build_with(write_config, teacher, folder, DISTILL__CACHE__MAX_GB=1.1 * size / GB, INPUT__RANDOM_FLIP="none")
+    assert built.found + built.computed >= count / 2
+
+
+def test_a_full_disk_ends_the_building(write_config, teacher, tmp_path, monkeypatch):
+    written, passes, write, run = [], [], FeatureStore.write, CachedDensePass.__call__
+
+    def full(store, collection, key, content):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(key)
+        return write(store, collection, key, content)
+
+    monkeypatch.setattr(FeatureStore, "write", full)
+    monkeypatch.setattr(CachedDensePass, "__call__", lambda *arguments: passes.append(1) or run(*arguments))
+    with pytest.raises(
+        ConfigError, match=r"\(No space left on device\): it holds those of 3, which trainings read. Make"
+    ):
+        build_with(write_config, teacher, tmp_path / "cache")
+    assert len(entries(tmp_path / "cache")) == 3 and len(passes) < 16
 
 
 def test_batches_of_several_sizes_are_built_as_they_will_come(write_config, teacher, tmp_path):

@@ -115,6 +115,11 @@ def test_links_are_followed_but_not_into_circles(root, tmp_path_factory, caplog)
     picture(elsewhere / "dog" / "dog.png")
     (root / "train/dog").symlink_to(elsewhere / "dog")
     (root / "train/ant/again").symlink_to(root / "train")
+    for one, other in (("ant", "bee"), ("bee", "ant")):  # a circle of two links
+        (root / "train" / one / "other").symlink_to(elsewhere / other)
+        (elsewhere / other).mkdir()
+        (elsewhere / other / "back").symlink_to(elsewhere / one)
+    (root / "train/bee/itself").symlink_to(root / "train/bee/itself")
     source = ImageFolders("linked", str(root / "train"))
     assert source.class_names() == ["ant", "bee", "cat", "dog"]
     assert [r["label"] for r in source()] == [0, 0, 0, 1, 1, 2, 2, 3]
@@ -122,7 +127,8 @@ def test_links_are_followed_but_not_into_circles(root, tmp_path_factory, caplog)
     source.examine("error")
     assert "1 images are links to others of them" in caplog.text
     (root / "train/cat/gone.png").symlink_to(root / "nothing.png")
-    with pytest.raises(DatasetError, match=r"1 links of .* lead nowhere, first cat/gone.png"):
+    (root / "train/cat/itself.png").symlink_to(root / "train/cat/itself.png")
+    with pytest.raises(DatasetError, match=r"2 links of .* lead nowhere, first cat/gone.png"):
         source.examine("error")
     source.examine("warn")
     assert len(source()) == 9 and "They are left out" in caplog.text

@@ -11,6 +11,8 @@ import torch
 import yaml
 from models import config
 from photographs import CLASSES, SIZES, entry, write_photographs, write_voc, write_yolo
+from PIL import Image
+from test_cli import program
 
 from d2kd import cli
 from d2kd.data.datasets import register_datasets
@@ -224,6 +226,43 @@ def test_label_maps_are_counted_and_drawn(labeled, capsys):
     assert data("show", "--config-file", path, "--images", 3, "--output", output, *keys) == 0
     picture = cv2.imread(str(output))
     assert picture.shape[1] == 3 * (TILE + GAP) and picture.shape[0] > HEADER + TILE + GAP  # with a legend
+
+
+def test_label_maps_of_one_bit_are_counted(labeled, capsys):
+    for path in (labeled / "maps").rglob("*.png"):
+        labels = np.zeros((40, 60), np.uint8)
+        labels[:10] = 1
+        Image.fromarray(labels * 255).convert("1").save(path)
+    path = write_labeled(labeled, "labelmaps", "pspnet_student")
+    assert data("check", "--config-file", path, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.DEVICE", "cpu") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ground", "75.00%", "2"] in rows and ["car", "25.00%", "2"] in rows and ["sky", "0.00%", "0"] in rows
+
+
+def test_label_maps_that_training_leaves_out_are_told(labeled, capsys):
+    for name in ("a", "b"):
+        (labeled / f"maps/train/{name}.png").write_bytes(b"no image")
+    path = write_labeled(labeled, "labelmaps", "pspnet_student")
+    arguments = ["check", "--config-file", path, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.DEVICE", "cpu"]
+    assert data(*arguments) == 2
+    assert "a.png cannot be read" in capsys.readouterr().out
+    assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip") == 0
+    printed = capsys.readouterr().out
+    assert f"label maps that cannot be read: 2 ({labeled}/maps/train/a.png, {labeled}/maps/train/b.png)." in printed
+    (labeled / "maps/val/a.png").write_bytes(b"no image")
+    assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip") == 2
+    for path in (labeled / "images/train").iterdir():
+        path.write_bytes(b"no image")
+    assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip", "DATASETS.TEST", "[]") == 0
+    assert "images: none can be read" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_printed_as_what_stands_for_them(labeled):
+    (labeled / "crops/train/b").rename(labeled / "crops/train/caf\udce9")
+    (labeled / "crops/val/b").rename(labeled / "crops/val/caf\udce9")
+    path = write_labeled(labeled, "folders", "classifier_student")
+    ended = program("data", "check", "--config-file", path, "MODEL.CLASSIFIER.NUM_CLASSES", 2, "MODEL.DEVICE", "cpu")
+    assert ended.returncode == 0 and "fewer than 10 images: 2 of 2 (a: 1, caf\\udce9: 1)." in ended.stdout
 
 
 def test_class_folders_are_counted_and_drawn(labeled, capsys):

@@ -356,6 +356,16 @@ def test_the_same_network_is_its_own_teacher(teacher, tmp_path):
         assert tap.numbers["after"].cka == pytest.approx(1) and tap.numbers["after"].cosine > 0.9
 
 
+def test_a_file_name_that_is_not_utf8_is_shown_as_what_stands_for_it(teacher, digits, tmp_path):
+    path, weights = teacher["DISTILL__TEACHER__CONFIG_FILE"], teacher["DISTILL__TEACHER__WEIGHTS"]
+    image = tmp_path / "caf\udce9.png"
+    shutil.copy(next((digits / "val").iterdir()), image)
+    arguments = ("--config-file", path, "--weights", weights, "--teacher-config", path, "--teacher-weights", weights)
+    summary = call(*arguments, "--output", tmp_path / "seen", "--no-before", "--images", image)
+    assert [picture.name for picture in summary.pictures] == ["caf_.png"]
+    assert json.loads((tmp_path / "seen/features.json").read_text())["images"][0]["file"] == str(image)
+
+
 def test_the_examples_of_the_documentation_run_as_printed(student, teacher, digits, tmp_path, monkeypatch):
     run, _ = student
     text = (ROOT / "docs/features.md").read_text(encoding="utf-8")

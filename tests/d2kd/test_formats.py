@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from models import config, model
 from photographs import CLASSES, entry, write_photographs, write_voc, write_yolo
 from PIL import Image
@@ -17,6 +18,7 @@ from d2kd.data.classes import check_classes
 from d2kd.data.conversion.source import plain_number
 from d2kd.data.conversion.yolo import _box
 from d2kd.data.datasets import DatasetError, check_datasets, register_datasets
+from d2kd.data.folders import walk
 from d2kd.data.loader import build_test_loader, build_train_loader
 from d2kd.errors import UserError
 from d2kd.evaluation.build import build_evaluator
@@ -102,6 +104,21 @@ def test_boxes_may_stand_beside_polygons(tmp_path, forget_datasets):
     assert [("segmentation" in a, a["category_id"]) for a in first["annotations"]] == [(False, 0), (True, 1)]
     with pytest.raises(DatasetError, match=r"no mask that can be used, first annotation \(id 1\) in train_01.jpg"):
         checked(cfg_of(tmp_path, "yolo", MODEL__MASK_ON=True, DATASETS__TEST=[]))
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (1, 2), (17, 3)])
+def test_key_points_behind_boxes_are_left_out(photographs, caplog, shape):
+    expected = records_of(photographs, "coco")
+    edit(photographs / "data.yaml", "names:", f"kpt_shape: {list(shape)}\nnames:")
+    for path in (photographs / "labels/train").iterdir():
+        points = " 0.4 0.6" if shape[1] == 2 else " 0.4 0.6 2"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*(line + points * shape[0] for line in lines[:-1]), lines[-1]]))
+    with caplog.at_level(logging.INFO):
+        assert records_of(photographs, "yolo") == expected
+    assert [r.getMessage() for r in caplog.records if "kpt_shape" in r.getMessage()] == [
+        "Dataset 'yolo_train': CLASSES has a kpt_shape; boxes are read, and key points left out"
+    ]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (6599, 4001), (37, 6600)])
@@ -200,6 +217,21 @@ def test_yolo_takes_the_size_of_an_image_as_it_is_shown(photographs):
     checked(cfg_of(photographs, "yolo"))
 
 
+def test_links_are_followed_but_not_into_circles(photographs):
+    expected = len(records_of(photographs, "yolo", "val"))
+    for kind in ("", "labels/"):
+        folder = photographs / f"{kind}train"
+        (folder / "more").symlink_to(photographs / f"{kind}val")  # its images count
+        for name in ("round", "round_again"):
+            (folder / name).symlink_to(folder)
+            (photographs / f"{kind}val" / name).symlink_to(folder)
+        (folder / "above").symlink_to(photographs)
+        (folder / "itself").symlink_to(folder / "itself")
+    found = [name for _, names in walk(str(photographs / "train")) for name in names]
+    assert found.count("train_01.jpg") == 1
+    assert len(records_of(photographs, "yolo")) == 7 + expected
+
+
 def test_voc_without_sizes_takes_those_of_the_images(photographs):
     expected = records_of(photographs, "coco")
     for path in (photographs / "voc/Annotations").iterdir():
@@ -271,6 +303,21 @@ WRONG = {
         {},
         r"line 1, has 8 values",
     ),
+    "other key points than CLASSES says": (
+        "yolo",
+        lambda f: (
+            edit(f / "data.yaml", "names:", "kpt_shape: [2, 2]\nnames:")
+            or edit(f / LABELS, text="0 .5 .5 .1 .1 .2 .5 .4 .6 .2 .2\n")
+        ),
+        {},
+        r"line 1, has 11 values .* By the kpt_shape \[2, 2\] of CLASSES it must have 5, or 9 with key points",
+    ),
+    "no shape of key points": (
+        "yolo",
+        lambda f: edit(f / "data.yaml", "names:", "kpt_shape: [2, 4]\nnames:"),
+        {},
+        r"CLASSES is '\S+data.yaml', whose kpt_shape is \[2, 4\]; it must be the number of key points",
+    ),
     "no number": (
         "yolo",
         lambda f: edit(f / LABELS, text="cup .5 .5 .1 .1\n"),
@@ -284,7 +331,7 @@ WRONG = {
         "yolo",
         lambda f: (f / LABELS).write_bytes(b"\xff\xfe0"),
         {},
-        r"train_01.txt cannot be read \('utf-8' codec",
+        r"train_01.txt is no UTF-8 text, first in line 1: save it in that encoding",
     ),
     "an image that tells no size": (
         "yolo",
@@ -329,6 +376,18 @@ WRONG = {
         lambda f: edit(f / "voc/ImageSets/Main/train.txt", text="\n"),
         {},
         r"Main/train.txt lists no images",
+    ),
+    "split in another encoding": (
+        "voc",
+        lambda f: (f / "voc/ImageSets/Main/train.txt").write_bytes(b"train_01\ncaf\xe9\n"),
+        {},
+        r"Main/train.txt is no UTF-8 text, first in line 2: save it in that encoding",
+    ),
+    "XML of an unknown encoding": (
+        "voc",
+        lambda f: edit(f / XML, text='<?xml version="1.0" encoding="ansi"?><annotation/>'),
+        {},
+        r"train_01.xml cannot be read as XML \(unknown encoding: ansi\)",
     ),
     "split of one class": (
         "voc",
@@ -470,3 +529,27 @@ def test_class_names_may_be_in_a_file(tmp_path):
     (tmp_path / "data.yaml").write_text("names: [cup\n")
     with pytest.raises(DatasetError, match="which is no YAML"):
         class_names("CLASSES", str(tmp_path / "data.yaml"))
+
+
+@pytest.mark.parametrize(
+    "file, content", [("names.txt", "caf\u00e9\nleaf\n"), ("data.yaml", "names: [caf\u00e9, leaf]\n")]
+)
+def test_class_names_are_utf8_with_or_without_a_mark(file, content, tmp_path):
+    path = tmp_path / file
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(content, encoding=encoding)
+        assert class_names("CLASSES", str(path)) == ["caf\u00e9", "leaf"]
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text(content, encoding=encoding)
+        with pytest.raises(DatasetError, match=rf"CLASSES: \S+{file} is no UTF-8 text, first in line 1: save it in"):
+            class_names("CLASSES", str(path))
+
+
+@pytest.mark.parametrize("value", [None, 3, False, 0.5, ["a"]])
+def test_a_class_name_that_is_no_text_is_an_error(value, tmp_path):
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"names": {0: "cup", 1: value}}))
+    for given in (["cup", value], str(tmp_path / "data.yaml")):
+        with pytest.raises(
+            DatasetError, match=rf"^CLASSES: the name of class 1 is {re.escape(repr(value))}, which is no"
+        ):
+            class_names("CLASSES", given)

@@ -18,6 +18,7 @@ from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, loa
 from d2kd.errors import ConfigError
 from d2kd.modeling import FeatureTaps, StrictLoadingError, TapError
 from d2kd.token_learning import TokenLearner, TokenTrainer
+from d2kd.token_learning import pictures as token_pictures
 from d2kd.token_learning import trainer as token_trainer
 from d2kd.visualization.tokens import MaskRow, mask_picture
 from detectron2.utils import comm
@@ -185,6 +186,21 @@ def test_a_run_writes_tokens_pictures_and_progress(teacher_yaml, tmp_path):
     pictures = sorted(p.name for p in (tmp_path / "teacher/masks").iterdir())
     assert pictures == ["0000003_0.png", "0000003_1.png", "final_0.png", "final_1.png"]
     assert cv2.imread(str(tmp_path / "teacher/masks/final_0.png")) is not None
+
+
+def test_images_that_training_leaves_out_are_not_drawn(teacher_yaml, digits, tmp_path, monkeypatch):
+    content = json.loads((digits / "annotations/instances_train.json").read_text())
+    content["images"][0]["file_name"] = "missing.png"
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    register = [{"NAME": "some", "JSON": str(tmp_path / "some.json"), "IMAGES": str(digits / "train")}]
+    drawn = []
+    monkeypatch.setattr(token_pictures, "mask_picture", lambda image, rows: drawn.append(image) or image)
+    datasets = {"DATASETS__REGISTER": register, "DATASETS__TRAIN": ("some",), "DATASETS__TEST": ()}
+    trainer = run(teacher_yaml, DATASETS__ON_BAD_IMAGE="skip", DISTILL__RECEPTIVE_TOKENS__LEARN__PERIOD=9, **datasets)
+    assert trainer.finished and len(drawn) == 2
+    for image, entry in zip(drawn, content["images"][1:]):
+        source = cv2.imread(str(digits / "train" / entry["file_name"]))
+        assert np.abs(cv2.resize(source, image.shape[1::-1]).astype(float) - image).mean() < 10
 
 
 def test_interrupted_and_resumed_is_bit_equal(teacher_yaml, tmp_path):

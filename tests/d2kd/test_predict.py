@@ -31,7 +31,8 @@ from d2kd.errors import UserError
 from d2kd.export import export_model
 from d2kd.modeling.checkpoint_files import write_checkpoint
 from d2kd.prediction import Prediction, Predictor, find_inputs, predict_files, run
-from d2kd.prediction.inputs import InputError, Video
+from d2kd.prediction.files import OutputError
+from d2kd.prediction.inputs import InputError, Video, picture_name
 from d2kd.prediction.panoptic import id_picture
 from d2kd.prediction.predictor import read_output
 from d2kd.visualization import panoptic_picture, prediction_picture
@@ -317,6 +318,35 @@ def test_a_broken_image_is_skipped_named_and_counted(student, digits, tmp_path, 
     assert len(read(tmp_path / "out/images.json")["images"]) == count
 
 
+#: As Python shows a name of a file with a byte that is no UTF-8.
+FOREIGN = "caf\udce9"
+
+
+@pytest.mark.parametrize("kind", ["boxes", "labels", "classes"])
+def test_a_file_name_that_is_not_utf8_is_written_as_what_stands_for_it(kind, student, digits, tmp_path):
+    path, weights = student(kind)
+    image = tmp_path / f"{FOREIGN}.png"
+    shutil.copy(next((digits / "val").iterdir()), image)
+    call(image, "--config-file", path, "--weights", weights, "--output", tmp_path / "out", "--threshold", 0)
+    assert read(tmp_path / "out/images.json")["images"][0]["file_name"] == str(image)
+    assert len(read(tmp_path / "out" / FILES[kind])) > 0
+    table = (tmp_path / "out/predictions.csv").read_text(encoding="utf-8")
+    assert "caf\\udce9.png," in table
+    assert (tmp_path / "out/pictures" / image.name).is_file()
+
+
+def test_opencv_is_given_no_path_that_ends_the_program(student, clip, tmp_path):
+    path, weights = student()
+    foreign = shutil.copy(clip, tmp_path / f"{FOREIGN}.avi")
+    for given in (foreign, shutil.copy(clip, tmp_path / f"{FOREIGN}.unknown")):
+        with pytest.raises(InputError, match=r"caf\\udce9\."):
+            call(given, "--config-file", path, "--weights", weights, "--output", tmp_path / "out")
+    with pytest.raises(InputError, match="has a name that is not UTF-8, which OpenCV cannot open: rename it"):
+        Video(str(foreign), "").count()
+    with pytest.raises(OutputError, match="is not UTF-8, and OpenCV cannot write it: name another folder"):
+        call(clip, "--config-file", path, "--weights", weights, "--output", tmp_path / FOREIGN)
+
+
 @pytest.fixture
 def clip(digits, tmp_path):
     """A video of the images of the validation set, without losses."""
@@ -450,6 +480,28 @@ def test_inputs_are_found_once_in_order_and_have_names_of_their_own(tmp_path, mo
         ("1.jpg", "1.jpg"), ("a/1.jpg", "1_2.jpg"), ("a/2.PNG", "2.PNG"), ("a/b/1.jpg", "b/1.jpg"),
     ]  # fmt: skip
     assert videos == [Video(0, "camera0"), Video("clip.MP4", "clip.MP4")]
+
+
+def test_links_in_circles_are_not_followed(tmp_path):
+    folder = tmp_path / "a/b"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_text("")
+    for name in "cdefg":  # with one way more at each of 40 levels, this would not end
+        (folder / name).symlink_to(tmp_path / "a")
+    images, _ = find_inputs([str(tmp_path / "a")])
+    assert [image.name for image in images] == ["b/1.jpg"]
+
+
+def test_no_two_inputs_share_a_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    for name in ("a/x.bmp", "a/x.bmp.png", "a/x.jpg", "x.bmp"):
+        Path(name).write_text("")
+    images, _ = find_inputs(["a", "x.bmp"])
+    names = {image.path: picture_name(image.name, is_video=False) for image in images}
+    assert names == {
+        "a/x.bmp": "x.bmp.png", "a/x.bmp.png": "x.bmp_2.png", "a/x.jpg": "x.jpg", "x.bmp": "x_2.bmp.png",
+    }  # fmt: skip
 
 
 def test_pictures_show_what_is_given():

@@ -491,15 +491,16 @@ def test_bad_augmentation_arguments():
 # --- Images and annotations --------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_image_turns_upright(tmp_path, orientation):
+def test_read_image_turns_upright(tmp_path, orientation, kind):
     upright = random_image(8, 6)
     method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # the stored image, as PIL's methods
     stored = Image.fromarray(upright) if method is None else Image.fromarray(upright).transpose(method)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(utils.read_image(str(tmp_path / "a.png"), "RGB"), upright)
+    stored.save(tmp_path / f"a.{kind}", exif=exif)
+    np.testing.assert_array_equal(utils.read_image(str(tmp_path / f"a.{kind}"), "RGB"), upright)
 
 
 def test_read_image_formats(tmp_path):
@@ -675,6 +676,14 @@ def test_load_coco_json_bad_annotations(tmp_path, name):
         load_coco_json(twice, "")
     minival = write_coco(tmp_path / "minival.json", annotations=[anno, anno])
     assert len(load_coco_json(minival, "")[0]["annotations"]) == 2
+
+
+def test_load_coco_json_in_any_unicode_encoding(tmp_path):
+    path = write_coco(tmp_path / "a.json")
+    content = (tmp_path / "a.json").read_text()
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "a.json").write_text(content, encoding=encoding)
+        assert len(load_coco_json(path, "")) == 1
 
 
 def test_load_coco_json_says_what_it_drops(tmp_path, caplog):

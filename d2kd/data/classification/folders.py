@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..coco import short
-from ..folders import IMAGE_SUFFIXES
+from ..folders import IMAGE_SUFFIXES, is_folder, leads_back
 from .source import ClassificationSource, Records
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ImageFolders(ClassificationSource):
     def class_names(self) -> list[str]:
         try:
             with os.scandir(self.root) as entries:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+                return sorted(e.name for e in entries if not e.name.startswith(".") and is_folder(e))
         except OSError as error:
             raise self._unreadable(self.root, error) from error
 
@@ -163,14 +163,14 @@ class ImageFolders(ClassificationSource):
             raise self.error(f"image folder {listing.root} {there}. Correct the path.")
         folders = []
         for entry in self._entries(listing.root):
-            if entry.is_dir():
+            if is_folder(entry):
                 folders.append(entry.name)
             elif _is_image(entry):
                 listing.stray.append(entry.name)
             else:
                 _note_other(listing, entry, entry.name)
         for name in sorted(folders):
-            found = sorted(self._images(listing, name))
+            found = sorted(self._images(listing, name, (os.path.realpath(listing.root),)))
             listing.classes[name] = [path for path, _ in found]
             listing.inodes.extend(inode for _, inode in found)
             below = {path.split("/", 2)[1] for path, _ in found if path.count("/") > 1}
@@ -179,14 +179,16 @@ class ImageFolders(ClassificationSource):
         listing.stray.sort()
         return listing
 
-    def _images(self, listing: Listing, folder: str) -> Iterator[tuple[str, int]]:
-        """Images in a folder and below it, in any order."""
+    def _images(self, listing: Listing, folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+        """Images in a folder and below it, in any order; `above` are the folders that led to it."""
         here = os.path.join(listing.root, folder)
+        real = os.path.realpath(here)
+        if leads_back(real, above):
+            return
         for entry in self._entries(here):
             path = f"{folder}/{entry.name}"
-            if entry.is_dir():
-                if not (entry.is_symlink() and _is_above(entry.path, here)):
-                    yield from self._images(listing, path)
+            if is_folder(entry):
+                yield from self._images(listing, path, (*above, real))
             elif _is_image(entry):
                 yield path, entry.stat().st_ino if entry.is_symlink() else entry.inode()
             else:
@@ -220,7 +222,9 @@ def _records(listing: Listing) -> Records:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
+    if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    return entry.is_file() if not entry.is_symlink() else os.path.isfile(entry.path)  # False for a link to itself
 
 
 def _note_other(listing: Listing, entry: os.DirEntry[str], path: str) -> None:
@@ -229,9 +233,3 @@ def _note_other(listing: Listing, entry: os.DirEntry[str], path: str) -> None:
         return
     listing.num_others += 1
     listing.other = listing.other or path
-
-
-def _is_above(link: str, folder: str) -> bool:
-    """Whether a link leads to a folder that it lies in, and so into a circle."""
-    target, here = os.path.realpath(link), os.path.realpath(folder)
-    return here == target or here.startswith(target + os.sep)

@@ -2,6 +2,15 @@
 
 from .source import ConvertedSource
 from .voc import VocAnnotations, use_of_difficult, voc_first_pixel, voc_split
-from .yolo import YoloLabels
+from .yolo import YoloClasses, YoloLabels, yolo_classes
 
-__all__ = ["ConvertedSource", "VocAnnotations", "YoloLabels", "use_of_difficult", "voc_first_pixel", "voc_split"]
+__all__ = [
+    "ConvertedSource",
+    "VocAnnotations",
+    "YoloClasses",
+    "YoloLabels",
+    "use_of_difficult",
+    "voc_first_pixel",
+    "voc_split",
+    "yolo_classes",
+]

@@ -10,6 +10,7 @@ from d2kd.errors import did_you_mean, require_choice
 from ..coco import DatasetError, short
 from ..folders import IMAGE_SUFFIXES
 from ..images import image_problem, image_size
+from ..text_files import read_text
 from .source import ConvertedSource, plain_number
 
 _IMAGES, _ANNOTATIONS, _SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
@@ -95,8 +96,7 @@ class VocAnnotations(ConvertedSource):
                 f"there is no list {path} for SPLIT {self.split!r}.{did_you_mean(self.split, there)} "
                 f"There are {short(', '.join(there)) or 'none'}."
             )
-        with open(path, encoding="utf-8-sig") as file:
-            names = [line.strip() for line in file if line.strip()]
+        names = [line.strip() for line in read_text(path, self.error).split("\n") if line.strip()]
         if not names:
             raise self.error(f"{path} lists no images.")
         for name in names:
@@ -121,7 +121,12 @@ class VocAnnotations(ConvertedSource):
         path = self._path(name)
         try:
             root = ElementTree.parse(path).getroot()
-        except (ParseError, OSError, ValueError) as error:  # of defusedxml: what only attacks contain
+        except (
+            ParseError,
+            OSError,
+            LookupError,
+            ValueError,
+        ) as error:  # of encodings, and of what only attacks contain
             raise self.error(f"{path} cannot be read as XML ({error}).") from error
         content = VOCDetection.parse_voc_xml(root).get("annotation")
         if not isinstance(content, dict):

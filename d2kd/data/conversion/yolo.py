@@ -1,6 +1,7 @@
 """YOLO's text files: one for each image, a line an object, as shares of the image's size; read by labelformat.
 
 A line is the number of a class, and either x and y of a box's center, its width and height, or the points of a polygon.
+Labels for poses have key points behind the box.
 """
 
 import io
@@ -8,15 +9,17 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pycocotools.mask as mask_util
 
 from d2kd.errors import did_you_mean
 
+from ..class_list import class_names, key_point_shape
 from ..coco import DatasetError, short
 from ..folders import IMAGE_SUFFIXES, files_by_key
 from ..images import image_problem, image_size
+from ..text_files import read_text
 from .source import ConvertedSource, plain_number
 
 logger = logging.getLogger(__name__)
@@ -34,27 +37,48 @@ _LINE = (
 )
 
 
+class YoloClasses(NamedTuple):
+    """What CLASSES says of the objects."""
+
+    #: Names, that of class 0 first.
+    names: Sequence[str]
+    #: Key points of an object, and numbers of each, where labels have them behind the box.
+    key_points: tuple[int, int] | None = None
+
+
+def yolo_classes(where: str, value: Any) -> YoloClasses:
+    """Returns the CLASSES of an entry.
+
+    Raises:
+        DatasetError: see `class_names` and `key_point_shape`.
+    """
+    return YoloClasses(class_names(where, value), key_point_shape(where, value))
+
+
 class YoloLabels(ConvertedSource):
     """Images, and label files of the same names; images without one have no objects."""
 
     FORMAT = "yolo"
 
-    def __init__(self, name: str, images: str, labels: str, classes: Sequence[str]) -> None:
+    def __init__(self, name: str, images: str, labels: str, classes: "YoloClasses") -> None:
         """
         Args:
             name: of the dataset.
             images, labels: the folders, which may have folders in them.
-            classes: names, that of class 0 first.
+            classes: of the objects.
         """
         super().__init__(name, images)
         self.labels = labels
-        self.classes = list(classes)
+        self.classes = list(classes.names)
+        self.key_points = classes.key_points
 
     def content(self) -> dict[str, Any]:
         """As in the base class; the boxes are those that a COCO file of the same objects has (`plain_number`)."""
         paths = files_by_key(self.images, IMAGE_SUFFIXES, "images", self.error)
         keys = sorted(paths)
         labeled = self._labeled(keys)
+        if self.key_points is not None:
+            logger.info("Dataset %r: CLASSES has a kpt_shape; boxes are read, and key points left out", self.name)
         sizes = [self._size(paths[key]) for key in keys]
         found = self._objects([key for key in keys if key in labeled])
         objects = {key: list(items) for key, items in found}
@@ -178,18 +202,25 @@ class _LabelFile:
         return True  # as was listed
 
     def open(self) -> io.StringIO:
-        try:
-            with open(self.path, encoding="utf-8-sig") as file:
-                lines = file.read().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise self.source.error(f"{self.path} cannot be read ({error}).") from error
-        for number, line in enumerate(lines, 1):
-            values = len(line.split())
-            if values and values != 5 and (values < 7 or values % 2 == 0):
-                raise self.source.error(
-                    f"{self.path}, line {number}, has {values} values ({short(line.strip(), 40)}). {_LINE}."
-                )
-        return io.StringIO("\n".join(line for line in lines if line.strip()))
+        lines = read_text(self.path, self.source.error).split("\n")
+        return io.StringIO(
+            "\n".join(self._object(number, line) for number, line in enumerate(lines, 1) if line.strip())
+        )
+
+    def _object(self, number: int, line: str) -> str:
+        """A line without key points."""
+        values, shape = line.split(), self.source.key_points
+        if len(values) == 5 or (shape is None and len(values) >= 7 and len(values) % 2):
+            return line
+        length = 5 + math.prod(shape or ())
+        if shape is not None and len(values) == length:
+            return " ".join(values[:5])
+        said = f"{self.path}, line {number}, has {len(values)} values ({short(line.strip(), 40)})."
+        if shape is None:
+            raise self.source.error(f"{said} {_LINE}.")
+        raise self.source.error(
+            f"{said} By the kpt_shape {list(shape)} of CLASSES it must have 5, or {length} with key points."
+        )
 
 
 def _box(points: Points, size: tuple[int, int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..coco.image_files import MAX_IMAGES_SEEN
-from ..images import image_problem, image_size, read_label_map
+from ..images import LabelMapError, image_problem, image_size, read_label_map
 from .report import Report, describe_sizes
 
 
@@ -22,20 +22,36 @@ def inspect_labels(name: str, records: Sequence[dict[str, Any]], names: Sequence
 
 
 def inspect_label_maps(
-    name: str, records: Sequence[dict[str, Any]], names: Sequence[str], ignored: int | None, is_train: bool
+    name: str,
+    records: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    ignored: int | None,
+    is_train: bool,
+    *,
+    leave_out: bool = False,
 ) -> Report:
     """Reports on a dataset for semantic segmentation: `records` with "sem_seg_file_name", of which up to
     `MAX_IMAGES_SEEN` label maps are read; see `inspect_objects`.
 
     Args:
         ignored: the label that does not count.
+        leave_out: label maps that cannot be read are told of only: training goes without them.
+
+    Raises:
+        LabelMapError: a label map cannot be read.
     """
     seen = _some(records)
     pixels = np.zeros(len(names), dtype=np.int64)
     images = np.zeros(len(names), dtype=int)
-    left_out, unknown, bare = 0, [], []
+    left_out, unreadable, unknown, bare = 0, [], [], []
     for record in seen:
-        labels, counts = np.unique(read_label_map(record["sem_seg_file_name"]), return_counts=True)
+        try:
+            labels, counts = np.unique(read_label_map(record["sem_seg_file_name"]), return_counts=True)
+        except LabelMapError:
+            if not leave_out:
+                raise
+            unreadable.append(record["sem_seg_file_name"])
+            continue
         known = (labels >= 0) & (labels < len(names)) & (labels != (-1 if ignored is None else ignored))
         pixels[labels[known]] += counts[known]
         images[labels[known]] += 1
@@ -49,6 +65,7 @@ def inspect_label_maps(
     report.rows = [[n, f"{p / total:.2%}", i] for n, p, i in zip(names, pixels.tolist(), images.tolist())]
     report.facts.append(_sizes(seen))
     report.facts.append(f"ignored: {left_out / max(left_out + int(pixels.sum()), 1):.2%} of the pixels ({ignored})")
+    report.suspect("label maps that cannot be read", len(unreadable), unreadable, "They are left out in training.")
     report.suspect(f"label maps with labels beyond the {len(names)} classes", len(unknown), unknown)
     report.suspect("label maps without a pixel of any class", len(bare), bare)
     report.compare_classes(names, images.tolist(), "images", is_train)

@@ -27,6 +27,7 @@ def inspect_datasets(cfg: CfgNode) -> tuple[list[Report], list[str]]:
 
     Raises:
         DatasetError: see `check_datasets` and `check_classes`.
+        LabelMapError: a label map cannot be read, and is not left out.
     """
     check_datasets(cfg)
     check_classes(cfg)
@@ -58,5 +59,7 @@ def _inspect(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> Repo
     if "annotations" in first:
         return inspect_objects(cfg, heading, records, meta.get("thing_classes", ()), is_train)
     if "sem_seg_file_name" in first:
-        return inspect_label_maps(heading, records, meta.get("stuff_classes", ()), meta.get("ignore_label"), is_train)
+        names, ignored = meta.get("stuff_classes", ()), meta.get("ignore_label")
+        leave_out = is_train and cfg.DATASETS.ON_BAD_IMAGE == "skip"
+        return inspect_label_maps(heading, records, names, ignored, is_train, leave_out=leave_out)
     return Report(f"{heading}: {len(records)} records of a kind that is not known here")

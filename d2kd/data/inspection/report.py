@@ -76,6 +76,8 @@ def span(values: Sequence[float] | np.ndarray) -> str:
 
 def describe_sizes(sizes: Sequence[tuple[int, int]]) -> str:
     """Returns a line on the sizes (width, height) of images."""
+    if not sizes:
+        return "images: none can be read"
     different = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
     if len(different) == 1:
         return f"images: all of {different[0][0]} x {different[0][1]} pixels (width x height)"

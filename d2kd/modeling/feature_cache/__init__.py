@@ -5,12 +5,13 @@ from .cache import FOUND, GB, FeatureCache, FeatureReader, Found, Prefetch, read
 from .canvas import Padding, PaddingError, Size, paste, without_images
 from .encoding import DTYPES, DamagedEntryError, Entry, decode, encode, read_entry, size_of
 from .identity import collection_name, describe_arithmetic, describe_collection, image_key
-from .store import ABOUT, FeatureStore, StoredFile
+from .store import ABOUT, FRESH, FeatureStore, StoredFile
 
 __all__ = [
     "ABOUT",
     "DTYPES",
     "FOUND",
+    "FRESH",
     "GB",
     "DamagedEntryError",
     "Entry",

@@ -99,6 +99,7 @@ class FeatureCache:
     Attributes:
         reader: finds entries.
         hits, misses: images that were asked for so far.
+        unkept: why the last entry that is not on the disk could not be written; "" where all were.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class FeatureCache:
         self.store = FeatureStore(folder, max_bytes)
         self.reader = FeatureReader(self.store, self.collection, padding, alone)
         self.hits = self.misses = 0
+        self.unkept = ""
         self._writer: ThreadPoolExecutor | None = None
         self._room = threading.Semaphore(_WAITING)
         self._pending: set[Future[None]] = set()
@@ -188,14 +190,16 @@ class FeatureCache:
         try:
             kept = self.store.write(self.collection, key, content)
         except OSError as error:
-            self._gave_up = True
+            self._gave_up, self.unkept = True, str(error.strerror or error)
             logger.warning(
                 "DISTILL.CACHE.DIR %s: %s. Nothing more is written there; what is there is read, and for all else the "
                 "teacher runs.",
                 self.store.folder,
-                error.strerror or error,
+                self.unkept,
             )
             return
+        if not kept:
+            self.unkept = f"one takes {len(content) / 1e6:.2f} MB, more than DISTILL.CACHE.MAX_GB"
         if not self._told_of_size:
             self._told_of_size = True
             fits = self.store.max_bytes // len(content)

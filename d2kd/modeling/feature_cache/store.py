@@ -29,7 +29,7 @@ ABOUT = "about.json"
 #: Seconds after which a file under a temporary name is that of a process that was killed.
 _ABANDONED = 3600.0
 #: Seconds for which the time of the last use need not be renewed.
-_FRESH = 60.0
+FRESH = 60.0
 #: Share of the bound that is left free where entries had to go, so that not every one that comes needs a look at all.
 _ROOM = 0.05
 #: Seconds after which another process that holds the lock is taken for stuck.
@@ -61,6 +61,8 @@ class FeatureStore:
         self.max_bytes = max_bytes
         #: entries that were damaged, and removed, in this process
         self.damaged = 0
+        #: the latest time of use, in seconds since 1970, of entries that this process has removed to make room
+        self.newest_removed = 0.0
         self._told_of_room = False
 
     def path(self, collection: str, key: str) -> Path:
@@ -83,7 +85,7 @@ class FeatureStore:
             return None
         except OSError:
             return None
-        if time.time() - status.st_mtime > _FRESH:
+        if time.time() - status.st_mtime > FRESH:
             try:
                 os.utime(path)
             except OSError:
@@ -154,6 +156,7 @@ class FeatureStore:
             if used <= target:
                 break
             entry.path.unlink(missing_ok=True)
+            self.newest_removed = max(self.newest_removed, entry.used)
             used, removed = used - entry.size, removed + 1
         if self._told_of_room:
             logger.info("%s: %d entries made room, those that were used least recently.", self.folder, removed)

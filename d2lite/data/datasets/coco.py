@@ -52,7 +52,7 @@ def load_coco_json(
         KeyError: if an annotation's category is not listed.
         ValueError: if a box is empty.
     """
-    with PathManager.open(json_file, "r") as f, _without_gc():
+    with PathManager.open(json_file, "rb") as f, _without_gc():  # bytes, of which JSON tells the encoding
         content = json.load(f)
         id_map = _set_class_metadata(dataset_name, content["categories"]) if dataset_name is not None else None
         images = {image["id"]: image for image in content["images"]}
