@@ -24,10 +24,12 @@ def class_names(where: str, value: Any) -> list[str]:
     shown = repr(value)
     if isinstance(value, str):
         value = _read(where, value)
-    names: list[str] = list(value) if isinstance(value, (list, tuple)) else []
-    for label, name in enumerate(names):
-        if not isinstance(name, str):
+    given = list(value) if isinstance(value, (list, tuple)) else []
+    for label, name in enumerate(given):
+        # digits are usual names; what YAML makes of yes, 1.0 or nothing is not what was written
+        if not isinstance(name, str) and type(name) is not int:
             raise DatasetError(f"{where}: the name of class {label} is {name!r}, which is no text: put it in quotes.")
+    names = [str(name) for name in given]
     if not names or any(not name.strip() for name in names):
         raise DatasetError(f"{where} is {shown}; it must list the names of the classes, that of label 0 first.")
     twice = sorted({name for name in names if names.count(name) > 1})

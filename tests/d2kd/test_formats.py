@@ -545,7 +545,11 @@ def test_class_names_are_utf8_with_or_without_a_mark(file, content, tmp_path):
             class_names("CLASSES", str(path))
 
 
-@pytest.mark.parametrize("value", [None, 3, False, 0.5, ["a"]])
+def test_digits_are_names_of_classes():
+    assert class_names("CLASSES", [0, "1", 2]) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("value", [None, False, 0.5, ["a"]])
 def test_a_class_name_that_is_no_text_is_an_error(value, tmp_path):
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"names": {0: "cup", 1: value}}))
     for given in (["cup", value], str(tmp_path / "data.yaml")):
