@@ -88,7 +88,8 @@ def _why_no_cross_kd(cfg: CfgNode, student: nn.Module, teacher: Teacher, matches
         pairs = pairs_of_methods(cfg, ["CrossKD"], student, teacher.model)["CrossKD"]
         DISTILLERS.get("CrossKD").build(cfg, with_rests(cfg, "CrossKD", pairs, student, teacher))
     except UserError as error:
-        return f"{str(error).partition('. ')[0]}."  # what to change about it is for those who have named the method
+        # what to change about it is for those who have named the method
+        return f"{str(error).partition('. ')[0].rstrip('.')}."
     return ""
 
 
