@@ -227,7 +227,7 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+    return (subprocess.run(["git", *arguments], capture_output=True, text=True).stdout or "").strip()
 
 
 def read(path: Path) -> str:

@@ -508,7 +508,9 @@ def test_units_of_shufflenet_go_on_with_what_is_tapped():
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050"])
 def test_an_activation_of_squeeze_and_excitation_is_no_map_of_a_stage(name):
     model = classifier(name, "timm")
-    with pytest.raises(TapError, match=r"res4\.pre_relu': the last activation .* is not on its map of .* of 1 x 1"):
+    with pytest.raises(
+        TapError, match=r"res4\.pre_relu': the last activation .* is not on its map, but on one of 1 x 1"
+    ):
         describe_taps(model, ["res4.pre_relu"])
 
 

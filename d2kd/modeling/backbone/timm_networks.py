@@ -199,8 +199,12 @@ def _strides_of(network: nn.Module, name: str) -> list[int] | None:
 
 
 def image_channels(network: nn.Module) -> int:
-    """Returns the channels of the images that a network takes: those of its first convolution."""
-    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+    """Returns the channels of the images that a network takes: those of its first convolution.
+
+    3 where that takes more than images have, as it gets the pixels of several cells.
+    """
+    first = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+    return first if first <= 4 else 3
 
 
 def gives_nhwc(network: nn.Module) -> bool:

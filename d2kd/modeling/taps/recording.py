@@ -212,11 +212,12 @@ class _Recorder:
                 raise TapError(
                     f"Tap {tap.name!r}: no ReLU runs in the last block ({type(module).__name__}) of that stage."
                 )
-            if isinstance(output, Tensor) and output.dim() == 4 and mode.value.shape[-2:] != output.shape[-2:]:
+            cells = mode.value.shape[1:3] if mode.channels_last else mode.value.shape[-2:]
+            if isinstance(output, Tensor) and output.dim() == 4 and cells not in (output.shape[-2:], output.shape[1:3]):
                 raise TapError(
                     f"Tap {tap.name!r}: the last activation in the last block ({type(module).__name__}) of that stage "
-                    f"is not on its map of {_size(output)} cells, but on one of {_size(mode.value)} (of squeeze-and-"
-                    "excitation, say). Use the tap of the stage itself."
+                    f"is not on its map, but on one of {' x '.join(map(str, cells))} cells (of squeeze-and-excitation, "
+                    "say). Use the tap of the stage itself."
                 )
             if isinstance(module, InvertedResidual):
                 value = _before_activation(mode.value, output)
@@ -292,10 +293,6 @@ def _before_activation(value: Tensor, output: Tensor) -> Tensor:
 def _after_activation(value: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """The output of such a unit from that map, so that all behind depends on it."""
     return torch.stack([value[:, 0::2], activation(value[:, 1::2])], dim=2).flatten(1, 2)
-
-
-def _size(x: Tensor) -> str:
-    return " x ".join(map(str, x.shape[-2:]))
 
 
 def _put(tap: Tap, output: Any, value: Tensor) -> Any:
