@@ -35,7 +35,7 @@ class InitializationReport(NamedTuple):
     by_class: dict[str, tuple[list[int], list[int]]]
     # names of the teacher, outside its bottom-up network, that the student lacks
     left: Sequence[str] = ()
-    # by path of a prediction layer that both have: why equal outputs of it mean something else in the student
+    # by path of a prediction layer that is copied: why equal outputs of it mean something else in the student
     other_meaning: Mapping[str, str] = MappingProxyType({})
 
 
@@ -68,8 +68,7 @@ def plan_initialization(
     class_layers = {layer.path: layer for layer in architecture.class_layers() if layer.kind in differ}
     other = architecture_of(teacher)
     left = [name for name in theirs if name not in ours and not name.startswith(f"{other.bottom_up}.")]
-    meanings = _other_meanings(architecture, other)
-    report = InitializationReport(copied=[], other_shape=[], absent=[], by_class={}, left=left, other_meaning=meanings)
+    report = InitializationReport(copied=[], other_shape=[], absent=[], by_class={}, left=left)
     for name in [n for n in ours if not n.startswith((f"{architecture.bottom_up}.", *kept))]:
         layer = class_layers.get(name.rpartition(".")[0])
         if name not in theirs:
@@ -85,7 +84,10 @@ def plan_initialization(
             report.other_shape.append((name, *shapes))
         else:
             report.copied.append(name)
-    return report
+    copied = {name.rpartition(".")[0] for name in report.copied}
+    meanings = _other_meanings(architecture, other).items()
+    taken = {path: why for path, why in meanings if any(f"{module}.".startswith(f"{path}.") for module in copied)}
+    return report._replace(other_meaning=taken)
 
 
 def _other_meanings(student: Architecture, teacher: Architecture) -> dict[str, str]:
@@ -205,10 +207,8 @@ def _log(report: InitializationReport, classes: Mapping[str, ClassMatch]) -> Non
             ours,
             theirs,
         )
-    copied = {name.rpartition(".")[0] for name in report.copied}
-    for path, why in report.other_meaning.items():
-        if any(f"{module}.".startswith(f"{path}.") for module in copied):
-            logger.warning("Initialized from the teacher, though what it predicts means something else here: %s", why)
+    for why in report.other_meaning.values():
+        logger.warning("Initialized from the teacher, though what it predicts means something else here: %s", why)
     if report.by_class:
         _log_classes(report, [match for match in classes.values() if not match.same])
     if report.absent:

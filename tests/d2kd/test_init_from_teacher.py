@@ -154,6 +154,15 @@ def test_only_what_is_taken_as_a_whole_can_be_frozen(modules, options, reason):
     assert all(p.requires_grad for p in student.parameters()), "half of it was frozen"
 
 
+def test_layers_whose_outputs_are_read_otherwise_are_told_where_they_are_taken(caplog):
+    student = model(config(MODEL__RETINANET__BBOX_REG_WEIGHTS=(10.0, 10.0, 5.0, 5.0)), seed=1)
+    report = init_from_teacher(student, model(seed=2))
+    assert (
+        list(report.other_meaning) == ["head.bbox_pred"] and "means something else here: head.bbox_pred" in caplog.text
+    )
+    assert not init_from_teacher(student, model(seed=2), exclude=["head.bbox_pred"]).other_meaning
+
+
 def test_batch_norms_that_are_frozen_keep_their_statistics_whoever_calls_train():
     student, teacher = torch.nn.ModuleDict(), torch.nn.ModuleDict()
     for network in (student, teacher):
