@@ -31,7 +31,7 @@ from detectron2.utils import comm
 
 from .checkpoint import broadcast_buffers
 from .ema import ModelEMA
-from .run_folder import holds_a_run
+from .run_files import holds_a_run
 from .run_settings import other_predictions, write_config
 
 logger = logging.getLogger(__name__)

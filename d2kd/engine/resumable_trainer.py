@@ -28,7 +28,8 @@ from .checkpoint import DistillCheckpointer, gather_process_states, load_process
 from .epochs import with_iterations
 from .hooks import CheckpointHook, InterruptHook, ProgressWriter, WallTime
 from .optimizer import build_optimizer
-from .run_folder import DISK_ERRORS, forget_replaced_run
+from .run_files import forget_replaced_run
+from .run_folder import DISK_ERRORS
 from .run_settings import run_settings, write_config
 from .scaling import scale_to_processes
 from .schedule import build_lr_scheduler

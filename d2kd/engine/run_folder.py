@@ -5,15 +5,16 @@ import errno
 import logging
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from d2kd.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.utils import comm
+
+from .run_files import files_of_run, forget_replaced_run, holds_a_run, put_back_run, set_aside_run
 
 try:
     import fcntl
@@ -22,30 +23,6 @@ except ImportError:  # Windows has no such locks
 
 logger = logging.getLogger(__name__)
 
-#: What belongs to a run, as patterns; its log stays.
-_WRITTEN = (
-    "config.yaml",
-    "last_checkpoint",
-    "model_*.pth",
-    "unsound_*.pth",
-    "metrics.json",
-    "result.json",
-    "benchmark.json",
-    "tokens.pth",
-    "inference",
-    "inference_*",
-    "masks/*_[0-9]*.png",
-    "events.out.tfevents.*",
-)
-#: Likewise in folders that have the first of these files, and are no runs of their own.
-_WRITTEN_BELOW = {
-    "teacher": ("result.json", "inference"),
-    "evaluation": ("result.json", "config.yaml", "log.txt", "inference", "inference_*"),
-    "features": ("features.json", "*.png"),
-}
-#: Where the files of a run are until the one that replaces it has come through its first iteration; on their way there
-#: and back; and where they are removed. Folders change names at once, so that a run may be killed anywhere.
-_SET_ASIDE, _MOVING, _FORGOTTEN = ".replaced", ".replaced.moving", ".replaced.forgotten"
 #: Left by writes that were killed: see `d2kd.files.replacing`, and Detectron2's runtime.
 _LEFT_OVER = re.compile(r"\..*\.\d+\.tmp(\..*)?|.*\.tmp\d+")
 
@@ -78,11 +55,6 @@ def prepare_folder(path: str) -> None:
         ) from error
 
 
-def holds_a_run(path: str) -> bool:
-    """Returns whether a folder has files that a training has written."""
-    return any(next(Path(path).glob(pattern), None) for pattern in ("last_checkpoint", "model_*.pth", "metrics.json"))
-
-
 def check_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
     """Checks that a training can have its folder; changes nothing.
 
@@ -101,10 +73,12 @@ def check_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
         "DISTILL.TEACHER.WEIGHTS": cfg.DISTILL.TEACHER.WEIGHTS,
         "DISTILL.RECEPTIVE_TOKENS.FILE": cfg.DISTILL.RECEPTIVE_TOKENS.FILE,
     }
+    own = Path(folder).resolve()
+    removed = set(files_of_run(str(own))) if overwrite else set()
     for key, file in reads.items():
-        parent = Path(os.path.realpath(os.path.dirname(file.split("?")[0]) or "."))
-        own = Path(os.path.realpath(folder))
-        if file and (parent == own or (overwrite and own in parent.parents)):
+        given = Path(file.split("?")[0])
+        paths = [given.parent.resolve() / given.name, given.resolve()]  # a link, and what it leads to
+        if file and any(p.parent == own or not removed.isdisjoint([p, *p.parents]) for p in paths):
             raise FolderError(
                 f"{key} {file} lies in OUTPUT_DIR {folder}, where this run would write over it. Choose another "
                 "OUTPUT_DIR."
@@ -142,75 +116,23 @@ def claimed_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> Iterator[list
             yield []
             return
         notices = []
-        if _put_back(folder):
+        if put_back_run(folder):
             notices = [f"{folder} has its former run again: the one that was to replace it was killed as it started."]
         check_folder(cfg, resume, overwrite)
+        forget_replaced_run(folder)  # of a start before, if that was killed in the middle of it
         remove_left_overs(folder)
         if not resume and holds_a_run(folder):
-            _set_aside(folder)
+            set_aside_run(folder)
         try:
             yield notices
         except BaseException:
-            _put_back(folder)
+            put_back_run(folder)
             raise
         forget_replaced_run(folder)
 
 
-def forget_replaced_run(folder: str) -> None:
-    """Removes what `claimed_folder` has set aside, if it has."""
-    aside, forgotten = Path(folder, _SET_ASIDE), Path(folder, _FORGOTTEN)
-    if aside.is_dir():
-        count = sum(1 for path in aside.rglob("*") if path.is_file())
-        aside.rename(forgotten)
-        logger.warning("--overwrite: removed %d files of another run from %s", count, folder)
-    if forgotten.is_dir():
-        shutil.rmtree(forgotten)
-
-
-def _files_of_run(folder: str) -> list[Path]:
-    """Files and folders that a run has written, or an evaluation of it."""
-    own = [path for pattern in _WRITTEN for path in Path(folder).glob(pattern)]
-    for name, patterns in _WRITTEN_BELOW.items():
-        below = Path(folder, name)
-        if (below / patterns[0]).is_file() and not holds_a_run(str(below)):
-            own += [path for pattern in patterns for path in below.glob(pattern)]
-    return [path for path in own if not holds_a_run(str(path))]
-
-
-def _move(paths: Iterable[Path], source: str, target: str) -> None:
-    for path in paths:
-        to = Path(target, path.relative_to(source))
-        to.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(to)
-
-
-def _set_aside(folder: str) -> None:
-    _move(_files_of_run(folder), folder, os.path.join(folder, _MOVING))
-    Path(folder, _MOVING).rename(Path(folder, _SET_ASIDE))
-    for name in ("masks", *_WRITTEN_BELOW):
-        below = Path(folder, name)
-        if below.is_dir() and not any(below.iterdir()):
-            below.rmdir()
-
-
-def _put_back(folder: str) -> bool:
-    """Gives a folder the run again that was set aside, in place of what another has begun; whether there was one."""
-    aside, moving = Path(folder, _SET_ASIDE), Path(folder, _MOVING)
-    if aside.is_dir():
-        for path in _files_of_run(folder):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        aside.rename(moving)
-    if not moving.is_dir():
-        return False
-    _move([path for path in moving.rglob("*") if path.is_file()], str(moving), folder)
-    shutil.rmtree(moving)
-    return True
-
-
 def remove_left_overs(folder: str) -> None:
     """Removes what killed writes have left in a folder."""
-    if Path(folder, _FORGOTTEN).is_dir():
-        shutil.rmtree(Path(folder, _FORGOTTEN))
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if path.is_file() and _LEFT_OVER.fullmatch(path.name):
             logger.info("Removed %s, which a killed write has left", path)

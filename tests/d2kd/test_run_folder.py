@@ -21,14 +21,8 @@ from test_bad_input import error_of
 
 from d2kd.cli import train
 from d2kd.engine import DistillTrainer, NonFiniteLossError, argument_parser
-from d2kd.engine.run_folder import (
-    FolderError,
-    claimed_folder,
-    forget_replaced_run,
-    locked,
-    prepare_folder,
-    remove_left_overs,
-)
+from d2kd.engine.run_files import forget_replaced_run
+from d2kd.engine.run_folder import FolderError, claimed_folder, locked, prepare_folder, remove_left_overs
 from d2kd.errors import UserError
 from d2kd.files import file_checksum
 from d2kd.modeling.checkpoint_files import checksum, write_checkpoint
@@ -163,6 +157,21 @@ def test_a_file_that_is_read_is_not_written_over(write_config, teacher, tmp_path
         args = ["--config-file", str(write_config(**teacher)), "OUTPUT_DIR", str(tmp_path)]
         train.main(argument_parser().parse_args([*args, key, str(tmp_path / "model_final.pth")]))
     assert (tmp_path / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize("place", ["teachers", "inference", "evaluation/inference"])
+def test_only_what_overwriting_removes_cannot_be_read(write_config, teacher, tmp_path, place):
+    path, output = write_config(SOLVER__MAX_ITER=1, DATASETS__TEST=[], **teacher), tmp_path / "out"
+    weights = output / place / "weights.pth"
+    run_tool(path, output)
+    (output / "evaluation").mkdir()
+    (output / "evaluation" / "result.json").touch()
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(teacher["DISTILL__TEACHER__WEIGHTS"], weights)
+    refused = pytest.raises(FolderError, match=r"DISTILL\.TEACHER\.WEIGHTS .*weights\.pth lies in OUTPUT_DIR")
+    with contextlib.nullcontext() if place == "teachers" else refused:
+        run_tool(path, output, "--overwrite", "DISTILL.TEACHER.WEIGHTS", str(weights))
+    assert weights.exists()
 
 
 def test_folders_that_take_no_files(tmp_path, monkeypatch):
