@@ -97,6 +97,12 @@ CORE_KEYS: dict[str, Setting] = {
         'Modules that stay as the teacher has them: initialized as a whole and not trained, e.g. ["head"].',
         rule=Rule("must not hold an empty name", all),
     ),
+    "DISTILL.INIT_FROM_TEACHER.LR_FACTOR": setting(
+        1.0,
+        "Learning rate of what is initialized from the teacher over that of the rest; FREEZE is for none at all.",
+        above=0,
+        at_most=1,
+    ),
     "DATASETS.REGISTER": setting(
         [],
         "Datasets without code: COCO files, [{NAME: my_train, JSON: path, IMAGES: directory}, ...], or another FORMAT "

@@ -32,6 +32,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """
     if isinstance(model, DistilledModel):
         cfg = with_values(cfg, model.recipe)
+        optimizer = _build(cfg, model)
+        _slow_down(optimizer, model, cfg.DISTILL.INIT_FROM_TEACHER.LR_FACTOR)
+        return optimizer
+    return _build(cfg, model)
+
+
+def _build(cfg: CfgNode, model: nn.Module) -> Optimizer:
     full_model = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
     if full_model:
         optimizer = _build_unclipped(with_values(cfg, {"SOLVER.CLIP_GRADIENTS.ENABLED": False}), model)
@@ -76,6 +83,17 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Callable[[str], float] | Non
             "to 1.0."
         )
     return factor
+
+
+def _slow_down(optimizer: Optimizer, model: DistilledModel, factor: float) -> None:
+    """Gives what the student has from its teacher a learning rate of its own (`INIT_FROM_TEACHER.LR_FACTOR`)."""
+    taken = {id(p) for name, p in model.student.named_parameters() if name in model.initialized}
+    for group in list(optimizer.param_groups) if factor != 1.0 else ():
+        slow = [p for p in group["params"] if id(p) in taken]
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+        if slow:
+            optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * factor})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def clip_by_total_norm(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> None:

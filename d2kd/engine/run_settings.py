@@ -16,7 +16,12 @@ from detectron2.config import CfgNode, get_cfg
 logger = logging.getLogger(__name__)
 
 #: What the state of a run is made for.
-FIXED = ("SOLVER.OPTIMIZER", "DATASETS.TRAIN", "DISTILL.INIT_FROM_TEACHER.FREEZE")
+FIXED = (
+    "SOLVER.OPTIMIZER",
+    "DATASETS.TRAIN",
+    "DISTILL.INIT_FROM_TEACHER.FREEZE",
+    "DISTILL.INIT_FROM_TEACHER.LR_FACTOR",
+)
 #: What the state of the loader brings along, or what was done at the start.
 RESTORED = (
     "SEED",

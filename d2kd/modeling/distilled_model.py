@@ -36,6 +36,7 @@ class DistilledModel(nn.Module):
         every: int = 1,
         schedules: Mapping[str, WeightSchedule] | None = None,
         recipe: Mapping[str, Any] | None = None,
+        initialized: Iterable[str] = (),
     ) -> None:
         """
         Args:
@@ -47,6 +48,7 @@ class DistilledModel(nn.Module):
             every: teacher and methods take part in every n-th iteration, with losses n times as large.
             schedules: of the methods' weights, by method; a method without one keeps its weight.
             recipe: the keys that the default recipe has set, with their values; for those who ask.
+            initialized: the student's parameters and buffers that start as the teacher's; for those who ask.
         """
         super().__init__()
         self.student = student
@@ -56,6 +58,7 @@ class DistilledModel(nn.Module):
         self.every = every
         self.schedules = {m: s for m, s in (schedules or {}).items() if not s.always_one}
         self.recipe = dict(recipe or {})
+        self.initialized = frozenset(initialized)
         self._calls = 0
         self.set_balance(balance)
 
