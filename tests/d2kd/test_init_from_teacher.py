@@ -210,6 +210,36 @@ def test_two_processes_with_frozen_modules_stay_in_step(write_config, teacher, t
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("head."))
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_what_is_initialized_learns_at_a_rate_of_its_own(write_config, teacher, optimizer):
+    solver = {"SOLVER__OPTIMIZER": optimizer, "SOLVER__BIAS_LR_FACTOR": 2.0, "SOLVER__BASE_LR": 0.01}
+    trainer = make_trainer(write_config(**teacher, **solver, DISTILL__INIT_FROM_TEACHER__LR_FACTOR=0.1))
+    groups = trainer.optimizer.param_groups
+    assert all(group["params"] for group in groups)
+    rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups)
+    for name, parameter in trainer.student.named_parameters():
+        if parameter.requires_grad:
+            taken = not name.startswith(("backbone.bottom_up.", "backbone.fpn_lateral"))  # of another width
+            expected = 0.01 * (0.1 if taken else 1.0) * (2.0 if name.endswith("bias") else 1.0)
+            assert rates[id(parameter)] == pytest.approx(expected), name
+    others = [p for p in trainer.distilled.distillers.parameters() if p.requires_grad]
+    assert others and all(rates[id(p)] >= 0.01 for p in others)
+
+
+def test_a_rate_of_its_own_goes_on_when_resumed(write_config, teacher, tmp_path):
+    factor = {"DISTILL__INIT_FROM_TEACHER__LR_FACTOR": 0.1, "SOLVER__WARMUP_ITERS": 0}
+    path, start = write_config(**teacher, **factor), {}
+    for stop, folder in ((None, "whole"), (3, "parts")):
+        trainer = run_training(path, OUTPUT_DIR=str(tmp_path / folder), stop_at=stop)
+        start[folder] = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert len(set(start["whole"])) > 1
+    run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
+    assert same_tensors(read_checkpoint(tmp_path / "whole")["model"], read_checkpoint(tmp_path / "parts")["model"])
+    with pytest.raises(UserError, match=r"LR_FACTOR was 0\.1 and is 1\.0, and cannot change within a run"):
+        run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DISTILL__INIT_FROM_TEACHER__LR_FACTOR=1.0)
+
+
 def test_proposals_are_predictors_too(tmp_path, caplog):
     named = {**write_teacher(tmp_path, config(FASTER_RCNN)), "DISTILL__TASK_WEIGHT": 0.0}
 
@@ -223,10 +253,11 @@ def test_proposals_are_predictors_too(tmp_path, caplog):
     assert "weight decay" not in caplog.text
 
 
-def test_nothing_can_be_frozen_that_is_not_initialized(write_config, teacher):
-    path = write_config(**teacher, **FROZEN, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
-    with pytest.raises(UserError, match=r"FREEZE is \['head'\], and ENABLED there is False"):
-        make_trainer(path)
+@pytest.mark.parametrize(("key", "value", "shown"), [("FREEZE", ["head"], r"\['head'\]"), ("LR_FACTOR", 0.5, r"0\.5")])
+def test_nothing_is_frozen_or_slow_that_is_not_initialized(write_config, teacher, key, value, shown):
+    keys = {"DISTILL__INIT_FROM_TEACHER__ENABLED": False, f"DISTILL__INIT_FROM_TEACHER__{key}": value}
+    with pytest.raises(UserError, match=rf"{key} is {shown}, and ENABLED there is False.* {key} to "):
+        make_trainer(write_config(**teacher, **keys))
 
 
 def test_without_the_task_predictors_must_come_from_somewhere(write_config, teacher, caplog):
