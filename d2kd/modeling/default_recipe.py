@@ -20,6 +20,7 @@ from .teacher import Teacher
 logger = logging.getLogger(__name__)
 
 _BESIDE_OWN_HEAD: dict[str, Any] = {"DISTILL.TASK_WEIGHT": 0.25}
+_INHERITED: dict[str, Any] = {"DISTILL.INIT_FROM_TEACHER.LR_FACTOR": 0.1}
 _BEHIND_TEACHERS_HEAD: dict[str, Any] = {"DISTILL.FEATURE_MIMIC.WEIGHT": 16.0, "DISTILL.CROSS_KD.WEIGHT": 4.0}
 _CLIPPING: dict[str, Any] = {
     "SOLVER.CLIP_GRADIENTS.ENABLED": True,
@@ -47,6 +48,9 @@ def choose_recipe(
       task's weight.
     * Else `FeatureMimic`, which suits every pair.
 
+    Where a head is trained, what it has from the teacher learns at a tenth of the rate: at the whole rate of a fresh
+    network it forgets.
+
     A key that the configuration has another value for than its default keeps that value, and so does clipping.
 
     Args:
@@ -59,12 +63,12 @@ def choose_recipe(
     plan = plan_initialization(student, teacher.model, cfg.DISTILL.INIT_FROM_TEACHER.EXCLUDE, matches)
     no_cross_kd = _why_no_cross_kd(cfg, student, teacher, matches)
     own_head = no_cross_kd or _why_own_head(cfg, student, plan)
-    if no_cross_kd:
-        methods, values = ["FeatureMimic"], {}
-    elif own_head:
-        methods, values = ["FeatureMimic", "CrossKD"], _BESIDE_OWN_HEAD
+    methods = ["FeatureMimic"] if no_cross_kd else ["FeatureMimic", "CrossKD"]
+    if own_head:
+        values = {} if no_cross_kd else dict(_BESIDE_OWN_HEAD)
+        if cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:
+            values |= _INHERITED
     else:
-        methods = ["FeatureMimic", "CrossKD"]
         values = {"DISTILL.INIT_FROM_TEACHER.FREEZE": _heads(student), **_BEHIND_TEACHERS_HEAD}
         if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
             values |= _CLIPPING

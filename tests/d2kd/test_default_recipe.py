@@ -23,9 +23,11 @@ FROZEN = {
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 10.0,
 }
 CLIPPED = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 3.0}
-TRAINED = {"DISTILL.METHODS": ["FeatureMimic", "CrossKD"], "DISTILL.TASK_WEIGHT": 0.25}
+INHERITED = {"DISTILL.INIT_FROM_TEACHER.LR_FACTOR": 0.1}
+OWN = {"DISTILL.METHODS": ["FeatureMimic", "CrossKD"], "DISTILL.TASK_WEIGHT": 0.25}
+TRAINED = {**OWN, **INHERITED}
 OTHER_SIZES = [[20], [40], [80], [160], [320]]
-PLAIN = {"DISTILL.METHODS": ["FeatureMimic"]}
+PLAIN = {"DISTILL.METHODS": ["FeatureMimic"], **INHERITED}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ PLAIN = {"DISTILL.METHODS": ["FeatureMimic"]}
         ({"MODEL.RETINANET.NUM_CLASSES": 2}, {}, PLAIN, "the classes differ"),
         ({}, {"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]]}, TRAINED, "head.cls_score.weight is not taken"),
         ({}, FASTER_RCNN, PLAIN, "the heads do not correspond"),
-        ({"DISTILL.INIT_FROM_TEACHER.ENABLED": False}, {}, TRAINED, "ENABLED is False"),
+        ({"DISTILL.INIT_FROM_TEACHER.ENABLED": False}, {}, OWN, "ENABLED is False"),
         ({"DISTILL.INIT_FROM_TEACHER.EXCLUDE": ["head.cls_score"]}, {}, TRAINED, "head.cls_score.weight is not taken"),
         ({"DISTILL.TASK_WEIGHT": 0.5}, {}, FROZEN, ""),
         (CLIPPED, {}, {key: value for key, value in FROZEN.items() if "CLIP" not in key}, ""),
