@@ -93,7 +93,7 @@ def main() -> None:
     pool = ThreadPoolExecutor(args.jobs)
     try:
         # in the pool all of them: Ctrl-C in the main thread would kill a run that is about to save
-        teacher = pool.submit(bench.teacher, "ReceptiveTokens" in names)
+        teacher = pool.submit(bench.teacher, any(name.startswith("ReceptiveTokens") for name in names))
         alone = [pool.submit(bench.student, n, s) for s in args.seeds for n in names if not suite.entries[n].distils]
         rest = [pool.submit(*call) for call in distilled_runs(bench, names, args)] if teacher.result() else []
         failed = sum(not job.result() for job in [teacher, *alone, *rest])

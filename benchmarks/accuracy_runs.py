@@ -134,7 +134,7 @@ class Bench:
             command += ["--teacher-config", CONFIGS / f"{self.suite.teacher}.yaml"]
             command += ["--teacher-weights", self.teacher_folder / "model_final.pth"]
             options += ["DISTILL.TEACHER.EVAL_FIRST", False]
-        if name == "ReceptiveTokens":
+        if name.startswith("ReceptiveTokens"):
             options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.tokens_folder / "tokens.pth"]
         splits = SPLITS[:1] if trial else SPLITS  # what chooses must not see test
         return self.run(directory, [*command, *options, *changes]) and self.evaluate(

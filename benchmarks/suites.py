@@ -33,11 +33,15 @@ class Entry(NamedTuple):
 _CROPS = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range", "INPUT.CROP.SIZE", "[0.75,0.75]"]
 _CROPS += ["INPUT.MIN_SIZE_TRAIN", "(96,128)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"]
 
+#: Of layers that start as the teacher's, over that of the rest.
+_RATE = "DISTILL.INIT_FROM_TEACHER.LR_FACTOR"
+_OWN_HEAD = ("FeatureMimic", "MaskedGenerative", "ReceptiveTokens", "ChannelMatching", "FeatureMimic + LogitKD")
+
 _RETINANET: dict[str, Entry] = {
     "baseline": Entry("retinanet_student", distils=False),
     "baseline, twice as long": Entry("retinanet_student", distils=False, ablation=True, times=2),
     "default": Entry("retinanet_student"),
-    "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]"]),
+    "inherit only": Entry("retinanet_student", ["DISTILL.METHODS", "[]", _RATE, 0.1]),
     "FeatureMimic": Entry("retinanet_student_FeatureMimic"),
     "MaskedGenerative": Entry("retinanet_student_MaskedGenerative"),
     "ReceptiveTokens": Entry("retinanet_student_ReceptiveTokens"),
@@ -48,6 +52,11 @@ _RETINANET: dict[str, Entry] = {
     "CrossKD": Entry("retinanet_student_CrossKD"),
     "FeatureMimic + CrossKD, task 0.25": Entry("retinanet_student_FeatureMimic_CrossKD"),
     "teacher's head, imitation alone": Entry("retinanet_student_frozen_head", ["SOLVER.BASE_LR", 0.004]),
+    "inherit only, whole rate": Entry("retinanet_student", ["DISTILL.METHODS", "[]", _RATE, 1.0], ablation=True),
+    **{
+        f"{name}, whole rate": Entry(f"retinanet_student_{name.replace(' + ', '_')}", [_RATE, 1.0], ablation=True)
+        for name in _OWN_HEAD
+    },
     "baseline, random crops": Entry("retinanet_student", _CROPS, distils=False, ablation=True),
     "FeatureMimic, random crops": Entry("retinanet_student_FeatureMimic", _CROPS, ablation=True),
     "FeatureMimic + CrossKD, task 0.25, random crops": Entry(

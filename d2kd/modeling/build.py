@@ -140,12 +140,13 @@ def _prepare_initialization(
         plan = plan_initialization(student, teacher.model, node.EXCLUDE, matches)
         freeze_initialized(student, plan, node.FREEZE)
         return plan.copied
-    for key, value, without in (("FREEZE", list(node.FREEZE), []), ("LR_FACTOR", node.LR_FACTOR, 1.0)):
-        if value != without:
-            raise InitializationError(
-                f"DISTILL.INIT_FROM_TEACHER.{key} is {value}, and ENABLED there is False: nothing is taken from the "
-                f"teacher that it could be for. Set ENABLED to True, or {key} to {without}."
-            )
+    if node.FREEZE:
+        raise InitializationError(
+            f"DISTILL.INIT_FROM_TEACHER.FREEZE is {list(node.FREEZE)}, and ENABLED there is False: nothing is taken "
+            "from the teacher that could stay as it is. Set ENABLED to True, or FREEZE to []."
+        )
+    if node.LR_FACTOR != 1:
+        logger.warning("DISTILL.INIT_FROM_TEACHER.LR_FACTOR has no effect: ENABLED there is False.")
     return []
 
 

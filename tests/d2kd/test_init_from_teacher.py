@@ -221,7 +221,11 @@ def test_what_is_initialized_learns_at_a_rate_of_its_own(write_config, teacher, 
     assert len(rates) == sum(len(group["params"]) for group in groups)
     for name, parameter in trainer.student.named_parameters():
         if parameter.requires_grad:
-            own = ("backbone.bottom_up.", "backbone.fpn_lateral", "backbone.top_block.p6.")  # the latter of other widths
+            own = (
+                "backbone.bottom_up.",
+                "backbone.fpn_lateral",
+                "backbone.top_block.p6.",
+            )  # the latter of other widths
             taken = not name.startswith(own)
             expected = 0.01 * (0.1 if taken else 1.0) * (2.0 if name.endswith("bias") else 1.0)
             assert rates[id(parameter)] == pytest.approx(expected), name
@@ -255,11 +259,17 @@ def test_proposals_are_predictors_too(tmp_path, caplog):
     assert "weight decay" not in caplog.text
 
 
-@pytest.mark.parametrize(("key", "value", "shown"), [("FREEZE", ["head"], r"\['head'\]"), ("LR_FACTOR", 0.5, r"0\.5")])
-def test_nothing_is_frozen_or_slow_that_is_not_initialized(write_config, teacher, key, value, shown):
-    keys = {"DISTILL__INIT_FROM_TEACHER__ENABLED": False, f"DISTILL__INIT_FROM_TEACHER__{key}": value}
-    with pytest.raises(UserError, match=rf"{key} is {shown}, and ENABLED there is False.* {key} to "):
-        make_trainer(write_config(**teacher, **keys))
+def test_nothing_can_be_frozen_that_is_not_initialized(write_config, teacher):
+    path = write_config(**teacher, **FROZEN, DISTILL__INIT_FROM_TEACHER__ENABLED=False)
+    with pytest.raises(UserError, match=r"FREEZE is \['head'\], and ENABLED there is False"):
+        make_trainer(path)
+
+
+def test_a_rate_of_nothing_is_said_to_have_no_effect(write_config, teacher, caplog):
+    keys = {"DISTILL__INIT_FROM_TEACHER__ENABLED": False, "DISTILL__INIT_FROM_TEACHER__LR_FACTOR": 0.5}
+    trainer = make_trainer(write_config(**teacher, **keys))
+    assert "LR_FACTOR has no effect: ENABLED there is False" in caplog.text
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {trainer.cfg.SOLVER.BASE_LR}
 
 
 def test_without_the_task_predictors_must_come_from_somewhere(write_config, teacher, caplog):
