@@ -169,6 +169,9 @@ def _inherited(cfg: CfgNode, model: DistilledModel, plan: InitializationReport) 
     layers = [_modules(whole)] if whole else []
     layers += [f"of {_modules(biases)} the bias alone"] if biases else []
     yield "inherited", f"{len(plan.copied)} tensors: {'; '.join(layers)}" if layers else "nothing fits"
+    if layers and cfg.DISTILL.INIT_FROM_TEACHER.LR_FACTOR != 1:
+        factor = f"{cfg.DISTILL.INIT_FROM_TEACHER.LR_FACTOR:g} of the learning rate"
+        yield "inherited", f"what is trained of them, as a whole, at {factor} (DISTILL.INIT_FROM_TEACHER.LR_FACTOR)"
     if by_name:
         yield "inherited", f"class by class: {_modules(by_name)}, for {'; '.join(map(_classes, differ))}"
     others = list(_other_shapes(plan))

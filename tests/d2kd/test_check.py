@@ -122,6 +122,12 @@ def test_without_inheriting_it_says_so(pair):
     assert told["inherited"] == "nothing: DISTILL.INIT_FROM_TEACHER.ENABLED is False"
 
 
+def test_the_rate_of_what_is_inherited_is_told(pair):
+    options = ["DISTILL.METHODS", "['FeatureMimic']", "DISTILL.INIT_FROM_TEACHER.LR_FACTOR"]
+    assert "at 0.1 of the learning rate (DISTILL" in facts(check(pair, *options, 0.1))["inherited"]
+    assert "learning rate" not in facts(check(pair, *options, 1.0))["inherited"]
+
+
 def test_frozen_parts_say_which_key_froze_them(pair):
     options = ["MODEL.BACKBONE.FREEZE_AT", 1, "DISTILL.INIT_FROM_TEACHER.FREEZE", "['head.bbox_pred.bias']"]
     told = facts(check(pair, *options))["frozen"]
