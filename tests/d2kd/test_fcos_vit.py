@@ -248,10 +248,18 @@ def test_layer_decay_gives_earlier_blocks_smaller_rates_also_under_distillation(
     assert [plain[f"backbone.net.blocks.{i}.mlp.fc1.weight"][0] for i in range(4)] == [0.5**4, 0.5**3, 0.5**2, 0.5]
     assert plain["backbone.simfp_2.0.weight"] == plain["roi_heads.box_head.fc1.weight"] == (1.0, 0.1)
     assert plain["backbone.net.pos_embed"] == (0.5**5, 0.0) and plain["backbone.net.blocks.0.norm1.weight"][1] == 0.0
-    cfg = config(VIT_RCNN, **keys, **write_teacher(tmp_path, config(VIT_RCNN, MODEL__FPN__OUT_CHANNELS=8)))
-    distilled = learning_rates(cfg, build_distilled_model(cfg))
-    assert {k.removeprefix("student."): v for k, v in distilled.items() if k.startswith("student.")} == plain
-    assert all(v[0] == 1.0 for k, v in distilled.items() if k.startswith("distillers."))
+    keys |= {
+        **write_teacher(tmp_path, config(VIT_RCNN, MODEL__FPN__OUT_CHANNELS=8)),
+        "DISTILL__METHODS": ["FeatureMimic"],
+    }
+    for factor in (1.0, 0.1):
+        cfg = config(VIT_RCNN, **keys, DISTILL__INIT_FROM_TEACHER__LR_FACTOR=factor)
+        distilled = learning_rates(cfg, build_distilled_model(cfg))
+        assert all(v[0] == 1.0 for k, v in distilled.items() if k.startswith("distillers."))
+        ours = {k.removeprefix("student."): v for k, v in distilled.items() if k.startswith("student.")}
+        assert ours["roi_heads.box_predictor.cls_score.weight"] == (factor, 0.1)
+        slow = {name for name in ours if ours[name] != plain[name]}
+        assert not any(name.startswith("backbone.net.") for name in slow) and bool(slow) == (factor != 1.0)
 
 
 @pytest.mark.parametrize(
