@@ -87,11 +87,13 @@ def _layer_decay(cfg: CfgNode, model: nn.Module) -> Callable[[str], float] | Non
 
 def _slow_down(optimizer: Optimizer, model: DistilledModel, factor: float) -> None:
     """Gives what the student has from its teacher a learning rate of its own (`INIT_FROM_TEACHER.LR_FACTOR`)."""
+    if factor == 1.0:
+        return
     parameters = list(model.student.named_parameters())
     # a bias beside a weight of another shape starts as the teacher's too, but its layer has to be learned
     own = {name.rpartition(".")[0] for name, _ in parameters if name not in model.initialized}
     taken = {id(p) for name, p in parameters if name.rpartition(".")[0] not in own}
-    for group in list(optimizer.param_groups) if factor != 1.0 else ():
+    for group in list(optimizer.param_groups):
         slow = [p for p in group["params"] if id(p) in taken]
         group["params"] = [p for p in group["params"] if id(p) not in taken]
         if slow:
