@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Accuracy of every method on PhotoDigits: many runs of tools/train_net.py, and a table for docs/benchmarks.md.
+"""Accuracy of every method on PhotoDigits: many runs of tools/train_net.py, and a table for docs/accuracy.md.
 
     python benchmarks/accuracy.py --length short --seeds 1 2 3 --jobs 2
     python benchmarks/accuracy.py --length long --seeds 1 --only baseline "inherit only" FeatureMimic
@@ -42,18 +42,18 @@ from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.benchmarks.accuracy")
 
-DOCUMENT = Path("docs/benchmarks.md")
+#: What has the tables, and what those of `--tune`.
+TABLES, TRIALS = Path("docs/accuracy.md"), Path("docs/experiments.md")
 
 
-def insert(text: str, marker: str) -> None:
-    """Puts the table between `<!-- marker -->` and `<!-- /marker -->` of docs/benchmarks.md."""
-    document = DOCUMENT.read_text(encoding="utf-8")
+def insert(text: str, marker: str, document: Path) -> None:
+    """Puts the table between `<!-- marker -->` and `<!-- /marker -->` of a document."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    head, _, rest = document.partition(begin)
+    head, _, rest = document.read_text(encoding="utf-8").partition(begin)
     _, _, tail = rest.partition(end)
-    temporary = DOCUMENT.with_suffix(".tmp")
+    temporary = document.with_suffix(".tmp")
     temporary.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
-    temporary.replace(DOCUMENT)
+    temporary.replace(document)
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of all suites")
     parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
     parser.add_argument("--evaluate-only", action="store_true", help="train nothing: evaluate what is finished")
-    parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md and the records")
+    parser.add_argument("--no-document", action="store_true", help="leave documents and records as they are")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
     suite = SUITES[args.suite]
@@ -105,10 +105,11 @@ def main() -> None:
         sys.exit(1)
     text = tuning_table(bench) if args.tune else conclude(bench)
     logger.info("\n%s", text)
-    if text and DOCUMENT.is_file() and not args.no_document:
+    document = TRIALS if args.tune else TABLES
+    if text and document.is_file() and not args.no_document:
         if not args.tune:
             bench.record()
-        insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}")
+        insert(text, f"{suite.marker} {'tuning' if args.tune else args.length}", document)
     sys.exit(1 if failed else 0)
 
 

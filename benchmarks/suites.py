@@ -206,7 +206,7 @@ class Suite(NamedTuple):
 
     @property
     def marker(self) -> str:
-        """What the comments of docs/benchmarks.md that enclose its tables begin with."""
+        """What the comments of docs/accuracy.md that enclose its tables begin with."""
         return f"accuracy {self.folder}".strip()
 
 

@@ -39,7 +39,7 @@ def choose_recipe(
 ) -> dict[str, Any]:
     """Returns what the default recipe sets, by whole key; {} where `DISTILL.METHODS` names methods.
 
-    Of what docs/benchmarks.md compares, that which gained most in longer runs and fits the two networks:
+    Of what docs/accuracy.md compares, that which gained most in longer runs and fits the two networks:
 
     * Where the teacher's heads fit the student as a whole, with the same classes, they stay as they are (as in SimKD,
       arXiv 2203.14001), and `FeatureMimic` and `CrossKD` have four times their weights. These make gradients so large

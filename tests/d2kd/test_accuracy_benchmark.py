@@ -106,7 +106,7 @@ def test_lengths_with_equal_teachers_train_one(accuracy):
 
 def test_classifiers_have_their_teacher_and_their_table(accuracy, tmp_path):
     length = runpy.run_path(str(ROOT / "benchmarks/suites.py"))["SUITES"]["classification"].lengths["short"]
-    page = tmp_path / "docs/benchmarks.md"
+    page = tmp_path / "docs/accuracy.md"
     page.write_text("a\n<!-- accuracy classification short -->\nold\n<!-- /accuracy classification short -->\nb\n")
     lines = accuracy("--suite", "classification", "--seeds", 1, 2, "--only", "baseline", "LogitKD")
     root, recipe = "output/accuracy/classification/short", "configs/PhotoDigits/classifier"
@@ -150,7 +150,7 @@ def test_finished_runs_are_evaluated_once_on_val_and_test(accuracy, tmp_path):
 
 
 def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_path):
-    page = tmp_path / "docs/benchmarks.md"
+    page = tmp_path / "docs/accuracy.md"
     before = "<!-- accuracy short -->\nold\n<!-- /accuracy short -->\n"
     page.write_text(before)
     assert accuracy("--evaluate-only", evaluations=True) == accuracy("--evaluate-only") == []
@@ -171,7 +171,7 @@ def test_evaluate_only_trains_nothing_and_tables_what_is_there(accuracy, tmp_pat
 
 
 def test_a_run_that_diverged_is_counted_and_is_in_no_mean(accuracy, tmp_path):
-    page, root = tmp_path / "docs/benchmarks.md", tmp_path / "output/accuracy/short"
+    page, root = tmp_path / "docs/accuracy.md", tmp_path / "output/accuracy/short"
     page.write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
     accuracy("--seeds", 1, 2, 3, "--only", "baseline", "FeatureMimic", "--no-document")
     result = root / "baseline/seed2/evaluation/result.json"
@@ -208,7 +208,7 @@ def test_a_seed_of_another_command_is_left_out(accuracy, tmp_path, caplog):
 
 
 def test_runs_that_are_gone_stay_in_the_table_of_their_teacher(accuracy, tmp_path):
-    (tmp_path / "docs/benchmarks.md").write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
+    (tmp_path / "docs/accuracy.md").write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
     record, root = tmp_path / "benchmarks/results/accuracy.json", tmp_path / "output/accuracy/short"
 
     def rows():
@@ -279,7 +279,7 @@ def test_what_a_suite_lacks_is_an_error(monkeypatch, capsys, arguments, message)
 
 def test_every_row_has_its_recipe_and_every_suite_its_place_in_the_document(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    page = (ROOT / "docs/benchmarks.md").read_text()
+    page = (ROOT / "docs/accuracy.md").read_text()
     for suite in runpy.run_path(str(ROOT / "benchmarks/suites.py"))["SUITES"].values():
         for name in (suite.teacher, *(entry.config for entry in suite.entries.values())):
             assert (ROOT / f"configs/PhotoDigits/{name}.yaml").is_file(), name
