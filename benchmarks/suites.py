@@ -126,7 +126,7 @@ _CLASSIFIER: dict[str, Entry] = {
 _MOBILENET: dict[str, Entry] = {
     "baseline": Entry("retinanet_mobilenet_student", distils=False),
     "default": Entry("retinanet_mobilenet_student"),
-    "inherit only": Entry("retinanet_mobilenet_student", ["DISTILL.METHODS", "[]"]),
+    "inherit only": Entry("retinanet_mobilenet_student", ["DISTILL.METHODS", "[]", _RATE, 0.1]),
     **{n: Entry(f"retinanet_mobilenet_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
 
@@ -155,6 +155,7 @@ _SEGMENTATION: dict[str, Entry] = {
 
 _REPPOINTS: dict[str, Entry] = {
     "baseline": Entry("reppoints_student", distils=False),
+    "default": Entry("reppoints_student"),
     "inherit only": Entry("reppoints_student", ["DISTILL.METHODS", "[]"]),
     **{n: Entry(f"reppoints_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
@@ -177,6 +178,7 @@ _GFL: dict[str, Entry] = {
 
 _SOLO: dict[str, Entry] = {
     "baseline": Entry("solo_student", distils=False),
+    "default": Entry("solo_student"),
     "inherit only": Entry("solo_student", ["DISTILL.METHODS", "[]"]),
     **{n: Entry(f"solo_student_{n}") for n in ("FeatureMimic", "MaskedGenerative")},
 }
