@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of all suites")
     parser.add_argument("--tune", action="store_true", help="try weights, with a seed of its own, instead")
     parser.add_argument("--evaluate-only", action="store_true", help="train nothing: evaluate what is finished")
+    parser.add_argument("--cache", action="store_true", help="keep the teacher's features: as accurate, to the bit")
     parser.add_argument("--no-document", action="store_true", help="leave documents and records as they are")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
@@ -86,7 +87,8 @@ def main() -> None:
     data = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "photo_digits")
     if "DETECTRON2_DATASETS" not in os.environ or not (data / "test").is_dir():
         subprocess.run([sys.executable, "datasets/prepare_photo_digits.py", "--output", str(data)], check=True)
-    bench = Bench(suite, args.length, args.output, args.threads, args.opts, data, not args.evaluate_only)
+    train = not args.evaluate_only
+    bench = Bench(suite, args.length, args.output, args.threads, args.opts, data, train, args.cache)
     names = [n for n in args.only or suite.entries if not (args.no_ablations and suite.entries[n].ablation)]
     if args.tune:
         names = [n for n in names if n in tuned(suite)]

@@ -27,18 +27,28 @@ SPLITS = ("val", "test")  # the first one chooses weights, the second one is rep
 #: A detector below this part of its teacher's AP, or without one, has diverged: it is counted, but is in no mean and no
 #: difference. What is right by chance is no sign of having learned, so it cannot be told of other metrics.
 DIVERGED, WITHOUT_CHANCE = 0.05, ("bbox/AP", "segm/AP")
+_CACHE_DIR = "DISTILL.CACHE.DIR"
 
 
 class Bench:
     """The runs of one suite and length, in one directory."""
 
     def __init__(
-        self, suite: Suite, length: str, output: Path, threads: int, options: list[str], data: Path, trains: bool = True
+        self,
+        suite: Suite,
+        length: str,
+        output: Path,
+        threads: int,
+        options: list[str],
+        data: Path,
+        trains: bool = True,
+        caches: bool = False,
     ) -> None:
         self.suite = suite
         self.length = suite.lengths[length]
         self.data = data
         self.trains = trains
+        self.caches = caches
         self.output = output
         self.root = output / suite.folder / length
         self.records = Records(f"{suite.marker} {length}")
@@ -134,6 +144,8 @@ class Bench:
             command += ["--teacher-config", CONFIGS / f"{self.suite.teacher}.yaml"]
             command += ["--teacher-weights", self.teacher_folder / "model_final.pth"]
             options += ["DISTILL.TEACHER.EVAL_FIRST", False]
+            if self.caches and _CACHE_DIR not in options:
+                options += [_CACHE_DIR, self.output / "features"]
         if name.startswith("ReceptiveTokens"):
             options += ["DISTILL.RECEPTIVE_TOKENS.FILE", self.tokens_folder / "tokens.pth"]
         splits = SPLITS[:1] if trial else SPLITS  # what chooses must not see test
@@ -191,8 +203,14 @@ class Bench:
         self.records.write(checksum(self.data), self.scores(self.teacher_folder), found)
 
     def _without_seed(self, directory: Path) -> list[str]:
-        """The command that made a run, without what differs between seeds, and between output folders."""
+        """The command that made a run, without what differs between seeds and output folders, and what changes nothing.
+
+        With a cache in float32, as `caches` has it, students are equal to the bit to those without.
+        """
         line = json.loads(read(directory / "command.json") or "[]")
+        if _CACHE_DIR in line and "DISTILL.CACHE.DTYPE" not in line:
+            at = line.index(_CACHE_DIR)
+            del line[at : at + 2]
         kept = [x for key, x in zip(["", *line], line) if key not in ("SEED", "OUTPUT_DIR")]
         return [x.removeprefix(f"{self.output}/") for x in kept]
 

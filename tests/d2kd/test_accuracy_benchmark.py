@@ -207,6 +207,15 @@ def test_a_seed_of_another_command_is_left_out(accuracy, tmp_path, caplog):
     assert list(table["rows"]["baseline"]["scores"]) == ["1"]
 
 
+def test_a_cache_of_features_makes_no_other_row(accuracy, tmp_path):
+    arguments = ("--only", "baseline", "FeatureMimic", "FeatureMimic, kept in int8", "--seeds")
+    accuracy(*arguments, 1)
+    started = accuracy(*arguments, 2, "--cache")
+    assert [run.count("DISTILL.CACHE.DIR") for run in started] == [0, 1, 1]
+    table = json.loads((tmp_path / "output/accuracy/short/table.json").read_text())
+    assert [list(row["scores"]) for row in table["rows"].values()] == [["1", "2"]] * 3
+
+
 def test_runs_that_are_gone_stay_in_the_table_of_their_teacher(accuracy, tmp_path):
     (tmp_path / "docs/accuracy.md").write_text("<!-- accuracy short -->\n<!-- /accuracy short -->\n")
     record, root = tmp_path / "benchmarks/results/accuracy.json", tmp_path / "output/accuracy/short"
