@@ -20,7 +20,7 @@ from .teacher import Teacher
 logger = logging.getLogger(__name__)
 
 _BESIDE_OWN_HEAD: dict[str, Any] = {"DISTILL.TASK_WEIGHT": 0.25}
-_INHERITED: dict[str, Any] = {"DISTILL.INIT_FROM_TEACHER.LR_FACTOR": 0.1}
+_INHERITED: dict[str, Any] = {"DISTILL.INIT_FROM_TEACHER.LR_FACTOR": 0.3}
 _BEHIND_TEACHERS_HEAD: dict[str, Any] = {"DISTILL.FEATURE_MIMIC.WEIGHT": 16.0, "DISTILL.CROSS_KD.WEIGHT": 4.0}
 _CLIPPING: dict[str, Any] = {
     "SOLVER.CLIP_GRADIENTS.ENABLED": True,
@@ -48,8 +48,8 @@ def choose_recipe(
       task's weight.
     * Else `FeatureMimic`, which suits every pair.
 
-    Where a head is trained, what it has from the teacher learns at a tenth of the rate: at the whole rate of a fresh
-    network it forgets.
+    Where a head is trained, what it has from the teacher learns at three tenths of the rate: at the whole rate of a
+    fresh network it forgets, at a tenth it is held back by a teacher that has not learned much.
 
     A key that the configuration has another value for than its default keeps that value, and so does clipping.
 
