@@ -66,11 +66,17 @@ def is_of_zoo(file: str) -> bool:
         return False
     import detectron2
 
-    folder = Path(os.path.realpath(detectron2.__file__ or "")).parent / "model_zoo"
-    return folder in Path(os.path.realpath(file)).parents
+    zoo = Path(detectron2.__file__ or "").parent / "model_zoo"
+    # in an installation that can be edited the folder of configurations is a link to another place
+    folders = {Path(os.path.realpath(folder)) for folder in (zoo, zoo / "configs")}
+    return not folders.isdisjoint(Path(os.path.realpath(file)).parents)
 
 
 def _zoo() -> Any:
-    from detectron2 import model_zoo
-
+    try:
+        from detectron2 import model_zoo
+    except ImportError as error:  # it asks for pkg_resources, which the setuptools of today do not have
+        raise ConfigError(
+            f"Detectron2's model zoo cannot be used: {error}. Run pip install 'setuptools<81', or give the file's path."
+        ) from error
     return model_zoo

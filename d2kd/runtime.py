@@ -48,7 +48,7 @@ def prepare_runtime() -> None:
     if choice not in CHOICES:
         raise ValueError(f"D2KD_RUNTIME is {choice!r}; it must be one of {', '.join(CHOICES)}.")
     if "detectron2" not in sys.modules:
-        installed = choice != "d2lite" and importlib.util.find_spec("detectron2") is not None
+        installed = choice != "d2lite" and _is_installed()
         if choice == "detectron2" and not installed:
             raise ImportError(
                 "D2KD_RUNTIME=detectron2, but Detectron2 is not installed: install it, or unset the variable."
@@ -71,10 +71,15 @@ def resolve_runtime() -> Runtime:
 
 def is_d2lite() -> bool:
     """Returns whether `detectron2` is d2lite, which takes no time to import; Detectron2 itself is not imported."""
-    spec = importlib.util.find_spec("detectron2") if "detectron2" not in sys.modules else None
-    if spec is not None and spec.origin is not None:  # a package of that name
+    if "detectron2" not in sys.modules and _is_installed():
         return False
     return resolve_runtime().name == "d2lite"
+
+
+def _is_installed() -> bool:
+    """Whether there is a package of that name, and not just a folder: a clone of Detectron2 has one around it."""
+    spec = importlib.util.find_spec("detectron2")
+    return spec is not None and spec.origin is not None
 
 
 def register_parts() -> None:

@@ -87,7 +87,8 @@ class ImageMapper(DatasetMapper):
         if inputs.sem_seg is not None:
             record["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype(np.int64))
         if getattr(self, "proposal_topk", None) is not None:
-            detection_utils.transform_proposals(record, image.shape[:2], transforms, proposal_topk=self.proposal_topk)
+            shape = inputs.image.shape[:2]
+            detection_utils.transform_proposals(record, shape, transforms, proposal_topk=self.proposal_topk)
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from .run_settings import compare_settings
 logger = logging.getLogger(__name__)
 
 #: What reading a checkpoint that is missing, broken or of another model raises.
-_READ_ERRORS = (AssertionError, KeyError, OSError, RuntimeError, ValueError)
+_READ_ERRORS = (AssertionError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError)
 
 
 class CheckpointError(UserError):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2kd.arguments import command_line_options
@@ -65,13 +68,18 @@ def _tell(message: str) -> None:
 def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """Runs `main`, a function that can be pickled, by `run_tool` in as many processes as the arguments say.
 
-    Ctrl-C and termination go to all of them, and their exit status becomes this process's.
+    Ctrl-C and termination go to all of them, and their exit status becomes this process's. Processes that torchrun has
+    started are as many as it says.
     """
     run_tool(lambda: _check_processes(args))
     joins_others = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # as torchrun sets them
     starts_others = args.num_gpus * args.num_machines > 1 and not joins_others
     if (starts_others or joins_others) and run_tool(lambda: _runs_on_cpu(args)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, the runtime would choose NCCL
+    if joins_others:
+        with _joined_processes():
+            _tool_process(main, args)
+        return
     try:
         with _passing_signals_on() if starts_others else contextlib.nullcontext():
             launch(
@@ -84,6 +92,21 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
             )
     except ProcessExitedException as error:  # which has told why
         sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
+
+
+@contextlib.contextmanager
+def _joined_processes() -> Iterator[None]:
+    """Makes this process one of those that torchrun has started, which Detectron2's `launch` does not."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+    comm.synchronize()
+    yield
+    comm.synchronize()
+    gc.collect()  # trainers and their hooks refer to each other: models would outlive the group that they talk through
+    dist.destroy_process_group()
 
 
 def _check_processes(args: argparse.Namespace) -> None:

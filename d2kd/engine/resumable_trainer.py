@@ -1,5 +1,6 @@
 """ResumableTrainer: the training loop with exact resuming, for any model."""
 
+import inspect
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -40,6 +42,12 @@ logger = logging.getLogger(__name__)
 
 #: A loss this many times the usual one, of which a quarter of all are below, is no noise.
 _EXPLOSION = 10.0
+#: PyTorch's word for whether buffers are broadcast in every step; the second one is that of versions before 2.14.
+_BROADCASTS_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 def _of_step(name: str) -> Any:
@@ -367,4 +375,4 @@ def wrap_data_parallel(model: nn.Module) -> nn.Module:
     """
     # Detectron2 names a GPU unless told otherwise, which modules on the CPU do not take
     on_cpu = {} if next(model.parameters()).is_cuda else {"device_ids": None}
-    return create_ddp_model(model, broadcast_buffers=False, **on_cpu)
+    return create_ddp_model(model, **{_BROADCASTS_BUFFERS: False}, **on_cpu)

@@ -90,8 +90,10 @@ class _ByUserIds:
     def dataset(self) -> Any:
         return self._coco.dataset
 
-    def getAnnIds(self, imgIds: Sequence[Any]) -> list[int]:
-        return self._coco.getAnnIds(imgIds=[self._coco.image_number(i) for i in imgIds])
+    def getAnnIds(self, imgIds: Any) -> list[int]:
+        """Takes one id, as Detectron2 gives it, or a list of them."""
+        ids = imgIds if isinstance(imgIds, (list, tuple)) else [imgIds]
+        return self._coco.getAnnIds(imgIds=[self._coco.image_number(i) for i in ids])
 
 
 class CocoEvaluator(COCOEvaluator):

@@ -37,8 +37,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".safetensors"):
             return {"model": read_checkpoint(filename)}
-        if RUNTIME.name == "detectron2":  # whose own reading runs what a pickle asks for: nothing, after this
-            read_checkpoint(filename)
+        if RUNTIME.name == "detectron2" and not self._asks_for(filename):
+            read_checkpoint(filename)  # its own reading runs what a pickle asks for: nothing, after this
         try:
             content: dict[str, Any] = super()._load_file(filename)
         except InvalidCheckpointError:  # d2lite's; weights of torchvision or timm may lie elsewhere in a file
@@ -53,6 +53,15 @@ class SafeCheckpointer(DetectionCheckpointer):
                 "Detectron2's."
             )
         return without_checksum(filename, content)
+
+    def _torch_load(self, f: str) -> Any:
+        """What Detectron2 calls for most files."""
+        return read_checkpoint(f)
+
+    @staticmethod
+    def _asks_for(filename: str) -> bool:
+        """Whether Detectron2 reads a file by `_torch_load`, as all versions behind 0.6 do."""
+        return hasattr(DetectionCheckpointer, "_torch_load") and not filename.endswith((".pkl", ".pyth"))
 
 
 def read_checkpoint(path: str) -> Any:

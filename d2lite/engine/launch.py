@@ -1,4 +1,4 @@
-"""Starts a function in one process per GPU, or in several CPU processes, or joins torchrun's."""
+"""Starts a function in one process per GPU, or in several CPU processes."""
 
 import gc
 import logging
@@ -31,8 +31,6 @@ def launch(
     """Runs `main_func(*args)` in every process of a distributed job; call this once on each machine.
 
     With CUDA, each process gets a GPU and they communicate through NCCL; without, they run on the CPU and use gloo.
-    Under torchrun the processes exist already: they are joined, and all arguments but the first, `args` and
-    `timeout` are ignored.
 
     Args:
         main_func: must be importable by name where processes are started.
@@ -50,8 +48,6 @@ def launch(
     Raises:
         ValueError: if the arguments do not fit each other or the machine.
     """
-    if _under_torchrun():
-        return _join_torchrun(main_func, args, timeout)
     processes = num_gpus_per_machine * num_machines
     if processes <= 1:
         return main_func(*args)
@@ -64,21 +60,6 @@ def launch(
     job = (main_func, processes, num_gpus_per_machine, machine_rank, url, tuple(args), timeout)
     mp.start_processes(_run_worker, job, num_gpus_per_machine, start_method="spawn")
     return None
-
-
-def _under_torchrun() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-
-
-def _join_torchrun(main_func: Callable[..., Any], args: Sequence[Any], timeout: timedelta) -> Any:
-    backend = _take_gpu(int(os.environ["LOCAL_RANK"]))
-    if dist.is_initialized():
-        return main_func(*args)
-    dist.init_process_group(backend, init_method="env://", timeout=timeout)
-    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
-    result = main_func(*args)
-    _destroy_process_group()
-    return result
 
 
 def _destroy_process_group() -> None:

@@ -46,7 +46,7 @@ def evaluate_box_proposals(
     overlaps = [torch.zeros(0)]
     num_objects = 0
     for prediction in dataset_predictions:
-        annotations = coco_api.loadAnns(coco_api.getAnnIds(imgIds=[prediction["image_id"]]))
+        annotations = coco_api.loadAnns(coco_api.getAnnIds(imgIds=prediction["image_id"]))
         objects = [a for a in annotations if a["iscrowd"] == 0 and smallest <= a["area"] <= largest]
         num_objects += len(objects)
         proposals = prediction["proposals"]

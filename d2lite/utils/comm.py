@@ -1,7 +1,6 @@
 """Communication between training processes; every function also works without torch.distributed."""
 
 import functools
-import os
 from typing import Any
 
 import numpy as np
@@ -56,19 +55,12 @@ def get_local_process_group() -> dist.ProcessGroup:
 
 def get_local_rank() -> int:
     """Returns the index of this process among those on the same machine."""
-    return _local_info("LOCAL_RANK", dist.get_rank) if _is_distributed() else 0
+    return dist.get_rank(group=get_local_process_group()) if _is_distributed() else 0
 
 
 def get_local_size() -> int:
     """Returns the number of processes on this machine."""
-    return _local_info("LOCAL_WORLD_SIZE", dist.get_world_size) if _is_distributed() else 1
-
-
-def _local_info(variable: str, query: Any) -> int:
-    # torchrun announces the local rank and size; launch() makes a process group instead.
-    if _LOCAL_PROCESS_GROUP is None and variable in os.environ:
-        return int(os.environ[variable])
-    return query(group=get_local_process_group())
+    return dist.get_world_size(group=get_local_process_group()) if _is_distributed() else 1
 
 
 def synchronize() -> None:

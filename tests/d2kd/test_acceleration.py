@@ -174,3 +174,10 @@ def test_a_stream_without_cuda_is_told(tmp_path, caplog):
     cfg = config(**write_teacher(tmp_path), DISTILL__TEACHER__STREAM=True)
     build_distilled_model(cfg).train()(batch())
     assert "DISTILL.TEACHER.STREAM is for CUDA" in caplog.text
+
+
+def test_a_student_on_the_cpu_of_a_machine_with_a_gpu_uses_no_stream(tmp_path, monkeypatch):
+    cfg = config(**write_teacher(tmp_path), DISTILL__TEACHER__STREAM=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", None)
+    assert build_distilled_model(cfg).train()(batch())

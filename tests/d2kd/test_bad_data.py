@@ -21,7 +21,7 @@ from d2kd.data.images import LabelMapError, LabelRange, image_problem, image_siz
 from d2kd.data.images import read_image as whole_image
 from d2kd.data.mapper import ImageMapper, wrap_mapper
 from d2kd.evaluation.coco import CocoEvaluator, NumberedCOCO
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 
@@ -473,3 +473,18 @@ def test_messages_stay_on_one_line_whatever_classes_are_called(name, split, tmp_
     with pytest.raises(DatasetError, match=r"2 classes \(.*MODEL.RETINANET.NUM_CLASSES is 3") as error:
         check_classes(cfg)
     assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_proposals_are_clipped_to_the_image_as_the_model_sees_it(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        detection_utils,
+        "transform_proposals",
+        lambda record, shape, transforms, proposal_topk: seen.append((shape, proposal_topk)),
+        raising=False,
+    )
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.png")
+    mapper = ImageMapper(config(INPUT__MIN_SIZE_TEST=60), False)
+    mapper.proposal_topk = 7
+    mapper({"file_name": str(tmp_path / "x.png"), "height": 20, "width": 40})
+    assert seen == [((60, 120), 7)]

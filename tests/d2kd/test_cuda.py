@@ -19,7 +19,8 @@ from d2kd.engine.optimizer import build_optimizer
 from d2kd.engine.train_step import NonFiniteLossError, TrainStep
 from d2kd.layers import RandomMasks
 from d2kd.modeling import Teacher, build_distilled_model
-from d2kd.modeling.feature_cache import FeatureCache, Padding
+from d2kd.modeling.feature_cache import FeatureCache
+from d2kd.modeling.padding import Padding
 from d2kd.modeling.teacher_passes import CachedDensePass
 from d2kd.modeling.teacher_passes.sparse_vit import SparseViT
 from detectron2.layers import DeformConv, ModulatedDeformConv, batched_nms, paste_masks_in_image

@@ -11,7 +11,8 @@ from runs import ROOT
 
 import d2kd.modeling as d2kd_modeling
 from d2kd.engine.optimizer import build_optimizer
-from d2kd.modeling import FeatureTaps, build_distilled_model, num_classes
+from d2kd.modeling import FeatureTaps, build_distilled_model, build_network, num_classes
+from d2kd.modeling.padding import ImageSizeError
 from d2kd.modeling.taps import tap_names
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -19,7 +20,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, META_ARCH_REGISTRY, ResN
 from detectron2.modeling.backbone import BottleneckBlock
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicStem
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
 FCOS_R50 = {
@@ -185,6 +188,25 @@ def test_vit_trains_a_detector_and_pads_to_squares():
     assert net.backbone.net.pos_embed.grad.abs().sum() > 0
     assert net.preprocess_image(batch()).tensor.shape[-2:] == (128, 128)
     assert len(net.eval()(batch())) == 2
+
+
+@pytest.mark.parametrize("backbone", ["build_vit_sfp_backbone", "build_vit_backbone"])
+def test_vit_pads_to_whole_cells_whatever_detectron2_calls_it(backbone, monkeypatch):
+    monkeypatch.setattr(SimpleFeaturePyramid, "padding_constraints", property(lambda self: {"square_size": 0}))
+    monkeypatch.setattr(SimpleFeaturePyramid, "size_divisibility", 0)
+    changes = {"MODEL__VIT__SQUARE_PAD": 0, "MODEL__BACKBONE__NAME": backbone}
+    net = build_backbone(config(VIT, **changes))
+    images = ImageList.from_tensors(
+        [torch.zeros(3, 65, 90)], net.size_divisibility, padding_constraints=net.padding_constraints
+    )
+    assert images.tensor.shape[-2:] == ((96, 96) if "sfp" in backbone else (80, 96))
+
+
+def test_an_image_that_the_square_would_cut_is_an_error():
+    net = build_network(config(VIT_RCNN), "x.yaml").eval()
+    assert len(net(batch([(128, 128)]))) == 1
+    with pytest.raises(ImageSizeError, match=r"a side of 129 pixels, and .* squares of 128 \(MODEL.VIT.SQUARE_PAD\)"):
+        net(batch([(128, 128), (64, 129)]))
 
 
 def test_taps_of_vit():

@@ -17,16 +17,17 @@ from torch import Tensor
 from d2kd.modeling import Teacher
 from d2kd.modeling.feature_cache import (
     DTYPES,
+    FOUND,
     DamagedEntryError,
     FeatureCache,
     FeatureStore,
-    Padding,
     decode,
     encode,
     image_key,
     read_entry,
     size_of,
 )
+from d2kd.modeling.padding import Padding
 from d2kd.modeling.teacher_passes import Acceleration, CachedDensePass, DensePass, TeacherFeatures, TeacherPasses
 
 CPU = torch.device("cpu")
@@ -293,6 +294,15 @@ def test_the_pass_is_equal_to_the_teacher_to_the_bit_also_in_batches_of_several_
     cached.cache.misses = 0
     assert all(torch.equal(x, plain(mixed).maps[tap]) for tap, x in cached(mixed).maps.items())
     assert cached.cache.misses == 1
+
+
+def test_what_pinned_memory_makes_of_a_batch_is_read(tmp_path: Path) -> None:
+    """Versions of PyTorch make lists of the tuples in it."""
+    plain, cached = passes(tmp_path)
+    images = batch([(64, 96), (64, 64)])
+    for image, found in zip(images, cached.cache.find(images)):
+        image[FOUND] = found._replace(canvas=list(found.canvas))  # type: ignore[arg-type]
+    assert all(torch.equal(x, plain(images).maps[tap]) for tap, x in cached(images).maps.items())
 
 
 def test_a_faster_teacher_is_kept_as_it_is(tmp_path: Path) -> None:

@@ -364,6 +364,20 @@ def test_a_teacher_of_the_model_zoo_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert load_config(BASE, [key, "COCO-Detection/no.yaml"]).DISTILL.TEACHER.CONFIG_FILE == "COCO-Detection/no.yaml"
 
 
+def test_the_zoo_is_trusted_also_where_its_folder_is_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an installation that can be edited."""
+    import detectron2
+
+    monkeypatch.setattr(model_zoo, "RUNTIME", type(model_zoo.RUNTIME)("detectron2", "0.6"))
+    monkeypatch.setattr(detectron2, "__file__", str(tmp_path / "detectron2/__init__.py"))
+    for folder in ("configs/Misc", "detectron2/model_zoo"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "detectron2/model_zoo/configs").symlink_to(tmp_path / "configs")
+    for folder in ("detectron2/model_zoo/configs/Misc", "configs/Misc", "detectron2/model_zoo"):
+        assert model_zoo.is_of_zoo(str(tmp_path / folder / "x.yaml")), folder
+    assert not model_zoo.is_of_zoo(str(tmp_path / "x.yaml"))
+
+
 def test_published_weights_of_teachers_without_a_network() -> None:
     cfg = config(MODEL__WEIGHTS="detectron2://COCO-Detection/retinanet_R_101_FPN_3x/190397697/model_final_971ab9.pkl")
     with pytest.raises(ConfigError.__base__, match=r"190397697/model_final_971ab9\.pkl.*fetch https://dl\.fbaipublic"):

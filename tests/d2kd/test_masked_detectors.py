@@ -1,5 +1,7 @@
 """MaskedTeacher in detectors: which patches it computes, what students it watches, and what it gives."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import FASTER_RCNN, NARROW, RETINANET, batch, config, write_teacher
@@ -238,6 +240,17 @@ def test_scores_of_kept_patches_are_those_of_the_head(tmp_path):
         model = net.teacher.model
         whole = model.sem_seg_head.layers(model.backbone(model.preprocess_image(net.teacher.prepare(inputs)).tensor))
     assert torch.allclose(found.maps[tap], whole, atol=1e-4)
+
+
+def test_a_model_that_normalizes_in_its_forward_pass_is_fed_alike(tmp_path, monkeypatch):
+    """As Detectron2's SemanticSegmentor."""
+    net, inputs = segmentor(tmp_path), with_labels(batch([(128, 128), (96, 128)]))
+    chosen, model = net.passes.others["MaskedTeacher"], net.teacher.model
+    expected = model.preprocess_image(net.teacher.prepare(inputs))
+    names = ("backbone", "device", "pixel_mean", "pixel_std")
+    monkeypatch.setattr(chosen.teacher, "model", SimpleNamespace(**{name: getattr(model, name) for name in names}))
+    found = chosen._images(inputs)
+    assert torch.equal(found.tensor, expected.tensor) and found.image_sizes == expected.image_sizes
 
 
 def test_a_head_that_sees_neighbours_is_one_line(tmp_path):

@@ -303,6 +303,13 @@ print("detectron2" in sys.modules, d2kd.runtime.is_d2lite(), *[name for name in 
     assert run_python(program, *paths)[-1] == f"False {not paths}"
 
 
+def test_a_folder_of_the_name_is_no_installation(tmp_path):
+    """A clone of Detectron2 in the working directory, say, which has the package inside."""
+    (tmp_path / "detectron2/tools").mkdir(parents=True)
+    program = "import d2kd.runtime; from detectron2.config import get_cfg; print(d2kd.runtime.is_d2lite())"
+    assert run_python(program, tmp_path)[-1] == "True"
+
+
 def test_the_names_of_the_package():
     assert set(d2kd._LAZY) | {"Runtime", "__version__"} == set(d2kd.__all__) <= set(dir(d2kd))
     for name in d2kd.__all__:

@@ -120,6 +120,15 @@ def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, n
     assert same_tensors(read_checkpoint(tmp_path / "whole")["model"], read_checkpoint(tmp_path / "stopped")["model"])
 
 
+def test_processes_of_torchrun_train_what_those_of_num_gpus_do(write_config, teacher, tmp_path):
+    path = write_config(SOLVER__MAX_ITER=4, DATASETS__TEST=[], **teacher)
+    tool("train_net", "--config-file", path, "--num-gpus", 2, "OUTPUT_DIR", tmp_path / "started")
+    python, *rest = command("train_net", "--config-file", path, "OUTPUT_DIR", tmp_path / "joined")
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, *rest], cwd=ROOT, env=environment(), check=True, timeout=300)
+    assert same_tensors(read_checkpoint(tmp_path / "started")["model"], read_checkpoint(tmp_path / "joined")["model"])
+
+
 @pytest.mark.parametrize("base", [None, FASTER_RCNN], ids=["RetinaNet", "FasterRCNN"])
 @pytest.mark.parametrize("method", METHODS)
 def test_weight_zero_gives_bit_equal_student_gradients(tmp_path, base, method):

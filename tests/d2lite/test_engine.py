@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from d2lite.checkpoint import DetectionCheckpointer
@@ -532,32 +531,17 @@ def train_together(folder):
         json.dump(result, f)
 
 
-def without_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would need two GPUs")
-def test_two_processes_stay_in_step_and_stop_together(tmp_path, monkeypatch):
-    without_torchrun(monkeypatch)
+def test_two_processes_stay_in_step_and_stop_together(tmp_path):
     launch(train_together, 2, dist_url="auto", args=(str(tmp_path),))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks == [{"world": 2, "local": rank, "stopped": 1} for rank in range(2)]
 
 
-def test_launch_without_processes(monkeypatch):
-    without_torchrun(monkeypatch)
+def test_launch_without_processes():
     assert launch(lambda a, b: a + b, 1, args=(1, 2)) == 3
     with pytest.raises(ValueError, match="--dist-url must name the first one"):
         launch(print, 1, num_machines=2)
-
-
-def test_launch_joins_torchrun(monkeypatch):
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    assert launch(lambda: (dist.is_initialized(), comm.get_world_size()), 8) == (True, 1)
-    assert not dist.is_initialized()
 
 
 def test_hooks_may_report_inside_an_event_storage():

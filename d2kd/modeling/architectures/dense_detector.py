@@ -1,6 +1,6 @@
 """RetinaNet, FCOS and their like: a head whose layers run once a feature level, one prediction an anchor or point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -76,9 +76,14 @@ class FCOS(DenseDetector):
 def anchors(module: nn.Module, level: int) -> dict[str, str]:
     """Returns what must be the same of a module's anchors on a level, as in `Prediction.requires`."""
     cells = list(getattr(getattr(module, "anchor_generator", None), "cell_anchors", ()))
-    boxes = cells[level].tolist() if cells else []
-    sizes = ", ".join(f"{x1 - x0:.4g}x{y1 - y0:.4g}" for x0, y0, x1, y1 in boxes)
+    sizes = ", ".join(_size_of_anchor(box) for box in cells[level].tolist()) if cells else ""
     return {"anchors (width x height; MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS)": sizes}
+
+
+def _size_of_anchor(box: Sequence[float]) -> str:
+    if len(box) == 5:  # a rotated one: center, size and angle
+        return f"{box[2]:.4g}x{box[3]:.4g} at {box[4]:.4g} degrees"
+    return f"{box[2] - box[0]:.4g}x{box[3] - box[1]:.4g}"
 
 
 def box_encoding(module: nn.Module) -> Any:

@@ -13,9 +13,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 
 from .pixels import log_pixels
+from .simple_pyramid import PaddedPyramid
 from .timm_networks import (
     TIMM_BACKBONES,
     Stage,
@@ -220,7 +220,7 @@ def _pyramid(cfg: CfgNode, input_shape: ShapeSpec, extra_from: str | None) -> nn
     )
 
 
-def _simple_pyramid(cfg: CfgNode, bottom_up: TimmBackbone, with_p7: bool) -> SimpleFeaturePyramid:
+def _simple_pyramid(cfg: CfgNode, bottom_up: TimmBackbone, with_p7: bool) -> PaddedPyramid:
     node, stride = cfg.MODEL.FPN, bottom_up.output_shape()["last_feat"].stride
     if stride not in (16, 32):
         raise ConfigError(
@@ -229,7 +229,7 @@ def _simple_pyramid(cfg: CfgNode, bottom_up: TimmBackbone, with_p7: bool) -> Sim
     finest = 8 if with_p7 else 4  # heads with p7 have no p2
     factors = [scale for scale in (4.0, 2.0, 1.0, 0.5) if finest <= stride / scale <= 32]
     top = LastLevelP6P7(node.OUT_CHANNELS, node.OUT_CHANNELS, in_feature="p5") if with_p7 else LastLevelMaxPool()
-    return SimpleFeaturePyramid(
+    return PaddedPyramid(
         net=bottom_up,
         in_feature="last_feat",
         out_channels=node.OUT_CHANNELS,

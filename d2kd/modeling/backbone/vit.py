@@ -11,10 +11,12 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT
+from detectron2.modeling.backbone.vit import ViT
+
+from .simple_pyramid import PaddedPyramid
 
 
-def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
+def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaddedPyramid:
     """ViT and simple feature pyramid (arXiv 2203.16527): "p2" to "p5", and "p6" by pooling where there is a "p5".
 
     Reads MODEL.VIT, MODEL.FPN.OUT_CHANNELS and MODEL.FPN.NORM. Parameters have ViTDet's names: "backbone.net..." and
@@ -24,7 +26,7 @@ def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeatur
         ConfigError: a value of MODEL.VIT is out of range.
     """
     node = cfg.MODEL.VIT
-    return SimpleFeaturePyramid(
+    return PaddedPyramid(
         net=build_vit(node, input_shape.channels),
         in_feature="last_feat",
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,

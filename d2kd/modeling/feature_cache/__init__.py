@@ -2,7 +2,7 @@
 
 from . import keys  # noqa: F401  (declares DISTILL.CACHE)
 from .cache import FOUND, GB, FeatureCache, FeatureReader, Found, Prefetch, read_about, require_folder
-from .canvas import Padding, PaddingError, Size, paste, without_images
+from .canvas import PaddingError, paste, without_images
 from .encoding import DTYPES, DamagedEntryError, Entry, decode, encode, read_entry, size_of
 from .identity import collection_name, describe_arithmetic, describe_collection, image_key
 from .store import ABOUT, FRESH, FeatureStore, StoredFile
@@ -19,10 +19,8 @@ __all__ = [
     "FeatureReader",
     "FeatureStore",
     "Found",
-    "Padding",
     "PaddingError",
     "Prefetch",
-    "Size",
     "StoredFile",
     "collection_name",
     "decode",

@@ -16,8 +16,8 @@ from d2kd.errors import ConfigError
 from d2kd.files import write_json
 from detectron2.config import CfgNode
 
+from ..padding import Padding, Size
 from ..teacher import Teacher
-from .canvas import Padding, Size
 from .encoding import Entry, encode, read_entry
 from .identity import blank_key, collection_name, describe_collection, image_key
 from .store import ABOUT, FeatureStore

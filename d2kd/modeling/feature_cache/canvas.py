@@ -1,44 +1,17 @@
-"""Padding: the size that images have in their batch, and what a map has around that of an image seen alone."""
+"""What a map has around that of an image that is seen alone."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2kd.errors import UserError
 
-#: Height and width in pixels.
-Size = tuple[int, int]
-
 
 class PaddingError(UserError):
     """A teacher whose maps cannot be put into those of a batch."""
-
-
-class Padding(NamedTuple):
-    """How a model pads its images, at the right and the bottom, after they are normalized."""
-
-    #: Height and width become multiples of it.
-    divisor: int = 1
-    #: Side of the square that they become, in pixels; 0 for none.
-    square: int = 0
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Padding":
-        """Returns what the backbone of a Detectron2 model asks for."""
-        backbone = getattr(model, "backbone", None)
-        constraints = dict(getattr(backbone, "padding_constraints", None) or {})
-        divisor = constraints.get("size_divisibility", getattr(backbone, "size_divisibility", 1))
-        return cls(max(int(divisor or 1), 1), int(constraints.get("square_size", 0)))
-
-    def canvas(self, sizes: Sequence[Size]) -> Size:
-        """Returns the height and width of a batch of images."""
-        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-        if self.square:
-            height, width = max(height, self.square), max(width, self.square)
-        return -(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor
 
 
 @contextlib.contextmanager

@@ -140,7 +140,8 @@ def build_passes(
     required = [tap for other in others.values() for tap in other.required_taps]
     acceleration = Acceleration.from_config(cfg)
     whole = _dense_pass(cfg, teacher, [*dense, *required], others, acceleration)
-    return TeacherPasses(whole, others, sources, concurrent=acceleration.stream)
+    concurrent = acceleration.stream and cfg.MODEL.DEVICE.startswith("cuda")
+    return TeacherPasses(whole, others, sources, concurrent=concurrent)
 
 
 def _dense_pass(

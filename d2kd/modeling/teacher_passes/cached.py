@@ -8,7 +8,8 @@ from torch import Tensor
 
 from d2kd.errors import ConfigError
 
-from ..feature_cache import Entry, FeatureCache, Found, Size, decode, paste, without_images
+from ..feature_cache import Entry, FeatureCache, Found, decode, paste, without_images
+from ..padding import Size
 from ..teacher import BatchedInputs, Teacher
 from .acceleration import Acceleration
 from .base import TeacherFeatures
@@ -52,7 +53,8 @@ class CachedDensePass(DensePass):
         """As in the base class."""
         found = self.cache.find(batched_inputs)
         images = self._features(batched_inputs, found)
-        if len({of_image.canvas for of_image in found}) > 1:
+        # pinning memory makes lists of tuples in some versions of PyTorch
+        if len({tuple(of_image.canvas) for of_image in found}) > 1:
             blank = self._blank(batched_inputs)
             images = [{tap: paste(blank[tap], x) for tap, x in features.items()} for features in images]
         return TeacherFeatures({tap: torch.cat([features[tap] for features in images]) for tap in self.taps}, {})

@@ -13,9 +13,11 @@ from d2kd.errors import ConfigError
 from d2kd.layers import RandomMasks, gather_tokens, resample_saliency, scatter_tokens
 from d2kd.settings import setting
 from detectron2.config import CfgNode
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 
 from ..architectures import architecture_of
+from ..padding import Padding
 from ..taps import FeatureTaps
 from ..teacher import BatchedInputs, Teacher
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
@@ -283,7 +285,16 @@ class _MaskedDetector(MaskedTeacher):
 
     def _images(self, batched_inputs: BatchedInputs) -> Any:
         model: Any = self.teacher.model
-        return model.preprocess_image(self.teacher.prepare(batched_inputs))
+        inputs = self.teacher.prepare(batched_inputs)
+        Padding.of(model).require_fit(inputs)  # its forward pass, which checks this, does not run
+        if hasattr(model, "preprocess_image"):
+            return model.preprocess_image(inputs)
+        # Detectron2's SemanticSegmentor has this in its forward pass
+        images = [(x["image"].to(model.device) - model.pixel_mean) / model.pixel_std for x in inputs]
+        backbone = model.backbone
+        return ImageList.from_tensors(
+            images, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
+        )
 
     def _select(self, batched_inputs: BatchedInputs, guidance: Any, images: Any) -> Tensor:
         sizes, grid = images.image_sizes, self.network.grid(images.tensor)

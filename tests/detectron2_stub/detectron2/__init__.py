@@ -5,7 +5,9 @@ PYTHONPATH=tests/detectron2_stub python -m pytest tests/d2kd
 d2kd takes it for the real one (`D2KD_RUNTIME` unset), also in processes that are spawned. The differences:
 
 - `create_ddp_model` names a GPU for every model, and DistributedDataParallel refuses that for those on the CPU;
-- checkpoints are read by unpickling whatever they ask for, and errors of reading are those of pickle and zip files;
+- `.pkl` files are read by unpickling whatever they ask for, others by PyTorch, which refuses arrays of NumPy; errors of
+  reading are those of pickle and zip files;
+- a simple feature pyramid says how images are padded under a name that batches do not know;
 - a step of the schedule at the last iteration is an error of the schedule.
 """
 
@@ -19,6 +21,7 @@ from torch import nn
 
 from d2lite import alias, checkpoint, engine, solver
 from d2lite.engine import run_setup
+from d2lite.modeling.backbone import SimpleFeaturePyramid
 from d2lite.utils import comm
 
 __version__ = "0.6"
@@ -38,10 +41,14 @@ def _load_file(self: Any, filename: str) -> dict[str, Any]:
         with open(filename, "rb") as file:
             content = pickle.load(file, encoding="latin1")
         return content if "model" in content and "__author__" in content else _caffe2(content)
-    content = torch.load(filename, map_location="cpu", weights_only=False)
+    content = self._torch_load(filename)
     content = content if "model" in content else {"model": content}
     content["matching_heuristics"] = content.get("matching_heuristics", False) or self._use_heuristics
     return content
+
+
+def _torch_load(self: Any, f: str) -> Any:
+    return torch.load(f, map_location="cpu", weights_only=True)
 
 
 def _caffe2(content: dict[str, Any]) -> dict[str, Any]:
@@ -58,4 +65,8 @@ def _build_lr_scheduler(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
 
 engine.create_ddp_model = engine.defaults.create_ddp_model = _create_ddp_model
 checkpoint.DetectionCheckpointer._load_file = _load_file
+checkpoint.DetectionCheckpointer._torch_load = _torch_load
+SimpleFeaturePyramid.padding_constraints = property(
+    lambda self: {"size_divisiblity": self._padding["size_divisibility"], "square_size": self._padding["square_size"]}
+)
 solver.build_lr_scheduler = _build_lr_scheduler

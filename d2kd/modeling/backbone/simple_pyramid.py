@@ -1,0 +1,37 @@
+"""Detectron2's simple feature pyramid with the padding that it means."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+
+
+class PaddedPyramid(SimpleFeaturePyramid):
+    """Detectron2's `SimpleFeaturePyramid` whose images are padded to whole cells of its coarsest level.
+
+    Detectron2's own asks for that under a name that its batches do not know, so that without `square_pad` the right and
+    lower borders of images would be cut off.
+    """
+
+    def __init__(
+        self,
+        net: Backbone,
+        in_feature: str,
+        out_channels: int,
+        scale_factors: Sequence[float],
+        top_block: nn.Module | None = None,
+        norm: str = "LN",
+        square_pad: int = 0,
+    ) -> None:
+        """Takes the arguments of `SimpleFeaturePyramid`."""
+        super().__init__(net, in_feature, out_channels, scale_factors, top_block, norm, square_pad)
+        stride = net.output_shape()[in_feature].stride
+        assert stride is not None
+        self._constraints = {"size_divisibility": int(stride / min(scale_factors)), "square_size": square_pad}
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """As Detectron2's backbones give them: `size_divisibility` and `square_size`, in pixels."""
+        return dict(self._constraints)
