@@ -96,7 +96,7 @@ def test_offers_what_users_of_the_default_trainer_rely_on():
     [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 2), (signal.SIGINT, os.kill, 2)],
 )
 def test_a_signal_saves_and_resumes_bit_equal(write_config, teacher, tmp_path, number, send, processes):
-    keys = {"SOLVER__MAX_ITER": 60, "SOLVER__CHECKPOINT_PERIOD": 1000, "DATASETS__TEST": []}
+    keys = {"SOLVER__MAX_ITER": 36, "SOLVER__CHECKPOINT_PERIOD": 1000, "DATASETS__TEST": []}
     path = write_config(DATALOADER__NUM_WORKERS=2, **keys, **teacher)
     arguments = ["--config-file", path, "--num-gpus", processes, "OUTPUT_DIR"]
     tool("train_net", *arguments, tmp_path / "whole")
