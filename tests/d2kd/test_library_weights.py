@@ -334,6 +334,7 @@ def test_a_backbone_is_no_teacher(hub: Path, timm_loads: list[nn.Module]) -> Non
         load_teacher(load_config(BASE, keys))
 
 
+@pytest.mark.skipif(model_zoo.RUNTIME.name == "detectron2", reason="Detectron2 has them")
 def test_names_of_the_model_zoo_need_detectron2() -> None:
     path = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
     with pytest.raises(ConfigError, match=r"CONFIG_FILE \(--teacher-config\) is 'COCO-Detection/.*model zoo"):
