@@ -63,7 +63,7 @@ class Bench:
         """Runs a tool with `directory` for its output unless `result` is there; returns whether it is now."""
         line = [*map(str, command), *self.options, "OUTPUT_DIR", str(directory)]
         record = directory / "command.json"
-        if record.is_file() and json.loads(record.read_text()) != line:
+        if record.is_file() and without_cache(json.loads(record.read_text())) != without_cache(line):
             logger.error("%s was made by another command: see %s; remove it to repeat it", directory, record)
             return False
         if not (directory / result).is_file():
@@ -203,14 +203,8 @@ class Bench:
         self.records.write(checksum(self.data), self.scores(self.teacher_folder), found)
 
     def _without_seed(self, directory: Path) -> list[str]:
-        """The command that made a run, without what differs between seeds and output folders, and what changes nothing.
-
-        With a cache in float32, as `caches` has it, students are equal to the bit to those without.
-        """
-        line = json.loads(read(directory / "command.json") or "[]")
-        if _CACHE_DIR in line and "DISTILL.CACHE.DTYPE" not in line:
-            at = line.index(_CACHE_DIR)
-            del line[at : at + 2]
+        """The command that made a run, without what differs between seeds and output folders, and without its cache."""
+        line = without_cache(json.loads(read(directory / "command.json") or "[]"))
         kept = [x for key, x in zip(["", *line], line) if key not in ("SEED", "OUTPUT_DIR")]
         return [x.removeprefix(f"{self.output}/") for x in kept]
 
@@ -246,6 +240,14 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     return (subprocess.run(["git", *arguments], capture_output=True, text=True).stdout or "").strip()
+
+
+def without_cache(line: Sequence[str]) -> list[str]:
+    """A command without its cache, where that is in float32: students are equal to the bit to those without."""
+    if _CACHE_DIR not in line or "DISTILL.CACHE.DTYPE" in line:
+        return list(line)
+    at = line.index(_CACHE_DIR)
+    return [*line[:at], *line[at + 2 :]]
 
 
 def read(path: Path) -> str:

@@ -212,6 +212,7 @@ def test_a_cache_of_features_makes_no_other_row(accuracy, tmp_path):
     accuracy(*arguments, 1)
     started = accuracy(*arguments, 2, "--cache")
     assert [run.count("DISTILL.CACHE.DIR") for run in started] == [0, 1, 1]
+    assert not accuracy(*arguments, 1, 2) and not accuracy(*arguments, 1, 2, "--cache")
     table = json.loads((tmp_path / "output/accuracy/short/table.json").read_text())
     assert [list(row["scores"]) for row in table["rows"].values()] == [["1", "2"]] * 3
 
