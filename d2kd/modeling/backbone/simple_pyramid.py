@@ -1,8 +1,7 @@
 """Detectron2's simple feature pyramid with the padding that it means."""
 
 from collections.abc import Sequence
-
-from torch import nn
+from typing import Any
 
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
@@ -15,23 +14,14 @@ class PaddedPyramid(SimpleFeaturePyramid):
     lower borders of images would be cut off.
     """
 
-    def __init__(
-        self,
-        net: Backbone,
-        in_feature: str,
-        out_channels: int,
-        scale_factors: Sequence[float],
-        top_block: nn.Module | None = None,
-        norm: str = "LN",
-        square_pad: int = 0,
-    ) -> None:
+    def __init__(self, net: Backbone, in_feature: str, *, scale_factors: Sequence[float], **others: Any) -> None:
         """Takes the arguments of `SimpleFeaturePyramid`."""
-        super().__init__(net, in_feature, out_channels, scale_factors, top_block, norm, square_pad)
+        super().__init__(net, in_feature, scale_factors=scale_factors, **others)
         stride = net.output_shape()[in_feature].stride
         assert stride is not None
-        self._constraints = {"size_divisibility": int(stride / min(scale_factors)), "square_size": square_pad}
+        self._coarsest = int(stride / min(scale_factors))
 
     @property
     def padding_constraints(self) -> dict[str, int]:
         """As Detectron2's backbones give them: `size_divisibility` and `square_size`, in pixels."""
-        return dict(self._constraints)
+        return {**super().padding_constraints, "size_divisibility": self._coarsest}
