@@ -1,19 +1,17 @@
 """Classes: their number in model and data, and their names and order wherever they must agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from d2kd.data.classification import ClassificationSource
 from d2kd.data.coco import DatasetError, read_coco, short
 from d2kd.modeling.architectures import architecture_class
+from d2kd.modeling.classes import CLASS_NAME_READERS
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from .datasets import used_datasets
-
-#: Names of classes in the order of the model's, by the field of the metadata that has them: thing_classes, ...
-ClassNames = Mapping[str, Sequence[str]]
 
 #: Names, and their characters in all, that a message shows of one list.
 _SHOWN = 12
@@ -88,6 +86,23 @@ def class_names_of(dataset: str, kind: str = "thing_classes") -> list[str] | Non
     return None if names is None else list(names)
 
 
+def _readable_names(dataset: str, kind: str) -> list[str] | None:
+    """As `class_names_of`, but None for a file that cannot be read: the run may not need it, or says so where it does.
+
+    They stay in the metadata, as when the dataset is loaded: a file may take many seconds.
+    """
+    try:
+        names = class_names_of(dataset, kind)
+    except DatasetError:
+        return None
+    if names is not None and MetadataCatalog.get(dataset).get(kind) is None:
+        MetadataCatalog.get(dataset).set(**{kind: names})
+    return names
+
+
+CLASS_NAME_READERS.append(_readable_names)
+
+
 def class_names(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> dict[str, list[str]]:
     """Returns the names of the classes that a model is configured for, by kind, as the first of its datasets tells.
 
@@ -96,10 +111,7 @@ def class_names(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> dict
     found = {}
     for kind in dict.fromkeys(count.metadata for count, _ in architecture_class(cfg).class_counts(cfg)):
         for name in used_datasets(cfg, splits):
-            try:
-                names = class_names_of(name, kind) if name in DatasetCatalog else None
-            except DatasetError:  # of a dataset that this run does not read
-                names = None
+            names = _readable_names(name, kind) if name in DatasetCatalog else None
             if names is not None:
                 found[kind] = names
                 break

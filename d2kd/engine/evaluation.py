@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from d2kd.config import get_key, with_values
-from d2kd.data.classes import ClassNames, class_names, require_same_classes
+from d2kd.data.classes import class_names, require_same_classes
 from d2kd.errors import ConfigError
 from d2kd.evaluation.build import folder_of
 from d2kd.evaluation.missing import explain_nan
@@ -21,7 +21,7 @@ from d2kd.evaluation.side_by_side import side_by_side
 from d2kd.files import file_checksum, write_json
 from d2kd.modeling import Teacher, TeacherError, build_network, load_strictly, load_teacher, teacher_config
 from d2kd.modeling.architectures import architecture_class, architecture_of, check_test_augmentation
-from d2kd.modeling.classes import Classes, classes_of, match_classes
+from d2kd.modeling.classes import Classes, ClassNames, classes_of, match_classes
 from d2kd.rng import preserve_rng_state
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from .architectures import architecture_class, architecture_of, build_network, warn_if_unknown
 from .backbone import WholeNetwork
 from .balance import GradientBalance
-from .classes import ClassMatch, classes_of, in_students_order, match_classes, predicts_classes
+from .classes import ClassMatch, classes_of, in_students_order, log_unknown, match_classes, predicts_classes
 from .default_recipe import choose_recipe, is_auto
 from .distilled_model import DistilledModel
 from .init_from_teacher import (
@@ -57,6 +57,7 @@ def build_distilled_model(cfg: CfgNode) -> DistilledModel:
     with torch.random.fork_rng(devices=[]):
         teacher = build_teacher(cfg)
         matches = match_classes(classes_of(cfg), teacher.classes)
+        log_unknown(matches)
         recipe = choose_recipe(cfg, student, teacher, matches)
         if recipe:
             cfg = with_values(cfg, recipe)

@@ -1,6 +1,7 @@
 """Classes of student and teacher: matched by name where both are known, else by their place."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from d2kd.distillers import TapPair
@@ -9,8 +10,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .architectures import ClassLayer, architecture_class
 
+logger = logging.getLogger(__name__)
+
 #: Names of classes in the order of a model's, by the field of a dataset's metadata: "thing_classes", "stuff_classes".
 ClassNames = Mapping[str, Sequence[str]]
+
+#: What tells the names of a registered dataset's classes, called with the dataset and the field; None where it cannot.
+#: The metadata of many datasets have no names before they are loaded, so `d2kd.data.classes` reads their files here.
+CLASS_NAME_READERS: list[Callable[[str, str], Sequence[str] | None]] = [
+    lambda dataset, kind: MetadataCatalog.get(dataset).get(kind)
+]
 
 
 class Classes(NamedTuple):
@@ -56,22 +65,41 @@ def classes_of(
     Args:
         cfg: of the model.
         saved: names that its checkpoint holds; else those of its training sets are taken, where they are registered and
-            tell them.
+            their metadata or files tell them.
         datasets: instead of the training sets.
     """
     classes = {}
     for count, number in architecture_class(cfg).class_counts(cfg):
-        sets = [MetadataCatalog.get(n) for n in datasets or cfg.DATASETS.TRAIN if n in DatasetCatalog]
-        listed = [(saved or {}).get(count.metadata), *(meta.get(count.metadata) for meta in sets)]
-        names = next((tuple(map(str, names)) for names in listed if names is not None), None)
+        names = (saved or {}).get(count.metadata)
+        if names is None:
+            names = _names_of(datasets or cfg.DATASETS.TRAIN, count.metadata)
+        names = None if names is None else tuple(map(str, names))
         # a list of another length is not that of this model's classes
         classes[count.metadata] = Classes(count.key, number, names if names and len(names) == number else None)
     return classes
 
 
+def _names_of(datasets: Sequence[str], kind: str) -> Sequence[str] | None:
+    read = (reader(name, kind) for name in datasets if name in DatasetCatalog for reader in CLASS_NAME_READERS)
+    return next((names for names in read if names is not None), None)
+
+
 def match_classes(student: Mapping[str, Classes], teacher: Mapping[str, Classes]) -> dict[str, ClassMatch]:
     """Returns the matches of the kinds of classes that both models have."""
     return {kind: _match(student[kind], teacher[kind]) for kind in student if kind in teacher}
+
+
+def log_unknown(matches: Mapping[str, ClassMatch]) -> None:
+    """Logs which classes are matched by their place, since names are not known: nothing else would tell."""
+    for match in matches.values():
+        unknown = [f"{who}'s" for who, of in (("student", match.student), ("teacher", match.teacher)) if not of.names]
+        if unknown and match.indices is not None:
+            logger.info(
+                "Class k of the student is taken to be class k of the teacher, all %d: the names of the %s are not "
+                "known (from class_names of a checkpoint, or the dataset in DATASETS.TRAIN of its YAML).",
+                match.student.number,
+                " and the ".join(unknown),
+            )
 
 
 def _match(ours: Classes, theirs: Classes) -> ClassMatch:

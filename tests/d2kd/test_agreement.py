@@ -1,6 +1,7 @@
 """What must agree between data, teacher, student and checkpoint: classes by name, limits, settings of a resumed run."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from models import FASTER_RCNN, RETINANET, batch, config, model, write_teacher
 from runs import make_trainer, read_checkpoint, run_training
 from test_bad_input import error_of
 
+from d2kd.data.datasets import register_coco
 from d2kd.engine import CheckpointError, DistillTrainer, load_config
 from d2kd.engine.evaluation import evaluate_teacher
 from d2kd.errors import ConfigError, UserError
@@ -82,11 +84,62 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path, named_classes, b
     assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_without_names_classes_are_matched_by_their_place(tmp_path, named_classes):
+def test_without_names_classes_are_matched_by_their_place_and_it_is_said(tmp_path, named_classes, caplog):
     net = model(seed=7)
-    cfg, student = distilled(tmp_path, RETINANET, net.state_dict(), {}, [])
+    with caplog.at_level(logging.INFO, "d2kd"):
+        cfg, student = distilled(tmp_path, RETINANET, net.state_dict(), {}, [])
     report = initialize_student(cfg, student)
     assert "head.cls_score.weight" in report.copied and not report.by_class
+    assert "taken to be class k of the teacher, all 3: the names of the teacher's are not known" in caplog.text
+
+
+@pytest.fixture
+def unread(tmp_path):
+    """Registers COCO files whose categories have these names, and reads none of them."""
+    registered = []
+
+    def register(name, *names):
+        path = tmp_path / f"{name}.json"
+        categories = [{"id": i, "name": n} for i, n in enumerate(names, start=1)]
+        path.write_text(
+            json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}],
+                    "annotations": [],
+                    "categories": categories,
+                }
+            )
+        )
+        register_coco(name, str(path), str(tmp_path))
+        registered.append(name)
+
+    yield register
+    for name in registered:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_names_are_known_before_a_dataset_is_loaded(tmp_path, unread, caplog):
+    unread("ours", *"abc")
+    unread("theirs", *"cab")
+    net = model(seed=7)
+    teacher = write_teacher(tmp_path, config(DATASETS__TRAIN=["theirs"]))
+    torch.save({"model": net.state_dict()}, teacher["DISTILL__TEACHER__WEIGHTS"])
+    cfg = config(DATASETS__TRAIN=["ours"], DISTILL__METHODS=["LogitKD"], **teacher)
+    with caplog.at_level(logging.INFO, "d2kd"):
+        student = build_distilled_model(cfg)
+    report = initialize_student(cfg, student)
+    assert "head.cls_score.weight" in report.by_class
+    assert student.distillers["LogitKD"].pairs[0].teacher.order[:3] == (1, 2, 0)
+    assert "taken to be class k" not in caplog.text
+
+
+def test_names_of_a_file_that_is_not_there_are_not_known(tmp_path, unread):
+    unread("ours", *"abc")
+    (tmp_path / "ours.json").unlink()
+    assert classes_of(config(DATASETS__TRAIN=["ours"]))["thing_classes"].names is None
+    unread("of_others", *"abcd")
+    assert classes_of(config(DATASETS__TRAIN=["of_others"]))["thing_classes"].names is None
 
 
 def test_classes_that_the_teacher_lacks_keep_their_own(tmp_path, named_classes, caplog):
