@@ -21,6 +21,7 @@ FIXED = (
     "DATASETS.TRAIN",
     "DISTILL.INIT_FROM_TEACHER.FREEZE",
     "DISTILL.INIT_FROM_TEACHER.LR_FACTOR",
+    "DISTILL.TEACHER.EVERY",  # methods count the iterations that they see
 )
 #: What the state of the loader brings along, or what was done at the start.
 RESTORED = (
@@ -49,7 +50,6 @@ FREE = (
     "SOLVER.BASE_LR_END",
     "SOLVER.POLY_LR_POWER",
     "DISTILL.TEACHER.WEIGHTS",
-    "DISTILL.TEACHER.EVERY",
     "DATALOADER.DRAWS",
 )
 #: What decides the predictions of given weights: nodes of the configuration,

@@ -144,13 +144,15 @@ class GradientBalance:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {
+        state = {
             "methods": self.methods,
             "norms": self._norms.tolist(),
             "loss_scale": self._loss_scale.item(),
             "steady": self._growth_tracker.item(),
-            **({} if self._guard_state is None else {"guard": GradientGuard.state_dict(self._guard_state)}),
         }
+        if self.guard is not None and self._guard_state is not None:
+            state["guard"] = self.guard.state_dict(self._guard_state)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.

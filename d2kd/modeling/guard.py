@@ -90,13 +90,17 @@ class GradientGuard:
         factors = torch.where(rises, (factors / self.factor).clamp(max=1), factors)
         return GuardState(smoothed, torch.where(lowers | rises, 0, moved), factors)
 
-    @staticmethod
-    def state_dict(state: GuardState) -> dict[str, Any]:
-        """Returns a state in plain types."""
-        return {name: value.tolist() for name, value in state._asdict().items()}
+    def state_dict(self, state: GuardState) -> dict[str, Any]:
+        """Returns a state in plain types, with the patience that its counts are a part of."""
+        return {**{name: value.tolist() for name, value in state._asdict().items()}, "patience": self.patience}
 
     def load(self, saved: Mapping[str, Any] | None) -> GuardState:
-        """The inverse of `state_dict`; the start where nothing was saved."""
+        """The inverse of `state_dict`; the start where nothing was saved.
+
+        Where an iteration has another number of measurements now, counts are the same part of the patience.
+        """
         if saved is None:
             return self.start()
-        return GuardState(*(torch.tensor(saved[n], dtype=x.dtype) for n, x in self.start()._asdict().items()))
+        state = GuardState(*(torch.tensor(saved[n], dtype=x.dtype) for n, x in self.start()._asdict().items()))
+        before = saved.get("patience", self.patience)
+        return state._replace(counts=torch.div(state.counts * self.patience, before, rounding_mode="trunc"))

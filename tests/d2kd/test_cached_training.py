@@ -24,7 +24,7 @@ from d2kd.data.draws import endless_draws, ways_to_augment
 from d2kd.data.loader import build_train_loader
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.cache_building import build_cache
-from d2kd.errors import ConfigError
+from d2kd.errors import ConfigError, UserError
 from d2kd.modeling import Teacher, build_distilled_model
 from d2kd.modeling.feature_cache import FOUND, GB, FeatureStore
 from d2kd.modeling.teacher_passes import Acceleration, CachedDensePass, DensePass
@@ -418,6 +418,8 @@ def test_every_other_iteration_is_resumed_bit_equal(write_config, teacher, tmp_p
     run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True)
     assert same_tensors(learned(tmp_path / "whole"), learned(tmp_path / "parts"))
     assert whole.teacher_time.seconds > 0
+    with pytest.raises(UserError, match=r"TEACHER\.EVERY was 2 and is 1, and cannot change within a run"):
+        run_training(path, OUTPUT_DIR=str(tmp_path / "parts"), resume=True, DISTILL__TEACHER__EVERY=1)
 
 
 def test_the_loader_reads_entries_for_those_iterations_alone(write_config, teacher, tmp_path):

@@ -1,5 +1,7 @@
 """Channel matching against recorded values, its schedule, its state, several processes, and bad input."""
 
+import logging
+
 import pytest
 import torch
 from helpers import random_maps, same_tensors, tap_pair
@@ -482,6 +484,21 @@ def test_interrupted_and_resumed_is_bit_equal(write_config, teacher, tmp_path, t
     extra = "ChannelMatching._extra_state"
     assert a["distillers"].pop(extra) == b["distillers"].pop(extra) and same_tensors(a["distillers"], b["distillers"])
     assert whole.distilled.distillers["ChannelMatching"].batches == 6
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, 1), (2, 2)), ((2, 2), (4, 1))])
+def test_a_resumed_run_refreshes_when_due_whatever_the_batches_of_an_iteration(
+    write_config, teacher, tmp_path, before, after, caplog
+):
+    settings = {**MATCHING, "DISTILL__CHANNEL_MATCHING__REFRESH_ITERS": [0, 5], "DATASETS__TEST": []}
+    path = write_config(**settings, **teacher)
+    batches = [{"SOLVER__IMS_PER_BATCH": images, "SOLVER__ACCUMULATE": times} for images, times in (before, after)]
+    run_training(path, stop_at=4, **batches[0])
+    with caplog.at_level(logging.INFO, "d2kd"):
+        trainer = run_training(path, resume=True, **batches[1])
+    matching = trainer.distilled.distillers["ChannelMatching"]
+    assert matching.batches == 6 * after[1] and matching.schedule.refreshes(5 * after[1])
+    assert caplog.text.count("images: mean distance") == len(matching.pairs)
 
 
 def _interrupted(path, output):

@@ -40,13 +40,22 @@ def test_factors_are_those_by_hand_also_when_resumed():
     active = torch.tensor([True, True, False])
     for i, measured in enumerate(cosines):
         if i == 200:
-            state = guard.load(GradientGuard.state_dict(state))
+            state = guard.load(guard.state_dict(state))
         state = guard.updated(state, measured, active)
         seen.append(state.factors.tolist())
     for method in (0, 1):
         want = by_hand(cosines[:, method].tolist(), 5, 0.5)
         assert [row[method] for row in seen] == want and {0.5, 0.25, 1.0} <= set(want)
     assert all(row[2] == 1 for row in seen)  # its weight is 0
+
+
+def test_the_patience_that_is_used_up_stays_where_iterations_have_more_measurements():
+    before, after = GradientGuard(["A", "B"], patience=10, factor=0.5), GradientGuard(["A", "B"], 40, 0.5)
+    state, active = before.start(), torch.tensor([True, True])
+    for _ in range(7):
+        state = before.updated(state, torch.tensor([-0.5, 0.5]), active)
+    assert after.load(before.state_dict(state)).counts.tolist() == [28, -28]
+    assert before.load(after.state_dict(after.load(before.state_dict(state)))).counts.tolist() == [7, -7]
 
 
 def step(balance, opposes, iteration, factors=None, weight=1.0):

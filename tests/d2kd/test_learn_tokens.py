@@ -302,7 +302,7 @@ def test_a_student_of_the_tokens_resumes_bit_equal(teacher_yaml, write_config, t
     plain = run(student, kind=DistillTrainer, DISTILL__RECEPTIVE_TOKENS__CUSTOMIZE=False)
     assert not same_tensors(whole.student.state_dict(), plain.student.state_dict())  # the warm-up ended after resuming
     state = torch.load(tmp_path / "parts/model_final.pth", weights_only=True)
-    assert state["distillers"]["ReceptiveTokens._extra_state"]["calls"] == 6
+    assert state["distillers"]["ReceptiveTokens._extra_state"]["iterations"] == 6
     assert not any("tokens" in key for key in state["model"])
 
 

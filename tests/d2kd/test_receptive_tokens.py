@@ -322,6 +322,18 @@ def test_the_warm_up_is_continued_by_a_checkpoint():
     assert calls(first, 1) == whole[:1] and first.calls == 2  # only training counts
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (4, 2)])
+def test_the_warm_up_counts_iterations_whatever_their_batches(before, after):
+    make = lambda batches: distiller([some_tokens()], warmup_iters=10, batches_per_iteration=batches)  # noqa: E731
+    first = make(before)
+    first.calls = 7 * before
+    second = make(after)
+    second.set_extra_state(first.get_extra_state())
+    assert second.calls == 7 * after and not second.customizing
+    second.calls += 3 * after
+    assert second.customizing
+
+
 def test_a_checkpoint_with_other_tokens_is_an_error():
     saved = distiller([some_tokens()]).state_dict()
     with pytest.raises((TokenFileError, RuntimeError), match=r"DISTILL\.RECEPTIVE_TOKENS\.FILE holds other tokens"):

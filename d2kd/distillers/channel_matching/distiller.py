@@ -323,14 +323,14 @@ class ChannelMatching(FeatureDistiller):
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the position in the schedule and in the random sequence, and which teacher this belongs to."""
         return {
-            "batches": self.batches,
+            "iterations": self.batches / self.schedule.batches_per_iteration,
             "assigned": self.assigned,
             "random": self.random.state(),
             "fingerprint": self.fingerprint,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Continues from a checkpoint.
+        """Continues from a checkpoint; its iterations may have had another number of batches.
 
         Raises:
             AssignmentError: the assignment was made for another teacher.
@@ -340,7 +340,9 @@ class ChannelMatching(FeatureDistiller):
                 "The channel assignment in the checkpoint was made for another teacher (DISTILL.TEACHER.WEIGHTS) or "
                 "other taps (DISTILL.CHANNEL_MATCHING.TAPS)"
             )
-        self.batches, self._assigned = int(state["batches"]), bool(state["assigned"])
+        per_iteration, self._assigned = self.schedule.batches_per_iteration, bool(state["assigned"])
+        # version 0.1 counted batches
+        self.batches = round(state["iterations"] * per_iteration) if "iterations" in state else state["batches"]
         self.random.load_state(state["random"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

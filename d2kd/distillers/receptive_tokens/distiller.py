@@ -176,17 +176,20 @@ class ReceptiveTokens(Distiller):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the position in the warm-up, for `state_dict`, and which tokens are in use."""
-        return {"calls": self.calls, "tokens": self.tokens_checksum}
+        return {"iterations": self.calls / self.batches_per_iteration, "tokens": self.tokens_checksum}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Continues the warm-up of a checkpoint.
+        """Continues the warm-up of a checkpoint; its iterations may have had another number of batches.
 
         Raises:
             TokenFileError: the checkpoint was written with other tokens.
         """
         if state["tokens"] != self.tokens_checksum:
             raise TokenFileError(f"DISTILL.{self.NODE}.FILE holds other tokens than the run was started with")
-        self.calls = int(state["calls"])
+        # version 0.1 counted batches
+        self.calls = (
+            round(state["iterations"] * self.batches_per_iteration) if "iterations" in state else state["calls"]
+        )
 
 
 class _FixedTokens(nn.Module):
