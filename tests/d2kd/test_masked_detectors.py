@@ -16,7 +16,7 @@ from d2kd.modeling.teacher_passes.saliency import (
     ReceivedAttention,
 )
 from d2kd.modeling.teacher_passes.selection import Selection, patches_of_objects, select, valid_patches
-from d2kd.modeling.teacher_passes.sparse_vit import vit_of
+from d2kd.modeling.teacher_passes.sparse_vit import position_bias, vit_of
 from detectron2.utils.events import EventStorage
 
 STUDENTS = {"RetinaNet": RETINANET, "FasterRCNN": FASTER_RCNN, "ViT": VIT_RCNN}
@@ -140,6 +140,35 @@ def test_received_attention_is_that_of_the_last_global_block(golden):
     assert torch.equal(kept, recorded["kept_sorted"].long())
 
 
+def test_attention_is_received_from_the_patches_of_the_image_alone(golden):
+    recorded = golden("maskedkd_vitdet_oracle")
+    from test_sparse_vit import recorded_network
+
+    made, sizes = recorded_network(recorded), [(20, 30), (28, 13)]
+    image = torch.rand(2, *recorded["image"].shape[1:], generator=torch.Generator().manual_seed(1))
+    stride = int(recorded["patch"])
+    grid = tuple(n // stride for n in image.shape[-2:])
+    saliency, block = ReceivedAttention(made), [b for b in made.blocks if not b.window_size][-1]
+    with saliency.watch() as seen, torch.no_grad():
+        made(image)
+        # every row of the attention, by the block's own terms
+        n, rows, columns, _ = seen["x"].shape
+        query, key, _ = seen["qkv"].reshape(n, rows * columns, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+        if block.attn.use_rel_pos:
+            everywhere = torch.arange(rows * columns)
+            places = torch.stack([everywhere // columns, everywhere % columns], -1).expand(n, -1, -1)
+            logits += position_bias(block.attn, query, places, places, (rows, columns))
+        attention = logits.softmax(-1).mean(1)
+    # one size at a time: with both, as many queries are taken of each as the smaller one has
+    for i, size in enumerate(sizes):
+        one = {name: value.unflatten(0, (n, -1))[i] for name, value in seen.items()}
+        scores, _ = saliency(one, [size])
+        valid = valid_patches([size], grid, stride, "cpu").flatten()
+        assert 0 < valid.sum() < len(valid)
+        assert torch.allclose(scores[0].flatten(), attention[i, valid].mean(0), atol=1e-6)
+
+
 def test_an_rcnn_looks_where_its_proposals_are(tmp_path):
     net = distilled(tmp_path, "FasterRCNN")
     saliency = net.passes.others["MaskedTeacher"].saliency
@@ -160,7 +189,7 @@ def test_both_is_the_mean_of_the_ranks(tmp_path):
     assert isinstance(saliency.first, EvidenceSaliency) and isinstance(saliency.second, MagnitudeSaliency)
     step(net)
     one, two = torch.tensor([[[0.1, 0.9], [0.5, 0.2]]]), torch.tensor([[[1e6, 0.0], [0.0, 3.0]]])
-    saliency.first = saliency.second = lambda seen: (seen, 16.0)
+    saliency.first = saliency.second = lambda seen, sizes: (seen, 16.0)
     scores, stride = saliency((one, two))
     # ranks of 1 to 4, over 5: equal ones by their places
     assert torch.allclose(scores, torch.tensor([[[1 + 4, 4 + 1], [3 + 2, 2 + 3]]]) / 10) and stride == 16

@@ -21,7 +21,7 @@ from ..padding import Padding
 from ..taps import FeatureTaps
 from ..teacher import BatchedInputs, Teacher
 from .base import TEACHER_PASSES, TeacherFeatures, TeacherPass
-from .saliency import SALIENCIES, Saliency, build_saliency, grid_of, transformer_of
+from .saliency import SALIENCIES, Saliency, Sizes, build_saliency, grid_of, transformer_of
 from .selection import Selection, fewest_patches, patches_of_objects, select, valid_patches
 from .sparse_vit import SparseViT, vit_of
 
@@ -138,11 +138,11 @@ class MaskedTeacher(TeacherPass):
         """Returns which patches are kept, (N, H, W) bool over the grid of the teacher's patches."""
         raise NotImplementedError
 
-    def scores(self, guidance: Any, images: int, grid: tuple[int, int], patch: float) -> Tensor:
-        """Returns what patches are chosen by, (N, H, W) on a grid of patches of so many pixels."""
+    def scores(self, guidance: Any, images: int, grid: tuple[int, int], patch: float, sizes: Sizes = None) -> Tensor:
+        """Returns what patches of so many pixels are chosen by, (N, H, W) on their grid, in images of these sizes."""
         if self.saliency is None:
             return self._random(images, grid)
-        saliency, stride = self.saliency(guidance)
+        saliency, stride = self.saliency(guidance, sizes)
         return resample_saliency(saliency, stride / patch, grid)
 
     def _random(self, images: int, grid: tuple[int, int]) -> Tensor:
@@ -299,7 +299,7 @@ class _MaskedDetector(MaskedTeacher):
     def _select(self, batched_inputs: BatchedInputs, guidance: Any, images: Any) -> Tensor:
         sizes, grid = images.image_sizes, self.network.grid(images.tensor)
         _check_number(self.how, grid)
-        scores = self.scores(guidance, len(sizes), grid, self.patch)
+        scores = self.scores(guidance, len(sizes), grid, self.patch, sizes)
         objects = None
         if self.how.must_keep:
             truth = [x["instances"].gt_boxes.tensor for x in batched_inputs if "instances" in x]

@@ -1,7 +1,8 @@
 """What a student looks at: the attention of its last block, the scores of its head, or the strength of its last map."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ SALIENCIES = ("auto", "attention", "evidence", "magnitude", "both")
 MAX_QUERIES = 256
 
 
+#: Height and width in pixels of the images of a batch, without padding; None where there is no padding.
+Sizes = Sequence[tuple[int, int]] | None
+
+
 class Saliency:
     """Watches a student's forward pass, and says how much it looks at each cell of a grid."""
 
@@ -27,8 +32,13 @@ class Saliency:
         """Returns a context for the forward pass; what it yields is what `__call__` takes."""
         raise NotImplementedError
 
-    def __call__(self, seen: Any) -> tuple[Tensor, float]:
-        """Returns the saliency, (N, H, W), without gradient and in float32, and its stride in pixels."""
+    def __call__(self, seen: Any, sizes: Sizes = None) -> tuple[Tensor, float]:
+        """Returns the saliency, (N, H, W), without gradient and in float32, and its stride in pixels.
+
+        Args:
+            seen: what the context has yielded.
+            sizes: of the images. What lies in the padding beyond them may have any saliency.
+        """
         raise NotImplementedError
 
 
@@ -66,7 +76,7 @@ class AttentionSaliency(Saliency):
         """Yields a dict with "qkv"."""
         return _outputs_of(self.attention.qkv)
 
-    def __call__(self, seen: dict[str, Tensor]) -> tuple[Tensor, float]:
+    def __call__(self, seen: dict[str, Tensor], sizes: Sizes = None) -> tuple[Tensor, float]:
         """As in the base class."""
         attention, qkv = self.attention, seen["qkv"]
         query, key, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -79,7 +89,8 @@ class AttentionSaliency(Saliency):
 class ReceivedAttention(Saliency):
     """How much the patches of Detectron2's plain vision transformer are attended to in its last global block.
 
-    That is the mean over heads and queries, by at most `MAX_QUERIES` of these, evenly spread.
+    That is the mean over heads and queries of the image, by at most `MAX_QUERIES` of these, evenly spread: patches of
+    the padding have no say.
     """
 
     def __init__(self, network: Any) -> None:
@@ -104,20 +115,30 @@ class ReceivedAttention(Saliency):
         return _outputs_of(self.attention.qkv)
 
     @torch.no_grad()
-    def __call__(self, seen: dict[str, Tensor]) -> tuple[Tensor, float]:
+    def __call__(self, seen: dict[str, Tensor], sizes: Sizes = None) -> tuple[Tensor, float]:
         """As in the base class."""
         n, rows, columns, _ = seen["x"].shape
         qkv = seen["qkv"].reshape(n, rows * columns, 3, self.attention.num_heads, -1).float()
         query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        chosen = torch.arange(0, rows * columns, max(1, rows * columns // MAX_QUERIES), device=query.device)
-        query = query[:, :, chosen]
+        places = self._queries(sizes or [], n, (rows, columns)).to(query.device)
+        chosen = places[..., 0] * columns + places[..., 1]
+        query = query.gather(2, chosen[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         with torch.autocast(query.device.type, enabled=False):
             logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
             if self.attention.use_rel_pos:
                 everywhere = torch.arange(rows * columns, device=query.device)
-                places = torch.stack([everywhere // columns, everywhere % columns], dim=-1).expand(n, -1, -1)
-                logits += position_bias(self.attention, query, places[:, chosen], places, (rows, columns))
+                of_keys = torch.stack([everywhere // columns, everywhere % columns], dim=-1).expand(n, -1, -1)
+                logits += position_bias(self.attention, query, places, of_keys, (rows, columns))
         return logits.softmax(-1).mean((1, 2)).unflatten(1, (rows, columns)), self.stride
+
+    def _queries(self, sizes: Sequence[tuple[int, int]], images: int, grid: tuple[int, int]) -> Tensor:
+        """Returns rows and columns, (N, K, 2), of queries that are evenly spread over the patches of each image."""
+        held = [tuple(min(g, math.ceil(s / self.stride)) for g, s in zip(grid, size)) for size in sizes]
+        width = torch.tensor([columns for _, columns in held or [grid] * images])[:, None]
+        number = torch.tensor([rows * columns for rows, columns in held or [grid] * images])[:, None]
+        count = min(MAX_QUERIES, int(number.min()))
+        places = torch.arange(count) * number // count
+        return torch.stack([places // width, places % width], dim=-1)
 
 
 class EvidenceSaliency(_Recorded):
@@ -138,7 +159,7 @@ class EvidenceSaliency(_Recorded):
         super().__init__(FeatureTaps(student, list(self.strides)))
 
     @torch.no_grad()
-    def __call__(self, seen: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    def __call__(self, seen: Mapping[str, Tensor], sizes: Sizes = None) -> tuple[Tensor, float]:
         """As in the base class, at the stride of the finest level."""
         best = {tap: self._evidence(tap, seen[tap].detach().float()) for tap in self.strides}
         finest = min(self.strides, key=lambda tap: self.strides[tap])
@@ -166,7 +187,7 @@ class MagnitudeSaliency(_Recorded):
         super().__init__(FeatureTaps(student, [name]))
 
     @torch.no_grad()
-    def __call__(self, seen: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    def __call__(self, seen: Mapping[str, Tensor], sizes: Sizes = None) -> tuple[Tensor, float]:
         """As in the base class."""
         (maps,) = seen.values()
         return maps.detach().float().abs().mean(1), self.stride
@@ -189,9 +210,9 @@ class RankedSaliency(Saliency):
         with self.first.watch() as first, self.second.watch() as second:
             yield first, second
 
-    def __call__(self, seen: tuple[Any, Any]) -> tuple[Tensor, float]:
+    def __call__(self, seen: tuple[Any, Any], sizes: Sizes = None) -> tuple[Tensor, float]:
         """As in the base class, in (0, 1)."""
-        (first, stride), (second, other) = self.first(seen[0]), self.second(seen[1])
+        (first, stride), (second, other) = self.first(seen[0], sizes), self.second(seen[1], sizes)
         second = resample_saliency(second, other / stride, (first.shape[1], first.shape[2]))
         ranks = [ranks_of(maps.flatten(1)).view(first.shape) for maps in (first, second)]
         return (ranks[0] + ranks[1]) / 2, stride
