@@ -144,7 +144,7 @@ class GradientBalance:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        state = {
+        state: dict[str, Any] = {
             "methods": self.methods,
             "norms": self._norms.tolist(),
             "loss_scale": self._loss_scale.item(),

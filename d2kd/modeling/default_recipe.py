@@ -51,7 +51,8 @@ def choose_recipe(
     Where a head is trained, what it has from the teacher learns at three tenths of the rate: at the whole rate of a
     fresh network it forgets, at a tenth it is held back by a teacher that has not learned much.
 
-    A key that the configuration has another value for than its default keeps that value, and so does clipping.
+    A key that the configuration has another value for than its default keeps that value, and so does clipping. Where
+    FREEZE has one, and a part of the heads is not in it, heads count as trained.
 
     Args:
         cfg: of the student.
@@ -108,4 +109,9 @@ def _why_own_head(cfg: CfgNode, student: nn.Module, plan: InitializationReport) 
     """Why the teacher's heads cannot be the student's; "" where they can."""
     if not cfg.DISTILL.INIT_FROM_TEACHER.ENABLED:
         return "DISTILL.INIT_FROM_TEACHER.ENABLED is False."
-    return why_not_the_teachers(plan, [f"{name}." for name in _heads(student)], student.state_dict())
+    heads, freeze = [f"{name}." for name in _heads(student)], list(cfg.DISTILL.INIT_FROM_TEACHER.FREEZE)
+    frozen = tuple(f"{name}." for name in freeze)
+    trained = [n for n, _ in student.named_parameters() if n.startswith(tuple(heads)) and not n.startswith(frozen)]
+    if freeze and trained:
+        return f"DISTILL.INIT_FROM_TEACHER.FREEZE is {freeze}, without {trained[0]}."
+    return why_not_the_teachers(plan, heads, student.state_dict())

@@ -47,7 +47,10 @@ PLAIN = {"DISTILL.METHODS": ["FeatureMimic"], **INHERITED}
         ({"DISTILL.INIT_FROM_TEACHER.EXCLUDE": ["head.cls_score"]}, {}, TRAINED, "head.cls_score.weight is not taken"),
         ({"DISTILL.TASK_WEIGHT": 0.5}, {}, FROZEN, ""),
         (CLIPPED, {}, {key: value for key, value in FROZEN.items() if "CLIP" not in key}, ""),
-        ({"DISTILL.FEATURE_MIMIC.WEIGHT": 3.0, "DISTILL.INIT_FROM_TEACHER.FREEZE": ["head.cls_score"]}, {}, FROZEN, ""),
+        ({"DISTILL.FEATURE_MIMIC.WEIGHT": 3.0}, {}, FROZEN, ""),
+        ({"DISTILL.INIT_FROM_TEACHER.FREEZE": ["head", "backbone.fpn_output3"]}, {}, FROZEN, ""),
+        ({"DISTILL.INIT_FROM_TEACHER.FREEZE": ["head.cls_score"]}, {}, TRAINED, "without head.cls_subnet.0.weight"),
+        ({"DISTILL.INIT_FROM_TEACHER.FREEZE": ["backbone.fpn_output3"]}, {}, TRAINED, "without head.cls_subnet.0"),
     ],
 )
 def test_comes_to_what_fits(student, teacher, recipe, reason, tmp_path, caplog):
