@@ -130,14 +130,19 @@ def _positions(maps: Sequence[Tensor]) -> Tensor:
 
 
 def _fitted(student: Tensor, teacher: Tensor, counts: Sequence[int]) -> Tensor:
-    """What a linear fit makes of the student at each image, from the other images; of a single one from itself."""
+    """What a linear fit makes of the student at each image, from the other images; of a single one from itself.
+
+    Both are standardized over all images, so that the mean of the others tells that of the image itself: each fit is
+    of the others less their own mean, or it would find the image's mean again with any student.
+    """
     if len(counts) == 1:
         return student @ ridge_weights(student, teacher)
     parts = []
     images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     for image in range(len(counts)):
         here = images == image
-        parts.append(student[here] @ ridge_weights(student[~here], teacher[~here]))
+        others, theirs = student[~here], teacher[~here]
+        parts.append(student[here] @ ridge_weights(others - others.mean(0), theirs - theirs.mean(0)))
     return torch.cat(parts)
 
 

@@ -171,6 +171,20 @@ def test_a_student_without_common_channels_is_fitted_to_the_teacher_by_other_ima
     assert "flatters" in alone.how
 
 
+@pytest.mark.parametrize("cells", [1, 4, 25])
+def test_a_student_that_knows_nothing_of_the_teacher_is_not_like_it(cells):
+    # every image has a mean of its own, as the maps of networks do: by the others' it would be known
+    found = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(2, 6, 16, 1, cells, generator=generator)
+        one, other = drawn + 3 * torch.randn(2, 6, 16, 1, 1, generator=generator)
+        pair = MapPair(TapPair(TapInfo("p3", 16, 8), TapInfo("p3", 16, 8)))
+        found.append(compare(pair, recorded(list(one), {"after": list(other)}, False)).numbers["after"])
+    assert abs(np.mean([x.cosine for x in found])) < 0.15
+    assert np.mean([x.difference for x in found]) > 1.25
+
+
 def test_maps_come_on_the_grid_of_the_teacher_without_padding():
     student, teacher = model(config(), seed=1), model(config(), seed=2)
     pairs, _ = named_pairs(student, teacher, ["p4=p3", "res2=p4", "p3"])
