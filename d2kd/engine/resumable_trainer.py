@@ -100,6 +100,7 @@ class ResumableTrainer(TrainerBase):
             )
         self._process_states: list[dict[str, Any]] = []
         self._saved: tuple[str, int] = ("", -1)
+        self._progress: ProgressWriter | None = None
         self.build_parts()
         self.checkpointer = self.build_checkpointer()
         self.start_iter = 0
@@ -153,8 +154,8 @@ class ResumableTrainer(TrainerBase):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Returns the hooks in the order of their calls: timing, schedule, `extra_hooks`, writers."""
-        writers = ProgressWriter(self.build_writers(), period=20) if comm.is_main_process() else None
-        return [hooks.IterationTimer(), hooks.LRScheduler(), self.wall_time, *self.extra_hooks(), writers]
+        self._progress = ProgressWriter(self.build_writers(), period=20) if comm.is_main_process() else None
+        return [hooks.IterationTimer(), hooks.LRScheduler(), self.wall_time, *self.extra_hooks(), self._progress]
 
     def extra_hooks(self) -> list[HookBase | None]:
         """Returns the hooks between schedule and writers: checkpoints and interruption here."""
@@ -271,7 +272,12 @@ class ResumableTrainer(TrainerBase):
         """Writes what stands beside a checkpoint; on the main process."""
 
     def save_again(self) -> None:
-        """Renews this iteration's checkpoint, if there is one, after an evaluation has changed the state."""
+        """Renews this iteration's checkpoint, if there is one, after an evaluation has changed the state.
+
+        Its metrics are in the files by then: a run that is resumed behind an evaluation does not make it again.
+        """
+        if self._progress is not None:
+            self._progress.write_files()
         name, iteration = self._saved
         if iteration == self.iter:
             self.save(name)

@@ -11,7 +11,17 @@ import pytest
 import torch
 from helpers import same_tensors
 from models import FASTER_RCNN, batch, config, write_teacher
-from runs import ROOT, command, environment, in_two_processes, read_checkpoint, run_training, tool, train_in_step
+from runs import (
+    ROOT,
+    command,
+    environment,
+    in_two_processes,
+    make_trainer,
+    read_checkpoint,
+    run_training,
+    tool,
+    train_in_step,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
@@ -198,6 +208,23 @@ def test_evaluation_in_between_changes_nothing(write_config, teacher, tmp_path):
     run_training(path, OUTPUT_DIR=str(tmp_path / "a"))
     run_training(path, OUTPUT_DIR=str(tmp_path / "b"), TEST__EVAL_PERIOD=2)
     assert same_tensors(read_checkpoint(tmp_path / "a")["model"], read_checkpoint(tmp_path / "b")["model"])
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_says_that_they_were_made(write_config, teacher, tmp_path):
+    path = write_config(SOLVER__CHECKPOINT_PERIOD=3, TEST__EVAL_PERIOD=3, **teacher)
+    trainer, seen = make_trainer(path, SOLVER__MAX_ITER=6), []
+    save, log = trainer.save, tmp_path / "student/metrics.json"
+
+    def rows():
+        found = [json.loads(line) for line in log.read_text().splitlines()]
+        return [row["iteration"] for row in found if "bbox/AP" in row]
+
+    trainer.resume_or_load(resume=False)
+    trainer.save = lambda name, **options: (seen.append((name, rows())), save(name, **options))
+    trainer.train()
+    # the checkpoint is written before the evaluation, and renewed after it
+    assert seen[:2] == [("model_0000002", []), ("model_0000002", [2])]
+    assert rows() == [2, 6] or rows() == [2, 5]
 
 
 def test_a_run_that_was_stopped_before_its_result_is_completed(write_config, teacher, tmp_path):

@@ -26,6 +26,12 @@ class ProgressWriter(hooks.PeriodicWriter):
         super().__init__(writers, period=period)
         self._every = period
         self._printers = [writer for writer in writers if isinstance(writer, (CommonMetricPrinter, DistillPrinter))]
+        self._files = [writer for writer in writers if writer not in self._printers]
+
+    def write_files(self) -> None:
+        """Writes what is new to the files of metrics now."""
+        for writer in self._files:
+            writer.write()
 
     def after_step(self) -> None:
         """Writes where it is time."""
