@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from d2kd.core_keys import CORE_KEYS
+from d2kd.core_keys import EPOCHS as EPOCHS
 from d2kd.detectron2_keys import check_together, with_types
 from d2kd.input_keys import INPUT_KEYS
 from d2kd.plugins import import_installed

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from d2kd.config import (
+    EPOCHS,
     RenamedKey,
     add_distill_config,
     check_values,
@@ -77,6 +78,10 @@ def read_config(
     for where, renamed in {**loader.words, source: words}.items():
         if renamed:
             tell(f"Old keys in {where}, still accepted: {'; '.join(renamed)}", notices)
+    pairs, dropped = _with_lengths(pairs, flat)
+    for where, keys in {**loader.dropped, source: dropped}.items():
+        if keys:
+            tell(f"{where} gives a length in iterations, which replaces that in epochs: {', '.join(keys)}", notices)
     cfg = get_cfg()
     add_distill_config(cfg)
     defaults = dict(leaves(cfg))
@@ -99,7 +104,10 @@ class _Loader(CfgNode):
 
     imports: list[str]
     words: dict[str, list[str]]
+    dropped: dict[str, list[str]]
     with_imports: bool
+    #: what the bases of the file that is read now say, by whole key
+    below: dict[str, Any]
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
@@ -109,12 +117,16 @@ class _Loader(CfgNode):
         Detectron2's own model zoo may have such tags.
         """
         filename = _recipe(filename)
+        beside, cls.below = cls.below, {}
         flat = _flatten(super().load_yaml_with_base(filename, allow_unsafe=is_of_zoo(filename)))  # bases come here too
         names = _names(_IMPORTS, flat.pop(_IMPORTS, []))
         if cls.with_imports:
             cls.imports += import_plugins(names, [os.path.dirname(filename), ""])
-        pairs, words = _rename(list(flat.items()))
-        cls.words[filename] = words
+        pairs, cls.words[filename] = _rename(list(flat.items()))
+        own = [(key, value) for key, value in pairs if key not in cls.below or cls.below[key] != value]
+        own, cls.dropped[filename] = _with_lengths(own, cls.below)
+        pairs = list({**dict(pairs), **dict(own)}.items())
+        cls.below = {**beside, **dict(pairs)}
         return _nest(_with_paths(pairs, os.path.dirname(filename)))
 
 
@@ -129,7 +141,8 @@ def _recipe(path: str) -> str:
 
 
 def _loader(with_imports: bool) -> type[_Loader]:
-    return type("Loader", (_Loader,), {"imports": [], "words": {}, "with_imports": with_imports})
+    empty: dict[str, Any] = {"imports": [], "words": {}, "dropped": {}, "below": {}}
+    return type("Loader", (_Loader,), {**empty, "with_imports": with_imports})
 
 
 def _pairs(options: Sequence[Any], source: str) -> list[tuple[str, Any]]:
@@ -228,6 +241,21 @@ def tell(text: str, notices: list[str] | None) -> None:
     elif text not in _told:
         _told.add(text)
         logger.warning("%s", text)
+
+
+def _with_lengths(
+    pairs: Sequence[tuple[str, Any]], below: Mapping[str, Any]
+) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Lets a length in iterations count where that in epochs comes from what `pairs` are on top of.
+
+    Returns:
+        The pairs, with such lengths in epochs taken back, and these.
+    """
+    said = dict(pairs)
+    old = [e for i, e in EPOCHS.items() if i in said and e not in said and below.get(e)]
+    return [*pairs, *((key, [] if isinstance(below[key], (list, tuple)) else 0) for key in old)], [
+        f"{key} {below[key]}" for key in old
+    ]
 
 
 def _with_types(pairs: Sequence[tuple[str, Any]], defaults: Mapping[str, Any]) -> list[tuple[str, Any]]:

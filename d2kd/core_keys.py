@@ -4,7 +4,18 @@ A configured teacher (DISTILL.TEACHER.CONFIG_FILE) makes a training run a distil
 beside the registry of methods, in `d2kd.distillers.base`.
 """
 
+from collections.abc import Mapping
+
 from d2kd.settings import ASCENDING, NOT_EMPTY, Rule, Setting, setting
+
+#: Keys in epochs, by the keys in iterations that they set.
+EPOCHS: Mapping[str, str] = {
+    "SOLVER.MAX_ITER": "SOLVER.MAX_EPOCHS",
+    "SOLVER.WARMUP_ITERS": "SOLVER.WARMUP_EPOCHS",
+    "SOLVER.CHECKPOINT_PERIOD": "SOLVER.CHECKPOINT_EPOCHS",
+    "TEST.EVAL_PERIOD": "TEST.EVAL_EPOCHS",
+    "SOLVER.STEPS": "SOLVER.STEP_EPOCHS",
+}
 
 CORE_KEYS: dict[str, Setting] = {
     "DISTILL.IMPORTS": setting(

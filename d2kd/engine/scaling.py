@@ -1,17 +1,14 @@
 """Fits a configuration made for one batch size, or number of processes, to another."""
 
-from d2kd.config import list_declared
+from d2kd.config import EPOCHS, list_declared
 from d2kd.distillers import DISTILLERS, scale_schedules
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-#: Keys in iterations, and in epochs, below a node.
-LENGTHS = (
-    ("SOLVER", "MAX_ITER", "MAX_EPOCHS"),
-    ("SOLVER", "WARMUP_ITERS", "WARMUP_EPOCHS"),
-    ("SOLVER", "CHECKPOINT_PERIOD", "CHECKPOINT_EPOCHS"),
-    ("TEST", "EVAL_PERIOD", "EVAL_EPOCHS"),
+#: Keys in iterations, and in epochs, below a node; but for those of the steps.
+LENGTHS = tuple(
+    (*key.split("."), in_epochs.split(".")[1]) for key, in_epochs in EPOCHS.items() if key != "SOLVER.STEPS"
 )
 
 

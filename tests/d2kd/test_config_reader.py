@@ -175,3 +175,21 @@ def test_each_file_is_named_beside_its_own_old_keys(write):
     read_config(child, notices=notices)
     told = {name: [line for line in notices if name in line] for name in ("base.yaml", "child.yaml")}
     assert len(notices) == 2 and "INHERIT" in told["base.yaml"][0] and "SOLVER" in told["child.yaml"][0]
+
+
+def test_of_a_length_in_iterations_and_in_epochs_counts_what_was_said_last(write):
+    write("base.yaml", "SOLVER: {MAX_EPOCHS: 50, WARMUP_EPOCHS: 2, STEP_EPOCHS: [30, 40], MAX_ITER: 12}")
+    child = write("child.yaml", "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 7, BASE_LR: 0.5}")
+    leaf = write("leaf.yaml", "_BASE_: child.yaml\nSOLVER: {WARMUP_EPOCHS: 1}")
+
+    def lengths(path, *options):
+        notices: list[str] = []
+        solver = read_config(path, options, notices=notices).SOLVER
+        return solver.MAX_ITER, solver.MAX_EPOCHS, solver.WARMUP_EPOCHS, list(solver.STEP_EPOCHS), len(notices)
+
+    assert lengths(write("same.yaml", "_BASE_: base.yaml")) == (12, 50, 2, [30, 40], 0)
+    assert lengths(child) == lengths(child, "SEED", 3) == (7, 0, 2, [30, 40], 1)
+    assert lengths(leaf) == (7, 0, 1, [30, 40], 1)
+    assert lengths(leaf, "SOLVER.MAX_EPOCHS", 3) == (7, 3, 1, [30, 40], 1)
+    assert lengths(leaf, "SOLVER.STEPS", [4], "SOLVER.WARMUP_ITERS", 5) == (7, 0, 0, [], 2)
+    assert lengths(write("base2.yaml", "SOLVER: {MAX_EPOCHS: 50, MAX_ITER: 12}"), "SOLVER.MAX_ITER", 12)[:2] == (12, 0)
