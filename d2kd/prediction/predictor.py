@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from d2kd.data.coco import DatasetError
 from d2kd.data.mapper import build_mapper, wrap_mapper
 from d2kd.errors import ConfigError
 from d2kd.evaluation.coco import POINTS_FROM
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 #: How many classes of an image are kept, best first.
 TOP = 5
+
+_ARRAY = (
+    "an array of uint8 (height, width, 3), colors in the order BGR, as cv2.imread gives it: of an RGB image of Pillow "
+    "np.asarray(image)[:, :, ::-1]."
+)
 
 #: An image as a path, or as uint8 (H, W, 3) BGR.
 Image = str | os.PathLike[str] | np.ndarray
@@ -125,9 +131,15 @@ class Predictor:
         """Returns the model's input, with `height` and `width` of the image.
 
         Raises:
-            DatasetError: it cannot be read.
+            DatasetError: it cannot be read, or is no such array.
         """
-        record = {"frame": image} if isinstance(image, np.ndarray) else {"file_name": os.fspath(image)}
+        if isinstance(image, np.ndarray):
+            _check_array(image)
+            record: dict[str, Any] = {"frame": image}
+        elif isinstance(image, (str, os.PathLike)):
+            record = {"file_name": os.fspath(image)}
+        else:
+            raise DatasetError(f"The image is of type {type(image).__name__}; it must be a path, or {_ARRAY}")
         return dict(self.mapper({**record, "image_id": 0}))
 
     def predict(self, inputs: Sequence[Mapping[str, Any]]) -> list[Prediction]:
@@ -139,9 +151,15 @@ class Predictor:
         """Returns what the model says of one image, all detections that it gives.
 
         Raises:
-            DatasetError: the image cannot be read.
+            DatasetError: the image cannot be read, or is no such array.
         """
         return self.predict([self.prepare(image)])[0]
+
+
+def _check_array(image: np.ndarray) -> None:
+    """Other arrays would be read as something that they are not: a fourth channel moves the colors by one."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise DatasetError(f"The image is an array of {image.dtype} {image.shape}; it must be {_ARRAY}")
 
 
 def read_output(output: Mapping[str, Any]) -> Prediction:

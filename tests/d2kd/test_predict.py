@@ -645,3 +645,22 @@ def test_a_merged_map_without_a_list_of_segments_is_left_out():
     seg = torch.zeros(4, 5, dtype=torch.int64)
     output = {"sem_seg": torch.zeros(2, 4, 5), "panoptic_seg": (seg, None)}
     assert read_output(output).panoptic is None and read_output({"sem_seg": torch.zeros(2, 4, 5)}).panoptic is None
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((8, 9), np.uint8), r"uint8 \(8, 9\)"),
+        (np.zeros((8, 9, 4), np.uint8), r"uint8 \(8, 9, 4\)"),  # BGRA
+        (np.zeros((3, 8, 9), np.uint8), r"uint8 \(3, 8, 9\)"),
+        (np.zeros((8, 9, 3), np.float32), "float32"),
+        (np.zeros((0, 9, 3), np.uint8), r"\(0, 9, 3\)"),
+        ([[0]], "type list"),
+        (None, "type NoneType"),
+        (torch.zeros(3, 8, 9), "type Tensor"),
+    ],
+)
+def test_arrays_that_are_no_image_in_bgr_are_told(image, words):
+    predictor = Predictor(torch.nn.Identity(), lambda record: record, {})
+    with pytest.raises(UserError, match=rf"The image is .*{words}.*must be .*BGR"):
+        predictor(image)
