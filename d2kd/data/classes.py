@@ -53,18 +53,24 @@ def require_same_classes(ours: Sequence[str], whose: str, theirs: Sequence[str],
     Raises:
         DatasetError: they differ.
     """
-    ours, theirs = list(ours), list(theirs)
-    if ours == theirs:
+    difference = class_difference(ours, theirs)
+    if not difference:
         return
-    if sorted(map(str, ours)) == sorted(map(str, theirs)):
-        difference = "the same names in another order"
-    else:
-        i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-        difference = f"they differ from class {i} on"
     raise DatasetError(
         f"{whose} has the classes {show_classes(ours)}, and {other} has {show_classes(theirs)}: {difference}. Give "
         "their categories the same names in the same order (of ids), or use another dataset."
     )
+
+
+def class_difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Returns how two lists of classes differ, in words; "" for the same."""
+    ours, theirs = list(ours), list(theirs)
+    if ours == theirs:
+        return ""
+    if sorted(map(str, ours)) == sorted(map(str, theirs)):
+        return "the same names in another order"
+    i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    return f"they differ from class {i} on"
 
 
 def show_classes(names: Sequence[str]) -> str:

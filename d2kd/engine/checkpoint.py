@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from d2kd.data.classes import require_same_classes
+from d2kd.data.classes import class_difference, require_same_classes, show_classes
 from d2kd.errors import UserError
 from d2kd.files import replacing
 from d2kd.modeling import DistilledModel, initialize_student
@@ -77,6 +77,7 @@ class DistillCheckpointer(SafeCheckpointer):
         #: whose weights a run has started from, where they are of another project (see `pretrained_names`)
         self.source: str | None = None
         self._started_with: set[str] = set()
+        self._started_classes: Mapping[str, Sequence[str]] = {}
         self._resuming = False
         extra: dict[str, Any] = {"trainer": trainer, "ema": ema}
         if distilled is not None:
@@ -145,6 +146,7 @@ class DistillCheckpointer(SafeCheckpointer):
         advice = None if self.source is None else input_advice(self.source, cfg)
         if advice is not None:
             logger.warning("%s", advice)
+        self._advise_on_classes(cfg.MODEL.WEIGHTS, self._started_with - set(given))
         started = self._started_with | set(given)
         frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and n not in started]
         if frozen:
@@ -156,6 +158,22 @@ class DistillCheckpointer(SafeCheckpointer):
                 cfg.MODEL.BACKBONE.FREEZE_AT,
                 cfg.MODEL.WEIGHTS,
             )
+
+    def _advise_on_classes(self, path: str, started: Collection[str]) -> None:
+        for kind, ours in self.about["class_names"].items():
+            theirs = self._started_classes.get(kind, ours)
+            layers = architecture_of(self.model).class_layers() if class_difference(theirs, ours) else []
+            heads = [layer.path for layer in layers if layer.kind == kind and f"{layer.path}.weight" in started]
+            if heads:
+                logger.warning(
+                    "MODEL.WEIGHTS %s was trained for the classes %s, and this run is for %s: %s. %s has what was "
+                    "learned for the class of the same number there. To start by name, give that model as the teacher.",
+                    path,
+                    show_classes(theirs),
+                    show_classes(ours),
+                    class_difference(theirs, ours),
+                    " and ".join(heads),
+                )
 
     def _load_model(self, checkpoint: Any) -> Any:
         self._loaded = set(checkpoint)
@@ -191,6 +209,7 @@ class DistillCheckpointer(SafeCheckpointer):
 
     def _load_start(self, checkpoint: Any) -> Any:
         """Loads the weights that a run starts from; they may be torchvision's or timm's."""
+        self._started_classes = checkpoint.get("class_names") or {}
         self._started_with = load_bare_network(self.model, checkpoint["model"])
         if self._started_with:
             return None

@@ -15,6 +15,7 @@ from test_bad_input import error_of
 
 from d2kd.data.datasets import register_coco
 from d2kd.engine import CheckpointError, DistillTrainer, load_config
+from d2kd.engine.checkpoint import DistillCheckpointer, load_start
 from d2kd.engine.evaluation import evaluate_teacher
 from d2kd.errors import ConfigError, UserError
 from d2kd.modeling import build_distilled_model, initialize_student, teacher_config
@@ -132,6 +133,20 @@ def test_names_are_known_before_a_dataset_is_loaded(tmp_path, unread, caplog):
     assert "head.cls_score.weight" in report.by_class
     assert student.distillers["LogitKD"].pairs[0].teacher.order[:3] == (1, 2, 0)
     assert "taken to be class k" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [("abc", None), ("cab", "the same names in another order"), ("axc", "they differ from class 1 on"), ("abcd", None)],
+)
+def test_weights_to_start_from_that_were_trained_for_other_classes_are_told(tmp_path, names, words, caplog):
+    of_file = config(MODEL__RETINANET__NUM_CLASSES=len(names))
+    torch.save({"model": model(of_file).state_dict(), **class_names(*names)}, tmp_path / "start.pth")
+    cfg, student = config(MODEL__WEIGHTS=str(tmp_path / "start.pth")), model(seed=1)
+    with caplog.at_level(logging.WARNING, "d2kd"):
+        load_start(cfg, student, DistillCheckpointer(student, class_names={"thing_classes": list("abc")}))
+    assert ("head.cls_score has what was learned for the class of the same number" in caplog.text) == bool(words)
+    assert (words or "") in caplog.text
 
 
 def test_names_of_a_file_that_is_not_there_are_not_known(tmp_path, unread):
