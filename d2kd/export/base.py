@@ -56,6 +56,11 @@ class Exported(nn.Module):
         return int(self.model.num_classes)
 
     @property
+    def align_corners(self) -> bool:
+        """How the maps that it gives are brought to another size, see `torch.nn.functional.interpolate`."""
+        return False
+
+    @property
     def divisor(self) -> int:
         """Sides of images are padded to multiples of it, in pixels."""
         constraints = getattr(self.model.backbone, "padding_constraints", None) or {}

@@ -124,7 +124,8 @@ def describe(
             "rule": "center crop",
             "side": int(node.TEST_SIZE or node.SIZE),
             "crop_pct": float(node.CROP_PCT),
-            "interpolation": str(node.INTERPOLATION),
+            # a random one is of the training
+            "interpolation": "bicubic" if node.INTERPOLATION == "random" else str(node.INTERPOLATION),
         }
     about = {
         "d2kd": d2kd.__version__,
@@ -144,6 +145,7 @@ def describe(
             "resize": resize,
         },
         "outputs": list(network.OUTPUTS),
+        "align_corners": network.align_corners,
     }
     assert json.dumps(about)
     return about

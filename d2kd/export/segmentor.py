@@ -35,15 +35,22 @@ class SegmentorExport(Exported):
         head = self.model.sem_seg_head
         return int(getattr(head, "num_classes", None) or head.predictor.out_channels)
 
+    @property
+    def align_corners(self) -> bool:
+        """See the base class: as d2kd's Segmentor, which resizes the logits itself, is configured."""
+        return hasattr(self.model, "windows") and bool(getattr(self.model.sem_seg_head, "align_corners", False))
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, K, H, W) logits in float32; the class of a pixel is that of the greatest."""
         head: Any = self.model.sem_seg_head
         padded = self.normalized(images)
         features = self.model.backbone(padded)
         if hasattr(self.model, "windows"):  # d2kd's Segmentor, which resizes the logits itself
-            corners = bool(getattr(head, "align_corners", False))
             logits = F.interpolate(
-                head.layers(features).float(), size=padded.shape[2:], mode="bilinear", align_corners=corners
+                head.layers(features).float(),
+                size=padded.shape[2:],
+                mode="bilinear",
+                align_corners=self.align_corners,
             )
         else:
             logits = head(features, None)[0].float()

@@ -69,7 +69,8 @@ class ExportedModel(nn.Module):
         if self.task == "segmentation":
             logits = outputs[0][number][None]
             if tuple(logits.shape[2:]) != size:
-                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+                corners = bool(self.about.get("align_corners", False))
+                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=corners)
             return {"sem_seg": logits[0]}
         boxes, scores, classes, image, *masks = outputs
         mine = (image == number).nonzero()[:, 0]

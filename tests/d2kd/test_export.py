@@ -26,6 +26,7 @@ from d2kd.export.solo import decay
 from d2kd.export.suppression import NOTHING, best_of_images
 from d2kd.export.verification import TOLERANCES, _compare_detections, run_file
 from d2kd.modeling.meta_arch.solo.matrix_nms import duplicate_overlaps, mask_overlaps, matrix_decay
+from d2kd.prediction.exported_file import ExportedModel
 from detectron2.config import get_cfg
 from detectron2.layers import DeformConv, ModulatedDeformConv, paste_masks_in_image
 from detectron2.modeling import build_model
@@ -118,6 +119,20 @@ def test_classifiers_and_segmentors_are_exported_right_on_other_sizes(base, file
     cfg = config(base, **SMALL, INPUT__CLASSIFICATION__SIZE=64)
     found = export_model(cfg, model(cfg), tmp_path / f"x{SUFFIX[file_format]}", file_format)
     assert len(set(found.sizes)) == 5 and found.compared > 3 and found.scores <= 1e-4
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_an_exported_segmentor_gives_maps_of_another_size_as_the_model_does(align_corners, tmp_path):
+    cfg = config(PSP, **SMALL, MODEL__SEM_SEG_HEAD__ALIGN_CORNERS=align_corners)
+    net, target = model(cfg).eval(), tmp_path / "x.ts"
+    export_model(cfg, net, target, "torchscript")
+    image = torch.randint(256, (3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    inputs = [{"image": image, "height": 150, "width": 230}]
+    with torch.no_grad():
+        ours, theirs = net(inputs)[0]["sem_seg"], ExportedModel(target)(inputs)[0]["sem_seg"]
+    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
+    other = torch.nn.functional.interpolate(net([{"image": image}])[0]["sem_seg"][None], (150, 230), mode="bilinear")
+    assert torch.allclose(ours, other[0], atol=1e-5) == (not align_corners)
 
 
 def sure(net):
