@@ -23,7 +23,8 @@ from d2kd.visualization.detections import read_results
 
 #: COCO's: recalls at which precision is read.
 RECALLS = np.linspace(0.0, 1.0, 101)
-DETECTIONS = 100  # of an image
+#: Of an image, that COCO counts where nothing else is said.
+DETECTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,16 @@ class ClassMatches:
     objects: np.ndarray  # int (I,): objects of each image that are to be found
 
 
-def coco_matches(annotations: str, predictions: str, task: str = "bbox") -> list[ClassMatches]:
+def coco_matches(
+    annotations: str, predictions: str, task: str = "bbox", detections: int = DETECTIONS
+) -> list[ClassMatches]:
     """Matches detections with objects as COCO does, once for all drawings.
 
     Args:
         annotations: the dataset's file in COCO's format.
         predictions: what `CocoEvaluator` has written, `coco_instances_results.json`.
         task: "bbox" or "segm".
+        detections: so many of an image count, the best ones: TEST.DETECTIONS_PER_IMAGE of the evaluation.
 
     Returns:
         The matches of every class, in the order of the classes.
@@ -62,7 +66,7 @@ def coco_matches(annotations: str, predictions: str, task: str = "bbox") -> list
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), task)
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [DETECTIONS]
+        evaluation.params.maxDets = [detections]
         evaluation.evaluate()
     number = len(evaluation.params.imgIds)
     of_classes = [evaluation.evalImgs[start : start + number] for start in range(0, len(evaluation.evalImgs), number)]

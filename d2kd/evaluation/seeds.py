@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from d2kd.config import add_distill_config
-from d2kd.evaluation.image_bootstrap import bootstrap_difference, coco_matches
+from d2kd.evaluation.image_bootstrap import DETECTIONS, bootstrap_difference, coco_matches
 from d2kd.evaluation.results import ModelResult, ResultError, load_result
 from d2kd.evaluation.statistics import CONFIDENCE, Estimate, estimate, gap_closure, paired_difference
 from d2kd.evaluation.tasks import split_variant
@@ -82,8 +82,8 @@ def compare_seeds(models: Mapping[str, ModelResult], metric: str, drawn: Drawn |
     Returns:
         `seeds`, None where every model is a single run and nothing is drawn; else, by the name of a model, `mean`,
         `over_baseline`, `over_inherit` and `gap_closure` with their bounds, as `Estimate` has them. Where the distilled
-        student and the baseline share seeds, also `gain` and `gap_closure`, and likewise `inherit_gain`, as means over
-        these seeds.
+        student and the baseline share seeds, also `gain`, `gap_closure` and `gap_closure_note` (see `compare`), and
+        likewise `inherit_gain`, of these seeds alone.
     """
     drawn = drawn or {}
     if not drawn and not any(model.runs for model in models.values()):
@@ -101,14 +101,16 @@ def compare_seeds(models: Mapping[str, ModelResult], metric: str, drawn: Drawn |
         },
         "gap_closure": {name: gap_closure(values[name], baseline, teacher) for name in others},
     }
-    known = {
-        "gain": found["over_baseline"].get("distilled"),
-        "inherit_gain": found["over_baseline"].get("inherit"),
-        "gap_closure": found["gap_closure"].get("distilled"),
-    }
     described = {key: {name: _described(x) for name, x in of_model.items()} for key, of_model in found.items()}
     seeds = {"confidence": CONFIDENCE, "values": values, **described}
-    return {"seeds": seeds, **{key: estimated.mean for key, estimated in known.items() if estimated}}
+    gain, inherit_gain = (found["over_baseline"].get(name) for name in ("distilled", "inherit"))
+    gains = {key: x.mean for key, x in (("gain", gain), ("inherit_gain", inherit_gain)) if x is not None}
+    if not (values.get("distilled", {}).keys() & baseline.keys() and math.isfinite(teacher)):  # as `compare` has it
+        return {"seeds": seeds, **gains}
+    closure, note = found["gap_closure"].get("distilled"), ""
+    if closure is None:
+        note = "Gap closure is not defined: in the seeds of both the teacher is not better than the baseline."
+    return {"seeds": seeds, **gains, "gap_closure": closure and closure.mean, "gap_closure_note": note}
 
 
 def draw_images(models: Mapping[str, ModelResult], dataset_name: str, task: str, drawings: int) -> Drawn:
@@ -123,7 +125,7 @@ def draw_images(models: Mapping[str, ModelResult], dataset_name: str, task: str,
         logger.warning("--drawings is for boxes and masks on a dataset in COCO's format: no images are drawn.")
         return {}
     matches = {
-        name: coco_matches(annotations, file, split_variant(task)[0])
+        name: coco_matches(annotations, file, split_variant(task)[0], _detections_per_image(models[name]))
         for name, file in single.items()
         if file is not None
     }
@@ -150,6 +152,13 @@ def mean_of_shared(report: Mapping[str, Any], name: str, other: str, otherwise: 
 
 def _described(found: Estimate | None) -> dict[str, Any] | None:
     return None if found is None else {**asdict(found), "within_noise": found.within_noise}
+
+
+def _detections_per_image(model: ModelResult) -> int:
+    """What the evaluation has counted, by the configuration that lies nearest to its predictions."""
+    nearest = [folder / "config.yaml" for folder in Path(model.predictions_file or "").parents[:3]]
+    file = next((str(path) for path in nearest if path.is_file()), model.config_file)
+    return int(_settings(replace(model, config_file=file)).get("TEST.DETECTIONS_PER_IMAGE", DETECTIONS))
 
 
 def _differences(first: ModelResult, second: ModelResult) -> Iterator[str]:

@@ -12,6 +12,8 @@ from detections import IMAGES, made
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from d2kd.data.coco import read_coco
+from d2kd.evaluation.coco import NumberedCOCO
 from d2kd.evaluation.image_bootstrap import average_precision, bootstrap_difference, coco_matches
 from d2kd.evaluation.results import ResultError
 
@@ -89,3 +91,16 @@ def test_damaged_predictions_are_named(files, changes, what):
     Path(files[1]).write_text("[" if changes is None else json.dumps([{**first, **changes}, *rest]))
     with pytest.raises(ResultError, match=re.escape(f"{files[1]} is damaged, or not of {files[0]} ({what}")):
         coco_matches(*files[:2], "bbox" if changes else "segm")
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_as_many_detections_count_as_in_the_evaluation(files, limit):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = NumberedCOCO(read_coco(files[0]))  # COCO takes an annotation with the id 0 for none
+        evaluation = COCOeval(truth, truth.loadRes(json.loads(Path(files[1]).read_text())), "bbox")
+        evaluation.params.maxDets = [limit]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, 0]
+    found = average_precision(coco_matches(*files[:2], detections=limit), np.ones(IMAGES, int))
+    assert found == pytest.approx(100 * precision[precision > -1].mean(), abs=1e-9)

@@ -148,6 +148,11 @@ def test_single_runs_get_intervals_over_drawn_images(tmp_path, drawn):
     assert "+0.0 [+0.0, +0.0] (images), within noise" in text and "+0.0 [+0.0, +0.0] (images), within noise" in page
     assert "Where it says images, there is one seed" in text
     assert report(tmp_path, *drawn)[0]["seeds"] is None
+    for name in ("baseline", "inherit", "distilled"):  # an evaluation that counted a single detection of an image
+        settings = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        file = tmp_path / name / "inference/config.yaml"
+        file.write_text(yaml.safe_dump({**settings, "TEST": {"DETECTIONS_PER_IMAGE": 1}}))
+    assert report(tmp_path, *drawn, "--drawings", "100")[0]["gain"] < gain["mean"]
 
 
 def test_drawings_without_a_dataset_or_below_none_are_errors(tmp_path, drawn, capfd):
@@ -219,3 +224,15 @@ def test_an_evaluation_of_weights_that_were_trained_on_is_not_taken(runs):
         with pytest.raises(ResultError, match=r"on val, not on test\. What \S+ holds is of other weights than \S+\. "):
             load_result("distilled", str(folder), dataset_name="test")
         os.utime(weights, (time.time() - 60,) * 2)
+
+
+def test_gain_and_gap_closure_are_of_the_same_pairs(tmp_path):
+    write_run(tmp_path / "teacher", 40.0, 1)
+    for seed, score in enumerate([41.0, 41.2, 30.0, 30.0], 1):  # the baselines that the student has no pair for are bad
+        write_run(tmp_path / f"baseline/seed{seed}", score, seed)
+    for seed, score in enumerate([41.5, 42.0], 1):
+        write_run(tmp_path / f"distilled/seed{seed}", score, seed)
+    named = [f"--run={name}={tmp_path / name}/seed*" for name in ("baseline", "distilled")]
+    content, text, _ = report(tmp_path, f"--run=teacher={tmp_path / 'teacher'}", *named)
+    assert content["gain"] == pytest.approx(0.65) and content["gap_closure"] is None
+    assert content["gap_closure_note"] in text and "in the seeds of both" in content["gap_closure_note"]
