@@ -1,6 +1,6 @@
 """Pure tensor functions that several methods share; they import torch only."""
 
-from .align import align_resolution, align_validity
+from .align import align_resolution, align_validity, rescale
 from .boxes import generalized_iou, paired_iou
 from .focal import sigmoid_focal_loss, soft_label_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, standardized_error, upcast_half
@@ -31,6 +31,7 @@ __all__ = [
     "principal_axes",
     "ranks_of",
     "resample_saliency",
+    "rescale",
     "ridge_weights",
     "scatter_tokens",
     "sigmoid_focal_loss",

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .align import rescale
+
 
 def attention_saliency(query: Tensor, key: Tensor, scale: float, prefix: int) -> Tensor:
     """Returns how much a block attends to each patch, as the mean over its heads, without gradient and in float32.
@@ -36,10 +38,7 @@ def resample_saliency(saliency: Tensor, ratio: float, grid: tuple[int, int]) -> 
     Returns:
         (N, rows, columns); 0 beyond the image that the saliency is of.
     """
-    maps = saliency[:, None].float()
-    if ratio != 1.0:
-        size = [max(1, round(n * ratio)) for n in saliency.shape[-2:]]
-        maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=ratio < 1.0)
+    maps = rescale(saliency[:, None].float(), ratio)
     missing = [want - have for want, have in zip(grid, maps.shape[-2:])]
     return F.pad(maps, (0, missing[1], 0, missing[0]))[:, 0]  # negative ones crop
 

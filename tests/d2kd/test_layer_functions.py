@@ -1,5 +1,7 @@
 """Alignment, normalization, masks and reductions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from d2kd.layers import (
     align_validity,
     keep_mask,
     normalize,
+    rescale,
     softplus,
     squared_error,
     standardize,
@@ -178,3 +181,24 @@ def test_softplus_keeps_all_digits(dtype):
     small = np.finfo(np.float32 if dtype == torch.float32 else np.float64).tiny
     np.testing.assert_allclose(softplus(x.to(dtype)), want, rtol=4 * torch.finfo(dtype).eps, atol=small)
     assert softplus(torch.tensor([float("nan")])).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("cells", "ratio"), [(21, 0.5), (7, 0.5), (13, 0.25), (37, 14 / 8), (37, 14 / 16), (8, 2 / 3), (16, 0.5), (5, 2.0)]
+)
+def test_maps_of_another_stride_lie_over_the_same_pixels(cells, ratio):
+    # each cell's value is its own place; a map of the student covers the same image
+    places = (torch.arange(cells) + 0.5).view(1, 1, -1, 1).expand(1, 2, cells, cells)
+    side = math.ceil(cells * ratio - 1e-6)
+    _, aligned = align_resolution(torch.zeros(1, 3, side, side), places, ratio)
+    assert aligned.shape == (1, 2, side, side)
+    want = (torch.arange(side) + 0.5) / ratio
+    # at the edge a map has no more to tell; smoothing moves places by a little
+    inner = slice(math.ceil(ratio), side - math.ceil(ratio) - 1)
+    assert torch.allclose(aligned[0, 0, inner, 0], want[inner], atol=0.08 / ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 1.0, 40.0])
+def test_a_single_cell_stays_what_it_is(ratio):
+    made = rescale(torch.full((1, 1, 1, 1), 3.0), ratio)
+    assert torch.allclose(made, torch.full_like(made, 3.0))
