@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2kd.config import get_key
 from d2kd.errors import UserError
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -49,6 +50,7 @@ class GradientBalance:
         guard: GradientGuard | None = None,
         period: int = 10,
         log_period: int = 0,
+        every: int = 1,
     ) -> None:
         """
         Args:
@@ -58,6 +60,7 @@ class GradientBalance:
             guard: lowers methods whose gradient opposes the task's; None lowers none.
             period: iterations between measurements, where there is a ratio or a guard.
             log_period: iterations between logs of the shares; 0 = never.
+            every: of the training's iterations it is called in every n-th one only, and counts these.
         """
         self.methods = list(methods)
         self.ratio = ratio
@@ -65,6 +68,7 @@ class GradientBalance:
         self.guard = guard
         self.period = period
         self.log_period = log_period
+        self.every = every
         # smoothed norms of the task and of each method before scaling
         self._norms = torch.full((1 + len(self.methods),), float("nan"))
         self._measured = False
@@ -91,8 +95,10 @@ class GradientBalance:
                 f"{key} compares methods with the task, and DISTILL.TASK_WEIGHT is 0: set it above 0, or {key} to "
                 f"{off}."
             )
+        every = get_key(cfg, "DISTILL.TEACHER.EVERY", 1)
         periods = {"period": node.BALANCE_PERIOD, "log_period": node.LOG_GRADIENT_SHARE}
-        return cls(methods, ratio=ratio, limits=node.BALANCE == "limit", guard=guard, **periods)
+        periods = {name: math.ceil(period / every) for name, period in periods.items()}
+        return cls(methods, ratio=ratio, limits=node.BALANCE == "limit", guard=guard, every=every, **periods)
 
     def __call__(
         self,
@@ -112,7 +118,7 @@ class GradientBalance:
         Returns:
             The losses of each method, scaled where there is a ratio.
         """
-        iteration = get_event_storage().iter
+        iteration = get_event_storage().iter // self.every
         log = self.log_period > 0 and iteration % self.log_period == 0
         due = iteration % self.period == 0
         update, guards = self.ratio is not None and (due or not self._measured), self.guard is not None and due

@@ -62,7 +62,8 @@ class GradientGuard:
         if not node.ENABLED:
             return None
         # a teacher may take part in some iterations only, and each batch of an iteration is measured
-        period = math.lcm(cfg.DISTILL.BALANCE_PERIOD, get_key(cfg, "DISTILL.TEACHER.EVERY", 1))
+        every = get_key(cfg, "DISTILL.TEACHER.EVERY", 1)
+        period = every * math.ceil(cfg.DISTILL.BALANCE_PERIOD / every)
         measurements = math.ceil(node.PATIENCE / period) * cfg.SOLVER.ACCUMULATE
         return cls(methods, measurements, node.FACTOR)
 

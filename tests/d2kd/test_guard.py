@@ -10,7 +10,7 @@ from models import config
 from d2kd.engine.scaling import scale_to_processes
 from d2kd.modeling import GradientBalance
 from d2kd.modeling.guard import GradientGuard
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 
 
 def by_hand(cosines, patience, factor):
@@ -111,3 +111,14 @@ def test_what_the_configuration_asks_for():
     assert GradientBalance.from_config(config(DISTILL__BALANCE="limit"), ["A"]).limits
     cfg = config(SOLVER__REFERENCE_WORLD_SIZE=4, DISTILL__GUARD__PATIENCE=45)
     assert scale_to_processes(cfg, 2).DISTILL.GUARD.PATIENCE == 90
+
+
+def test_periods_go_on_to_the_next_iteration_that_has_a_teacher(monkeypatch):
+    every = {"DISTILL__TEACHER__EVERY": 3, "DISTILL__BALANCE": "ratio"}
+    guard = {"DISTILL__GUARD__ENABLED": True, "DISTILL__GUARD__PATIENCE": 45}
+    balance = GradientBalance.from_config(config(**every, **guard, DISTILL__LOG_GRADIENT_SHARE=20), ["A", "B"])
+    assert balance.guard.patience == 4  # measured every 12 iterations
+    measured, measure = [], balance._measure
+    monkeypatch.setattr(balance, "_measure", lambda *a: (measured.append(get_event_storage().iter), measure(*a))[1])
+    logged = [i for i in range(0, 100, 3) if "gradient_share/A" in step(balance, False, i)[1]]
+    assert measured == sorted({*range(0, 100, 12), *range(0, 100, 21)}) and logged == list(range(0, 100, 21))
