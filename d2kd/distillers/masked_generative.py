@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from d2kd.layers import MASK_KINDS, RandomMasks, normalize, squared_error
+from d2kd.layers import MASK_KINDS, RandomMasks, normalize, own_or_runs_seed, squared_error
 from d2kd.settings import setting
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from .base import DISTILLERS, FeatureDistiller
@@ -33,13 +34,19 @@ class MaskedGenerative(FeatureDistiller):
     mask: str = setting(
         "spatial", "spatial: drop positions of all channels | channel: drop whole channels.", choices=MASK_KINDS
     )
-    seed: int = setting(0, "Seed of the random masks.")
+    seed: int = setting(-1, "Seed of the random masks; -1 = SEED of the run.", at_least=-1)
 
     def __init__(self, *, pairs: Sequence[TapPair], **settings: Any) -> None:
         super().__init__(pairs=pairs, **settings)
         self.masks = RandomMasks(self.seed, stream=comm.get_rank())
         self.align = self.build_aligners()
         self.generation = nn.ModuleList([generation_block(pair.teacher.channels) for pair in self.pairs])
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
+        """As in the base class."""
+        arguments = super().from_config(cfg, pairs)
+        return {**arguments, "seed": own_or_runs_seed(arguments["seed"], cfg.SEED)}
 
     def level_loss(
         self,

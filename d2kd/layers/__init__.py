@@ -4,7 +4,7 @@ from .align import align_resolution, align_validity, rescale
 from .boxes import generalized_iou, paired_iou
 from .focal import sigmoid_focal_loss, soft_label_focal_loss
 from .losses import NORMALIZATIONS, REDUCTIONS, normalize, squared_error, standardize, standardized_error, upcast_half
-from .masks import MASK_KINDS, RandomMasks, keep_mask
+from .masks import MASK_KINDS, RandomMasks, keep_mask, own_or_runs_seed
 from .position_weights import mask_weights, object_weights, weighted_error
 from .processes import mean_over_processes
 from .similarity import linear_cka, principal_axes, ridge_weights, standardize_channels
@@ -28,6 +28,7 @@ __all__ = [
     "normalize",
     "object_weights",
     "paired_iou",
+    "own_or_runs_seed",
     "principal_axes",
     "ranks_of",
     "resample_saliency",

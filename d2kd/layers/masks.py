@@ -11,6 +11,14 @@ from d2kd.rng import derive_seed
 MASK_KINDS = ("spatial", "channel")
 
 
+def own_or_runs_seed(own: int, runs: int) -> int:
+    """Returns the seed of a part of a run: its own one, or where that is negative the run's.
+
+    A run whose seed is negative too has one by chance, PyTorch's.
+    """
+    return own if own >= 0 else runs if runs >= 0 else torch.initial_seed()
+
+
 class RandomMasks:
     """Draws keep-masks on the features' device; all of its state is one counter.
 

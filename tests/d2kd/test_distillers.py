@@ -3,9 +3,11 @@
 import pytest
 import torch
 from helpers import assert_recorded, tap_pair
+from models import config, write_teacher
 
 from d2kd.distillers import FeatureMimic, MaskedGenerative
 from d2kd.layers.masks import keep_mask
+from d2kd.modeling import build_distilled_model
 
 
 def masked_generative(recorded, levels=("",), dtype=torch.double):
@@ -177,3 +179,15 @@ def test_what_the_teacher_did_not_compute_may_be_anything(method, strides):
     loss = distiller({"p3": s}, {"p3": t}, {"p3": valid})["p3"]
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(s.grad).all() and s.grad.abs().sum() > 0
+
+
+def test_what_is_random_goes_with_the_seed_of_the_run_or_has_its_own(tmp_path):
+    named = write_teacher(tmp_path)
+
+    def masks(**changes):
+        method = build_distilled_model(config(DISTILL__METHODS=["MaskedGenerative"], **changes, **named)).distillers
+        return method["MaskedGenerative"].masks.uniform((50,), torch.device("cpu"))
+
+    assert torch.equal(masks(SEED=1), masks(SEED=1)) and not torch.equal(masks(SEED=1), masks(SEED=2))
+    own = {"DISTILL__MASKED_GENERATIVE__SEED": 2}
+    assert torch.equal(masks(SEED=1, **own), masks(SEED=2)) and torch.equal(masks(SEED=1, **own), masks(SEED=7, **own))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2kd.config import config_check
 from d2kd.errors import ConfigError
-from d2kd.layers import RandomMasks
+from d2kd.layers import RandomMasks, own_or_runs_seed
 from d2kd.settings import SORTED, setting
 from detectron2.config import CfgNode
 from detectron2.layers import get_norm
@@ -120,7 +120,7 @@ class ChannelMatching(FeatureDistiller):
     )
     track_images: int = setting(2000, "Images, of all processes, that an assignment rests on.", at_least=1)
     assignment_solver: str = setting("ortools", "ortools | scipy, to the same cost.", choices=tuple(SOLVERS))
-    seed: int = setting(0, "Seed of the reducer rd.")
+    seed: int = setting(-1, "Seed of the reducer rd; -1 = SEED of the run.", at_least=-1)
 
     def __init__(
         self,
@@ -164,8 +164,10 @@ class ChannelMatching(FeatureDistiller):
     @classmethod
     def from_config(cls, cfg: CfgNode, pairs: Sequence[TapPair]) -> dict[str, Any]:
         """As in the base class; the schedule knows what an iteration of the solver is."""
+        arguments = super().from_config(cfg, pairs)
         return {
-            **super().from_config(cfg, pairs),
+            **arguments,
+            "seed": own_or_runs_seed(arguments["seed"], cfg.SEED),
             "images_per_iteration": cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE,
             "batches_per_iteration": cfg.SOLVER.ACCUMULATE,
         }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from d2kd.config import declare_keys
 from d2kd.distillers import TapPair
 from d2kd.errors import ConfigError
-from d2kd.layers import RandomMasks, gather_tokens, resample_saliency, scatter_tokens
+from d2kd.layers import RandomMasks, gather_tokens, own_or_runs_seed, resample_saliency, scatter_tokens
 from d2kd.settings import setting
 from detectron2.config import CfgNode
 from detectron2.structures import ImageList
@@ -52,7 +52,7 @@ declare_keys(  # TEACHER_PASS "MaskedTeacher" of any method
     MUST_KEEP=setting(False, "Keep patches of objects first, up to half of all that are kept, in detectors."),
     EXPLORE=setting(0.0, "Share of the kept patches that are drawn at random.", at_least=0, at_most=1),
     WINDOW_FLOOR=setting(0, "Patches that every window of a detector's teacher keeps at least.", at_least=0),
-    SEED=setting(0, "Seed of what is random."),
+    SEED=setting(-1, "Seed of what is random; -1 = SEED of the run.", at_least=-1),
     VIS_PERIOD=setting(
         0,
         "Iterations between pictures of the kept patches over some training images, in OUTPUT_DIR/masking; 0: none.",
@@ -119,7 +119,7 @@ class MaskedTeacher(TeacherPass):
                 "MODEL.VIT), and the teacher has none: set it to auto."
             )
         saliency = build_saliency(node.SALIENCY, student) if node.SELECTOR == "student" else None
-        masked = kind(teacher, taps, saliency, how, node.SEED)
+        masked = kind(teacher, taps, saliency, how, own_or_runs_seed(node.SEED, cfg.SEED))
         masked.configure(node)
         return masked
 
