@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from d2kd.config import with_values
@@ -25,11 +26,14 @@ _ADAPTIVE = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """The optimizer of `cfg.SOLVER` over the trainable parameters of `model` (the student, and the distillers).
 
-    What the default recipe sets, such as clipping, counts (`DistilledModel.recipe`).
+    What the default recipe sets, such as clipping, counts (`DistilledModel.recipe`); also within
+    `DistributedDataParallel`.
 
     Raises:
         ConfigError: `SOLVER.OPTIMIZER` is unknown, or `SOLVER.LAYER_DECAY` does not fit optimizer or model.
     """
+    if isinstance(model, DistributedDataParallel):  # names are those of what it wraps
+        model = model.module
     if isinstance(model, DistilledModel):
         cfg = with_values(cfg, model.recipe)
         optimizer = _build(cfg, model)

@@ -87,7 +87,7 @@ def choose_recipe(
 
 def _why_no_cross_kd(cfg: CfgNode, student: nn.Module, teacher: Teacher, matches: Mapping[str, ClassMatch]) -> str:
     """Why features of the student's head cannot go on through the teacher's; "" where they can."""
-    if not all(match.same for match in matches.values()):
+    if any(set(match.indices or ()) != set(range(match.teacher.number)) for match in matches.values()):
         return "the classes differ."
     try:
         pairs = pairs_of_methods(cfg, ["CrossKD"], student, teacher.model)["CrossKD"]

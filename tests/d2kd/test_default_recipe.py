@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from helpers import same_tensors
 from models import FASTER_RCNN, batch, config, write_teacher
 from runs import in_two_processes, read_checkpoint, run_training, train_in_step
+from torch.nn.parallel import DistributedDataParallel
 
 from d2kd.config import check_values, with_values
 from d2kd.engine import build_optimizer, load_config
 from d2kd.engine.compared_models import load_compared_models
 from d2kd.errors import ConfigError, UserError
 from d2kd.modeling import build_distilled_model
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 FROZEN = {
     "DISTILL.METHODS": ["FeatureMimic", "CrossKD"],
@@ -164,3 +167,32 @@ def test_clips_in_a_loop_of_ones_own(tmp_path):
 
     assert moved() == pytest.approx(10, rel=1e-3)
     assert moved(**{"DISTILL.METHODS": ["FeatureMimic"]}) > 1000
+
+
+def test_the_optimizer_of_a_data_parallel_model_is_that_of_the_model(tmp_path):
+    cfg = config(**write_teacher(tmp_path), DISTILL__METHODS=["FeatureMimic"], MODEL__RETINANET__NORM="BN")
+    net = build_distilled_model(with_values(cfg, {"DISTILL.INIT_FROM_TEACHER.LR_FACTOR": 0.1}))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        slow = with_values(cfg, {"DISTILL.INIT_FROM_TEACHER.LR_FACTOR": 0.1})
+        plain, wrapped = (build_optimizer(slow, x) for x in (net, DistributedDataParallel(net)))
+    finally:
+        dist.destroy_process_group()
+    rates = [{id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]} for optimizer in (plain, wrapped)]
+    assert rates[0] == rates[1] and len(set(rates[0].values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "recipe"), [("cab", TRAINED), ("abc", FROZEN), ("abx", PLAIN)], ids=["reordered", "same", "others"]
+)
+def test_the_same_classes_in_another_order_have_corresponding_heads(names, recipe, tmp_path):
+    named = write_teacher(tmp_path)
+    saved = torch.load(named["DISTILL__TEACHER__WEIGHTS"])
+    torch.save({**saved, "class_names": {"thing_classes": list(names)}}, named["DISTILL__TEACHER__WEIGHTS"])
+    DatasetCatalog.register("abc", lambda: [])
+    MetadataCatalog.get("abc").thing_classes = ["a", "b", "c"]
+    try:
+        assert build_distilled_model(config(DATASETS__TRAIN=["abc"], **named)).recipe == recipe
+    finally:
+        DatasetCatalog.remove("abc")
+        MetadataCatalog.remove("abc")
