@@ -1,6 +1,6 @@
 """The solver of the first stage, from the settings of `DISTILL.RECEPTIVE_TOKENS.LEARN`."""
 
-from d2kd.config import check_values
+from d2kd.config import EPOCHS, check_values
 from d2kd.errors import ConfigError
 from detectron2.config import CfgNode
 
@@ -34,6 +34,9 @@ def learning_config(cfg: CfgNode) -> CfgNode:
         solver.LR_SCHEDULER_NAME, solver.BASE_LR_END = "WarmupPolyLR", 0.0
     else:
         solver.LR_SCHEDULER_NAME, solver.BASE_LR_END = "WarmupCosineLR", min(_LAST_LR, learn.BASE_LR)
+    for key in EPOCHS.values():  # the teacher's own lengths in epochs are not those of the tokens
+        node, name = key.split(".")
+        cfg[node][name] = type(cfg[node][name])()
     solver.WARMUP_ITERS, solver.WEIGHT_DECAY_BIAS, solver.BIAS_LR_FACTOR, solver.LAYER_DECAY = 0, None, 1.0, 1.0
     cfg.freeze()
     return cfg

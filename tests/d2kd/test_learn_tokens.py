@@ -15,9 +15,10 @@ from d2kd.data.datasets import register_datasets
 from d2kd.distillers.checksum import weights_checksum
 from d2kd.distillers.receptive_tokens import TokenFile
 from d2kd.engine import CheckpointError, DistillTrainer, NonFiniteLossError, load_config
+from d2kd.engine.epochs import uses_epochs
 from d2kd.errors import ConfigError
 from d2kd.modeling import FeatureTaps, StrictLoadingError, TapError
-from d2kd.token_learning import TokenLearner, TokenTrainer
+from d2kd.token_learning import TokenLearner, TokenTrainer, learning_config
 from d2kd.token_learning import pictures as token_pictures
 from d2kd.token_learning import trainer as token_trainer
 from d2kd.visualization.tokens import MaskRow, mask_picture
@@ -355,3 +356,8 @@ def test_pictures_show_where_a_mask_is_on():
 def test_pictures_of_masks_smaller_than_the_image():
     picture = mask_picture(np.zeros((10, 50, 3), np.uint8), {"p7": MaskRow(np.ones((2, 1, 1)), np.ones((1, 1)), 8.0)})
     assert picture.dtype == np.uint8 and picture.shape[1] == 4 * 168
+
+
+def test_lengths_in_epochs_of_the_teacher_are_not_those_of_the_tokens():
+    cfg = learning_config(config(SOLVER__MAX_EPOCHS=12.0, SOLVER__WARMUP_EPOCHS=1.0, SOLVER__STEP_EPOCHS=[8.0, 11.0]))
+    assert cfg.SOLVER.MAX_ITER == cfg.DISTILL.RECEPTIVE_TOKENS.LEARN.ITERATIONS and not uses_epochs(cfg)
