@@ -98,6 +98,38 @@ def test_the_assigner_is_its_definition(seed, scale, count):
     assert len(set(found.tolist())) > 4
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("height, width", [(32, 64), (64, 24), (40, 40), (16, 16)])
+def test_cells_that_are_not_usable_are_as_if_they_were_not_there(seed, height, width):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(10, 2, generator=generator, dtype=torch.double) * 40
+    boxes = torch.cat([corner, corner + torch.rand(10, 2, generator=generator, dtype=torch.double) * 50 + 0.5], dim=1)
+    xy, strides = grid()
+    half = strides[:, None] / 2
+    cells, per_level = torch.cat([xy - half, xy + half], dim=1), [64, 16, 4]
+    usable = (xy[:, 0] < width) & (xy[:, 1] < height)
+    found = assign_by_statistics(cells, per_level, boxes, 8.0, 9, usable)
+    left = [int(of_level.sum()) for of_level in usable.split(per_level)]
+    assert found[usable].tolist() == literal_assign(cells[usable], left, boxes, 8.0, 9)
+    assert (found[~usable] == BACKGROUND).all()
+
+
+def test_the_cells_of_an_object_do_not_depend_on_the_other_images_of_its_batch(net):
+    def own_cells(*inputs):
+        images = net.preprocess_image(list(inputs))
+        with torch.no_grad():
+            features = net.backbone(images.tensor)
+        cells = net.anchor_generator([features[name] for name in net.head_in_features])
+        labels, _ = net.label_cells(cells, [x["instances"] for x in inputs], images)
+        found = labels[0] < net.num_classes
+        return {tuple(cell) for cell in torch.cat([c.tensor for c in cells])[found].tolist()}
+
+    small, large = batch([(64, 64), (192, 160)])
+    small["instances"].gt_boxes.tensor[:] = torch.tensor([2.0, 2.0, 58.0, 61.0])
+    alone = own_cells(small)
+    assert alone and own_cells(small, large) == alone
+
+
 def test_one_candidate_and_equal_ones_have_a_threshold():
     """Of one number there is no deviation, and the mean of equal ones may be above them by rounding."""
     cell = torch.tensor([[-4.0, -4, 4, 4]])

@@ -16,6 +16,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
+from ...padding import Padding
 from ..dense_arguments import dense_arguments
 from .assigner import assign_by_statistics
 from .build import build_head
@@ -128,23 +129,35 @@ class GFL(DenseDetector):
     ) -> dict[str, Tensor]:
         """The losses of a batch, from what the head returned for `features`; see `losses`."""
         cells = self.anchor_generator(features)
-        labels, boxes = self.label_cells(cells, gt_instances)
+        labels, boxes = self.label_cells(cells, gt_instances, images)
         levels = self._transpose_dense_predictions(predictions, [self.num_classes, SIDES * self.num_bins])
         logits, bins = (upcast_half(torch.cat(of_levels, dim=1)) for of_levels in levels)
         return self.losses(Boxes.cat(cells).tensor, logits, bins, labels, boxes)
 
     @torch.no_grad()
-    def label_cells(self, cells: Sequence[Boxes], gt_instances: Sequence[Instances]) -> tuple[Tensor, Tensor]:
+    def label_cells(
+        self, cells: Sequence[Boxes], gt_instances: Sequence[Instances], images: ImageList
+    ) -> tuple[Tensor, Tensor]:
         """Gives the cells of all levels, R in total, to the objects of each of N images.
+
+        What an image gets in a batch of larger ones beside its own padding is background, and no candidate: which cells
+        an object has does not depend on the other images.
 
         Returns:
             (N, R) int64, a class in [0, K), or K for background; and (N, R, 4) the object's box, any for background.
         """
         labels, boxes = [], []
         together, per_level = Boxes.cat(list(cells)).tensor, [len(of_level) for of_level in cells]
-        for truth in gt_instances:
+        centers, padding = (together[:, :2] + together[:, 2:]) / 2, Padding.of(self)
+        for truth, size in zip(gt_instances, images.image_sizes):
+            height, width = padding.canvas([(int(size[0]), int(size[1]))])
+            usable = None
+            if (height, width) != tuple(images.tensor.shape[-2:]):
+                usable = (centers[:, 0] < width) & (centers[:, 1] < height)
             objects = truth.gt_boxes.tensor.to(together.dtype)
-            matches = assign_by_statistics(together, per_level, objects, self.anchor_scale, self.candidates_per_level)
+            matches = assign_by_statistics(
+                together, per_level, objects, self.anchor_scale, self.candidates_per_level, usable
+            )
             label, box = torch.full_like(matches, self.num_classes), torch.zeros_like(together)
             if len(truth):  # no mask as index: its size is a number that the host would wait for
                 index = matches.clamp(min=0)

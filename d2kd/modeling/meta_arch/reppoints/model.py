@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
+from ...padding import Padding
 from ..dense_arguments import dense_arguments
 from .assigners import IGNORED, assign_by_distance, assign_by_overlap
 from .build import build_head
@@ -168,8 +169,9 @@ class RepPoints(DenseDetector):
         candidates = place(self.point_transform(as_points(initial_points)), locations.xy, locations.strides)
         initial: list[Tensor] = []
         refined: list[Tensor] = []
+        padding = Padding.of(self)
         for boxes, size, truth in zip(candidates, image_sizes, gt_instances):
-            inside = locations.inside(*self._padded(size))
+            inside = locations.inside(*padding.canvas([(int(size[0]), int(size[1]))]))
             objects = truth.gt_boxes.tensor.to(boxes.dtype)
             xy, strides = locations.xy[inside], locations.strides[inside]
             by_distance = assign_by_distance(xy, strides, objects, self.base_scale, self.locations_per_object)
@@ -214,12 +216,6 @@ class RepPoints(DenseDetector):
         unit = self.base_scale * strides[:, None]
         target = targets.boxes[image, index].to(boxes.dtype)
         return F.smooth_l1_loss(boxes / unit, target / unit, beta=self.smooth_l1_beta, reduction="sum")
-
-    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of an image that is padded alone."""
-        divisor = max(self.backbone.size_divisibility, 1)
-        height, width = (-(-int(side) // divisor) * divisor for side in size)
-        return height, width
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions: PointMaps) -> list[Instances]:
         """The detections of each image, at the network's resolution: boxes, scores, classes and points."""
