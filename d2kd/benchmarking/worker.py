@@ -1,6 +1,7 @@
 """A process that builds a model and runs it when it is asked to."""
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -92,16 +93,26 @@ class _Model:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
+        if not self.cuda and not self.exported:  # what loading has taken, of a whole checkpoint, is not the model's
+            gc.collect()
+            _start_counting_memory()
         return Facts(parameters, work, size, sizes)
 
     def multiply_adds(self) -> int:
         """Returns those of convolutions and products of matrices, of an image, on average."""
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
-        counter = FlopCounterMode(display=False)
-        with counter:
-            for inputs in self.inputs:
-                self.run([inputs])
+        # of attention in one operator the counter knows some devices' only: here it is products of matrices
+        counter, fast = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH), counter:
+                for inputs in self.inputs:
+                    self.run([inputs])
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
         return int(counter.get_total_flops() // (2 * len(self.inputs)))
 
     def images(self) -> list[float]:

@@ -116,7 +116,7 @@ def _of_config(args: argparse.Namespace) -> list[Any]:
     teacher = cfg.DISTILL.TEACHER
     if not (teacher.CONFIG_FILE and os.path.isfile(teacher.WEIGHTS)):
         return [student]
-    return [Subject("teacher", teacher.WEIGHTS, teacher.CONFIG_FILE, (), imports), student]
+    return [Subject("teacher", teacher.WEIGHTS, teacher.CONFIG_FILE, tuple(teacher.OPTS), imports), student]
 
 
 def _images(args: argparse.Namespace, subjects: list[Any]) -> list[Any]:

@@ -41,6 +41,19 @@ def check_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> No
                     f"Dataset {name!r} has {len(classes)} classes {show_classes(classes)}, but {count.key} is "
                     f"{expected}. Set {count.key} to {len(classes)}, or use another dataset."
                 )
+        if count.metadata == "stuff_classes":
+            for name in names:
+                _check_ignored(name, MetadataCatalog.get(name).get("ignore_label"), cfg, expected)
+
+
+def _check_ignored(name: str, label: int | None, cfg: CfgNode, classes: int) -> None:
+    """What is no class for the data and one for the model, or the other way round, is learned and scored otherwise."""
+    ours = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if label is not None and label != ours and (0 <= label < classes or 0 <= ours < classes):
+        raise DatasetError(
+            f"Dataset {name!r} ignores the label {label} (IGNORE), and MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ours}; of "
+            f"both one is the number of a class, of which there are {classes}. Set both to the same."
+        )
 
 
 def require_same_classes(ours: Sequence[str], whose: str, theirs: Sequence[str], other: str) -> None:

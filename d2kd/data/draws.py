@@ -98,7 +98,8 @@ def mixes_sizes(cfg: CfgNode, loader: Any) -> bool:
         return True
     sizes = ((record.get("height"), record.get("width")) for record in records)
     first = next(sizes, None)
-    return any(size != first for size in sizes)
+    # images with label maps do not say their size before they are read
+    return any(size != first or None in size for size in itertools.chain([first] if first else [], sizes))
 
 
 class EveryWay(Dataset[Any]):

@@ -115,6 +115,7 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
     frozen = scaled.is_frozen()
     scaled.defrost()
+    scaled.SOLVER.BASE_LR_END /= factor  # as BASE_LR was, or the rate would rise to it
     for node, before, key in (
         (scaled.SOLVER, cfg.SOLVER, "MAX_ITER"),
         (scaled.SOLVER, cfg.SOLVER, "CHECKPOINT_PERIOD"),

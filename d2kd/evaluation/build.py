@@ -22,13 +22,16 @@ TYPES = ("coco", "sem_seg", "pascal_voc", "cityscapes_instance", "cityscapes_sem
 
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _SEM_SEG = ("mIoU", "fwIoU", "mACC", "pACC")
+_OF_BOUNDARIES = ("BoundaryIoU", "min(IoU, B-Iou)")
+#: With so many classes Detectron2 gives no metrics of boundaries.
+_MOST_FOR_BOUNDARIES = 255
 #: Metrics by type, and what stands before "-" and the name of a class in those of one class.
 _METRICS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "coco": (_COCO, ["AP"]),
     "cityscapes_instance": (_COCO, ["AP"]),
     "pascal_voc": (("AP", "AP50", "AP75"), []),
-    "sem_seg": (_SEM_SEG, ["IoU", "BoundaryIoU", "min(IoU, B-Iou)", "ACC"]),
-    "cityscapes_sem_seg": (_SEM_SEG, ["IoU", "BoundaryIoU", "min(IoU, B-Iou)", "ACC"]),
+    "sem_seg": (_SEM_SEG, ["IoU", *_OF_BOUNDARIES, "ACC"]),
+    "cityscapes_sem_seg": (_SEM_SEG, ["IoU", *_OF_BOUNDARIES, "ACC"]),
     "classification": (("top1", "top5"), ["top1"]),
 }
 
@@ -71,6 +74,10 @@ def _metric_names(cfg: CfgNode) -> list[str] | None:
         metrics, of_classes = _METRICS[kind]
         if kind == "classification" and len(classes) <= TOP:
             metrics = metrics[:1]
+        if metrics == _COCO and len(classes) == 1:  # which has no metrics beside those of all
+            of_classes = []
+        if len(classes) >= _MOST_FOR_BOUNDARIES:
+            of_classes = [name for name in of_classes if name not in _OF_BOUNDARIES]
         metrics = [*metrics, *(f"{name}-{c}" for name in of_classes for c in classes)]
         for variant in ["", *(["_EMA"] if cfg.SOLVER.EMA.ENABLED else [])]:
             # a variant's suffix goes to what stands first, see `evaluate_variant`

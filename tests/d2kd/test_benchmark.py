@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from models import config, model
 from test_cli import program
 
@@ -129,3 +130,43 @@ def test_what_cannot_be_measured_is_one_line(tmp_path):
     with pytest.raises(UserError, match="^run: .*does not fit|^run: .*shape") as caught:
         call(tmp_path / "run", "--number", 1)
     assert "Traceback" not in str(caught.value)
+
+
+def test_products_of_attention_are_counted_in_one_operator_too():
+    torch.manual_seed(0)
+    length, width, heads, inner = 20, 32, 4, 48
+    layer = torch.nn.TransformerEncoderLayer(width, heads, inner, batch_first=True).eval()  # has a fast path
+    tokens = torch.randn(1, length, width)
+
+    def attention(_):
+        parts = tokens.view(1, length, heads, -1).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(parts, parts, parts)
+
+    products = 2 * length * length * width
+    projections = 4 * length * width * width + 2 * length * width * inner
+    for network, want in ((attention, products), (lambda _: layer(tokens), products + projections)):
+        measured = object.__new__(_Model)
+        measured.__dict__.update(inputs=[{}, {}], predictor=SimpleNamespace(model=network))
+        assert measured.multiply_adds() == want
+
+
+def test_what_a_checkpoint_holds_beside_the_weights_is_no_memory_of_the_model(tmp_path):
+    _, net = write_run(tmp_path / "plain")
+    write_run(tmp_path / "trained")
+    ballast = {"model": net.state_dict(), "optimizer": {"state": torch.zeros(50_000_000)}}  # 200 MB
+    write_checkpoint(tmp_path / "trained/model_final.pth", ballast)
+    call(tmp_path / "plain", tmp_path / "trained", "--number", 1, "--rounds", 1, "--output", tmp_path / "cost")
+    plain, trained = json.loads((tmp_path / "cost/benchmark.json").read_text())["models"]
+    assert abs(trained["memory_bytes"] - plain["memory_bytes"]) < 100e6
+
+
+def test_the_teacher_is_measured_as_it_teaches(tmp_path):
+    cfg, _ = write_run(tmp_path / "teacher")
+    options = ["INPUT.MIN_SIZE_TEST", 96]
+    named = ["DISTILL.TEACHER.CONFIG_FILE", tmp_path / "teacher/config.yaml", "DISTILL.TEACHER.OPTS", options]
+    named += ["DISTILL.TEACHER.WEIGHTS", tmp_path / "teacher/model_final.pth"]
+    write_run(tmp_path / "student")
+    run = ["--config-file", tmp_path / "student/config.yaml", "--weights", tmp_path / "student/model_final.pth"]
+    args = benchmark.argument_parser().parse_args(list(map(str, [*run, "--opts", *named])))
+    teacher, student = benchmark._of_config(args)
+    assert teacher.name == "teacher" and list(teacher.options) == options

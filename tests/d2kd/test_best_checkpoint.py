@@ -16,7 +16,9 @@ from d2kd.data.datasets import register_datasets
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.hooks.best import BestCheckpoint
 from d2kd.engine.writers.wandb_writer import WandbWriter
-from d2kd.errors import ConfigError
+from d2kd.errors import ConfigError, UserError
+from d2kd.evaluation.build import check_evaluators
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
@@ -258,3 +260,19 @@ def test_best_file_loads_in_a_plain_model(write_config, tmp_path, scripted):
     run_training(path)
     student = build_model(load_config(str(path)))
     student.load_state_dict(read_checkpoint(tmp_path / "student", "model_best")["model"])
+
+
+@pytest.mark.parametrize("classes, known", [(1, False), (2, True)])
+def test_a_metric_of_a_class_is_none_where_there_is_one_class(classes, known):
+    DatasetCatalog.register("few", lambda: [])
+    MetadataCatalog.get("few").set(evaluator_type="coco", thing_classes=list("ab")[:classes], json_file="")
+    try:
+        cfg = config(DATASETS__TEST=["few"], TEST__BEST_CHECKPOINT__METRIC="bbox/AP-a")
+        if known:
+            check_evaluators(cfg)
+            return
+        with pytest.raises(UserError, match="bbox/AP-a"):
+            check_evaluators(cfg)
+    finally:
+        DatasetCatalog.remove("few")
+        MetadataCatalog.remove("few")

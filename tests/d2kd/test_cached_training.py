@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from runs import ROOT, environment, in_two_processes, make_trainer, read_checkpo
 import d2kd  # noqa: F401  (makes `detectron2` importable, also in processes that are spawned)
 from d2kd.cli import main as program
 from d2kd.data.datasets import register_datasets
-from d2kd.data.draws import endless_draws, ways_to_augment
+from d2kd.data.draws import endless_draws, mixes_sizes, ways_to_augment
 from d2kd.data.loader import build_train_loader
 from d2kd.engine import DistillTrainer, load_config
 from d2kd.engine.cache_building import build_cache
@@ -97,6 +98,7 @@ def test_weight_zero_is_the_plain_student(write_config, teacher, tmp_path):
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from runs import run_training
 from d2kd.modeling.feature_cache import FeatureStore
 write, output = Path.write_bytes, Path(sys.argv[2])
@@ -447,3 +449,12 @@ def test_a_run_says_what_its_teacher_took(write_config, teacher, tmp_path):
     assert 0 < result["teacher_time_s"] < result["wall_time_s"]
     rows = [json.loads(line) for line in (tmp_path / "student/metrics.json").read_text().splitlines()]
     assert any("wall_time" in row and "teacher_time" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mixed"), [([(4, 5)] * 3, False), ([(4, 5), (5, 4)], True), ([(None, None)] * 3, True), ([], False)]
+)
+def test_images_whose_size_is_not_known_may_be_of_several(sizes, mixed):
+    records = [{"height": height, "width": width} for height, width in sizes]
+    loader = SimpleNamespace(records=records, batch_size=2, draws=0)
+    assert mixes_sizes(config(INPUT__MIN_SIZE_TRAIN=[64]), loader) == mixed

@@ -392,3 +392,20 @@ def test_passes_of_some_methods_read_the_cache_too_but_images_on_the_side_do_not
     with passes.around_student(batch(), methods, stored=stored) as features:
         pass
     assert seen == expected and list(features) == (methods or ["A", "B"])
+
+
+def test_bytes_that_could_not_be_written_do_not_count(tmp_path: Path, monkeypatch: Any) -> None:
+    store = FeatureStore(tmp_path, 10_000)
+    assert store.write("a", "00first", b"x" * 1000)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        for number in range(8):
+            with pytest.raises(OSError, match="No space"):
+                store.write("a", f"00{number}", b"x" * 1000)
+    for number in range(8):  # else there would be no room for them beside the first
+        assert store.write("a", f"01{number}", b"x" * 1000)
+    assert store.path("a", "00first").exists()

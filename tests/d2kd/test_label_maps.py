@@ -10,6 +10,7 @@ from models import config
 from pycocotools import mask as mask_util
 from segmentors import PSP
 
+from d2kd.data.classes import check_classes
 from d2kd.data.datasets import DatasetError, check_datasets, register_datasets
 from d2kd.data.mapper import build_mapper
 from d2kd.data.segmentation import PhotometricDistortion, build_augmentations
@@ -308,3 +309,14 @@ def test_category_ids_become_labels(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps([entry]))
     maps = read_label_predictions(str(tmp_path / "p.json"), {"stuff_dataset_id_to_contiguous_id": {92: 4}})
     assert maps["x"].tolist() == [[4] * 5] * 2 + [[NO_LABEL] * 5] * 2
+
+
+@pytest.mark.parametrize("ignored, ours, fits", [(0, 255, False), (255, 2, False), (254, 255, True), (255, 255, True)])
+def test_data_and_model_ignore_the_same_label(folders, ignored, ours, fits):
+    cfg = cfg_of(folders, {"IGNORE": ignored}, MODEL__SEM_SEG_HEAD__IGNORE_VALUE=ours)
+    register_datasets(cfg)
+    if fits:
+        check_classes(cfg)
+        return
+    with pytest.raises(DatasetError, match=rf"'mine' ignores the label {ignored} .*IGNORE_VALUE is {ours}; of both"):
+        check_classes(cfg)

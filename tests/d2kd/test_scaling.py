@@ -206,3 +206,10 @@ def test_a_scaled_run_resumes_bit_by_bit(write_config, tmp_path, forget_datasets
     assert all(torch.equal(a[name], b[name]) for name in a)
     again = load_config(str(tmp_path / "whole/config.yaml"))  # what is in force is not scaled again
     assert (again.SOLVER.MAX_ITER, with_iterations(again).SOLVER.MAX_ITER) == (4, 4)
+
+
+@pytest.mark.parametrize("reference, processes", [(1, 8), (8, 1)])
+def test_the_last_learning_rate_is_scaled_as_the_first(reference, processes):
+    cfg = config(SOLVER__REFERENCE_WORLD_SIZE=reference, SOLVER__IMS_PER_BATCH=16, SOLVER__BASE_LR_END=0.001)
+    scaled = scale_to_processes(cfg, processes).SOLVER
+    assert scaled.BASE_LR_END / scaled.BASE_LR == pytest.approx(0.001 / cfg.SOLVER.BASE_LR)

@@ -15,7 +15,7 @@ from d2kd.modeling.architectures import architecture_of
 from d2kd.modeling.init_from_teacher import init_from_teacher
 from d2kd.modeling.meta_arch import solo
 from d2kd.modeling.meta_arch.solo import decoding
-from d2kd.modeling.meta_arch.solo.decoding import Masks, Sizes, Thresholds, detect, tight_boxes
+from d2kd.modeling.meta_arch.solo.decoding import Masks, MeasuredMasks, Sizes, Thresholds, detect, tight_boxes
 from d2kd.modeling.meta_arch.solo.losses import dice_losses
 from d2kd.modeling.meta_arch.solo.matrix_nms import FinalScores, greedy_nms, mask_overlaps, matrix_nms
 from d2kd.modeling.meta_arch.solo.targets import Level, Truth, assign_targets, shrink_masks
@@ -477,3 +477,10 @@ def test_there_are_no_boxes_to_regress(tmp_path):
         ValueError, match=r"DISTILL\.HEAD_REGRESSION\.TAPS is empty, and a SOLO and a SOLO make no box_d"
     ):
         distilled(tmp_path, SOLO, ["HeadRegression"])
+
+
+def test_masks_that_are_too_many_to_keep_and_none_of_them_wanted():
+    masks, none = object.__new__(Masks), torch.zeros(0)
+    masks.size = (6, 7)
+    measured = MeasuredMasks(torch.arange(3), none, none, None)
+    assert masks.binary(torch.zeros(0, dtype=torch.int64), 0.5, measured).shape == (0, 6, 7)

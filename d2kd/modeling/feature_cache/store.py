@@ -104,8 +104,12 @@ class FeatureStore:
         if len(content) > self.max_bytes:
             return False
         self._reserve(len(content))
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
+        try:
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+        except OSError:
+            self._reserve(-len(content))
+            raise
         return True
 
     def entries(self, collection: str = "") -> Iterator[StoredFile]:
@@ -137,7 +141,7 @@ class FeatureStore:
     # ---- the bound ----
 
     def _reserve(self, size: int) -> None:
-        """Counts bytes that are about to be written, and makes room for them."""
+        """Counts bytes that are about to be written, and makes room for them; negative ones were not written."""
         with self._lock():
             used = self._counted()
             if used is None or used + size > self.max_bytes:

@@ -102,8 +102,10 @@ class Masks:
 
     def binary(self, cells: Tensor, threshold: float, measured: "MeasuredMasks") -> Tensor:
         """Returns which pixels (P, H, W) of some of the measured cells are above the threshold."""
-        if measured.inside is None:
+        if measured.inside is None and len(cells):
             return torch.cat([soft > threshold for soft in self.chunks(cells)])
+        if measured.inside is None:
+            return torch.zeros(0, *self.size, dtype=torch.bool, device=cells.device)
         if len(cells) == len(measured.cells):
             return measured.inside
         return measured.inside[torch.searchsorted(measured.cells, cells)]
