@@ -8,6 +8,7 @@ what a resize of the image by 10 %% does to the whole teacher. Writes masking.md
 """
 
 import argparse
+import itertools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML of a run with a masked teacher")
-    parser.add_argument("--images", type=int, default=500, help="of DATASETS.TRAIN to look at (default: 500)")
+    parser.add_argument("--images", type=int, default=500, help="of DATASETS.TRAIN to look at, at most (default: 500)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25], help="KEEP_RATIOs to try")
     add_import_argument(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration")
@@ -63,10 +64,13 @@ def main(args: argparse.Namespace) -> "Gate":
         load_strictly(model.student, cfg.MODEL.WEIGHTS, "student", "--config-file and MODEL.WEIGHTS")
     else:
         logger.warning("MODEL.WEIGHTS is empty: an untrained student looks anywhere.")
-    gate = None
-    for gate in measure_drift(model, DistillTrainer.build_train_loader(cfg), args.ratios, args.images):
-        logger.info("%d of %d images", min(gate.images, args.images), args.images)
-    assert gate is not None  # the loader is endless
+    loader, gate = DistillTrainer.build_train_loader(cfg), None
+    wanted = min(args.images, len(loader.records))
+    # the loader is endless: one round of it, if need be, and no image of the next
+    batches = itertools.islice(loader, -(-len(loader.records) // loader.batch_size))
+    for gate in measure_drift(model, batches, args.ratios, wanted):
+        logger.info("%d of %d images", gate.images, wanted)
+    assert gate is not None  # there is an image at least, or the loader has said so
     _write(cfg, gate)
     return gate
 

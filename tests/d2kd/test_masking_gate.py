@@ -34,7 +34,14 @@ def test_all_patches_have_no_drift_and_fewer_have_more(tmp_path):
 
 
 def test_it_ends_after_the_images_that_are_asked_for(tmp_path):
-    assert measured(distilled(tmp_path), images=3).images == 4  # whole batches
+    assert measured(distilled(tmp_path), images=3).images == 3
+
+
+def test_an_image_that_comes_again_is_not_counted_again(tmp_path):
+    """A training set that is smaller than what is asked for comes round."""
+    inputs = [{**x, "file_name": f"{i}.png"} for i, x in enumerate(batch([(128, 128)] * 3))]
+    *_, gate = measure_drift(distilled(tmp_path), [inputs[:2], [inputs[2], inputs[0]], inputs[:2]], (0.5,), 500)
+    assert gate.images == 3
 
 
 def test_the_smallest_ratio_within_the_drift_of_a_resize_is_recommended():
@@ -93,6 +100,10 @@ def test_the_program_writes_table_numbers_and_plot(digits, tmp_path):
     assert written["images"] == 4 and len(written["drifts"]) == 6 and written["recommended"] in (0.5, 1.0)
     assert "untrained student" in run.stdout and "| student | 0.5 |" in (tmp_path / "gate/masking.md").read_text()
     assert (tmp_path / "gate/masking.png").stat().st_size > 5000
+    there = len(list((digits / "classification/train").rglob("*.png")))
+    tool("masking_gate", "--config-file", tmp_path / "student.yaml", "--images", 10 * there, "--ratios", 1)
+    assert json.loads((tmp_path / "gate/masking.json").read_text())["images"] == there
+    assert f"on {there} images" in (tmp_path / "gate/masking.md").read_text()
     wrong = tool("masking_gate", "--config-file", tmp_path / "student.yaml", "--ratios", 1.5, check=False)
     assert wrong.returncode == 2 and "--ratios must be above 0" in wrong.stdout
     alone = tool("masking_gate", "--config-file", tmp_path / "teacher.yaml", check=False)

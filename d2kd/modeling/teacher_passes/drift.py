@@ -53,13 +53,14 @@ class Gate(NamedTuple):
 def measure_drift(
     model: DistilledModel, batches: Iterable[BatchedInputs], ratios: Sequence[float], images: int
 ) -> Iterator[Gate]:
-    """Yields what was measured so far, after every batch.
+    """Yields what was measured so far, after every batch; an image that comes again is not measured again.
 
     Args:
         model: with a method whose teacher is masked.
-        batches: in Detectron2's input format, with ground truth for the selector "objects".
+        batches: in Detectron2's input format, with ground truth for the selector "objects"; images are told apart by
+            their "file_name".
         ratios: shares of the patches to try, each in (0, 1].
-        images: after so many it ends.
+        images: after so many it ends, or with the last batch.
 
     Raises:
         ConfigError: no method's teacher is masked.
@@ -74,8 +75,12 @@ def measure_drift(
     dense = DensePass(masked.teacher, masked.taps)
     given = masked.how, masked.saliency
     totals, resized, seen, whole_time = {key: [0.0, 0.0] for key in tries}, 0.0, 0, 0.0
+    known: set[str] = set()
     try:
         for batch in batches:
+            batch = _unseen(batch, known)[: images - seen]
+            if not batch:
+                continue
             batch = [{**x, "image": x["image"].to(model.device)} for x in batch]
             guidance = _guidance(model, masked, given[1], batch)
             whole, seconds = _timed(partial(dense, batch))
@@ -96,6 +101,18 @@ def measure_drift(
                 return
     finally:
         masked.how, masked.saliency = given
+
+
+def _unseen(batch: BatchedInputs, known: set[str]) -> BatchedInputs:
+    """The inputs whose files are not known yet, which they are from then on; those without a file are all kept."""
+    fresh = []
+    for inputs in batch:
+        file = inputs.get("file_name")
+        if file is None or file not in known:
+            fresh.append(inputs)
+        if file is not None:
+            known.add(file)
+    return fresh
 
 
 def _guidance(model: DistilledModel, masked: MaskedTeacher, saliency: Any, batch: BatchedInputs) -> Any:
