@@ -14,7 +14,7 @@ from d2kd.distillers.taps import check_alignable
 from d2kd.layers import align_resolution
 
 from .architectures import architecture_of, is_region_tap
-from .taps import FeatureTaps, TapError, describe_taps, shared_levels
+from .taps import FeatureTaps, TapError, describe_taps, no_shared_output, shared_levels
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -166,10 +166,8 @@ def _shared(student: nn.Module, teacher: nn.Module, image_side: int, key: str) -
     by_stride = {shape.stride: name for name, shape in theirs.items() if shape.stride}
     found = [(name, by_stride[shape.stride]) for name, shape in ours.items() if shape.stride in by_stride]
     if not found:
-        raise TapError(
-            f"The backbones share no output: the student's has {', '.join(ours) or 'none'}, the teacher's "
-            f"{', '.join(theirs) or 'none'}. Name maps with {key} STUDENT=TEACHER."
-        )
+        nothing = no_shared_output(student, teacher)
+        raise TapError(f"{nothing[0].upper()}{nothing[1:]} Name maps with {key} STUDENT=TEACHER.")
     return found
 
 

@@ -1,11 +1,24 @@
 """Taps: what addresses mean, values as they were, hooks gone afterwards."""
 
+import re
+
 import pytest
 import torch
 from fakes import FakeDetector, images
 from models import FASTER_RCNN, batch, config, model
+from torch import nn
 
-from d2kd.modeling.taps import FeatureTaps, TapError, describe_taps, shared_levels, shared_predictions, tap_names
+from d2kd.modeling import build_network
+from d2kd.modeling.feature_recording import named_pairs
+from d2kd.modeling.taps import (
+    FeatureTaps,
+    TapError,
+    describe_taps,
+    pairs_of_methods,
+    shared_levels,
+    shared_predictions,
+    tap_names,
+)
 from detectron2.utils.events import EventStorage
 
 
@@ -170,6 +183,21 @@ def test_default_levels_are_shared_not_pooled_and_large_enough():
     assert shared_levels(dense, two_stage) == ["p3", "p4", "p5"]  # p6 is something else there
     assert shared_levels(dense, dense, image_side=128) == ["p3", "p4", "p5"]
     assert shared_levels(dense, dense, image_side=8) == ["p3", "p4", "p5", "p6", "p7"]  # never none
+
+
+def test_backbones_without_a_common_output_are_told_with_what_is_compared():
+    """Stages that both have are no outputs of both: they are told apart from what is compared by default."""
+    options = {"MODEL__RESNETS__OUT_FEATURES": ["res3", "res4"], "MODEL__BACKBONE__NAME": "build_resnet_backbone"}
+    student = build_network(config(MODEL__META_ARCHITECTURE="ImageClassifier", **options), "student")
+    teacher = model(config())
+    text = (
+        "he backbones share no output: the student's gives res3, res4, the teacher's p3, p4, p5, p6, p7. Taps of both, "
+        "not outputs of both, are res3, res4, res2."
+    )
+    with pytest.raises(TapError, match=re.escape(f"DISTILL.FEATURE_MIMIC.TAPS is empty, and t{text}")):
+        pairs_of_methods(config(), ["FeatureMimic"], student, teacher)
+    with pytest.raises(TapError, match=r"T.* the student's gives res3, res4, the teacher's .*Name maps with --taps"):
+        named_pairs(student, nn.ModuleDict({"backbone": nn.Identity()}), [])
 
 
 def test_boxes_of_levels_that_are_too_small_are_no_default():

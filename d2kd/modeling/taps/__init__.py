@@ -2,7 +2,7 @@
 
 from .address import Tap, TapError, is_in_backbone, last_norm, resolve_tap, tap_names
 from .head_rests import with_rests
-from .pairing import image_side, pairs_of_methods, shared_levels, shared_predictions
+from .pairing import image_side, no_shared_output, pairs_of_methods, shared_levels, shared_predictions
 from .recording import FeatureTaps, evaluation_mode
 from .shapes import describe_taps
 
@@ -15,6 +15,7 @@ __all__ = [
     "image_side",
     "is_in_backbone",
     "last_norm",
+    "no_shared_output",
     "pairs_of_methods",
     "resolve_tap",
     "shared_levels",

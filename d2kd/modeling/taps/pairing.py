@@ -9,7 +9,7 @@ from torch import nn
 from d2kd.distillers import DISTILLERS, TapPair
 from detectron2.config import CfgNode
 
-from ..architectures import architecture_class, architecture_of
+from ..architectures import architecture_class, architecture_of, output_shapes
 from .address import TapError, tap_names
 from .head_rests import head_features
 from .shapes import describe_taps
@@ -79,9 +79,18 @@ def _nothing_shared(key: str, kind: str, student: nn.Module, teacher: nn.Module)
             "or take the method out of DISTILL.METHODS."
         )
     return (
-        f"{key}.TAPS is empty, and the backbones share no output: the student's has {', '.join(tap_names(student))}, "
-        f"the teacher's {', '.join(tap_names(teacher))}. Name the features in {key}.TAPS and {key}.TEACHER_TAPS."
+        f"{key}.TAPS is empty, and {no_shared_output(student, teacher)} Name the features in {key}.TAPS and "
+        f"{key}.TEACHER_TAPS."
     )
+
+
+def no_shared_output(student: nn.Module, teacher: nn.Module) -> str:
+    """Returns sentences on the outputs of two backbones that share none, and on what else both have, for messages."""
+    ours, theirs = (", ".join(_levels(model, student, teacher)) or "none" for model in (student, teacher))
+    outputs = [output_shapes(architecture_of(model).backbone) for model in (student, teacher)]
+    both = [n for n in tap_names(student) if n in tap_names(teacher) and not all(n in given for given in outputs)]
+    within = f" Taps of both, not outputs of both, are {', '.join(both)}." if both else ""
+    return f"the backbones share no output: the student's gives {ours}, the teacher's {theirs}.{within}"
 
 
 def shared_predictions(student: nn.Module, teacher: nn.Module, kind: str, image_side: int = 0) -> list[tuple[str, str]]:
@@ -115,11 +124,16 @@ def shared_levels(student: nn.Module, teacher: nn.Module, image_side: int = 0) -
     pixels, levels of fewer than four cells across: statistics over so few cells are noise, and imitating them drowns
     the other levels.
     """
-    ours, theirs = architecture_of(student), architecture_of(teacher)
-    pooled, shapes = ours.pooled_levels() | theirs.pooled_levels(), ours.feature_shapes()
-    shared = [name for name in shapes if name in theirs.feature_shapes() and name not in pooled]
+    theirs = _levels(teacher, student, teacher)
+    shared = [name for name in _levels(student, student, teacher) if name in theirs]
     small = _too_small(student, shared, image_side)
     return [name for name in shared if name not in small]
+
+
+def _levels(model: nn.Module, student: nn.Module, teacher: nn.Module) -> list[str]:
+    """The outputs of a model's backbone, finest first, without those that either network merely pools."""
+    pooled = architecture_of(student).pooled_levels() | architecture_of(teacher).pooled_levels()
+    return [name for name in architecture_of(model).feature_shapes() if name not in pooled]
 
 
 def _too_small(model: nn.Module, levels: Sequence[str], image_side: int) -> list[str]:
