@@ -3,8 +3,9 @@
 %(prog)s check --config-file student.yaml
 %(prog)s show --config-file student.yaml --output sheet.png
 
-`check` prints counts of each class, sizes, and what looks like a mistake, of DATASETS.TRAIN and TEST. `show` draws
-images of DATASETS.TRAIN as they are trained on, augmented, with their boxes, masks, label maps or classes.
+`check` decodes all images of DATASETS.TRAIN and TEST, and prints counts of each class, sizes, and what looks like a
+mistake; what a training would refuse ends it with status 2. `show` draws images of DATASETS.TRAIN as they are trained
+on, augmented, with their boxes, masks, label maps or classes.
 """
 
 import argparse
@@ -27,6 +28,12 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|show")
     check = commands.add_parser("check", help="print counts, sizes, and what looks like a mistake")
+    check.add_argument(
+        "--quick",
+        action="store_true",
+        help="do not decode images, look at their first and last bytes only; of more than 5,000 images or label maps "
+        "at some, evenly spread",
+    )
     show = commands.add_parser("show", help="draw images as they are trained on")
     show.add_argument("--dataset", metavar="NAME", help="which one to draw (default: those of DATASETS.TRAIN)")
     show.add_argument("--images", type=int, default=12, help="how many (default: 12)")
@@ -38,15 +45,15 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(cfg: "CfgNode") -> None:
-    """Prints what the datasets hold.
+def check(cfg: "CfgNode", quick: bool = False) -> None:
+    """Prints what the datasets hold; `quick` does not decode images.
 
     Raises:
         DatasetError: the first thing that a training would refuse.
     """
     from d2kd.data.inspection import inspect_datasets
 
-    reports, shared = inspect_datasets(cfg)
+    reports, shared = inspect_datasets(cfg, quick)
     print("\n\n".join(report.text() for report in reports))
     if shared:
         print("\n" + "\n".join(shared))
@@ -102,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     setup_logger(name="d2kd")
     register_datasets(cfg)
     if args.command == "check":
-        check(cfg)
+        check(cfg, args.quick)
         return
     if args.dataset:
         cfg.DATASETS.TRAIN = [args.dataset]

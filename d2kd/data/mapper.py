@@ -54,11 +54,10 @@ class ImageMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Constructor arguments from a configuration."""
-        counts = {count.metadata: number for count, number in architecture_class(cfg).class_counts(cfg)}
-        classes = counts.get("stuff_classes")
-        labels = None if classes is None else LabelRange(classes, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
-        arguments = {**super().from_config(cfg, is_train), "labels": labels}
-        if counts.keys() == {"stuff_classes"}:  # a segmentor alone
+        arguments = {**super().from_config(cfg, is_train), "labels": label_range(cfg)}
+        if {count.metadata for count, _ in architecture_class(cfg).class_counts(cfg)} == {
+            "stuff_classes"
+        }:  # a segmentor alone
             arguments["augmentations"] = build_augmentations(cfg, is_train)
         return arguments
 
@@ -98,6 +97,13 @@ class ImageMapper(DatasetMapper):
 
     def _decoded(self, frame: np.ndarray) -> np.ndarray:
         return detection_utils.convert_PIL_to_numpy(frame_image(frame), self.image_format)
+
+
+def label_range(cfg: CfgNode) -> LabelRange | None:
+    """Returns the labels that label maps may have in a training; None, which admits all, for a model without any."""
+    counts = {count.metadata: number for count, number in architecture_class(cfg).class_counts(cfg)}
+    classes = counts.get("stuff_classes")
+    return None if classes is None else LabelRange(classes, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:

@@ -248,7 +248,7 @@ def test_label_maps_that_training_leaves_out_are_told(labeled, capsys):
     assert "a.png cannot be read" in capsys.readouterr().out
     assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip") == 0
     printed = capsys.readouterr().out
-    assert f"label maps that cannot be read: 2 ({labeled}/maps/train/a.png, {labeled}/maps/train/b.png)." in printed
+    assert f"label maps that cannot be used: 2 ({labeled}/maps/train/a.png, {labeled}/maps/train/b.png)." in printed
     (labeled / "maps/val/a.png").write_bytes(b"no image")
     assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip") == 2
     for path in (labeled / "images/train").iterdir():
@@ -340,6 +340,57 @@ def test_what_a_training_refuses_is_one_line(photographs, capsys):
     assert "train_01.txt has an object of class 7, and CLASSES lists 3" in last
     path = write_yaml(photographs, MODEL={**DETECTOR["MODEL"], "RETINANET": {"NUM_CLASSES": 4}})
     assert data("check", "--config-file", path) == 2
+
+
+def spoil_middle(path):
+    """Forty bytes of zeros in the middle of a file, whose ends stay as they are."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(content)
+
+
+def test_damage_in_the_middle_of_an_image_is_found(labeled, capsys):
+    path = write_labeled(labeled, "folders", "classifier_student")
+    arguments = ["check", "--config-file", path, "MODEL.CLASSIFIER.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu"]
+    spoil_middle(labeled / "crops/train/a/1.png")
+    assert data(*arguments) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "crops/train/a/1.png cannot be read (" in last and "set DATASETS.ON_BAD_IMAGE to skip" in last
+    assert data("check", "--quick", *arguments[1:]) == 0
+    assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip") == 0
+    assert "images that cannot be used: 1 of 2 (1.png). They are left out in training." in capsys.readouterr().out
+    spoil_middle(labeled / "crops/val/b/1.png")
+    assert data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip") == 2
+    assert "set DATASETS.ON_BAD_IMAGE" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo"])
+def test_damage_in_the_middle_of_a_photograph_is_found(photographs, capsys, kind):
+    path = photographs / "train/train_02.jpg"
+    content = Image.open(path).convert("RGB")
+    content.save(path, "PNG")  # a decoder of JPEG takes most bytes for pixels
+    spoil_middle(path)
+    assert data("check", "--config-file", write_yaml(photographs, kind)) == 2
+    assert "train_02.jpg cannot be read (" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_beyond_the_classes_are_an_error(labeled, capsys, split):
+    for name in ("a", "b"):
+        file = labeled / f"maps/{split}/{name}.png"
+        labels = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        labels[20, 20] = 77
+        assert cv2.imwrite(str(file), labels)
+    path = write_labeled(labeled, "labelmaps", "pspnet_student")
+    arguments = ["check", "--config-file", path, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.DEVICE", "cpu"]
+    for more in ([], ["--quick"]):
+        assert data(*arguments[:1], *more, *arguments[1:]) == 2
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert f"maps/{split}/a.png has the label 77, and there are 3 classes, from 0 on; 255 is ignored." in last
+        assert "So it is with 2 of 2, others are b.png." in last
+    skip = data(*arguments, "DATASETS.ON_BAD_IMAGE", "skip")
+    assert skip == (0 if split == "train" else 2)
 
 
 def test_unknown_words_end_with_the_usage(capsys):

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..coco.image_files import MAX_IMAGES_SEEN
-from ..images import LabelMapError, image_problem, image_size, read_label_map
+from ..images import LabelMapError, LabelRange, image_problem, image_size, read_label_map
+from .decoding import in_threads, refuse
 from .report import Report, describe_sizes
 
 
@@ -28,44 +29,54 @@ def inspect_label_maps(
     ignored: int | None,
     is_train: bool,
     *,
+    labels: LabelRange | None = None,
     leave_out: bool = False,
+    quick: bool = False,
 ) -> Report:
-    """Reports on a dataset for semantic segmentation: `records` with "sem_seg_file_name", of which up to
-    `MAX_IMAGES_SEEN` label maps are read; see `inspect_objects`.
+    """Reports on a dataset for semantic segmentation: `records` with "sem_seg_file_name"; see `inspect_objects`.
 
     Args:
         ignored: the label that does not count.
-        leave_out: label maps that cannot be read are told of only: training goes without them.
+        labels: those that training, or evaluation, admits; None admits all.
+        leave_out: label maps that cannot be used are told of only: training goes without them.
+        quick: read up to `MAX_IMAGES_SEEN` label maps, evenly spread, instead of all.
 
     Raises:
-        LabelMapError: a label map cannot be read.
+        DatasetError: a label map cannot be read, or has other labels than are admitted.
     """
-    seen = _some(records)
+    seen = _some(records) if quick else records
     pixels = np.zeros(len(names), dtype=np.int64)
     images = np.zeros(len(names), dtype=int)
-    left_out, unreadable, unknown, bare = 0, [], [], []
-    for record in seen:
+    left_out, unusable, unknown, bare = 0, dict[str, str](), [], []
+    files = [record["sem_seg_file_name"] for record in seen]
+
+    def count(file: str) -> tuple[np.ndarray, np.ndarray] | LabelMapError:
         try:
-            labels, counts = np.unique(read_label_map(record["sem_seg_file_name"]), return_counts=True)
-        except LabelMapError:
-            if not leave_out:
-                raise
-            unreadable.append(record["sem_seg_file_name"])
+            return np.unique(read_label_map(file, labels=labels), return_counts=True)
+        except LabelMapError as error:
+            return error
+
+    for file, result in zip(files, in_threads(count, files, f"Reading the label maps of {name}")):
+        if isinstance(result, LabelMapError):
+            unusable[file] = str(result)
             continue
-        known = (labels >= 0) & (labels < len(names)) & (labels != (-1 if ignored is None else ignored))
-        pixels[labels[known]] += counts[known]
-        images[labels[known]] += 1
-        left_out += int(counts[labels == ignored].sum()) if ignored is not None else 0
-        unknown += [record["sem_seg_file_name"]] if (~known & (labels != ignored)).any() else []
-        bare += [] if known.any() else [record["sem_seg_file_name"]]
+        found, counts = result
+        known = (found >= 0) & (found < len(names)) & (found != (-1 if ignored is None else ignored))
+        pixels[found[known]] += counts[known]
+        images[found[known]] += 1
+        left_out += int(counts[found == ignored].sum()) if ignored is not None else 0
+        unknown += [file] if (~known & (found != ignored)).any() else []
+        bare += [] if known.any() else [file]
+    if not leave_out:
+        refuse(unusable, len(seen), is_train)
     total = max(int(pixels.sum()), 1)
     read = "" if len(seen) == len(records) else f", of which {len(seen)} were read"
     report = Report(f"{name}: {len(records)} images with label maps of {len(names)} classes{read}")
     report.columns = ["class", "pixels", "images"]
     report.rows = [[n, f"{p / total:.2%}", i] for n, p, i in zip(names, pixels.tolist(), images.tolist())]
-    report.facts.append(_sizes(seen))
+    report.facts.append(_sizes(_some(records)))
     report.facts.append(f"ignored: {left_out / max(left_out + int(pixels.sum()), 1):.2%} of the pixels ({ignored})")
-    report.suspect("label maps that cannot be read", len(unreadable), unreadable, "They are left out in training.")
+    report.suspect("label maps that cannot be used", len(unusable), unusable, "They are left out in training.")
     report.suspect(f"label maps with labels beyond the {len(names)} classes", len(unknown), unknown)
     report.suspect("label maps without a pixel of any class", len(bare), bare)
     report.compare_classes(names, images.tolist(), "images", is_train)
