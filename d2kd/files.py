@@ -7,9 +7,12 @@ import json
 import math
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from d2kd.errors import UserError
 
 _HERE = Path(__file__).parent
 #: The recipes: in the package where it is installed from a wheel, else beside it in the repository.
@@ -49,6 +52,51 @@ def near_configs(path: str) -> str:
     ranked = sorted({*recipes, *wanted.parent.glob("*.yaml")}, key=lambda file: (-nearness(file), str(file)))
     near = [str(file) for file in ranked[:3] if nearness(file)]
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def why_unwritable(folder: str | Path) -> str | None:
+    """Returns why a folder takes no files, in words of the system; None where it does, or can be made and would.
+
+    It is tried, since permissions tell little of an administrator's process, a full disk or a folder such as /proc.
+    What is made for that is removed again.
+    """
+    path = Path(folder).absolute()
+    made: list[Path] = []
+    try:
+        for part in [p for p in (path, *path.parents) if not p.exists()][::-1]:
+            part.mkdir()
+            made.append(part)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        for part in reversed(made):
+            with contextlib.suppress(OSError):
+                part.rmdir()
+    return None
+
+
+def require_writable(flag: str, path: str | Path, *, is_file: bool = False) -> None:
+    """Checks that something can be written where a user wants it, before anything is computed; leaves nothing there.
+
+    Args:
+        flag: what names it, for the message.
+        path: a folder, which need not be there; or a file, which may be written over.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = Path(path)
+    if is_file and path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: name a file.")
+    if not is_file and path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {path} is a file: name a folder.")
+    reason = why_unwritable(path.parent if is_file else path)
+    if reason is not None:
+        other = "a file in another folder" if is_file else "another folder"
+        raise UserError(f"{flag} {path} cannot be written ({reason}): name {other}, or make room for it.")
 
 
 @contextlib.contextmanager

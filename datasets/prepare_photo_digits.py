@@ -409,8 +409,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{args.output} has other parameters; choose another --output, or use --force")
     if importlib.util.find_spec("sklearn") is None:
         parser.exit(1, "PhotoDigits needs scikit-learn, d2kd's extra 'digits': pip install scikit-learn\n")
-    with replacing(args.output) as directory:
-        build_dataset(directory, parameters, args.workers)
+    try:
+        with replacing(args.output) as directory:
+            build_dataset(directory, parameters, args.workers)
+    except OSError as error:
+        parser.exit(2, f"--output {args.output} cannot be written: {error.strerror or error}\n")
     logger.info("wrote %s", args.output)
 
 

@@ -68,7 +68,7 @@ def show(cfg: "CfgNode", images: int, output: str) -> None:
         output: the picture to write.
 
     Raises:
-        ConfigError: an argument is none.
+        UserError: an argument cannot be used.
         DatasetError: the data cannot be trained on.
     """
     import cv2
@@ -76,12 +76,13 @@ def show(cfg: "CfgNode", images: int, output: str) -> None:
     from d2kd.data.datasets import check_datasets
     from d2kd.data.loader import build_train_loader
     from d2kd.errors import ConfigError
-    from d2kd.files import replacing
+    from d2kd.files import replacing, require_writable
     from d2kd.visualization import input_sheet
     from detectron2.data import MetadataCatalog
 
     if images < 1 or not output.lower().endswith((".png", ".jpg")):
         raise ConfigError(f"--images must be at least 1, and --output a .png or .jpg: {images}, {output!r}.")
+    require_writable("--output", output, is_file=True)
     cfg.DATALOADER.NUM_WORKERS = 0
     check_datasets(cfg, ("TRAIN",))
     inputs = []

@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
         raise CheckpointError(f"There is no checkpoint {args.source}.")
     if os.path.realpath(args.source) == os.path.realpath(args.target):
         raise CheckpointError(f"{args.target} is the checkpoint that is exported: name another file to write.")
+    _check_target(args.target, args.format)
     if args.format:
         _export_format(args)
         return
@@ -72,6 +73,20 @@ def main(args: argparse.Namespace) -> None:
         load_strictly(build_network(cfg, "--config-file"), args.source, "student", "--config-file")
     count = export(args.source, args.target, args.ema)
     logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
+
+
+def _check_target(target: str, file_format: str | None) -> None:
+    """
+    Raises:
+        UserError: the name is that of files of another format, or the file cannot be written.
+    """
+    from d2kd.export import SUFFIXES, ExportError
+    from d2kd.files import require_writable
+
+    if file_format is not None and not target.endswith(SUFFIXES[file_format]):
+        suffixes = " or ".join(SUFFIXES[file_format])
+        raise ExportError(f"{target}: the name of a file of --format {file_format} ends in {suffixes}.")
+    require_writable("The file", target, is_file=True)
 
 
 def _export_format(args: argparse.Namespace) -> None:
@@ -87,7 +102,6 @@ def _export_format(args: argparse.Namespace) -> None:
     if not args.config_file:
         raise ConfigError("--format needs --config-file: the YAML of the student.")
     require_packages(args.format)
-    _require_writable(args.target, args.format)
     cfg = load_config(args.config_file, args.opts, args.imports)
     cfg.MODEL.DEVICE = "cpu"
     model = build_network(cfg, "--config-file")
@@ -121,19 +135,6 @@ def _export_format(args: argparse.Namespace) -> None:
         raise ExportError(f"{args.target} cannot be written: {error.strerror or error}") from error
     logger.info("Verified in a process without d2kd: %s", found)
     logger.info("Wrote %.1f MB to %s", os.path.getsize(args.target) / 1e6, args.target)
-
-
-def _require_writable(target: str, file_format: str) -> None:
-    from d2kd.export import SUFFIXES, ExportError
-
-    suffixes = SUFFIXES[file_format]
-    if not target.endswith(suffixes):
-        raise ExportError(f"{target}: the name of a file of --format {file_format} ends in {' or '.join(suffixes)}.")
-    folder = os.path.dirname(os.path.abspath(target))
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
-    if os.path.isdir(target) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ExportError(f"{target} cannot be written: {folder} takes no files, or there is a folder of that name.")
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from d2kd.arguments import add_import_argument
 from d2kd.errors import ConfigError, UserError
-from d2kd.files import finite, replacing, write_json
+from d2kd.files import finite, replacing, require_writable, write_json
 
 from .mistakes import stop_at_mistakes
 
@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> "Gate":
     cfg = load_config(args.config_file, args.opts, args.imports)
     if not is_distillation(cfg):
         raise ConfigError("--config-file has no teacher (DISTILL.TEACHER.CONFIG_FILE), so there is none to mask.")
+    require_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, name="d2kd")
     log_runtime(cfg.MODEL.DEVICE)
     register_datasets(cfg)

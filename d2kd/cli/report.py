@@ -118,12 +118,14 @@ def main(args: argparse.Namespace, command: str) -> None:
             be seeds of one differ in more than that.
         DatasetError: see `make_dataset_known`.
         ConfigError: `--drawings` cannot be done.
+        UserError: `--output` cannot be written.
     """
     from d2kd.engine import log_runtime
     from d2kd.errors import ConfigError
     from d2kd.evaluation.report import write_report
     from d2kd.evaluation.results import choose_task
     from d2kd.evaluation.seeds import load_seeds
+    from d2kd.files import require_writable
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="d2kd")
@@ -132,6 +134,7 @@ def main(args: argparse.Namespace, command: str) -> None:
         raise ConfigError("--drawings needs --dataset: whose images are to be drawn.")
     if args.drawings < 0:
         raise ConfigError(f"--drawings is {args.drawings}; it must be at least 0.")
+    require_writable("--output", args.output)
     labels = dict(args.label)
     first, (directory, *_) = next(iter(args.run.items()))
     task = args.task or choose_task(first, directory, args.dataset)

@@ -50,7 +50,7 @@ def run_tool(main: Callable[[], Any]) -> Any:
         if error.errno not in DISK_ERRORS:
             raise
         where = f" {error.filename}" if error.filename else ""
-        _tell(f"Cannot write{where}: {error.strerror}. Make room, or choose another OUTPUT_DIR.")
+        _tell(f"Cannot write{where}: {error.strerror}. Make room, or write to another folder.")
         sys.exit(2)
     except Terminated:
         sys.exit(143)

@@ -13,7 +13,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from d2kd.errors import UserError
-from d2kd.files import replacing
+from d2kd.files import replacing, require_writable
 
 from .classes import ClassList, numbered
 from .inputs import is_utf8, picture_name
@@ -302,14 +302,7 @@ def require_free(folder: str, overwrite: bool) -> None:
             overwritten.
     """
     path = Path(folder)
-    nearest = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), path)
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        if nearest != path:
-            raise OutputError(f"--output {folder} cannot be written: {nearest} is no folder that one may write into.")
-        if path.is_dir():
-            raise OutputError(f"--output {folder} cannot be written: change its permissions, or name another folder.")
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"--output {folder} is a file: name a folder.")
+    require_writable("--output", path)
     if not overwrite and path.is_dir() and any(path.iterdir()):
         raise OutputError(
             f"--output {folder} is not empty: name another folder, or give --overwrite to replace files there."

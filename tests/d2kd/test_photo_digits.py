@@ -170,6 +170,13 @@ def test_other_data_is_never_replaced(script, dataset, tmp_path, capsys):
     assert (tmp_path / "precious.txt").exists()
 
 
+def test_a_place_that_takes_no_folders_is_one_line(script, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        script.main(["--output", str(tmp_path / "file/below"), *SMALL])
+    assert end.value.code == 2 and "cannot be written: " in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.fixture
 def outdated(script, dataset, tmp_path):
     """A dataset as version 1 described it, whose images are not looked at."""
