@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
         raise CheckpointError(f"There is no checkpoint {args.source}.")
     if os.path.realpath(args.source) == os.path.realpath(args.target):
         raise CheckpointError(f"{args.target} is the checkpoint that is exported: name another file to write.")
+    _check_format(args)
     _check_target(args.target, args.format)
     if args.format:
         _export_format(args)
@@ -73,6 +74,19 @@ def main(args: argparse.Namespace) -> None:
         load_strictly(build_network(cfg, "--config-file"), args.source, "student", "--config-file")
     count = export(args.source, args.target, args.ema)
     logger.info("Wrote %d tensors, %.1f MB, to %s", count, os.path.getsize(args.target) / 1e6, args.target)
+
+
+def _check_format(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ExportError: an argument has no effect without a format, or with this one.
+    """
+    from d2kd.export import ExportError
+
+    given = {"--precision": args.precision, "--opset": args.opset, "--images": args.images}
+    unused = next((flag for flag, value in given.items() if value is not None), None)
+    if unused and args.format not in ("torchscript", "onnx"):
+        raise ExportError(f"{unused} is for --format torchscript or onnx: give one of them, or leave {unused} out.")
 
 
 def _check_target(target: str, file_format: str | None) -> None:
@@ -86,6 +100,18 @@ def _check_target(target: str, file_format: str | None) -> None:
     if file_format is not None and not target.endswith(SUFFIXES[file_format]):
         suffixes = " or ".join(SUFFIXES[file_format])
         raise ExportError(f"{target}: the name of a file of --format {file_format} ends in {suffixes}.")
+    suffix = os.path.splitext(target)[1].lower()
+    if file_format is None:
+        meant = next((name for name, suffixes in SUFFIXES.items() if name != "torch" and suffix in suffixes), None)
+        if meant is not None:
+            raise ExportError(
+                f"{target}: without --format a PyTorch checkpoint is written, whose name ends in .pth, and {suffix} is "
+                f"of another kind of file. Give --format {meant}, or another name."
+            )
+        if suffix in (".safetensors", ".pkl"):  # which would be read as what it is not
+            raise ExportError(
+                f"{target}: a PyTorch checkpoint is written, whose name ends in .pth and not in {suffix}."
+            )
     require_writable("The file", target, is_file=True)
 
 
@@ -127,8 +153,8 @@ def _export_format(args: argparse.Namespace) -> None:
             args.format,
             class_names=names,
             class_ids={kind: known.ids for kind, known in classes.items()},
-            precision=args.precision,
-            opset=args.opset,
+            precision=args.precision or "fp32",
+            opset=args.opset or 17,
             images=images,
         )
     except OSError as error:
@@ -149,8 +175,8 @@ def run(arguments: list[str] | None = None) -> None:
         choices=("torch", "torchscript", "onnx"),
         help="torch: weights, YAML of plain Detectron2, class names | torchscript, onnx: one file with post-processing",
     )
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of a TorchScript or ONNX file")
-    parser.add_argument("--opset", type=int, choices=range(16, 21), default=17, help="of ONNX")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="of a TorchScript or ONNX file (default: fp32)")
+    parser.add_argument("--opset", type=int, choices=range(16, 21), help="of ONNX (default: 17)")
     parser.add_argument("--images", metavar="FOLDER", help="images to verify with, the first five; else drawn ones")
     parser.add_argument("opts", nargs="*", help="changes to the YAML: KEY VALUE ...")
     add_import_argument(parser)

@@ -14,6 +14,7 @@ from test_solo import DECOUPLED, SOLO
 from torch import nn
 from torchvision.ops import deform_conv2d
 
+from d2kd import cli
 from d2kd.export import Exported, ExportError, export_model, export_plain, exported, register_export
 from d2kd.export.base import EXPORTS
 from d2kd.export.dense_detector import RetinaNetExport, top_candidates
@@ -370,7 +371,8 @@ def test_torch_refuses_what_plain_detectron2_does_not_have(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_exports_and_tells_what_is_wrong_in_one_line(tmp_path):
+def test_the_command_exports_and_tells_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["d2kd"])
     cfg = detector()
     weights, yaml = tmp_path / "model.pth", tmp_path / "student.yaml"
     torch.save({"model": model(cfg).state_dict(), "class_names": NAMES}, weights)
@@ -386,11 +388,18 @@ def test_the_command_exports_and_tells_what_is_wrong_in_one_line(tmp_path):
         ((target, "--format", "torchscript"), "--format needs --config-file"),
         ((tmp_path / "x.onnx", "--format", "torchscript", "--config-file", yaml), "ends in .pt or .ts"),
         ((weights,), "is the checkpoint that is exported"),
+        ((tmp_path / "x.onnx",), "x.onnx: without --format a PyTorch checkpoint is written"),
+        ((tmp_path / "x.onnx",), "Give --format onnx, or another name."),
+        ((tmp_path / "x.ts", "--config-file", yaml), "Give --format torchscript"),
+        ((tmp_path / "x.safetensors",), "ends in .pth and not in .safetensors"),
+        ((tmp_path / "x.pth", "--precision", "fp16"), "--precision is for --format torchscript or onnx"),
         ((tmp_path / "student.pth", "--format", "torch", "--config-file", yaml), "student.yaml is there"),
         ((yaml / "x.pt", "--format", "torchscript", "--config-file", yaml), "cannot be written"),
     ):
-        done = tool("export_student", weights, *words, check=False)
-        assert done.returncode == 2 and message in done.stdout and "Traceback" not in done.stdout
+        with pytest.raises(SystemExit) as end:
+            cli.main(["export", *map(str, (weights, *words))])
+        assert end.value.code == 2 and message in capsys.readouterr().out.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth", "student.yaml", "x.pt"]
 
 
 def test_missing_packages_are_told_with_what_installs_them(monkeypatch, tmp_path):
