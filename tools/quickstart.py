@@ -3,6 +3,7 @@
 
 Every part is a run of tools/train_net.py, shown before it starts; two run side by side where there are two cores. What
 is finished is not repeated, and what was interrupted is resumed, so this program can be stopped and started at will.
+It may be started anywhere: the dataset and the output go to the working directory, unless it is told otherwise.
 """
 
 import argparse
@@ -23,16 +24,18 @@ from typing import NamedTuple, NoReturn
 
 import d2kd  # noqa: F401  (makes `detectron2` importable)
 from d2kd.data.datasets import register_datasets
-from d2kd.engine import load_config, log_runtime
+from d2kd.engine import load_config, log_runtime, run_tool
 from d2kd.evaluation.report import load_result, write_report
 from d2kd.evaluation.report_inputs import read_inputs
 from d2kd.evaluation.report_pictures import draw_detections
 from d2kd.evaluation.tasks import metric_named
-from d2kd.files import replacing, write_json
+from d2kd.files import find_config, replacing, require_writable, write_json
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2kd.tools.quickstart")
 
+#: The programs of the repository, from the working directory.
+ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 TEACHER = "configs/PhotoDigits/retinanet_teacher.yaml"
 STUDENT = "configs/PhotoDigits/retinanet_student.yaml"
 DATASET = "photo_digits_val"
@@ -87,7 +90,7 @@ def stages(output: Path, options: list[str]) -> list[list[Run]]:
 
 def command_of(run: Run, output: Path) -> list[str]:
     """The command line of a run."""
-    return ["tools/train_net.py", "--resume", *run.arguments, "OUTPUT_DIR", str(output / run.name)]
+    return [str(ROOT / "tools/train_net.py"), "--resume", *run.arguments, "OUTPUT_DIR", str(output / run.name)]
 
 
 def finished(run: Run, output: Path) -> bool:
@@ -235,7 +238,7 @@ def _digest(arguments: list[str]) -> str:
     """Checksum of the configurations and of the teacher's checkpoint that a run depends on."""
     digest = hashlib.sha256()
     for argument in arguments:
-        path = Path(argument.partition("=")[2])
+        path = Path(find_config(argument.partition("=")[2]))
         if argument.startswith("--") and path.is_file():
             digest.update(path.read_bytes())
             base = path.with_name("Base-PhotoDigits.yaml")
@@ -292,7 +295,7 @@ def report(all_runs: list[Run], output: Path, used: Sequence[Sequence[str]]) -> 
         title="Quickstart: distilling a RetinaNet on PhotoDigits",
         statement=STATEMENT.format(images=models["baseline"].images_seen, teacher_images=models["teacher"].images_seen),
         commands=[
-            "bash tools/quickstart.sh",
+            f"bash {ROOT / 'tools/quickstart.sh'}",
             *("python " + shlex.join(command_of(run, output)) for run in all_runs),
             *("d2kd " + shlex.join(command) for command in used),
         ],
@@ -304,15 +307,23 @@ def report(all_runs: list[Run], output: Path, used: Sequence[Sequence[str]]) -> 
 
 
 def main() -> None:
-    """Dataset, four runs, export, measurement, report."""
+    """Dataset, four runs, export, measurement, report.
+
+    Raises:
+        UserError: the output cannot be written, or a change of the configuration is wrong.
+        SystemExit: a part failed, which has said why.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="where everything goes")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the configuration of all runs")
     args = parser.parse_args()
     setup_logger(name="d2kd")
     log_runtime()
+    require_writable("--output", args.output)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the runs too
-    subprocess.run([sys.executable, "datasets/prepare_photo_digits.py"], check=True)
+    prepared = subprocess.run([sys.executable, str(ROOT / "datasets/prepare_photo_digits.py")]).returncode
+    if prepared:
+        sys.exit(prepared)
     register_datasets(load_config(STUDENT))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     lanes = min(cores, 2)
@@ -331,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

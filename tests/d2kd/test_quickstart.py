@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -106,3 +108,25 @@ def test_a_length_of_the_command_line_is_that_of_all_parts(quickstart: ModuleTyp
     assert {run.iterations for stage in stages for run in stage} == {12}
     for run in (run for stage in stages for run in stage):
         assert run.arguments[-6:] == ["SOLVER.MAX_ITER", "12", "TEST.EVAL_PERIOD", "4", "SOLVER.MAX_ITER", "12"]
+
+
+def test_it_runs_from_another_folder(tmp_path: Path) -> None:
+    """Every program of the repository is found, and what goes wrong in a part is told without a traceback."""
+    (tmp_path / "photo_digits").write_text("in the way")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(tmp_path)}
+    for arguments, message in (
+        ([], "exists and is not a PhotoDigits dataset"),
+        (["--output", "photo_digits/below"], "photo_digits/below cannot be written (Not a directory)"),
+    ):
+        command = [sys.executable, str(ROOT / "tools/quickstart.py"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        printed = done.stdout + done.stderr
+        assert done.returncode == 2 and message in printed and "Traceback" not in printed, printed
+
+
+def test_its_commands_name_programs_that_are_there(quickstart: ModuleType) -> None:
+    run = quickstart.stages(Path("out"), [])[0][0]
+    program = quickstart.command_of(run, Path("out"))[0]
+    assert Path(program).resolve() == ROOT / "tools/train_net.py"
+    if Path.cwd() == ROOT:  # as it has always been in fingerprints of finished runs
+        assert program == "tools/train_net.py"
