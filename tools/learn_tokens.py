@@ -2,6 +2,8 @@
 """Learns the receptive tokens of a teacher, the first stage of ReceptiveTokens: the same as `d2kd learn-tokens`."""
 
 from d2kd.cli.learn_tokens import run
+from d2kd.interrupts import ending_at_interrupts
 
 if __name__ == "__main__":
-    run()
+    with ending_at_interrupts():
+        run()

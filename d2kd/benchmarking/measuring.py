@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from d2kd.interrupts import held_back_in_new_processes
+
 from .subjects import Subject, SubjectError
 from .worker import Facts, serve
 
@@ -136,10 +138,14 @@ def _worker(subject: Subject, settings: Settings) -> Iterator[_Worker]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, subject, settings), daemon=True)
-    process.start()
+    with held_back_in_new_processes():
+        process.start()
     there.close()
     try:
         yield _Worker(subject, here)
+    except KeyboardInterrupt:
+        process.kill()  # it may be importing, or in the middle of a round
+        raise
     finally:
         here.close()  # which ends the process
         process.join(_PATIENCE)

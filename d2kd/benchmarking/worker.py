@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2kd.errors import UserError
+from d2kd.interrupts import raise_interrupts
 
 if TYPE_CHECKING:
     from .measuring import Settings
@@ -41,6 +42,7 @@ def serve(connection: Connection, subject: "Subject", settings: "Settings") -> N
     logging.disable(logging.WARNING)
     model = None
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the other end is closed, or Ctrl-C came
+        raise_interrupts()
         while True:
             question = connection.recv()
             try:

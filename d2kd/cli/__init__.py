@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import d2kd
 from d2kd.errors import did_you_mean
+from d2kd.interrupts import ending_at_interrupts
 
 
 class Command(NamedTuple):
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     sys.argv[0] = f"d2kd {name}"  # what usage lines and examples call the program
-    importlib.import_module(f"d2kd.cli.{command.module}").run([*command.first, *rest])
+    with ending_at_interrupts():
+        importlib.import_module(f"d2kd.cli.{command.module}").run([*command.first, *rest])
     return 0
 
 

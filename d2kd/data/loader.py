@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2kd.errors import ConfigError
+from d2kd.interrupts import held_back_in_new_processes
 from d2kd.modeling.architectures import architecture_class
 from d2kd.rng import derive_seed
 from detectron2.config import CfgNode
@@ -120,7 +121,10 @@ class ResumableLoader:
             # without it, starting the workers draws from the global random state, which belongs to the model
             generator=torch.Generator().manual_seed(self.seed),
         )
-        return map(raise_failures, iter(loader))
+        # one that Ctrl-C ends before it has read what it is to do would be waited for without an end
+        with held_back_in_new_processes():
+            batches_of_workers = iter(loader)
+        return map(raise_failures, batches_of_workers)
 
 
 def _wide(dicts: list[dict[str, Any]]) -> list[bool] | None:
@@ -331,7 +335,9 @@ class TestLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return map(raise_failures, iter(self.loader))
+        with held_back_in_new_processes():
+            batches = iter(self.loader)
+        return map(raise_failures, batches)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None) -> TestLoader:

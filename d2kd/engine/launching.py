@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2kd.arguments import command_line_options
 from d2kd.errors import ConfigError, UserError
+from d2kd.interrupts import held_back_in_new_processes, raise_interrupts
 from d2kd.settings import Setting
 from detectron2.engine import launch
 from detectron2.utils import comm
@@ -40,6 +41,7 @@ def run_tool(main: Callable[[], Any]) -> Any:
     """
     logging.raiseExceptions = False  # a line that a full disk does not take is no reason for a page of them
     try:
+        raise_interrupts()
         return main()
     except UserError as error:
         if not logging.getLogger("d2kd").handlers:
@@ -90,7 +92,11 @@ def launch_tool(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
                 dist_url=args.dist_url,
                 args=(main, args),
             )
+    except KeyboardInterrupt:  # before a process works
+        sys.exit(130)
     except ProcessExitedException as error:  # which has told why
+        if error.exit_code == 130:
+            print("Interrupted.", file=sys.stderr, flush=True)
         sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
 
 
@@ -132,7 +138,8 @@ def _passing_signals_on() -> Iterator[None]:
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with held_back_in_new_processes(pass_on):
+            yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

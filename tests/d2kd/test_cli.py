@@ -1,10 +1,14 @@
 """The console program `d2kd`: what it lists, which command gets which arguments, and how mistakes end."""
 
 import importlib
+import multiprocessing
+import os
 import pickle
 import runpy
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from runs import ROOT, environment
@@ -13,6 +17,7 @@ import d2kd
 from d2kd import cli, files
 from d2kd.cli import COMMANDS, listing
 from d2kd.engine import load_config
+from d2kd.interrupts import held_back_in_new_processes, raise_interrupts
 
 #: The command that does the same as a program in tools/.
 PROGRAMS = {
@@ -156,3 +161,54 @@ def test_a_list_is_narrowed_by_words_and_knows_what_was_imported(tmp_path):
     ]  # fmt: skip
     nothing = program("list", "methods", "quux")
     assert nothing.returncode == 1 and "No methods with quux." in nothing.stdout
+
+
+@pytest.mark.parametrize(
+    "tool, arguments",
+    [("-m", "d2kd.cli train"), ("-m", "d2kd.cli predict x.png"), (str(ROOT / "tools/train_net.py"), "")],
+    ids=["train", "predict", "tool"],
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path, tool, arguments):
+    """A package that stands for PyTorch waits for it, and catches what an import raises, as extension modules do."""
+    (tmp_path / "torch.py").write_text(
+        "import sys, time\nprint('importing', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept BaseException as error:\n    raise ImportError('no torch') from error\n"
+    )
+    command = [sys.executable, tool, *arguments.split(), "--config-file", "PhotoDigits/retinanet_student.yaml"]
+    variables = {**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130 and process.stderr.read() == "Interrupted.\n"
+
+
+def wait_in_vain(connection):
+    """Answers when Ctrl-C gets through, which it has been sent before."""
+    connection.send("started")
+    connection.recv()
+    try:
+        raise_interrupts()
+        connection.send("nothing")
+    except KeyboardInterrupt:
+        connection.send("interrupted")
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no masks of signals on this system")
+def test_ctrl_c_waits_in_new_processes_until_they_work():
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    seen = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with held_back_in_new_processes(lambda number, frame: seen.append(number)):
+        process = context.Process(target=wait_in_vain, args=(there,))
+        process.start()
+        os.kill(process.pid, signal.SIGINT)  # long before it has imported anything
+        assert here.recv() == "started"
+        os.kill(os.getpid(), signal.SIGINT)
+        while not seen:
+            time.sleep(0.01)
+    here.send("go on")
+    assert here.recv() == "interrupted" and seen == [signal.SIGINT]
+    process.join(30)
+    assert process.exitcode == 0 and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "api.py": {"config", "data", "engine", "errors", "modeling"},
     "errors.py": set(),
+    "interrupts.py": set(),
     "runtime.py": set(),
     "rng.py": set(),
     "arguments.py": {"errors"},
@@ -38,7 +39,7 @@ ALLOWED = {
         "runtime",
         "settings",
     },
-    "data": {"config", "errors", "files", "modeling", "rng"},
+    "data": {"config", "errors", "files", "interrupts", "modeling", "rng"},
     "visualization": set(),
     "evaluation": {"config", "data", "errors", "files", "modeling", "runtime", "visualization"},
     "engine": {
@@ -50,6 +51,7 @@ ALLOWED = {
         "errors",
         "evaluation",
         "files",
+        "interrupts",
         "model_zoo",
         "modeling",
         "rng",
@@ -57,7 +59,7 @@ ALLOWED = {
         "settings",
         "visualization",
     },
-    "benchmarking": {"engine", "errors", "evaluation", "files", "prediction", "visualization"},
+    "benchmarking": {"engine", "errors", "evaluation", "files", "interrupts", "prediction", "visualization"},
     "export": {"errors", "files", "modeling"},
     "prediction": {"config", "data", "errors", "evaluation", "export", "files", "modeling", "visualization"},
     "token_learning": {
@@ -82,6 +84,7 @@ ALLOWED = {
         "evaluation",
         "export",
         "files",
+        "interrupts",
         "modeling",
         "plugins",
         "prediction",
