@@ -1,6 +1,7 @@
 """What is to be predicted on: image files, folders and globs of them, videos, a camera."""
 
 import glob
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,13 +9,34 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from d2kd.data.folders import IMAGE_SUFFIXES, walk
 from d2kd.data.images import image_problem
 from d2kd.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 #: Endings of files that are taken for videos; others are if they are no images.
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
+#: Endings of images that are not taken from folders: few of them can be read.
+_OTHER_IMAGES = (
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".tga",
+    ".psd",
+    ".svg",
+    ".exr",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+)
+#: Files that a line names.
+_NAMED = 3
 #: Endings of pictures that keep their name; those of other images get .png behind theirs.
 _KEPT = (".png", ".jpg", ".jpeg")
 _GLOB = frozenset("*?[")
@@ -120,7 +142,7 @@ def find_inputs(
 
     Args:
         paths: of images, videos, folders of images (with all folders below them), and patterns such as
-            "photos/**/*.jpg". Hidden files are left out of folders.
+            "photos/**/*.jpg". Hidden files are left out of folders, and so are videos, which the log names.
         camera: number of a camera.
         without: a folder whose files are left out, that of the results.
 
@@ -131,9 +153,9 @@ def find_inputs(
     videos = [] if camera is None else [Video(camera, f"camera{camera}")]
     seen, pictures = set[str](), {picture_name(video.name, is_video=True) for video in videos}
     for given in paths:
-        for path, name in _matches(given):
+        for path, name in _matches(given, without):
             real = os.path.realpath(path)
-            if real in seen or (without and Path(os.path.realpath(without)) in Path(real).parents):
+            if real in seen or _lies_in(path, without):
                 continue
             seen.add(real)
             is_video = _is_video(path)
@@ -147,12 +169,30 @@ def find_inputs(
     return images, videos
 
 
-def _matches(given: str) -> Iterator[tuple[str, str]]:
+def _lies_in(path: str, folder: str | None) -> bool:
+    return bool(folder) and Path(os.path.realpath(str(folder))) in Path(os.path.realpath(path)).parents
+
+
+def _matches(given: str, without: str | None) -> Iterator[tuple[str, str]]:
     """The files of a path, folder or pattern, and the names of their results."""
     if os.path.isdir(given):
-        files = [path for path in _below(given) if path.lower().endswith(IMAGE_SUFFIXES)]
-        if not files:
-            raise InputError(f"Folder {given} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        everything = list(_below(given))
+        found = [path for path in everything if not _lies_in(path, without)]
+        files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES) or _is_still_gif(path)]
+        taken = set(files)
+        others = [p for p in found if p.lower().endswith((*VIDEO_SUFFIXES, *_OTHER_IMAGES)) and p not in taken]
+        if not files and (others or len(found) == len(everything)):
+            more = f" Give others by name, or a pattern ({_few(others)})." if others else ""
+            raise InputError(f"Folder {given} holds no images ({', '.join(IMAGE_SUFFIXES)}).{more}")
+        if files and others:
+            logger.warning(
+                "Folder %s: %d file(s) are left out (%s), as of folders images are taken: %s. Give others by name, or "
+                "a pattern.",
+                given,
+                len(others),
+                _few(others),
+                ", ".join(IMAGE_SUFFIXES),
+            )
         yield from ((path, os.path.relpath(path, given)) for path in files)
     elif os.path.exists(given):
         yield given, os.path.basename(given)
@@ -163,6 +203,11 @@ def _matches(given: str) -> Iterator[tuple[str, str]]:
         yield from ((path, os.path.basename(path)) for path in files)
     else:
         raise InputError(f"There is no {given}: give an image, a folder, a glob or a video.")
+
+
+def _few(paths: Sequence[str]) -> str:
+    names = [os.path.basename(path) for path in paths[:_NAMED]]
+    return ", ".join([*names, "..."] if len(paths) > _NAMED else names)
 
 
 def _below(folder: str) -> Iterator[str]:
@@ -184,8 +229,19 @@ def _unused(name: str, pictures: set[str], is_video: bool) -> str:
 def _is_video(path: str) -> bool:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:
-        return suffix in VIDEO_SUFFIXES
+        return suffix in VIDEO_SUFFIXES and not _is_still_gif(path)
     return os.path.isfile(path) and image_problem(path) is not None and _opens(path)
+
+
+def _is_still_gif(path: str) -> bool:
+    """Whether a file is a GIF of one image, which is no video."""
+    if not path.lower().endswith(".gif"):
+        return False
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except Exception:  # decoders raise all kinds of them on damaged files
+        return False
 
 
 def _opens(path: str) -> bool:

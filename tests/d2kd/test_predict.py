@@ -17,6 +17,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from models import FASTER_RCNN
+from PIL import Image
 from runs import ROOT
 from segmentors import PSP
 from test_cli import program
@@ -480,6 +481,34 @@ def test_inputs_are_found_once_in_order_and_have_names_of_their_own(tmp_path, mo
         ("1.jpg", "1.jpg"), ("a/1.jpg", "1_2.jpg"), ("a/2.PNG", "2.PNG"), ("a/b/1.jpg", "b/1.jpg"),
     ]  # fmt: skip
     assert videos == [Video(0, "camera0"), Video("clip.MP4", "clip.MP4")]
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path, caplog):
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    folder = tmp_path / "a"
+    (folder / "out").mkdir(parents=True)
+    image.save(folder / "1.jpg")
+    image.save(folder / "still.gif")
+    other = Image.fromarray(np.full((8, 8, 3), 200, np.uint8))
+    image.save(folder / "moving.GIF", save_all=True, append_images=[other])
+    for name in ("clip.mp4", "photo.HEIC", "b.avif", "notes.txt", "out/clip.mp4"):
+        (folder / name).write_text("")
+    with caplog.at_level("WARNING"):
+        images, videos = find_inputs([str(folder)], without=str(folder / "out"))
+    assert [image.name for image in images] == ["1.jpg", "still.gif"] and not videos
+    assert "4 file(s) are left out (b.avif, clip.mp4, moving.GIF, ...), as of folders images are" in caplog.text
+    for name in ("1.jpg", "still.gif"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match=r"holds no images .* Give others by name, or a pattern \(b\.avif, clip"):
+        find_inputs([str(folder)], without=str(folder / "out"))
+
+
+def test_a_gif_of_one_image_is_an_image(tmp_path):
+    file = tmp_path / "still.gif"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+    images, videos = find_inputs([str(file)])
+    assert [image.name for image in images] == ["still.gif"] and not videos
+    assert picture_name(images[0].name, is_video=False) == "still.gif.png"
 
 
 def test_links_in_circles_are_not_followed(tmp_path):
