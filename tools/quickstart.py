@@ -324,7 +324,7 @@ def main() -> None:
     prepared = subprocess.run([sys.executable, str(ROOT / "datasets/prepare_photo_digits.py")]).returncode
     if prepared:
         sys.exit(prepared)
-    register_datasets(load_config(STUDENT))
+    register_datasets(load_config(STUDENT, trains=False))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     lanes = min(cores, 2)
     environment = {"OMP_NUM_THREADS": str(cores // lanes), **os.environ, "PYTHONWARNINGS": "ignore"}

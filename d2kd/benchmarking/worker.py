@@ -73,7 +73,7 @@ class _Model:
             self.predictor = Predictor.from_file(subject.weights, settings.device, settings.threads)
         else:
             options = [*subject.options, "MODEL.DEVICE", settings.device]
-            cfg = load_config(subject.config_file, options, subject.imports)
+            cfg = load_config(subject.config_file, options, subject.imports, trains=False)
             self.predictor = Predictor.from_config(cfg, subject.weights)
         self.exported, self.file = subject.exported, subject.weights
         self.inputs = [self.predictor.prepare(image) for image in settings.images]

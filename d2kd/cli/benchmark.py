@@ -107,7 +107,7 @@ def _of_config(args: argparse.Namespace) -> list[Any]:
     from d2kd.benchmarking import Subject, SubjectError
     from d2kd.engine import load_config
 
-    cfg = load_config(args.config_file, args.opts, args.imports)
+    cfg = load_config(args.config_file, args.opts, args.imports, trains=False)
     weights = args.weights or cfg.MODEL.WEIGHTS
     if not os.path.isfile(weights):
         raise SubjectError(f"--weights is {weights!r}: there is no such file.")
@@ -134,7 +134,7 @@ def _images(args: argparse.Namespace, subjects: list[Any]) -> list[Any]:
     for subject in subjects:
         if subject.exported:
             continue
-        cfg = load_config(subject.config_file, [*subject.options], subject.imports)
+        cfg = load_config(subject.config_file, [*subject.options], subject.imports, trains=False)
         for name in cfg.DATASETS.TEST:
             try:
                 records = DatasetCatalog.get(name)

@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     from d2kd.engine import load_config
     from detectron2.utils.logger import setup_logger
 
-    cfg = load_config(args.config_file, args.opts, args.imports)
+    cfg = load_config(args.config_file, args.opts, args.imports, trains=False)
     setup_logger(name="d2kd")
     register_datasets(cfg)
     if args.command == "check":

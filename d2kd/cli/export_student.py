@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         _export_format(args)
         return
     if args.config_file:  # before anything is written: an earlier export must not give way to one that does not fit
-        cfg = load_config(args.config_file, args.opts, args.imports)
+        cfg = load_config(args.config_file, args.opts, args.imports, trains=False)
         cfg.MODEL.DEVICE = "cpu"
         load_strictly(build_network(cfg, "--config-file"), args.source, "student", "--config-file")
     count = export(args.source, args.target, args.ema)
@@ -128,7 +128,7 @@ def _export_format(args: argparse.Namespace) -> None:
     if not args.config_file:
         raise ConfigError("--format needs --config-file: the YAML of the student.")
     require_packages(args.format)
-    cfg = load_config(args.config_file, args.opts, args.imports)
+    cfg = load_config(args.config_file, args.opts, args.imports, trains=False)
     cfg.MODEL.DEVICE = "cpu"
     model = build_network(cfg, "--config-file")
     with tempfile.TemporaryDirectory() as folder:

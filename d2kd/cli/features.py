@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> "FeatureSummary":
     require_free(args.output, args.overwrite)
     device = ["MODEL.DEVICE", args.device] if args.device else []
     options = command_line_options(argparse.Namespace(**{**vars(args), "opts": [*args.opts, *device]}))
-    cfg = load_config(args.config_file, options, args.imports)
+    cfg = load_config(args.config_file, options, args.imports, trains=False)
     require_teacher(cfg)
     images = choose_images(cfg, args.images, args.number, args.output)
     log_runtime(cfg.MODEL.DEVICE)

@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> "Gate":
     wrong = [ratio for ratio in args.ratios if not 0 < ratio <= 1]
     if wrong or args.images < 1:
         raise UserError(f"--ratios must be above 0 and at most 1, and --images at least 1: {wrong or args.images}.")
-    cfg = load_config(args.config_file, args.opts, args.imports)
+    cfg = load_config(args.config_file, args.opts, args.imports, trains=False)
     if not is_distillation(cfg):
         raise ConfigError("--config-file has no teacher (DISTILL.TEACHER.CONFIG_FILE), so there is none to mask.")
     require_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)

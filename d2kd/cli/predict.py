@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> "Summary":
         predictor = Predictor.from_file(args.weights, args.device or "cpu")
     else:
         device = ["MODEL.DEVICE", args.device] if args.device else []
-        cfg = load_config(args.config_file, [*args.opts, *device], args.imports)
+        cfg = load_config(args.config_file, [*args.opts, *device], args.imports, trains=False)
         log_runtime(cfg.MODEL.DEVICE)
         predictor = Predictor.from_config(cfg, args.weights)
     summary = predict_files(

@@ -105,7 +105,7 @@ def make_dataset_known(dataset_name: str, models: list["ModelResult"]) -> None:
     configs += [os.path.join(os.path.dirname(config), "evaluation", "config.yaml") for config in configs]
     for config in filter(os.path.isfile, configs):
         if dataset_name not in DatasetCatalog.list():
-            register_datasets(load_config(config))
+            register_datasets(load_config(config, trains=False))
     if dataset_name not in DatasetCatalog.list():
         raise DatasetError(f"--dataset {dataset_name}: it is not registered, and no run's config.yaml names it.")
 

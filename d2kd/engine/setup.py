@@ -97,7 +97,8 @@ def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNod
         ConfigError: the file is missing, or a key or value is wrong; the message lists near matches.
     """
     args.config_file, _ = find_config_or_zoo(args.config_file, "--config-file")
-    cfg = load_config(args.config_file, command_line_options(args), args.imports, notices)
+    trains = not _only_evaluates(args)
+    cfg = load_config(args.config_file, command_line_options(args), args.imports, notices, trains=trains)
     if args.method is not None and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             f"--method {args.method} needs a teacher: name its YAML (--teacher-config) and checkpoint "
@@ -109,7 +110,7 @@ def read_arguments(args: argparse.Namespace, notices: list[str]) -> tuple[CfgNod
         read_teacher_config(cfg, [])  # what is wrong there must be known now; it is read again where it is used
     _use_device(cfg.MODEL.DEVICE)
     register_datasets(cfg)
-    lengths = [] if _only_evaluates(args) else [line for line in (scale_to_batch(cfg), resolve_epochs(cfg)) if line]
+    lengths = [line for line in (scale_to_batch(cfg), resolve_epochs(cfg)) if line] if trains else []
     if lengths:
         _tell_of_schedule(cfg.SOLVER, notices)
     cfg.freeze()
@@ -162,6 +163,8 @@ def load_config(
     options: Sequence[Any] | None = None,
     imports: Sequence[str] = (),
     notices: list[str] | None = None,
+    *,
+    trains: bool = True,
 ) -> CfgNode:
     """Returns Detectron2's defaults and d2kd's, changed by a YAML file and a list of ["KEY", "value", ...].
 
@@ -172,6 +175,7 @@ def load_config(
         options: changes on top of it.
         imports: files and modules with methods, architectures, ... of one's own, beside those of DISTILL.IMPORTS.
         notices: see `read_config`.
+        trains: whether it is for a training, of which it is then told what looks wrong with its schedule.
 
     Raises:
         ConfigError: see `setup`.
@@ -196,7 +200,7 @@ def load_config(
         cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
     if not (uses_epochs(cfg) or needs_scaling(cfg)):  # else the iterations are not known yet
-        _tell_of_schedule(cfg.SOLVER, notices)
+        _tell_of_schedule(cfg.SOLVER, notices if trains else [])  # steps are dropped either way
     return cfg
 
 

@@ -7,9 +7,10 @@ from runs import read_checkpoint, run_training
 
 from d2kd.data.datasets import register_datasets
 from d2kd.distillers import DISTILLERS, FeatureMimic
-from d2kd.engine import DistillTrainer, load_config
+from d2kd.engine import DistillTrainer, argument_parser, load_config
 from d2kd.engine.epochs import resolve_epochs, with_iterations
 from d2kd.engine.scaling import scale_to_batch, scale_to_processes
+from d2kd.engine.setup import read_arguments
 from d2kd.errors import ConfigError
 from d2kd.settings import setting
 
@@ -186,6 +187,20 @@ def test_a_warm_up_that_never_ends_is_told():
     notices = []
     load_config("configs/COCO/retinanet_R50_1x.yaml", ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 500], [], notices)
     assert any("SOLVER.WARMUP_ITERS 1000 is not below MAX_ITER, 500" in notice for notice in notices)
+
+
+def test_where_nothing_trains_nothing_is_told_of_the_schedule():
+    options = ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "500"]
+    for words, told in (([], True), (["--eval-only"], False), (["--eval-teacher"], False), (["--check"], True)):
+        notices = []
+        args = argument_parser().parse_args([*words, "--config-file", "configs/COCO/retinanet_R50_1x.yaml", *options])
+        cfg, _ = read_arguments(args, notices)
+        assert any("SOLVER.WARMUP_ITERS" in notice for notice in notices) == told, words
+        assert not cfg.SOLVER.STEPS  # as those behind the end are dropped
+    assert [n for n in notices if "SOLVER.STEPS" in n]
+    notices = []
+    load_config("configs/COCO/retinanet_R50_1x.yaml", options, [], notices, trains=False)
+    assert not notices
 
 
 @pytest.mark.parametrize("value, words", [(-1, "at least 0"), (1.5, "of type int"), ("auto", "of type int")])
