@@ -1,7 +1,10 @@
 """Files of a folder and of those below it, by which images and what belongs to them are paired."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from d2kd.errors import did_you_mean
 
 #: Endings of image files, in any case.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -78,3 +81,15 @@ def files_by_key(
         behind = f" with {suffix!r} before their endings" if suffix else ""
         raise error(f"{root} holds no {what} ({', '.join(endings)}){behind}.")
     return found
+
+
+def near_name(name: str, others: Iterable[str], cutoff: float = 0.5) -> str:
+    """Returns " Did you mean A or B?" with the nearest names that have the same numbers.
+
+    000001 and 000071 are two files, and no typing error; 1 and 01 may be one.
+    """
+    return did_you_mean(name, [other for other in others if _numbers(other) == _numbers(name)], cutoff)
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(digits) for digits in re.findall("[0-9]+", name)]

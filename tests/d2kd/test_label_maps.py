@@ -1,6 +1,7 @@
 """Folders of images and label maps: what pairs, what is told, how images are varied, and how results are drawn."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from segmentors import PSP
 
 from d2kd.data.classes import check_classes
 from d2kd.data.datasets import DatasetError, check_datasets, register_datasets
+from d2kd.data.folders import near_name
 from d2kd.data.mapper import build_mapper
 from d2kd.data.segmentation import PhotometricDistortion, build_augmentations
 from d2kd.data.segmentation.resized_crop import ResizedCropTransform
@@ -137,6 +139,29 @@ def test_what_does_not_pair_or_fit_is_one_line(folders, spoil, message):
     with pytest.raises(DatasetError, match=message) as error:
         checked(folders)
     assert "Dataset 'mine'" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "image, label_maps, hint",
+    [
+        ("000001", ["000071", "000080"], ""),
+        ("scene_1", ["scen_1", "scene_2"], " Did you mean scen_1?"),
+        ("scene_1", ["scene_01", "scene_2"], " Did you mean scene_01?"),
+        ("scene", ["scen", "scene_2"], " Did you mean scen?"),
+    ],
+)
+def test_numbers_near_are_no_typing_errors(image, label_maps, hint):
+    assert near_name(image, label_maps) == hint
+
+
+def test_a_missing_number_is_not_told_with_its_neighbors(folders):
+    for kind, name in (("images", "b.jpg"), ("labels", "b.png")):
+        path = folders / kind / name
+        for number in ("000001", "000002"):
+            shutil.copy(path, path.with_name(f"{number}{path.suffix}"))
+    (folders / "labels/000001.png").unlink()
+    with pytest.raises(DatasetError, match=r"first 000001.jpg. Add or remove them."):
+        checked(folders)
 
 
 def test_training_may_leave_out_what_cannot_be_used(folders, caplog):

@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 import pycocotools.mask as mask_util
 
-from d2kd.errors import did_you_mean
-
 from ..class_list import class_names, key_point_shape
 from ..coco import DatasetError, short
-from ..folders import IMAGE_SUFFIXES, files_by_key
+from ..folders import IMAGE_SUFFIXES, files_by_key, near_name
 from ..images import image_problem, image_size
 from ..text_files import read_text
 from .source import ConvertedSource, plain_number
@@ -121,7 +119,7 @@ class YoloLabels(ConvertedSource):
                 len(alone),
                 len(labels),
                 alone[0],
-                did_you_mean(alone[0], keys, cutoff=0.8),
+                near_name(alone[0], keys, cutoff=0.8),
             )
         return labels.intersection(keys)
 

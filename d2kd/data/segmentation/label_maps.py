@@ -5,10 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2kd.errors import did_you_mean
-
 from ..coco import DatasetError
-from ..folders import IMAGE_SUFFIXES, files_by_key
+from ..folders import IMAGE_SUFFIXES, files_by_key, near_name
 from ..images import image_problem, image_size, label_map_problem
 
 logger = logging.getLogger(__name__)
@@ -94,7 +92,7 @@ class LabelMaps:
             longer = next((key for key in sorted(labels) if key.startswith(keys[0])), None)
             if longer is not None:
                 return f"{text} There is {longer}: set LABEL_SUFFIX to {longer[len(keys[0]) :]!r}."
-        return f"{text}{did_you_mean(keys[0], labels) if other == 'label map' else ''} Add or remove them."
+        return f"{text}{near_name(keys[0], labels) if other == 'label map' else ''} Add or remove them."
 
     def _listed(self) -> tuple[dict[str, str], dict[str, str]]:
         images = files_by_key(self.images, IMAGE_SUFFIXES, "images", self.error)
