@@ -191,14 +191,32 @@ def evaluate_teacher_and_student(trainer_class: Any, cfg: CfgNode, resume: bool)
     return results
 
 
-def _load_student(cfg: CfgNode, resume: bool) -> tuple[str, nn.Module]:
+def weights_to_evaluate(cfg: CfgNode, resume: bool) -> str:
+    """Returns the path or name of the student's weights, of which files that it names itself are there.
+
+    Args:
+        cfg: of the evaluation.
+        resume: take the last checkpoint of OUTPUT_DIR, if there is one.
+
+    Raises:
+        ConfigError: there are none.
+    """
     last = DetectionCheckpointer(None, cfg.OUTPUT_DIR)
-    path = last.get_checkpoint_file() if resume and last.has_checkpoint() else cfg.MODEL.WEIGHTS
+    if resume and last.has_checkpoint():
+        return str(last.get_checkpoint_file())
+    path = str(cfg.MODEL.WEIGHTS)
     if not path:
         raise ConfigError(
             "--eval-only has nothing to evaluate: give MODEL.WEIGHTS, or --resume for the last checkpoint of "
             "OUTPUT_DIR (for the teacher alone: d2kd train --eval-teacher)."
         )
+    if "://" not in path and not os.path.isfile(path.partition("?")[0]):
+        raise ConfigError(f"MODEL.WEIGHTS is {path!r}: there is no such file.")
+    return path
+
+
+def _load_student(cfg: CfgNode, resume: bool) -> tuple[str, nn.Module]:
+    path = weights_to_evaluate(cfg, resume)
     model = build_network(cfg, "--config-file")
     saved = load_strictly(model, path, "student", "--config-file and MODEL.WEIGHTS")
     _check_class_names(cfg, path, saved.get("class_names"))

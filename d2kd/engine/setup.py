@@ -25,6 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .epochs import resolve_epochs, uses_epochs
+from .evaluation import weights_to_evaluate
 from .host_memory import reuse_freed_memory
 from .run_folder import claimed_folder, prepare_folder
 from .scaling import drop_late_steps, needs_scaling, scale_to_batch
@@ -37,7 +38,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     `DATASETS.REGISTER` set up.
 
     Raises:
-        ConfigError: see `read_arguments`.
+        ConfigError: see `read_arguments`; or there are no weights to evaluate.
         FolderError: OUTPUT_DIR cannot be written into.
     """
     cfg, told = _read(args)
@@ -73,6 +74,8 @@ def _read(args: argparse.Namespace) -> tuple[CfgNode, _Told]:
     """The configuration, and what is to be logged about it; OUTPUT_DIR is there."""
     notices: list[str] = []  # for the log, which is not there yet
     cfg, lengths = read_arguments(args, notices)
+    if getattr(args, "eval_only", False):
+        weights_to_evaluate(cfg, args.resume)  # before there is a folder for what would not come
     if comm.is_main_process():
         prepare_folder(cfg.OUTPUT_DIR)
     return cfg, (lengths, notices)

@@ -206,7 +206,12 @@ def test_eval_only_demands_every_key(write_config, tmp_path):
     torch.save({"model": model(config(MODEL__RETINANET__NUM_CLASSES=10)).backbone.state_dict()}, tmp_path / "part.pth")
     message = error_of(write_config(), tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "part.pth", eval_only=True)
     assert "missing in the checkpoint" in message
-    assert "nothing to evaluate" in error_of(write_config(), tmp_path / "out", eval_only=True)
+    output = tmp_path / "new"
+    assert "nothing to evaluate" in error_of(write_config(), output, eval_only=True)
+    assert "nothing to evaluate" in error_of(write_config(), output, eval_only=True, resume=True)
+    missing = error_of(write_config(MODEL__WEIGHTS=str(tmp_path / "none.pth")), output, eval_only=True)
+    assert missing == f"MODEL.WEIGHTS is {str(tmp_path / 'none.pth')!r}: there is no such file."
+    assert not output.exists()
 
 
 def test_an_error_in_two_processes_is_one_line(write_config, tmp_path):
