@@ -368,10 +368,9 @@ class ResumableTrainer(TrainerBase):
 
     def _how_to_go_on(self) -> str:
         if self.checkpointer.has_checkpoint():
-            return (
-                f"--resume continues from {Path(self.checkpointer.get_checkpoint_file()).name}, with what you change."
-            )
-        return "No checkpoint lies before it: --resume starts anew, with what you change."
+            last = Path(self.checkpointer.get_checkpoint_file()).name
+            return f"--resume (in Python resume=True) continues from {last}, with what you change."
+        return "No checkpoint lies before it: --resume (in Python resume=True) starts anew, with what you change."
 
 
 def wrap_data_parallel(model: nn.Module) -> nn.Module:

@@ -87,13 +87,13 @@ def check_folder(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
         checkpoints = sorted(path.name for path in Path(folder).glob("model_[0-9f]*.pth"))  # numbered, or final
         if checkpoints and not Path(folder, "last_checkpoint").is_file():
             raise FolderError(
-                f"--resume: OUTPUT_DIR {folder} has checkpoints ({', '.join(checkpoints[-3:])}), but no file "
-                "last_checkpoint that names the one to continue from. Write its name into such a file."
+                f"--resume (resume=True): OUTPUT_DIR {folder} has checkpoints ({', '.join(checkpoints[-3:])}), but no "
+                "file last_checkpoint that names the one to continue from. Write its name into such a file."
             )
     elif holds_a_run(folder) and not overwrite:
         raise FolderError(
-            f"OUTPUT_DIR {folder} holds another run. Continue it with --resume, choose another OUTPUT_DIR, or give "
-            "--overwrite to remove what it has left."
+            f"OUTPUT_DIR {folder} holds another run. Continue it with --resume (in Python resume=True), choose another "
+            "OUTPUT_DIR, or give --overwrite (overwrite=True) to remove what it has left."
         )
 
 

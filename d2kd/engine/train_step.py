@@ -178,7 +178,7 @@ class TrainStep(SimpleTrainer):
         if together or comm.get_world_size() == 1:
             kept = self.before_raising()
         else:  # the other processes wait for this one's gradients and cannot take part in saving
-            kept = " --resume continues from the last checkpoint."
+            kept = " --resume (in Python resume=True) continues from the last checkpoint."
         raise NonFiniteLossError(f"Not finite at iteration {self.iter}: {what}. {ADVICE}{kept}")
 
     def state_dict(self) -> dict[str, Any]:

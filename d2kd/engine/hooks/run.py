@@ -82,7 +82,9 @@ class InterruptHook(HookBase):
         if not self.step.stop_agreed or self.trainer.iter + 1 >= self.trainer.max_iter:
             return
         self.trainer.save(f"model_{self.trainer.iter:07d}")
-        logger.warning("Stopped after iteration %d and saved; continue with --resume.", self.trainer.iter)
+        logger.warning(
+            "Stopped after iteration %d and saved; continue with --resume (in Python resume=True).", self.trainer.iter
+        )
         raise self._interruption()
 
     def _handle(self, number: int, frame: Any) -> None:
