@@ -1,7 +1,8 @@
 """Feature maps of a teacher and its student over one image: how active, of which kind, and how far apart."""
 
-import textwrap
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import cv2
@@ -9,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from .detections import resize
 
@@ -21,6 +23,10 @@ _WIDTH = 900
 #: Width for the heading of the last columns.
 _LAST = 210
 _HEADER, _TITLE, _CAPTION, _LINE = 54, 40, 22, 19
+#: Height of a line more of the heading, of a tap's title, and of the line on it.
+_HEADING_LINE, _TITLE_LINE, _ABOUT_LINE = 20, 17, 15
+#: Sizes of texts: heading, title of a tap, line on it, legend and notes.
+_HEADING_SIZE, _TITLE_SIZE, _ABOUT_SIZE, _NOTE_SIZE = 12.0, 10.5, 9.0, 9.0
 _BAR = (200, 14)
 #: Colors of the mean (below 0, 0, above 0) and of the difference (0 is black).
 MEAN_COLORS, DIFFERENCE_COLORS = "RdBu_r", "inferno"
@@ -104,16 +110,20 @@ class _Picture:
         self.heading, self.notes = heading, notes
 
     def draw(self) -> np.ndarray:
-        top = _HEADER + (26 if self.heading else 0)
-        row_height = _TITLE + self.size[0] + _CAPTION
-        legend_top = top + len(self.rows) * row_height + 6
+        heading = self._lines(self.heading, _HEADING_SIZE, "bold")
+        top = _HEADER + (26 + _HEADING_LINE * (len(heading) - 1) if self.heading else 0)
+        titles = [self._title(row) for row in self.rows]
+        above = [_TITLE + _TITLE_LINE * (len(title) - 1) + _ABOUT_LINE * (len(about) - 1) for title, about in titles]
+        legend_top = top + sum(above) + len(self.rows) * (self.size[0] + _CAPTION) + 6
         legend, height = self._legend(legend_top)
         sheet = np.full((height, self.width, 3), 255, np.uint8)  # RGB
-        if self.heading:
-            self.texts.append(_Text(_MARGIN, 22, self.heading, 12, weight="bold"))
+        for number, line in enumerate(heading):
+            self.texts.append(_Text(_MARGIN, 22 + number * _HEADING_LINE, line, _HEADING_SIZE, weight="bold"))
         self._headings(top)
-        for number, row in enumerate(self.rows):
-            self._row(sheet, row, top + number * row_height)
+        for row, title, height_of_title in zip(self.rows, titles, above):
+            self._write_title(title, top)
+            self._row(sheet, row, top + height_of_title)
+            top += height_of_title + self.size[0] + _CAPTION
         for x, y, bar in legend:
             sheet[y : y + bar.shape[0], x : x + bar.shape[1]] = bar
         return self._with_texts(sheet)
@@ -132,12 +142,25 @@ class _Picture:
                 seen.add(group)
             self.texts.append(_Text(x, top - 12, name, 9.5, _GREY))
 
-    def _row(self, sheet: np.ndarray, row: FeatureRow, top: int) -> None:
-        self.texts.append(_Text(_MARGIN, top + 16, row.title, 10.5, weight="bold"))
-        self.texts.append(_Text(_MARGIN, top + 32, row.about, 9, _GREY))
+    def _lines(self, text: str, size: float, weight: str = "normal", x: int = _MARGIN) -> list[str]:
+        """The lines of a text that goes from `x` to the right margin."""
+        return wrapped(text, self.width - x - _MARGIN, size, weight)
+
+    def _title(self, row: FeatureRow) -> tuple[list[str], list[str]]:
+        return self._lines(row.title, _TITLE_SIZE, "bold"), self._lines(row.about, _ABOUT_SIZE)
+
+    def _write_title(self, lines: tuple[list[str], list[str]], top: int) -> None:
+        title, about = lines
+        for number, line in enumerate(title):
+            self.texts.append(_Text(_MARGIN, top + 16 + number * _TITLE_LINE, line, _TITLE_SIZE, weight="bold"))
+        top += 32 + _TITLE_LINE * (len(title) - 1)
+        for number, line in enumerate(about):
+            self.texts.append(_Text(_MARGIN, top + number * _ABOUT_LINE, line, _ABOUT_SIZE, _GREY))
+
+    def _row(self, sheet: np.ndarray, row: FeatureRow, y: int) -> None:
+        """The tiles of a tap, with their captions, from `y` on."""
         for group, name, x in self.slots:
             tile = self._tile(group, name, row)
-            y = top + _TITLE
             sheet[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
             caption = row.captions.get(name, "") if group == "difference" else ""
             if group == "mean" and name == next(iter(row.means)):
@@ -194,16 +217,15 @@ class _Picture:
             bars.append((left, y, swatch))
             self.texts.append(_Text(left - 5, y + 11, ends[0], 8.5, align="right"))
             self.texts.append(_Text(left + _BAR[0] + 5, y + 11, ends[1], 8.5))
-            y = self._wrapped(text, left + _BAR[0] + 44, y + 11, 9) + 8
+            y = self._wrapped(text, left + _BAR[0] + 44, y + 11) + 8
         for note in self.notes:
-            y = self._wrapped(note, _MARGIN, y + 12, 9) + 2
+            y = self._wrapped(note, _MARGIN, y + 12) + 2
         return bars, y + 8
 
-    def _wrapped(self, text: str, x: int, y: int, size: float) -> int:
+    def _wrapped(self, text: str, x: int, y: int) -> int:
         """Adds lines from a first base line on; returns where the next would begin."""
-        letters = max(20, int((self.width - x - _MARGIN) / (0.62 * size * _DPI / 100 * 1.12)))
-        for line in textwrap.wrap(text, letters):
-            self.texts.append(_Text(x, y, line, size))
+        for line in self._lines(text, _NOTE_SIZE, x=x):
+            self.texts.append(_Text(x, y, line, _NOTE_SIZE))
             y += _LINE
         return y - 11
 
@@ -217,7 +239,7 @@ class _Picture:
                 t.x / width,
                 1 - t.y / height,
                 t.text,
-                fontsize=t.size * 72 / _DPI * 1.25,
+                fontsize=_points(t.size),
                 color=t.color,
                 fontweight=t.weight,
                 ha=t.align,
@@ -227,6 +249,49 @@ class _Picture:
         canvas.draw()
         drawn = np.asarray(canvas.buffer_rgba())[:height, :width, :3]
         return cv2.cvtColor(np.ascontiguousarray(drawn), cv2.COLOR_RGB2BGR)
+
+
+def wrapped(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
+    """Returns the lines of a text, each as wide as is allowed at most, as it is drawn.
+
+    Lines end between words; within a word, a path for instance, where it is wider than a line alone.
+
+    Args:
+        width: in pixels.
+        size, weight: of the text.
+    """
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        joined = f"{line} {word}" if line else word
+        if _width(joined, size, weight) <= width:
+            line = joined
+            continue
+        lines += [line] if line else []
+        while _width(word, size, weight) > width:
+            # every letter adds to the width
+            fits = bisect_right(range(1, len(word)), width, key=lambda n: _width(word[:n], size, weight)) or 1  # noqa: B023
+            lines.append(word[:fits])
+            word = word[fits:]
+        line = word
+    return [*lines, line] if line else lines
+
+
+def _points(size: float) -> float:
+    """The size of a font, of which 72 are an inch."""
+    return size * 72 / _DPI * 1.25
+
+
+def _width(text: str, size: float, weight: str) -> float:
+    """Pixels from left to right."""
+    font = FontProperties(size=_points(size), weight=weight)
+    return float(_measuring().get_text_width_height_descent(text, font, ismath=False)[0])
+
+
+@cache
+def _measuring() -> Any:
+    canvas: Any = FigureCanvasAgg(Figure(dpi=_DPI))  # untyped
+    return canvas.get_renderer()
 
 
 def tinted(values: np.ndarray, colors: str) -> np.ndarray:

@@ -37,7 +37,7 @@ from d2kd.modeling.feature_recording import (
     pairs_of_distillers,
 )
 from d2kd.visualization import FeatureRow, feature_picture
-from d2kd.visualization.features import DIFFERENCE_COLORS, MEAN_COLORS, TILE, tinted
+from d2kd.visualization.features import DIFFERENCE_COLORS, MEAN_COLORS, TILE, tinted, wrapped
 
 
 def rows(positions: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -281,6 +281,28 @@ def test_a_cell_is_drawn_where_it_is_in_the_image_and_equal_maps_alike():
     middle = int(3.5 * 8 * zoom), int(6.5 * 8 * zoom)
     assert tiles[2][middle].tolist() == [255, 128, 0] and tiles[2][2, 2].tolist() == [0, 0, 0]
     assert (tiles[4][middle] == tinted(np.array(0.5), DIFFERENCE_COLORS)).all()
+
+
+@pytest.mark.parametrize("width", [240, 1500])
+def test_no_text_is_cut_off_at_the_right_edge(width):
+    """Letters are of all widths; a text in the widest is as far inside as any."""
+    image = np.full((60, width, 3), 50, np.uint8)
+    wide = "W" * 300 + " " + "MW WM " * 60
+    maps = {"teacher": np.zeros((8, 17)), "student": np.zeros((8, 17))}
+    row = FeatureRow(
+        wide, wide, 8.0, maps, 1.0, dict.fromkeys(maps, np.zeros((8, 17, 3))), {"student": maps["student"]}, {}
+    )
+    drawn = feature_picture(image, [row, row], 1.0, f"heading {wide}", [wide, "a note"])
+    assert (drawn[:, -10:] == 255).all()
+    one = feature_picture(image, [row._replace(title="p3", about="about")] * 2, 1.0, "heading", ["a note"])
+    assert drawn.shape[1] == one.shape[1] and drawn.shape[0] > one.shape[0] + 100
+
+
+def test_texts_are_wrapped_by_their_width():
+    narrow, wide = wrapped("il " * 100, 200, 9), wrapped("WM " * 100, 200, 9)
+    assert len(wide) > 2 * len(narrow) and " ".join(wide) == ("WM " * 100).strip()
+    assert "".join(wrapped("/a/path" * 40, 200, 9)) == "/a/path" * 40
+    assert wrapped("", 200, 9) == [] and wrapped("W", 1, 9) == ["W"]
 
 
 # ---- the command ----
