@@ -84,7 +84,7 @@ def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path):
         "masking-gate --config-file PhotoDigits/retinanet_student_MaskedTeacher.yaml OUTPUT_DIR {}",
         "learn-tokens --config-file PhotoDigits/retinanet_teacher.yaml OUTPUT_DIR {}",
         "train --config-file PhotoDigits/retinanet_student.yaml OUTPUT_DIR {}",
-        "eval --config-file PhotoDigits/retinanet_student.yaml OUTPUT_DIR {}",
+        "eval --config-file PhotoDigits/retinanet_student.yaml MODEL.WEIGHTS {image} OUTPUT_DIR {}",
     ],
 )
 @pytest.mark.parametrize("output", ["/proc/x", "{image}"])
