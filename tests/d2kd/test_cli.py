@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from runs import ROOT, environment
@@ -194,8 +195,8 @@ def wait_in_vain(connection):
         connection.send("interrupted")
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no masks of signals on this system")
-def test_ctrl_c_waits_in_new_processes_until_they_work():
+def interrupt_new_process():
+    """What the next test runs in a process of its own: another thread than the main one would take its signals."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     seen = []
@@ -212,3 +213,11 @@ def test_ctrl_c_waits_in_new_processes_until_they_work():
     assert here.recv() == "interrupted" and seen == [signal.SIGINT]
     process.join(30)
     assert process.exitcode == 0 and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no masks of signals on this system")
+def test_ctrl_c_waits_in_new_processes_until_they_work():
+    variables = {**environment(), "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT}"}
+    program = "import test_cli; test_cli.interrupt_new_process()"
+    done = subprocess.run([sys.executable, "-c", program], env=variables, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
