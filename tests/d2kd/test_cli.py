@@ -164,6 +164,11 @@ def test_a_list_is_narrowed_by_words_and_knows_what_was_imported(tmp_path):
     assert nothing.returncode == 1 and "No methods with quux." in nothing.stdout
 
 
+def take_ctrl_c():
+    """A shell lets what it starts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     "tool, arguments",
     [("-m", "d2kd.cli train"), ("-m", "d2kd.cli predict x.png"), (str(ROOT / "tools/train_net.py"), "")],
@@ -178,7 +183,7 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path, tool, argumen
     command = [sys.executable, tool, *arguments.split(), "--config-file", "PhotoDigits/retinanet_student.yaml"]
     variables = {**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, preexec_fn=take_ctrl_c, **pipes) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130 and process.stderr.read() == "Interrupted.\n"
@@ -219,5 +224,6 @@ def interrupt_new_process():
 def test_ctrl_c_waits_in_new_processes_until_they_work():
     variables = {**environment(), "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT}"}
     program = "import test_cli; test_cli.interrupt_new_process()"
-    done = subprocess.run([sys.executable, "-c", program], env=variables, timeout=120, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=variables, timeout=120, capture_output=True, text=True, preexec_fn=take_ctrl_c)
     assert done.returncode == 0, done.stderr

@@ -5,10 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from runs import forget
 
 from d2kd import cli, files
 from d2kd.errors import UserError
 from d2kd.files import find_config
+from detectron2.data import DatasetCatalog
 
 NAME = "PhotoDigits/retinanet_student.yaml"
 
@@ -88,7 +90,10 @@ def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path):
     ],
 )
 @pytest.mark.parametrize("output", ["/proc/x", "{image}"])
-def test_commands_refuse_an_output_in_one_line_before_they_work(tmp_path, monkeypatch, capsys, command, output):
+def test_commands_refuse_an_output_in_one_line_before_they_work(
+    tmp_path, monkeypatch, capsys, command, output, forget_datasets
+):
+    forget({name for name in DatasetCatalog.list() if name.startswith("photo_digits")})  # of other folders
     monkeypatch.setattr("sys.argv", ["d2kd"])
     monkeypatch.chdir(tmp_path)
     image = tmp_path / "image.png"
