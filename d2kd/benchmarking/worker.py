@@ -1,6 +1,7 @@
 """A process that builds a model and runs it when it is asked to."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -97,6 +98,8 @@ class _Model:
             torch.cuda.reset_peak_memory_stats()
         if not self.cuda and not self.exported:  # what loading has taken, of a whole checkpoint, is not the model's
             gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed
+                ctypes.CDLL(None).malloc_trim(0)
             _start_counting_memory()
         return Facts(parameters, work, size, sizes)
 
