@@ -55,9 +55,8 @@ class ImageMapper(DatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Constructor arguments from a configuration."""
         arguments = {**super().from_config(cfg, is_train), "labels": label_range(cfg)}
-        if {count.metadata for count, _ in architecture_class(cfg).class_counts(cfg)} == {
-            "stuff_classes"
-        }:  # a segmentor alone
+        kinds = {count.metadata for count, _ in architecture_class(cfg).class_counts(cfg)}
+        if kinds == {"stuff_classes"}:  # a segmentor alone
             arguments["augmentations"] = build_augmentations(cfg, is_train)
         return arguments
 
